@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 and nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+OUTPUT ?= runs/demo
+RANKS ?= 2
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   install, train the demo, leave pictures in $(OUTPUT)"
+	@echo "make test   install, run linters and tests"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make clean  remove the virtual environment and $(OUTPUT)"
+
+# The stamp changes with requirements.txt, so an old environment is brought up to date and a finished one is left alone.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) ecdit_ds/train.py --deepspeed ds_configs/zero2.json --output $(OUTPUT)
+	$(BIN)/python tools/sample.py --checkpoint $(OUTPUT) --output $(OUTPUT)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(OUTPUT)

@@ -1,0 +1,267 @@
+"""From a recipe to a run: everything is built here, once, in the order of `run`; nothing builds itself elsewhere."""
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.config import Recipe
+from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
+from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.loader import training_batches
+from ecdit_ds.engine import DeepSpeedEngine, expert_parallel_layers, initialize_distributed
+from ecdit_ds.errors import CheckpointError
+from ecdit_ds.evaluation.heldout import heldout_loss
+from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
+from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.parallel.world import Place, World
+from ecdit_ds.pictures import save_grid, to_uint8
+from ecdit_ds.pipeline import TextToImage, encoders_of
+from ecdit_ds.run_folder import RunFolder
+from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot
+from ecdit_ds.trainer import Surroundings, Trainer
+
+
+def run(
+    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], folder: RunFolder, resume: str
+) -> Progress:
+    """Build everything and train; every rank calls this.
+
+    Args:
+        resume: `auto`, `never`, or the path of a checkpoint or run.
+
+    Raises:
+        EcditError: on all ranks, for what a user can mend.
+    """
+    device = initialize_distributed()
+    world = World()
+    held_locks: list[IO[str]] = []
+    world.on_first(lambda: _claim(folder, recipe, held_locks))
+    candidates = world.on_first(lambda: folder.candidates(resume))
+    train_set, heldout_set = _open_data(recipe, world)
+
+    model = build_model(recipe, expert_parallel_layers(topology), device)
+    engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config)
+    progress = _restore(candidates, engine, recipe, world)
+    world.on_first(lambda: folder.begin(recipe, progress.step))
+
+    dp_rank = topology.coordinates(world.rank).dp
+    surroundings = _surroundings(recipe, topology, dp_rank, device, folder, world, train_set, heldout_set)
+    callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
+    try:
+        return Trainer(recipe, engine, world, surroundings, callbacks).fit(progress)
+    finally:
+        for callback in callbacks:
+            callback.close()
+
+
+def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
+    """Return the model on `device`, its weights a function of the seed and of their names."""
+    with torch.device("meta"):
+        model = ECDiT(recipe.model, layers)
+    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+    model.to_empty(device=device)  # makes new parameters, without the marks that say what is an expert
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(marks[name])
+    initialize_by_name(model, recipe.train.seed)
+    return model
+
+
+def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
+    """Return what a dry run found: sizes, routing and the split of the batch. Touches no device."""
+    config = recipe.model
+    with torch.device("meta"):
+        model = ECDiT(config, SerialLayers())
+    total = sum(p.numel() for p in model.parameters())
+    in_experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3)
+    active = total - in_experts * (1 - config.capacity_factor / config.num_experts)
+    micro = recipe.micro_batch_size(topology.dp)
+    lines = [
+        f"recipe       {recipe.name}",
+        f"model        {total:,} parameters, {active:,.0f} active a token, {config.num_layers} layers, "
+        f"{config.num_tokens} tokens an image",
+    ]
+    if config.is_sparse:
+        pool = config.num_tokens * config.pool_images(micro)
+        lines.append(
+            f"experts      {config.num_experts} in every second layer, {config.num_experts // topology.ep} a rank, "
+            f"each takes {config.expert_capacity(pool)} of {pool} tokens ({config.ffn}, pool: {config.routing_pool})"
+        )
+    lines += [
+        f"layout       {topology.world_size} ranks = data {topology.dp} x tensor {topology.tp}; "
+        f"experts over {topology.ep}, {topology.edp} copies; ZeRO-{zero_stage}, {recipe.train.precision}",
+        f"batch        {recipe.train.global_batch_size} images a step = {topology.dp} ranks x {micro} "
+        f"x {recipe.train.global_batch_size // (micro * topology.dp)} accumulated",
+        f"compute      {training_flops_per_image(config, config.pool_images(micro)) / 1e9:.3g} GFLOP an image, "
+        "forward and backward",
+        "all checks passed; nothing was trained",
+    ]
+    return "\n".join(lines)
+
+
+def share_cores(place: Place) -> None:
+    """Give each rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+
+
+def _claim(folder: RunFolder, recipe: Recipe, held_locks: list[IO[str]]) -> None:
+    held_locks.append(folder.lock())
+    folder.check_recipe(recipe)
+
+
+def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDataset]:
+    """Open the training and the held-out set; rank 0 makes them first where they are missing."""
+    image_encoder, text_encoder = encoders_of(recipe)
+
+    def open_both() -> tuple[LatentDataset, LatentDataset]:
+        return (
+            open_digit_scenes(
+                recipe.model, recipe.data, split="train", seed=recipe.data.seed,
+                image_encoder=image_encoder, text_encoder=text_encoder,
+            ),
+            open_digit_scenes(
+                recipe.model, recipe.data, split="heldout", seed=recipe.data.seed,
+                image_encoder=image_encoder, text_encoder=text_encoder,
+            ),
+        )  # fmt: skip
+
+    world.on_first(lambda: open_both() and None)
+    return open_both()
+
+
+def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, world: World) -> Progress:
+    """Fill the engine from the first candidate that proves whole on every rank.
+
+    Raises:
+        CheckpointError: there were candidates and none is valid, or the recipe changed.
+    """
+    rejections: list[str] = []
+    for folder in candidates:
+        fault = world.on_first(lambda folder=folder: _fault_of(folder, recipe))  # type: ignore[misc]
+        if fault is None:
+            progress, own_fault = _try_load(folder, engine)
+            if world.all_ok(own_fault is None) and progress is not None:
+                engine.restored(progress.num_updates)
+                if world.rank == 0:
+                    print(f"goes on from {folder} at step {progress.step}", flush=True)
+                return progress
+            faults = world.broadcast(world.gather(own_fault))
+            fault = next(reason for reason in faults if reason is not None)
+        rejections.append(fault)
+        if world.rank == 0:
+            print(f"rejected {fault}", flush=True)
+    if rejections:
+        raise CheckpointError(
+            f"none of {len(rejections)} checkpoints is valid ({' | '.join(rejections)}); "
+            "restore one, or choose another --output to start afresh"
+        )
+    return Progress(step=0, samples_seen=0, num_updates=0)
+
+
+def _fault_of(folder: Path, recipe: Recipe) -> str | None:
+    """Return what is wrong with a checkpoint's manifest; a changed recipe is no damage and raises."""
+    try:
+        written = Reader(folder).manifest.meta["recipe"]
+    except CheckpointError as error:
+        return str(error)
+    except KeyError:
+        return f"{folder}: its manifest has no recipe"
+    check_same_recipe(dict(written), recipe, folder)
+    return None
+
+
+def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, str | None]:
+    try:
+        return load_snapshot(Reader(folder), engine), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _surroundings(
+    recipe: Recipe, topology: Topology, dp_rank: int, device: torch.device, folder: RunFolder, world: World,
+    train_set: LatentDataset, heldout_set: LatentDataset,
+) -> Surroundings:  # fmt: skip
+    image_encoder, text_encoder = encoders_of(recipe)
+    micro = recipe.micro_batch_size(topology.dp)
+    transform = _Transform(recipe, text_encoder)
+
+    def batches(start_sample: int) -> Any:
+        return training_batches(
+            train_set, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size, micro_batch_size=micro,
+            dp_rank=dp_rank, dp_size=topology.dp, start_sample=start_sample,
+            end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
+            transform=transform,
+        )  # fmt: skip
+
+    def heldout_losses(model: nn.Module) -> list[float]:
+        return heldout_loss(
+            model, heldout_set, batch_size=micro, dp_rank=dp_rank, dp_size=topology.dp, device=device, total=world.sum
+        )
+
+    peak = peak_flops_per_s(device)
+    return Surroundings(
+        device=device,
+        checkpoints=folder.checkpoints,
+        batches=batches,
+        heldout_losses=heldout_losses,
+        draw=lambda model: _draw(model, recipe, image_encoder, text_encoder, device),
+        flops_per_image=training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
+        peak_flops_per_s=peak * world.size if peak else None,
+    )
+
+
+class _Transform:
+    """Samples to a flow batch, in the loader's worker; a class so that a worker of any kind can be handed it."""
+
+    def __init__(self, recipe: Recipe, text_encoder: TextEncoder) -> None:
+        self._recipe, self._null = recipe, text_encoder.null()
+
+    def __call__(self, samples: Samples) -> FlowBatch:
+        seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B
+        kept_B = draw_text_kept(index_B, seed, flow)
+        return FlowBatch(
+            latents_BCHW=samples.latents_BCHW,
+            noise_BCHW=draw_noise(tuple(samples.latents_BCHW.shape[1:]), index_B, seed),
+            timesteps_B=draw_timesteps(index_B, seed, self._recipe.train.global_batch_size, flow),
+            text_embeds_BTD=where_text(kept_B, samples.text_embeds_BTD, self._null.embeds_BTD),
+            text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
+            text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
+        )
+
+
+def _draw(
+    model: nn.Module, recipe: Recipe, image_encoder: ImageEncoder, text_encoder: TextEncoder, device: torch.device
+) -> np.ndarray:
+    pipeline = TextToImage(
+        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
+    )
+    return to_uint8(pipeline.draw(recipe.sample.prompts, seed=recipe.train.seed, sample=recipe.sample))
+
+
+class _SampleFiles(Callback):
+    """Sample grids as PNG."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
+        save_grid(images_BHWC, captions, min(4, len(captions)), self._folder / f"step_{step}.png")
+
+
+def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Callback]:
+    return [
+        Console(progress.step, recipe.train.max_steps),
+        JsonLines(folder.metrics, folder.evaluations),
+        TensorBoard(folder.tensorboard, progress.step),
+        _SampleFiles(folder.samples),
+    ]

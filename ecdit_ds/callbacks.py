@@ -1,0 +1,119 @@
+"""Who is told what a run does: the terminal, files, TensorBoard. Rank 0 only."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Record = dict[str, Any]
+
+
+class Callback:
+    """Four hooks, all optional."""
+
+    def on_report(self, records: list[Record]) -> None:
+        """Take the steps since the last report, oldest first."""
+
+    def on_evaluation(self, record: Record) -> None:
+        """Take a held-out evaluation."""
+
+    def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
+        """Take drawn pictures, uint8."""
+
+    def on_note(self, text: str) -> None:
+        """Take something a person should read."""
+
+    def close(self) -> None:
+        """Finish, whatever happened."""
+
+
+class Console(Callback):
+    """A progress bar on a terminal, one line a report elsewhere."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self._bar = tqdm(
+            total=max_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def on_report(self, records: list[Record]) -> None:
+        last, losses = records[-1], [r["loss"] for r in records if r["loss"] is not None]
+        loss = sum(losses) / len(losses) if losses else float("nan")
+        grad_norm = float("nan") if last["grad_norm"] is None else last["grad_norm"]
+        told = f"loss {loss:.4f} | grad norm {grad_norm:.3f} | {last['images_per_second']:.0f} images/s"
+        if last["experts_per_token"] is not None:
+            told += f" | {last['experts_per_token']:.3g} experts/token"
+        if self._bar.disable:
+            print(f"step {last['step']}/{self._max_steps} | {told}", flush=True)
+        else:
+            self._bar.set_postfix_str(told)
+            self._bar.update(last["step"] - self._bar.n)
+
+    def on_evaluation(self, record: Record) -> None:
+        self.on_note(
+            f"step {record['step']} | held-out loss {record['heldout_loss']:.4f} "
+            f"| of the averaged weights {record['heldout_loss_ema']:.4f}"
+        )
+
+    def on_note(self, text: str) -> None:
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class JsonLines(Callback):
+    """One line a step in metrics.jsonl, one an evaluation in evaluations.jsonl."""
+
+    def __init__(self, metrics: Path, evaluations: Path) -> None:
+        self._metrics, self._evaluations = metrics, evaluations
+
+    def on_report(self, records: list[Record]) -> None:
+        _append(self._metrics, records)
+
+    def on_evaluation(self, record: Record) -> None:
+        _append(self._evaluations, [record])
+
+
+class TensorBoard(Callback):
+    """Scalars, one series a MoE layer, and sample grids."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._skipped = 0
+
+    def on_report(self, records: list[Record]) -> None:
+        for record in records:
+            self._skipped += record["is_skipped"]
+            for name, value in record.items():
+                if name in ("step", "is_skipped") or value is None:
+                    continue
+                if isinstance(value, list):
+                    for layer, cell in enumerate(value):
+                        self._writer.add_scalar(f"routing/{name}/moe_layer_{layer}", cell, record["step"])
+                else:
+                    self._writer.add_scalar(f"train/{name}", value, record["step"])
+            self._writer.add_scalar("train/skipped_steps", self._skipped, record["step"])
+
+    def on_evaluation(self, record: Record) -> None:
+        for name in ("heldout_loss", "heldout_loss_ema"):
+            self._writer.add_scalar(f"heldout/{name}", record[name], record["step"])
+
+    def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
+        self._writer.add_images("samples", images_BHWC, step, dataformats="NHWC")
+        self._writer.add_text("captions", " / ".join(captions), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _append(path: Path, records: list[Record]) -> None:
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)

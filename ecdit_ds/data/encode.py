@@ -1,0 +1,325 @@
+"""Encoded corpora on disk: written once through both encoders, then read memory-mapped.
+
+Encoders run before training, not in it. One folder per setting holds `samples.arrow` (Hugging Face `datasets`) and
+`index.json` (count, shapes, size and checksum of the former). A folder appears whole or not at all: it is written
+beside its place and renamed, so ranks may race for it and a killed process leaves nothing that is ever read.
+
+Suffixes: B batch, C channels, H, W pixels (of the canvas or of the latents), T text tokens, D text_embed_dim.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import xxhash
+from datasets.arrow_writer import ArrowWriter
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.data.digit_scenes import Split, draw_scene
+from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.errors import DataError
+from ecdit_ds.seeding import stable_seed
+
+SCHEMA_VERSION = 1
+"""Raise it when scenes or columns change, so that no older folder is taken for a new one."""
+ARROW_FILE = "samples.arrow"
+INDEX_FILE = "index.json"
+_ROWS_PER_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One encoded image and its caption."""
+
+    latents_CHW: Tensor
+    text_embeds_TD: Tensor
+    text_mask_T: Tensor
+    text_pooled_D: Tensor
+    caption: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A batch of encoded images and their captions; tensors are fp32 unless said otherwise."""
+
+    latents_BCHW: Tensor
+    text_embeds_BTD: Tensor
+    text_mask_BT: Tensor
+    """bool, True at tokens."""
+    text_pooled_BD: Tensor
+    captions: tuple[str, ...]
+    stream_index_B: Tensor
+    """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIndex:
+    """What `index.json` holds."""
+
+    schema: int
+    settings: dict[str, str | int]
+    count: int
+    latents_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    text_shape: tuple[int, int]
+    """(T, D)."""
+    arrow_bytes: int
+    arrow_xxh3: str
+
+
+class LatentDataset:
+    """A memory-mapped encoded corpus; cheap to pickle and to fork, since only its path travels."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `open_digit_scenes` wrote, verifying it whole.
+
+        Raises:
+            DataError: a file is missing or damaged; names it.
+        """
+        self.folder = folder
+        self.index = _read_index(folder)
+        _verify_arrow(folder / ARROW_FILE, self.index)
+        self._rows = datasets.Dataset.from_file(str(folder / ARROW_FILE)).with_format("arrow")
+
+    def __len__(self) -> int:
+        return self.index.count
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        batch = self.gather(np.array([i]), np.array([i]))
+        return Sample(
+            latents_CHW=batch.latents_BCHW[0],
+            text_embeds_TD=batch.text_embeds_BTD[0],
+            text_mask_T=batch.text_mask_BT[0],
+            text_pooled_D=batch.text_pooled_BD[0],
+            caption=batch.captions[0],
+            kind=self._rows[i].column("kind")[0].as_py(),
+        )
+
+    def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
+        """Return the samples at `indices`, in that order, repeats allowed.
+
+        Args:
+            indices: int64 (B,) in [0, len(self)).
+            stream_indices: int64 (B,), carried along as `stream_index_B`.
+        """
+        table = self._rows[indices.tolist()]
+        num_tokens, embed_dim = self.index.text_shape
+        return Samples(
+            latents_BCHW=_read_column(table, "latents", np.float32, self.index.latents_shape),
+            text_embeds_BTD=_read_column(table, "text_embeds", np.float32, (num_tokens, embed_dim)),
+            text_mask_BT=_read_column(table, "text_mask", np.bool_, (num_tokens,)),
+            text_pooled_BD=_read_column(table, "text_pooled", np.float32, (embed_dim,)),
+            captions=tuple(table.column("caption").to_pylist()),
+            stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
+        )
+
+
+def open_digit_scenes(
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    split: Split,
+    seed: int,
+    image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
+) -> LatentDataset:
+    """Open a split of the digit scenes, encoded; write it first where `data.cache_dir` does not hold it yet.
+
+    Args:
+        model: gives the sizes of latents and text.
+        data: gives the number of scenes and the folder of the cache.
+        split: `train` or `heldout`.
+        seed: of the corpus.
+        image_encoder: its downsampling times the latent size is the canvas.
+        text_encoder: must have the model's text sizes.
+
+    Raises:
+        DataError: encoders do not fit the model, the folder cannot be written, or what is there is damaged.
+    """
+    _check_encoders(model, image_encoder, text_encoder)
+    settings: dict[str, str | int] = {
+        "schema": SCHEMA_VERSION,
+        "split": split,
+        "seed": seed,
+        "count": data.num_train if split == "train" else data.num_heldout,
+        "canvas_height": model.latent_height * image_encoder.downsampling,
+        "canvas_width": model.latent_width * image_encoder.downsampling,
+        "image_encoder": image_encoder.identity,
+        "text_encoder": text_encoder.identity,
+    }
+    digest = f"{stable_seed('digit_scenes settings', json.dumps(settings, sort_keys=True)):016x}"
+    folder = Path(data.cache_dir) / f"digit_scenes-{digest}"
+    if not folder.exists():
+        try:
+            _write_folder(folder, _encode_scenes(settings, split, image_encoder, text_encoder), settings, model)
+        except OSError as error:
+            raise DataError(f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; "
+                            "free space there or set data.cache_dir elsewhere") from None  # fmt: skip
+    return LatentDataset(folder)
+
+
+def _check_encoders(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+    for field, wanted, given in (
+        ("text_embed_dim", model.text_embed_dim, text_encoder.embed_dim),
+        ("max_text_tokens", model.max_text_tokens, text_encoder.max_tokens),
+    ):
+        if wanted != given:
+            raise DataError(f"text encoder {text_encoder.identity} gives {given}, but model.{field} is {wanted}; "
+                            f"set model.{field}={given} or take another encoder")  # fmt: skip
+    latents_shape = (model.in_channels, model.latent_height, model.latent_width)
+    height, width = (side * image_encoder.downsampling for side in latents_shape[1:])
+    with torch.no_grad():
+        given_shape = tuple(image_encoder.encode(torch.zeros(1, 3, height, width)).shape[1:])
+    if given_shape != latents_shape:
+        raise DataError(f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
+                        f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
+                        "latent_height and latent_width to the former")  # fmt: skip
+
+
+def _encode_scenes(
+    settings: dict[str, str | int], split: Split, image_encoder: ImageEncoder, text_encoder: TextEncoder
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded scenes, in order."""
+    seed, count = int(settings["seed"]), int(settings["count"])
+    height, width = int(settings["canvas_height"]), int(settings["canvas_width"])
+    for start in range(0, count, _ROWS_PER_BATCH):
+        indices = range(start, min(start + _ROWS_PER_BATCH, count))
+        scenes = [
+            draw_scene(seed=seed, split=split, index=i, canvas_height=height, canvas_width=width) for i in indices
+        ]
+        images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
+        images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1.0
+        captions = [scene.caption for scene in scenes]
+        with torch.no_grad():
+            latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
+        yield pa.table({
+            "caption": captions,
+            "kind": [scene.kind for scene in scenes],
+            "latents": _binary_column(latents_BCHW, torch.float32),
+            "text_embeds": _binary_column(text.embeds_BTD, torch.float32),
+            "text_mask": _binary_column(text.mask_BT, torch.bool),
+            "text_pooled": _binary_column(text.pooled_BD, torch.float32),
+        })  # fmt: skip
+
+
+def _binary_column(tensor: Tensor, dtype: torch.dtype) -> pa.Array:
+    return pa.array([row.tobytes() for row in tensor.to("cpu", dtype).numpy()], type=pa.binary())
+
+
+def _read_column(table: pa.Table, name: str, dtype: type[np.generic], row_shape: tuple[int, ...]) -> Tensor:
+    """Return a (B, *row_shape) tensor of its own memory; rows have one size, so a column is one block of bytes."""
+    column = table.column(name).combine_chunks()
+    _, offset_buffer, byte_buffer = column.buffers()
+    offsets = np.frombuffer(offset_buffer, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+    block = np.frombuffer(byte_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]].copy()
+    return torch.from_numpy(block.view(dtype).reshape(len(column), *row_shape))
+
+
+def _write_folder(folder: Path, tables: Iterator[pa.Table], settings: dict[str, str | int], model: ModelConfig) -> None:
+    """Write a corpus beside `folder` and rename it there; where another process was faster, keep its folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The name is new for every try: what a killed process left behind is never met again.
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    draft.mkdir()
+    try:
+        _write_arrow(draft / ARROW_FILE, tables, int(settings["count"]))
+        index = CacheIndex(
+            schema=SCHEMA_VERSION,
+            settings=settings,
+            count=int(settings["count"]),
+            latents_shape=(model.in_channels, model.latent_height, model.latent_width),
+            text_shape=(model.max_text_tokens, model.text_embed_dim),
+            arrow_bytes=(draft / ARROW_FILE).stat().st_size,
+            arrow_xxh3=_checksum(draft / ARROW_FILE),
+        )
+        (draft / INDEX_FILE).write_text(json.dumps(dataclasses.asdict(index), indent=2) + "\n", encoding="ascii")
+        for path in (draft / ARROW_FILE, draft / INDEX_FILE, draft):
+            _sync_to_disk(path)
+        try:
+            os.rename(draft, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its folder says the same
+                raise
+        _sync_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_arrow(path: Path, tables: Iterator[pa.Table], count: int) -> None:
+    features = datasets.Features({
+        "caption": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        **{name: datasets.Value("binary") for name in ("latents", "text_embeds", "text_mask", "text_pooled")},
+    })  # fmt: skip
+    # disable=None shows the bar on terminals only.
+    with (
+        ArrowWriter(path=str(path), features=features) as writer,
+        tqdm(total=count, desc="encoding scenes", unit="scene", disable=None) as progress,
+    ):
+        for table in tables:
+            writer.write_table(table)
+            progress.update(len(table))
+        writer.finalize()
+
+
+def _read_index(folder: Path) -> CacheIndex:
+    path = folder / INDEX_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="ascii"))
+        shapes = {name: tuple(fields.pop(name)) for name in ("latents_shape", "text_shape")}
+        index = CacheIndex(**fields, **shapes)
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing; delete the folder {folder} to have it written anew") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: is no index of an encoded set ({error}); delete the folder {folder} to have it written anew"
+        ) from None
+    if index.schema != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: has schema {index.schema}, this version reads {SCHEMA_VERSION}; delete the folder {folder}"
+        )
+    return index
+
+
+def _verify_arrow(path: Path, index: CacheIndex) -> None:
+    way_out = f"delete the folder {path.parent} to have it written anew"
+    if not path.is_file():
+        raise DataError(f"{path}: is missing; {way_out}")
+    size = path.stat().st_size
+    if size != index.arrow_bytes:
+        raise DataError(f"{path}: has {size} bytes, but its index says {index.arrow_bytes}; {way_out}")
+    checksum = _checksum(path)
+    if checksum != index.arrow_xxh3:
+        raise DataError(f"{path}: has checksum {checksum}, but its index says {index.arrow_xxh3}; {way_out}")
+
+
+def _checksum(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

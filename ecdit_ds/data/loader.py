@@ -1,0 +1,155 @@
+"""Batches for training and for the held-out loss, alike under any layout.
+
+Training reads an endless stream: position n holds sample `sample_order(n)`. A step takes `global_batch_size`
+positions; its micro-batch m of data-parallel rank r holds
+
+    start of the step + (m * dp_size + r) * micro_batch_size + j,    j < micro_batch_size
+
+so the ranks together read exactly the global batch, and the whole state of a loader is one integer. The position
+travels with the sample as `stream_index_B`; all randomness about the sample is addressed by it.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ecdit_ds.data.encode import LatentDataset, Samples
+from ecdit_ds.data.order import sample_order
+from ecdit_ds.errors import DataError
+from ecdit_ds.seeding import stable_seed
+
+T = TypeVar("T")
+
+
+def training_batches(
+    dataset: LatentDataset,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    start_sample: int,
+    end_sample: int,
+    num_workers: int,
+    transform: Callable[[Samples], T],
+) -> Iterator[list[T]]:
+    """Iterate over steps, each the list of this rank's micro-batches.
+
+    Args:
+        dataset: what the stream permutes, epoch after epoch.
+        seed: of the order.
+        global_batch_size: samples of a step over all ranks.
+        micro_batch_size: samples of one forward of one rank.
+        dp_rank: data-parallel rank, in [0, dp_size).
+        dp_size: data-parallel ranks.
+        start_sample: samples seen so far; the loader's whole state.
+        end_sample: samples seen after the last step.
+        num_workers: reading processes; the batches do not depend on it.
+        transform: applied to each micro-batch where it is read.
+
+    Raises:
+        DataError: the range is not one of whole steps, or the micro-batches do not fill the global batch.
+    """
+    if global_batch_size % (micro_batch_size * dp_size):
+        raise DataError(
+            f"global_batch_size({global_batch_size}) is not a multiple of micro_batch_size({micro_batch_size}) x "
+            f"data-parallel ranks({dp_size}); change one of them"
+        )
+    for name, sample in (("start_sample", start_sample), ("end_sample", end_sample)):
+        if sample < 0 or sample % global_batch_size:
+            below = max(sample, 0) // global_batch_size * global_batch_size
+            raise DataError(
+                f"{name}({sample}) is not a multiple of global_batch_size({global_batch_size}): a step is never cut; "
+                f"choose {below} or {below + global_batch_size}, or keep the batch size of the run so far"
+            )
+    positions = _RankPositions(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        start_sample=start_sample,
+        end_sample=end_sample,
+    )
+    loader = DataLoader(
+        _Stream(dataset=dataset, seed=seed),
+        batch_size=None,  # the sampler gives whole micro-batches
+        sampler=positions,
+        num_workers=num_workers,
+        collate_fn=transform,
+        worker_init_fn=_quiet_worker,
+        # Without one of its own, a loader advances torch's global generator.
+        generator=torch.Generator().manual_seed(stable_seed(seed, "loader")),
+    )
+    return _steps(loader, global_batch_size // (micro_batch_size * dp_size))
+
+
+def evaluation_batches(
+    dataset: LatentDataset, *, batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[tuple[Samples, Tensor]]:
+    """Iterate once over a fixed set, split over the ranks.
+
+    Args:
+        dataset: read in its own order; `stream_index_B` is the sample's place in it.
+        batch_size: samples a rank sees at a time.
+        dp_rank: data-parallel rank, in [0, dp_size).
+        dp_size: data-parallel ranks.
+
+    Returns:
+        Pairs of samples and weights_B (fp32): 1 for each sample of the set exactly once over all ranks, 0 for the
+        repeats of the last sample that give every rank equally many batches of equal size.
+    """
+    for start in range(0, len(dataset), batch_size * dp_size):
+        places_B = start + dp_rank * batch_size + np.arange(batch_size)
+        indices_B = np.minimum(places_B, len(dataset) - 1)
+        weights_B = torch.from_numpy((places_B < len(dataset)).astype(np.float32))
+        yield dataset.gather(indices_B, indices_B), weights_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RankPositions(Sampler[npt.NDArray[np.int64]]):
+    """The stream positions of each of a rank's micro-batches, step after step."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    start_sample: int
+    end_sample: int
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        stride = self.micro_batch_size * self.dp_size
+        first = self.start_sample + self.dp_rank * self.micro_batch_size
+        for start in range(first, self.end_sample, stride):
+            yield np.arange(start, start + self.micro_batch_size, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream(Dataset[Samples]):
+    """The endless stream as torch's loader wants it: indexed by an array of positions."""
+
+    dataset: LatentDataset
+    seed: int
+
+    def __getitem__(self, positions: npt.NDArray[np.int64]) -> Samples:
+        return self.dataset.gather(sample_order(positions, len(self.dataset), self.seed), positions)
+
+
+def _steps(loader: DataLoader[Samples], micro_batches: int) -> Iterator[list[T]]:
+    step: list[T] = []
+    for micro_batch in loader:
+        step.append(micro_batch)
+        if len(step) == micro_batches:
+            yield step
+            step = []
+
+
+def _quiet_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # workers stand beside a training process that has use for every core

@@ -1,0 +1,82 @@
+"""The DeepSpeed JSON: mechanics from the file, facts from the recipe.
+
+A fact that both could state (batch sizes, clipping, precision) has its home in the recipe; the file says "auto" or
+nothing. A literal that differs is an error that names both places.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.errors import ConfigError
+
+DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
+_STAGES = (1, 2)
+_FOREIGN = ("optimizer", "scheduler", "fp16", "amp", "expert_parallel", "tensor_parallel", "checkpoint")
+
+
+def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str, Any]:
+    """Return the configuration for `deepspeed.initialize`, with the recipe's facts filled in.
+
+    Raises:
+        ConfigError: naming the file, the key and, where two places disagree, both values.
+    """
+    config = _read_json(path)
+    for key in _FOREIGN:
+        if key in config:
+            raise ConfigError(f"{path}: {key}: is not used here; the recipe decides this, so delete the key")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in _STAGES:
+        raise ConfigError(f"{path}: zero_optimization.stage: {stage!r}; this version trains with stage 1 or 2")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}: offloading is not supported in this version; delete it"
+            )
+
+    micro = recipe.micro_batch_size(dp_size)
+    facts = {
+        "train_batch_size": (recipe.train.global_batch_size, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (
+            recipe.train.global_batch_size // (micro * dp_size),
+            "train.global_batch_size / (train.micro_batch_size * data-parallel ranks)",
+        ),
+        "gradient_clipping": (recipe.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+    }
+    for key, (value, home) in facts.items():
+        given = config.get(key, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(f'{path}: {key}: {given!r} differs from the recipe\'s {home}: {value}; write "auto"')
+        config[key] = value
+    bf16 = config.setdefault("bf16", {"enabled": "auto"})
+    wants_bf16 = recipe.train.precision == "bf16"
+    if bf16.get("enabled", "auto") not in ("auto", wants_bf16):
+        raise ConfigError(
+            f"{path}: bf16.enabled: {bf16['enabled']!r} differs from the recipe's train.precision: "
+            f'{recipe.train.precision}; write "auto"'
+        )
+    bf16["enabled"] = wants_bf16
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConfigError(f"{path}: {twice}: is given twice; keep one")
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise ConfigError(f"--deepspeed {path}: {reason}; configurations are in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed {path}: holds {type(config).__name__}, not an object")
+    return config

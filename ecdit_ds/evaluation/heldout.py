@@ -1,0 +1,56 @@
+"""The held-out loss: fixed samples, fixed noise, fixed equidistant times, so that two numbers can be compared."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.loader import evaluation_batches
+from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_loss
+
+NUM_TIMES = 8
+_NOISE_SEED = 0
+
+
+def heldout_times() -> Tensor:
+    """Return the 8 times, the middles of equal parts of [0, 1] (as in SD3's validation loss)."""
+    return (torch.arange(NUM_TIMES) + 0.5) / NUM_TIMES
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: VelocityModel,
+    dataset: LatentDataset,
+    *,
+    batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    device: torch.device,
+    total: Callable[[Tensor], Tensor],
+) -> list[float]:
+    """Return the mean flow loss at each of `heldout_times`; collective, equal on all ranks and layouts.
+
+    Args:
+        batch_size: images a rank sees at a time.
+        total: sums a tensor over the data-parallel ranks.
+    """
+    sums = torch.zeros(NUM_TIMES + 1, dtype=torch.float64, device=device)
+    batches = evaluation_batches(dataset, batch_size=batch_size, dp_rank=dp_rank, dp_size=dp_size)
+    for samples, weights_B in batches:
+        weights_B = weights_B.to(device).double()
+        noise = draw_noise(tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise")
+        sums[NUM_TIMES] += weights_B.sum()
+        for i, time in enumerate(heldout_times().tolist()):
+            batch = FlowBatch(
+                latents_BCHW=samples.latents_BCHW,
+                noise_BCHW=noise,
+                timesteps_B=torch.full((len(weights_B),), time),
+                text_embeds_BTD=samples.text_embeds_BTD,
+                text_mask_BT=samples.text_mask_BT,
+                text_pooled_BD=samples.text_pooled_BD,
+            ).to(device)
+            losses_B, _ = flow_loss(model, batch)
+            sums[i] += (losses_B.double() * weights_B).sum()
+    sums = total(sums)
+    return (sums[:NUM_TIMES] / sums[NUM_TIMES]).tolist()

@@ -1,0 +1,129 @@
+"""Measurements: recorded as device tensors each step, reduced and read together at a report.
+
+So a step never waits for the device. Suffixes: B pools, S tokens of a pool, E experts.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+from ecdit_ds.config import ModelConfig
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
+from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.parallel.world import World
+
+PEAK_BF16_FLOPS_PER_S = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
+"""Dense tensor-core peaks, by a part of the device's name; vendors' data sheets."""
+
+
+class RoutingProbe:
+    """Watches routers through hooks; modules keep no counters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._latest: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertChoiceRouter):
+                self._handles.append(module.register_forward_hook(self._watch_expert_choice(name)))
+            elif name.endswith("deepspeed_moe.gate"):
+                self._handles.append(module.register_forward_hook(self._watch_token_choice(name)))
+
+    def latest(self) -> dict[str, Tensor]:
+        """Return, for the last forward, vectors over MoE layers; empty for a dense model.
+
+        experts_per_token: mean over tokens. untaken_fraction: share of tokens that no expert took.
+        router_entropy: mean entropy of a token's scores over experts, in nats (expert choice only).
+        """
+        names = ("experts_per_token", "untaken_fraction", "router_entropy")
+        found = {name: [v for key, v in self._latest.items() if key.startswith(name)] for name in names}
+        return {name: torch.stack(values) for name, values in found.items() if values}
+
+    def _watch_expert_choice(self, layer: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
+            with torch.no_grad():
+                self._record_counts(layer, experts_per_token(routing))
+                scores_BSE = routing.scores_BSE / routing.scores_BSE.sum(dim=-1, keepdim=True)
+                self._latest[f"router_entropy {layer}"] = torch.special.entr(scores_BSE).sum(dim=-1).mean()
+
+        return hook
+
+    def _watch_token_choice(self, layer: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, gating: tuple[Any, ...]) -> None:
+            experts_of_tokens_KS = gating[3]  # -1 where the expert had no place left
+            self._record_counts(layer, (experts_of_tokens_KS >= 0).sum(dim=0))
+
+        return hook
+
+    def _record_counts(self, layer: str, counts: Tensor) -> None:
+        self._latest[f"experts_per_token {layer}"] = counts.float().mean()
+        self._latest[f"untaken_fraction {layer}"] = (counts == 0).float().mean()
+
+
+class MetricLog:
+    """Steps not yet reported."""
+
+    def __init__(self) -> None:
+        self._facts: list[dict[str, Any]] = []
+        self._tensors: list[dict[str, Tensor]] = []
+
+    def record(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep one step: `facts` equal on all ranks, and small tensors whose mean over ranks is wanted."""
+        self._facts.append(facts)
+        self._tensors.append(tensors)
+
+    def flush(self, world: World) -> list[dict[str, Any]]:
+        """Return the recorded steps as plain numbers (lists for vectors, None where not finite); collective."""
+        if not self._facts:
+            return []
+        rows = [torch.cat([t.detach().flatten().double() for t in step.values()]) for step in self._tensors]
+        table = world.mean(torch.stack(rows)).tolist()
+        records = []
+        for facts, tensors, row in zip(self._facts, self._tensors, table, strict=True):
+            record, values = dict(facts), iter([v if math.isfinite(v) else None for v in row])
+            for name, tensor in tensors.items():
+                cells = [next(values) for _ in range(tensor.numel())]
+                record[name] = cells if tensor.dim() else cells[0]
+            records.append(record)
+        self._facts, self._tensors = [], []
+        return records
+
+
+def training_flops_per_image(config: ModelConfig, pool_images: int) -> float:
+    """Return the model FLOPs of one image's forward and backward; one multiply-add is 2 FLOPs.
+
+    Counted by torch on a meta-device forward of one routing pool; backward is twice the forward, and nothing that is
+    computed again is counted.
+    """
+    device = torch.device("meta")
+    dense_or_ours = config if config.ffn != "token_choice" else _as_expert_choice(config)
+    with device:
+        model = ECDiT(dense_or_ours, SerialLayers())
+        inputs = (
+            torch.empty(pool_images, config.in_channels, config.latent_height, config.latent_width),
+            torch.empty(pool_images),
+            torch.empty(pool_images, config.max_text_tokens, config.text_embed_dim),
+            torch.empty(pool_images, config.max_text_tokens, dtype=torch.bool),
+            torch.empty(pool_images, config.text_embed_dim),
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs)
+    return 3.0 * counter.get_total_flops() / pool_images
+
+
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """Return the device's bf16 peak, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS_PER_S.items() if part in name), None)
+
+
+def _as_expert_choice(config: ModelConfig) -> ModelConfig:
+    """Return the expert-choice twin of a token-choice model: the same places an expert, hence the same FLOPs."""
+    return dataclasses.replace(config, ffn="expert_choice")

@@ -1,0 +1,63 @@
+"""Self-attention over image tokens and cross-attention to the text.
+
+Suffixes: B micro-batch, S image tokens, T text tokens, D hidden_size, H heads, K head_dim. Heads are inferred from
+the layer's width, so a factory may cut them.
+"""
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecdit_ds.config import ModelConfig
+from ecdit_ds.model.embedders import rotate
+from ecdit_ds.parallel.layers import LayerFactory
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with RMS-normalised queries and keys and 2-D rotary positions (DiT-Air App. A)."""
+
+    def __init__(self, layers: LayerFactory, config: ModelConfig) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.query = layers.column_linear(config.hidden_size, width, bias=False)
+        self.key = layers.column_linear(config.hidden_size, kv_width, bias=False)
+        self.value = layers.column_linear(config.hidden_size, kv_width, bias=False)
+        self.out = layers.row_linear(width, config.hidden_size, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+
+    def forward(self, x_BSD: Tensor, angles_SK: Tensor) -> Tensor:
+        query, key, value = (
+            rearrange(project(x_BSD), "b s (h k) -> b h s k", k=self.head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        query, key = rotate(self.query_norm(query), angles_SK), rotate(self.key_norm(key), angles_SK)
+        y_BHSK = F.scaled_dot_product_attention(query, key, value, enable_gqa=key.shape[1] != query.shape[1])
+        return self.out(rearrange(y_BHSK, "b h s k -> b s (h k)"))
+
+
+class CrossAttention(nn.Module):
+    """Image tokens read the text; masked text tokens are never read (paper eq. 2-3)."""
+
+    def __init__(self, layers: LayerFactory, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.cross_num_heads * config.cross_head_dim
+        self.head_dim = config.cross_head_dim
+        self.query = layers.column_linear(config.hidden_size, width, bias=False)
+        self.key = layers.column_linear(config.text_embed_dim, width, bias=False)
+        self.value = layers.column_linear(config.text_embed_dim, width, bias=False)
+        self.out = layers.row_linear(width, config.hidden_size, bias=False)
+        self.query_norm = nn.RMSNorm(config.cross_head_dim, eps=1e-6)
+        self.key_norm = nn.RMSNorm(config.cross_head_dim, eps=1e-6)
+
+    def forward(self, x_BSD: Tensor, text_embeds_BTD: Tensor, text_mask_BT: Tensor) -> Tensor:
+        query = rearrange(self.query(x_BSD), "b s (h k) -> b h s k", k=self.head_dim)
+        key, value = (
+            rearrange(project(text_embeds_BTD), "b t (h k) -> b h t k", k=self.head_dim)
+            for project in (self.key, self.value)
+        )
+        y_BHSK = F.scaled_dot_product_attention(
+            self.query_norm(query), self.key_norm(key), value, attn_mask=rearrange(text_mask_BT, "b t -> b 1 1 t")
+        )
+        return self.out(rearrange(y_BHSK, "b h s k -> b s (h k)"))

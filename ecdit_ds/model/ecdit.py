@@ -1,0 +1,70 @@
+"""EC-DiT: a text-to-image diffusion transformer whose every second FFN is a layer of experts.
+
+Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens, T text tokens, D width, M modulation
+vectors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ecdit_ds.config import ModelConfig
+from ecdit_ds.model.block import DiTBlock, FinalLayer
+from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, rotary_angles
+from ecdit_ds.parallel.layers import LayerFactory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model returns."""
+
+    velocity_BCHW: Tensor
+    """Of the latents' shape and dtype."""
+    auxiliary_loss: Tensor
+    """fp32 scalar: the token-choice baseline's load-balance loss; zero otherwise."""
+
+
+class ECDiT(nn.Module):
+    """The transformer. It asks `layers` for what a layout may cut and knows nothing of ranks."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.config = config
+        self.patches = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
+        self.condition = ConditionEmbedder(config.text_embed_dim, config.hidden_size)
+        self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(layers, config, layer) for layer in range(config.num_layers))
+        self.final = FinalLayer(config)
+
+    def forward(
+        self,
+        noisy_latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        text_embeds_BTD: Tensor,
+        text_mask_BT: Tensor,
+        text_pooled_BD: Tensor,
+    ) -> Prediction:
+        """Predict the velocity `noise - latents`.
+
+        Args:
+            noisy_latents_BCHW: height and width multiples of patch_size; not necessarily those of training.
+            timesteps_B: in [0, 1]; 0 is data, 1 is noise.
+            text_mask_BT: bool, True for a real token; at least one a row.
+        """
+        dtype, p = self.patches.linear.weight.dtype, self.config.patch_size
+        height, width = noisy_latents_BCHW.shape[-2] // p, noisy_latents_BCHW.shape[-1] // p
+        angles_SK = rotary_angles(height, width, self.config.head_dim, noisy_latents_BCHW.device)
+
+        x_BSD = self.patches(noisy_latents_BCHW.to(dtype))
+        condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
+        modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
+        auxiliary_loss = torch.zeros((), device=x_BSD.device)
+        for block in self.blocks:
+            x_BSD, block_loss = block(x_BSD, modulation_BMD, angles_SK, text_embeds_BTD.to(dtype), text_mask_BT)
+            auxiliary_loss = auxiliary_loss + block_loss
+        patches = self.final(x_BSD, condition_BD)
+        velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
+        return Prediction(velocity_BCHW=velocity.to(noisy_latents_BCHW.dtype), auxiliary_loss=auxiliary_loss)

@@ -1,0 +1,108 @@
+"""What DeepSpeed must see to train experts: its marker classes and its parameter marks.
+
+The engine recognises a Mixture-of-Experts layer by `isinstance` alone. Without the marker, experts of different
+ranks are broadcast over one another at the start and their gradients averaged: training runs, the model is wrong.
+Outside `engine.py`, DeepSpeed is imported here only.
+"""
+
+from typing import Any
+
+from deepspeed.moe.layer import MoE
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from einops import rearrange
+from torch import Tensor, nn
+
+from ecdit_ds.config import Activation, ModelConfig
+from ecdit_ds.parallel.experts import Experts
+
+
+def expert_group_name(ep_size: int) -> str:
+    """Return DeepSpeed's name for the expert-parallel group; it parses the number out of it."""
+    return f"ep_size_{ep_size}"
+
+
+class DeepSpeedExperts(Experts, AutoEPMoELayer):
+    """Experts that the engine keeps apart: reduced and clipped over their copies, never averaged over one another.
+
+    AutoEPMoELayer is inherited for its type alone (the engine asks `isinstance`), hence its `__init__` is not run.
+    It is accepted by ZeRO-1, 2 and 3.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        *,
+        activation: Activation,
+        ep_rank: int,
+        ep_size: int,
+    ) -> None:
+        Experts.__init__(
+            self, num_experts, hidden_size, ffn_hidden_size, activation=activation, ep_rank=ep_rank, ep_size=ep_size
+        )
+        _mark_expert_parameters(self, ep_size)
+
+    def forward(self, x_LRD: Tensor) -> Tensor:
+        return Experts.forward(self, x_LRD)
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the dispatcher already holds its group. The engine calls this, in two signatures."""
+
+
+class TokenChoice(nn.Module):
+    """The baseline: each token takes its top-k experts (GShard), by DeepSpeed's own layer.
+
+    An expert has as many places as under expert choice, capacity_factor * tokens / E over the rank's micro-batch;
+    tokens beyond are dropped. So, unlike expert choice, its result depends on how the batch is split over ranks.
+
+    Returns from forward:
+        (y_BSD, auxiliary load-balance loss, a scalar)
+    """
+
+    def __init__(self, config: ModelConfig, *, ep_rank: int, ep_size: int) -> None:
+        super().__init__()
+        places_per_choice = config.capacity_factor / config.top_k
+        self.moe = MoE(
+            config.hidden_size, nn.Identity(), config.num_experts, ep_size, k=config.top_k,
+            capacity_factor=places_per_choice, eval_capacity_factor=places_per_choice, min_capacity=1,
+            use_rts=False, top2_2nd_expert_sampling=False,
+        )  # fmt: skip
+        # DeepSpeed's own bank holds one module an expert; ours is one tensor, named and cut as under expert choice.
+        experts = Experts(
+            config.num_experts, config.hidden_size, config.ffn_hidden_size,
+            activation=config.ffn_activation, ep_rank=ep_rank, ep_size=ep_size,
+        )  # fmt: skip
+        self.moe.deepspeed_moe.experts = _PeerMajor(experts)
+        _mark_expert_parameters(experts, ep_size)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSD, auxiliary_loss, _ = self.moe(x_BSD)
+        return y_BSD, auxiliary_loss
+
+
+class _PeerMajor(nn.Module):
+    """Let experts, which want (local expert, row), take what DeepSpeed hands over: (peer, local expert, row)."""
+
+    def __init__(self, bank: Experts) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, x_PLCD: Tensor) -> Tensor:
+        y_LRD = self.bank(rearrange(x_PLCD, "p l c d -> l (p c) d"))
+        return rearrange(y_LRD, "l (p c) d -> p l c d", p=x_PLCD.shape[0])
+
+
+def create_expert_groups(ep_size: int) -> Any:
+    """Create DeepSpeed's expert-parallel and expert-data groups once and return this rank's expert-parallel group."""
+    name = expert_group_name(ep_size)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return groups._get_expert_parallel_group(name)
+
+
+def _mark_expert_parameters(module: nn.Module, ep_size: int) -> None:
+    for parameter in module.parameters():
+        parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's only test for "expert parameter"
+        parameter.group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]

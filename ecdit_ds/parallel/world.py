@@ -1,0 +1,102 @@
+"""The processes that train together: who am I, and what do we all say.
+
+The launcher tells each process its place through the environment; a process started alone is a world of one.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ecdit_ds.errors import EcditError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This process among the others, as the launcher says."""
+
+    rank: int
+    local_rank: int
+    local_size: int
+    world_size: int
+
+
+def place_from_environment() -> Place:
+    """Read RANK, LOCAL_RANK, LOCAL_SIZE and WORLD_SIZE; without a launcher, become a world of one and say so there."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "1"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    world_size = int(os.environ["WORLD_SIZE"])
+    return Place(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))),
+        world_size=world_size,
+    )
+
+
+class World:
+    """Agreement among all processes; collective, so every process must ask the same question."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size()
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and return its value everywhere; where it raises an EcditError, all raise it."""
+        outcome: tuple[Any, EcditError | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (work(), None)
+            except EcditError as error:
+                outcome = (None, error)
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return everybody's value on rank 0, None elsewhere."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values if self.rank == 0 else None
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_ok(self, ok: bool) -> bool:
+        """Return whether everybody is; nobody goes on before all have answered."""
+        flag = torch.tensor([int(ok)], device=_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the elementwise mean of an fp64 or fp32 tensor over all processes."""
+        return self.sum(values) / self.size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the elementwise sum over all processes."""
+        total = values.detach().clone().to(_device())
+        dist.all_reduce(total)
+        return total
+
+
+def _device() -> torch.device:
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -1,0 +1,64 @@
+"""Pictures for people: captioned grids and single files."""
+
+import io
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+_INCHES_PER_PICTURE = 1.6
+_CAPTION_WIDTH = 22
+_SMALLEST_SIDE = 256
+
+
+def to_uint8(images_B3HW: Tensor) -> np.ndarray:
+    """Return (B, H, W, 3) uint8 of images in [-1, 1]."""
+    pixels = ((images_B3HW.float().clamp(-1, 1) + 1) * 127.5).round()
+    return rearrange(pixels, "b c h w -> b h w c").byte().cpu().numpy()
+
+
+def save_picture(image_HWC: np.ndarray, path: Path) -> None:
+    """Write one picture, enlarged by a whole factor so that a small canvas can be seen."""
+    factor = max(1, _SMALLEST_SIDE // min(image_HWC.shape[:2]))
+    _write(path, _png(Image.fromarray(image_HWC.repeat(factor, axis=0).repeat(factor, axis=1))))
+
+
+def save_grid(images_BHWC: np.ndarray, captions: Sequence[str], columns: int, path: Path) -> None:
+    """Write the pictures with their captions, `columns` a row."""
+    rows = -(-len(captions) // columns)
+    figure = Figure(figsize=(columns * _INCHES_PER_PICTURE, rows * _INCHES_PER_PICTURE * 1.35), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes.flat, images_BHWC, captions, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(caption, _CAPTION_WIDTH)), fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    _write(path, buffer.getvalue())
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,160 @@
+"""A run's folder: one run at a time, one recipe for all its lives, nothing overwritten.
+
+OUTPUT/recipe.yaml          what is trained, resolved
+OUTPUT/metrics.jsonl        one line a step
+OUTPUT/evaluations.jsonl    one line a held-out evaluation
+OUTPUT/checkpoints/step_N   layout-free checkpoints
+OUTPUT/tensorboard/         the same numbers, and sample grids
+OUTPUT/samples/             sample grids as PNG
+"""
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
+from ecdit_ds.checkpoint.storage import remove_stale_attempts
+from ecdit_ds.config import Recipe
+from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.recipe_file import dump_recipe, parse_yaml
+from ecdit_ds.snapshot import check_same_recipe
+
+_LOCK_PATIENCE_S = 10.0
+_OWN_LOCK = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run keeps what it leaves behind."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def lock(self) -> IO[str]:
+        """Make the folder ours until the returned file is closed or the process ends.
+
+        Raises:
+            ConfigError: another live process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {self.path}: {error.strerror}; choose a folder that can be written") from None
+        # Just after a kill, the old life may take a moment to end.
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                # A record lock, unlike flock, is not inherited by loader workers.
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    handle.seek(0)
+                    raise ConfigError(
+                        f"--output {self.path}: another run (process {handle.read().strip() or 'unknown'}) is writing "
+                        "there; stop it or choose another folder"
+                    ) from None
+                time.sleep(0.2)
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        return handle
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds something else.
+
+        Raises:
+            CheckpointError: a run of another recipe.
+            ConfigError: files of no run at all.
+        """
+        if self.recipe.exists():
+            try:
+                written = parse_yaml(self.recipe.read_text(encoding="utf-8"))
+            except (ConfigError, OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{self.recipe}: cannot be read ({error}); choose another --output") from None
+            check_same_recipe(written if isinstance(written, dict) else {}, recipe, self.path)
+        elif foreign := sorted(p.name for p in self.path.iterdir() if p.name != _OWN_LOCK):
+            raise ConfigError(
+                f"--output {self.path}: holds {len(foreign)} files that are no run's (such as {foreign[0]}); "
+                "choose a new or empty folder"
+            )
+
+    def candidates(self, resume: str) -> list[Path]:
+        """Return the checkpoints to try, best first; none means a fresh start.
+
+        Args:
+            resume: `auto`, `never`, or the path of a checkpoint or of a run.
+
+        Raises:
+            CheckpointError: the request cannot be met without overwriting something.
+        """
+        own = list_checkpoints(self.checkpoints)
+        if resume == "auto":
+            return own
+        if resume == "never":
+            if own or self.metrics.exists():
+                raise CheckpointError(
+                    f"--resume never: {self.path} already holds a run; choose another --output or use --resume auto"
+                )
+            return []
+        source = Path(resume)
+        found = [source] if (source / MANIFEST_NAME).is_file() else list_checkpoints(source / "checkpoints")
+        if not found:
+            raise CheckpointError(f"--resume {resume}: is neither a checkpoint nor a run with checkpoints")
+        if own and own[0].resolve() not in [folder.resolve() for folder in found]:
+            raise CheckpointError(
+                f"--resume {resume}: {self.checkpoints} already holds {own[0].name}, which would be overwritten; "
+                "choose another --output"
+            )
+        return found
+
+    def begin(self, recipe: Recipe, step: int) -> None:
+        """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again."""
+        _replace(self.recipe, dump_recipe(recipe))
+        remove_stale_attempts(self.checkpoints)
+        for log in (self.metrics, self.evaluations):
+            if log.exists():
+                _replace(log, "".join(line for line in _whole_lines(log) if json.loads(line)["step"] <= step))
+
+
+def _whole_lines(log: Path) -> list[str]:
+    """Return the lines of a JSON-lines file, without a last one that a kill cut off."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,104 @@
+"""What a checkpoint of a run holds: every fragment of weights, average and optimizer, the recipe, and three counts.
+
+Tensors are named `weight/blocks.0...`, `ema/...`, `exp_avg/...`; all are fp32 slices of global tensors, whatever
+layout wrote them and whatever layout reads them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
+from ecdit_ds.checkpoint.peers import Peers
+from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.checkpoint.storage import Piece, remove_old, save_checkpoint
+from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
+from ecdit_ds.engine import DeepSpeedEngine
+from ecdit_ds.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    """Optimizer steps taken, skipped ones included."""
+    samples_seen: int
+    """The loader's whole state."""
+    num_updates: int
+    """Steps that were not skipped."""
+
+
+def save_snapshot(
+    root: Path, engine: DeepSpeedEngine, progress: Progress, recipe: Recipe, keep: int, peers: Peers
+) -> Path:
+    """Write `root/step_N` and remove old checkpoints beyond `keep`; collective."""
+    meta = {
+        "recipe": recipe.to_dict(),
+        "samples_seen": progress.samples_seen,
+        "num_updates": progress.num_updates,
+    }
+    folder = save_checkpoint(root, progress.step, _pieces(engine), meta, peers)
+    if peers.rank == 0:
+        remove_old(root, keep)
+    return folder
+
+
+def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
+    """Fill the engine's fragments from a checkpoint written under any layout.
+
+    The caller makes sure that all ranks succeeded before it calls `engine.restored`.
+
+    Raises:
+        CheckpointError: damage, or a tensor the checkpoint lacks or has in another shape.
+    """
+    for fragment in engine.fragments():
+        stop = fragment.start + next(iter(fragment.states.values())).numel()
+        for state_name, values in fragment.states.items():
+            name = f"{state_name}/{fragment.name}"
+            reader.expect(name, fragment.shard.global_shape)
+            for box, at in flat_range_boxes(fragment.local_shape, fragment.start, stop):
+                view = values.narrow(0, at, box.numel).view(box.shape)
+                reader.read_into(name, shifted(box, fragment.shard.offset), view)
+    return progress_of(reader)
+
+
+def progress_of(reader: Reader) -> Progress:
+    """Return how far the run was that wrote the checkpoint."""
+    try:
+        meta = reader.manifest.meta
+        return Progress(
+            step=reader.manifest.step,
+            samples_seen=int(meta["samples_seen"]),
+            num_updates=int(meta["num_updates"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{reader.folder}: its manifest lacks what a run needs: {error}") from None
+
+
+def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> None:
+    """Refuse to go on with a run under another recipe.
+
+    Raises:
+        CheckpointError: naming every changed field that may not change, with both values.
+    """
+    changes = {k: v for k, v in changed_fields(written, recipe.to_dict()).items() if k not in MAY_CHANGE_ON_RESUME}
+    if changes:
+        told = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
+        raise CheckpointError(
+            f"{where}: belongs to another recipe ({told}); choose another --output, or undo the change"
+        )
+
+
+def _pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    for fragment in engine.fragments():
+        stop = fragment.start + next(iter(fragment.states.values())).numel()
+        for state_name, values in fragment.states.items():
+            for box, at in flat_range_boxes(fragment.local_shape, fragment.start, stop):
+                yield Piece(
+                    name=f"{state_name}/{fragment.name}",
+                    global_shape=fragment.shard.global_shape,
+                    box=shifted(box, fragment.shard.offset),
+                    data=values.narrow(0, at, box.numel).view(box.shape),
+                )

@@ -1,0 +1,86 @@
+"""Train a recipe:  deepspeed ecdit_ds/train.py --deepspeed ds_configs/zero2.json
+
+With no other flag this trains the demo. Every rank runs this file; what it builds, and in which order, is in `build.run`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
+    sys.path[0] = str(ROOT)
+
+from ecdit_ds.build import describe, run, share_cores
+from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.errors import EcditError
+from ecdit_ds.lifeline import die_with_launcher
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.parallel.world import place_from_environment
+from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
+from ecdit_ds.run_folder import RunFolder
+
+EXIT_USER_ERROR = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line; see --help."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed ecdit_ds/train.py", description="Train an expert-choice diffusion transformer with DeepSpeed.",
+        epilog=f"Recipes: {', '.join(recipe_names())}. Run again after a crash: it goes on from the newest checkpoint.",
+    )  # fmt: skip
+    parser.add_argument("--config", default=DEFAULT_RECIPE, metavar="NAME|PATH", help="recipe (default: %(default)s)")
+    parser.add_argument(
+        "--deepspeed", type=Path, default=DEFAULT_PATH, metavar="JSON",
+        help="DeepSpeed configuration; batch sizes, clipping and precision come from the recipe (default: zero2.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="change a recipe field, such as train.max_steps=20; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH",
+        help="auto: go on from the newest valid checkpoint in the folder; never: refuse a folder that holds a run; "
+        "PATH: start from that checkpoint or run (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run, and turn what a user can get wrong into one line; return the exit code."""
+    options = parse_arguments()
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe = load_recipe(options.config, options.set)
+        if options.print_config:
+            if is_first:
+                print(dump_recipe(recipe), end="")
+            return 0
+        place = place_from_environment()
+        topology = Topology(world_size=place.world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
+        deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
+        if options.dry_run:
+            if is_first:
+                print(describe(recipe, topology, deepspeed_config["zero_optimization"]["stage"]))
+            return 0
+        die_with_launcher()
+        share_cores(place)
+        folder = RunFolder(path=options.output or Path("runs") / recipe.name)
+        run(recipe, topology, deepspeed_config, folder, options.resume)
+    except EcditError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The loop: when things happen. What a step is, the engine knows; what is shown to whom, the callbacks know."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ecdit_ds.callbacks import Callback
+from ecdit_ds.config import Recipe
+from ecdit_ds.engine import DeepSpeedEngine, StepResult
+from ecdit_ds.errors import CheckpointError, TrainingError
+from ecdit_ds.flow.objective import FlowBatch, flow_loss
+from ecdit_ds.metrics import MetricLog, RoutingProbe
+from ecdit_ds.optim import learning_rate
+from ecdit_ds.parallel.world import World
+from ecdit_ds.snapshot import Progress, save_snapshot
+
+Batches = Callable[[int], Iterable[list[FlowBatch]]]
+"""start sample -> this rank's micro-batches, step after step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a run is given besides its recipe."""
+
+    device: torch.device
+    checkpoints: Path
+    batches: Batches
+    heldout_losses: Callable[[nn.Module], list[float]]
+    """model -> held-out loss at each fixed time; collective."""
+    draw: Callable[[nn.Module], np.ndarray]
+    """model -> uint8 pictures (B, H, W, 3) of the recipe's prompts; collective."""
+    flops_per_image: float
+    peak_flops_per_s: float | None
+    """Of all devices together; None where it is not known."""
+
+
+class Trainer:
+    """Trains until train.max_steps."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: DeepSpeedEngine,
+        world: World,
+        surroundings: Surroundings,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.recipe, self.engine, self.world = recipe, engine, world
+        self._given, self._callbacks = surroundings, callbacks
+        self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
+        self._skipped_in_a_row = 0
+
+    def fit(self, progress: Progress) -> Progress:
+        """Train on from `progress`.
+
+        Raises:
+            TrainingError: train.max_skipped_steps steps in a row had a non-finite gradient.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        train = self.recipe.train
+        saved_step = progress.step
+        if progress.step == 0:
+            self._evaluate(0)
+        for micro_batches, seconds_waited in _timed(self._batches(progress)):
+            started = time.perf_counter()
+            result = self._step(micro_batches, progress.step)
+            progress = Progress(
+                step=progress.step + 1,
+                samples_seen=progress.samples_seen + train.global_batch_size,
+                num_updates=self.engine.num_updates,
+            )
+            self._record(progress, result, seconds_waited + time.perf_counter() - started)
+            self._check_finite(progress, result)
+            is_last = progress.step == train.max_steps
+            is_checkpoint = is_last or progress.step % train.checkpoint_every == 0
+            if is_checkpoint or progress.step % train.log_every == 0:
+                self._report()
+            if is_last or progress.step % train.evaluate_every == 0:
+                self._evaluate(progress.step)
+            if is_last or progress.step % train.sample_every == 0:
+                self._draw(progress.step)
+            if is_checkpoint and self._save(progress, must_succeed=is_last):
+                saved_step = progress.step
+        self._note(f"done at step {progress.step}; newest checkpoint is step_{saved_step}")
+        return progress
+
+    def _batches(self, progress: Progress) -> Iterator[list[FlowBatch]]:
+        if progress.step < self.recipe.train.max_steps:
+            yield from self._given.batches(progress.samples_seen)
+
+    def _step(self, micro_batches: list[FlowBatch], step: int) -> StepResult:
+        on_device = [batch.to(self._given.device) for batch in micro_batches]
+        rate = learning_rate(step, self.recipe.train.max_steps, self.recipe.optimizer)
+        return self.engine.step(on_device, self._loss, rate)
+
+    def _loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, Tensor]:
+        losses_B, auxiliary_loss = flow_loss(model, batch)
+        return losses_B.mean(), self.recipe.model.load_balance_weight * auxiliary_loss
+
+    def _record(self, progress: Progress, result: StepResult, seconds: float) -> None:
+        images_per_second = self.recipe.train.global_batch_size / seconds
+        flops_per_second = images_per_second * self._given.flops_per_image
+        peak = self._given.peak_flops_per_s
+        facts: dict[str, Any] = {
+            "step": progress.step,
+            "samples_seen": progress.samples_seen,
+            "learning_rate": learning_rate(progress.step - 1, self.recipe.train.max_steps, self.recipe.optimizer),
+            "is_skipped": result.is_skipped,
+            "seconds": seconds,
+            "images_per_second": images_per_second,
+            "model_flops_per_second": flops_per_second,
+            "model_flops_utilization": flops_per_second / peak if peak else None,
+            "memory_bytes": _memory_bytes(self._given.device),
+            "experts_per_token": None,
+        }
+        routing = self._probe.latest()
+        tensors = {
+            "loss": result.loss,
+            "auxiliary_loss": result.auxiliary_loss,
+            "grad_norm": torch.as_tensor(result.grad_norm, device=result.loss.device),
+        }
+        if routing:
+            tensors["experts_per_token"] = routing["experts_per_token"].mean()
+            tensors |= {name: values for name, values in routing.items() if name != "experts_per_token"}
+        self._log.record(facts, tensors)
+
+    def _check_finite(self, progress: Progress, result: StepResult) -> None:
+        limit = self.recipe.train.max_skipped_steps
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.is_skipped else 0
+        if not result.is_skipped:
+            return
+        self._note(
+            f"step {progress.step} skipped on every rank: a gradient is not finite "
+            f"({self._skipped_in_a_row} in a row, the run ends at {limit})"
+        )
+        if self._skipped_in_a_row >= limit:
+            self._report()
+            raise TrainingError(
+                f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
+                "the last checkpoint is from before; lower optimizer.learning_rate or inspect the data"
+            )
+
+    def _report(self) -> None:
+        if records := self._log.flush(self.world):
+            self._tell(lambda callback: callback.on_report(records))
+
+    def _evaluate(self, step: int) -> None:
+        with _evaluating(self.engine.module) as model:
+            losses = self._given.heldout_losses(model)
+            if step == 0:
+                averaged = losses
+            else:
+                with self.engine.averaged_weights():
+                    averaged = self._given.heldout_losses(model)
+        record = {
+            "step": step,
+            "heldout_loss": float(np.mean(losses)),
+            "heldout_loss_ema": float(np.mean(averaged)),
+            "heldout_loss_by_time": losses,
+        }
+        self._tell(lambda callback: callback.on_evaluation(record))
+
+    def _draw(self, step: int) -> None:
+        prompts = list(self.recipe.sample.prompts)
+        if prompts:
+            with _evaluating(self.engine.module) as model, self.engine.averaged_weights():
+                pictures = self._given.draw(model)
+            self._tell(lambda callback: callback.on_samples(step, pictures, prompts))
+
+    def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
+        started = time.perf_counter()
+        try:
+            folder = save_snapshot(
+                self._given.checkpoints, self.engine, progress, self.recipe, self.recipe.train.keep_checkpoints,
+                self.world,
+            )  # fmt: skip
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            self._note(f"step {progress.step}: not saved, training goes on: {error}")
+            return False
+        self._note(f"step {progress.step} | saved {folder} in {time.perf_counter() - started:.2f} s")
+        return True
+
+    def _note(self, text: str) -> None:
+        self._tell(lambda callback: callback.on_note(text))
+
+    def _tell(self, tell: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            tell(callback)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
+
+
+def _timed(batches: Iterator[list[FlowBatch]]) -> Iterator[tuple[list[FlowBatch], float]]:
+    """Yield each item with the seconds it was waited for."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Return the most device memory used so far; on a CPU, the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

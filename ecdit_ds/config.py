@@ -112,15 +112,15 @@ class ModelConfig:
             raise ConfigError("model.num_shared_experts and model.load_balance_weight cannot be negative")
         if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens) < 1:
             raise ConfigError(
-                f"model.capacity_rounding: floor of capacity_factor({self.capacity_factor}) x tokens({self.num_tokens}) "
-                f"/ num_experts({self.num_experts}) is 0 tokens an expert; use ceil or fewer experts"
+                f"model.capacity_rounding: floor of capacity_factor({self.capacity_factor}) x "
+                f"tokens({self.num_tokens}) / num_experts({self.num_experts}) is 0 tokens an expert; use ceil or fewer experts"
             )
 
     def expert_capacity(self, pool_tokens: int) -> int:
         """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
         exact = self.capacity_factor * pool_tokens / self.num_experts
-        rounded = {"floor": math.floor, "ceil": math.ceil, "nearest": round}[self.capacity_rounding](exact)
-        return min(int(rounded), pool_tokens)
+        rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
+        return min(rounded[self.capacity_rounding], pool_tokens)
 
 
 _POSITIVE_MODEL_FIELDS = (
@@ -254,9 +254,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require_positive("parallel", "ep", self.ep)
         if self.tp != 1:
-            raise ConfigError(
-                f"parallel.tp: {self.tp}; this version trains with tp 1 (see CHANGELOG.md); use parallel.ep"
-            )
+            raise ConfigError(f"parallel.tp: {self.tp}; this version trains with tp 1; spread experts by parallel.ep")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,8 +187,8 @@ class DeepSpeedEngine:
         return partitions
 
     def _make_optimizer_state(self) -> None:
-        """Make the state that torch's optimizers would make at their first step, so that one may be loaded before it."""
+        """Make the state that torch's optimizers make at their first step, so that one can be loaded before it."""
         for flat in self._partitions():
             state = self._zero.optimizer.state[flat]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if flat.is_cuda else None)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state |= {name: torch.zeros_like(flat) for name in STATE_NAMES[self._optimizer_name]}

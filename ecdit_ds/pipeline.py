@@ -11,7 +11,7 @@ from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, TextEmbeddings, WordEncoder
+from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.objective import VelocityModel, draw_noise

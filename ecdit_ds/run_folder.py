@@ -65,7 +65,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")
+            handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- stays open with the run
         except OSError as error:
             raise ConfigError(f"--output {self.path}: {error.strerror}; choose a folder that can be written") from None
         # Just after a kill, the old life may take a moment to end.

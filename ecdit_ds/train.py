@@ -1,6 +1,6 @@
 """Train a recipe:  deepspeed ecdit_ds/train.py --deepspeed ds_configs/zero2.json
 
-With no other flag this trains the demo. Every rank runs this file; what it builds, and in which order, is in `build.run`.
+With no other flag this trains the demo. Every rank runs this file; `build.run` says what is built, in which order.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe, and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run, and turn what a user can get wrong into one line; return the exit code."""
-    options = parse_arguments()
+    options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         recipe = load_recipe(options.config, options.set)

@@ -12,6 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ecdit_ds.config import Recipe, SampleConfig
@@ -64,9 +65,11 @@ def draw(options: argparse.Namespace) -> None:
     if not prompts:
         raise ConfigError("--prompt: none given, and the recipe's sample.prompts is empty; give one")
     with tqdm(total=sample.num_steps, unit="step", desc="drawing", disable=not sys.stderr.isatty()) as bar:
-        images = to_uint8(
-            pipeline.draw(prompts, seed=options.seed, sample=sample, callback=lambda *_: bar.update() and None)
-        )
+
+        def advance(_step: int, _time: float, _latents: Tensor) -> None:
+            bar.update()
+
+        images = to_uint8(pipeline.draw(prompts, seed=options.seed, sample=sample, callback=advance))
     save_grid(images, prompts, min(_COLUMNS, len(prompts)), options.output / "samples.png")
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         save_picture(image, options.output / "pictures" / f"{i:03d}_{_slug(prompt)}.png")

@@ -155,7 +155,7 @@ def _together(peers: Peers, final: Path, work: Callable[[], T]) -> T:
     failure: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 - any kind: if one peer left silently, the others would wait for ever
+    except Exception as error:
         failure = error
     if peers.all_ok(failure is None):
         return result

@@ -1,42 +1,29 @@
 """Encoded corpora on disk: written once through both encoders, then read memory-mapped.
 
-Encoders run before training, not in it. One folder per setting holds `samples.arrow` (Hugging Face `datasets`) and
-`index.json` (count, shapes, size and checksum of the former). A folder appears whole or not at all: it is written
-beside its place and renamed, so ranks may race for it and a killed process leaves nothing that is ever read.
+Encoders run before training, not in it. One folder per setting holds what they gave; `cache.py` keeps the folders.
 
 Suffixes: B batch, C channels, H, W pixels (of the canvas or of the latents), T text tokens, D text_embed_dim.
 """
 
-import dataclasses
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import xxhash
-from datasets.arrow_writer import ArrowWriter
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.data.cache import SCHEMA_VERSION, read_folder, write_folder
 from ecdit_ds.data.digit_scenes import Split, draw_scene
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
 
-SCHEMA_VERSION = 1
-"""Raise it when scenes or columns change, so that no older folder is taken for a new one."""
-ARROW_FILE = "samples.arrow"
-INDEX_FILE = "index.json"
 _ROWS_PER_BATCH = 256
 
 
@@ -66,21 +53,6 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheIndex:
-    """What `index.json` holds."""
-
-    schema: int
-    settings: dict[str, str | int]
-    count: int
-    latents_shape: tuple[int, int, int]
-    """(C, H, W)."""
-    text_shape: tuple[int, int]
-    """(T, D)."""
-    arrow_bytes: int
-    arrow_xxh3: str
-
-
 class LatentDataset:
     """A memory-mapped encoded corpus; cheap to pickle and to fork, since only its path travels."""
 
@@ -90,10 +62,7 @@ class LatentDataset:
         Raises:
             DataError: a file is missing or damaged; names it.
         """
-        self.folder = folder
-        self.index = _read_index(folder)
-        _verify_arrow(folder / ARROW_FILE, self.index)
-        self._rows = datasets.Dataset.from_file(str(folder / ARROW_FILE)).with_format("arrow")
+        self.index, self._rows = read_folder(folder)
 
     def __len__(self) -> int:
         return self.index.count
@@ -167,7 +136,14 @@ def open_digit_scenes(
     folder = Path(data.cache_dir) / f"digit_scenes-{digest}"
     if not folder.exists():
         try:
-            _write_folder(folder, _encode_scenes(settings, split, image_encoder, text_encoder), settings, model)
+            write_folder(
+                folder,
+                _encode_scenes(settings, split, image_encoder, text_encoder),
+                settings=settings,
+                count=int(settings["count"]),
+                latents_shape=(model.in_channels, model.latent_height, model.latent_width),
+                text_shape=(model.max_text_tokens, model.text_embed_dim),
+            )
         except OSError as error:
             raise DataError(f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; "
                             "free space there or set data.cache_dir elsewhere") from None  # fmt: skip
@@ -229,97 +205,3 @@ def _read_column(table: pa.Table, name: str, dtype: type[np.generic], row_shape:
     offsets = np.frombuffer(offset_buffer, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
     block = np.frombuffer(byte_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]].copy()
     return torch.from_numpy(block.view(dtype).reshape(len(column), *row_shape))
-
-
-def _write_folder(folder: Path, tables: Iterator[pa.Table], settings: dict[str, str | int], model: ModelConfig) -> None:
-    """Write a corpus beside `folder` and rename it there; where another process was faster, keep its folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The name is new for every try: what a killed process left behind is never met again.
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    draft.mkdir()
-    try:
-        _write_arrow(draft / ARROW_FILE, tables, int(settings["count"]))
-        index = CacheIndex(
-            schema=SCHEMA_VERSION,
-            settings=settings,
-            count=int(settings["count"]),
-            latents_shape=(model.in_channels, model.latent_height, model.latent_width),
-            text_shape=(model.max_text_tokens, model.text_embed_dim),
-            arrow_bytes=(draft / ARROW_FILE).stat().st_size,
-            arrow_xxh3=_checksum(draft / ARROW_FILE),
-        )
-        (draft / INDEX_FILE).write_text(json.dumps(dataclasses.asdict(index), indent=2) + "\n", encoding="ascii")
-        for path in (draft / ARROW_FILE, draft / INDEX_FILE, draft):
-            _sync_to_disk(path)
-        try:
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, and its folder says the same
-                raise
-        _sync_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _write_arrow(path: Path, tables: Iterator[pa.Table], count: int) -> None:
-    features = datasets.Features({
-        "caption": datasets.Value("string"),
-        "kind": datasets.Value("string"),
-        **{name: datasets.Value("binary") for name in ("latents", "text_embeds", "text_mask", "text_pooled")},
-    })  # fmt: skip
-    # disable=None shows the bar on terminals only.
-    with (
-        ArrowWriter(path=str(path), features=features) as writer,
-        tqdm(total=count, desc="encoding scenes", unit="scene", disable=None) as progress,
-    ):
-        for table in tables:
-            writer.write_table(table)
-            progress.update(len(table))
-        writer.finalize()
-
-
-def _read_index(folder: Path) -> CacheIndex:
-    path = folder / INDEX_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="ascii"))
-        shapes = {name: tuple(fields.pop(name)) for name in ("latents_shape", "text_shape")}
-        index = CacheIndex(**fields, **shapes)
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing; delete the folder {folder} to have it written anew") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{path}: is no index of an encoded set ({error}); delete the folder {folder} to have it written anew"
-        ) from None
-    if index.schema != SCHEMA_VERSION:
-        raise DataError(
-            f"{path}: has schema {index.schema}, this version reads {SCHEMA_VERSION}; delete the folder {folder}"
-        )
-    return index
-
-
-def _verify_arrow(path: Path, index: CacheIndex) -> None:
-    way_out = f"delete the folder {path.parent} to have it written anew"
-    if not path.is_file():
-        raise DataError(f"{path}: is missing; {way_out}")
-    size = path.stat().st_size
-    if size != index.arrow_bytes:
-        raise DataError(f"{path}: has {size} bytes, but its index says {index.arrow_bytes}; {way_out}")
-    checksum = _checksum(path)
-    if checksum != index.arrow_xxh3:
-        raise DataError(f"{path}: has checksum {checksum}, but its index says {index.arrow_xxh3}; {way_out}")
-
-
-def _checksum(path: Path) -> str:
-    state = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

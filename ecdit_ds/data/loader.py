@@ -9,6 +9,8 @@ so the ranks together read exactly the global batch, and the whole state of a lo
 travels with the sample as `stream_index_B`; all randomness about the sample is addressed by it.
 """
 
+import atexit
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,12 +81,12 @@ def training_batches(
         end_sample=end_sample,
     )
     loader = DataLoader(
-        _Stream(dataset=dataset, seed=seed),
+        _Stream(dataset=dataset, seed=seed, transform=transform),
         batch_size=None,  # the sampler gives whole micro-batches
         sampler=positions,
         num_workers=num_workers,
-        collate_fn=transform,
-        worker_init_fn=_quiet_worker,
+        collate_fn=_as_it_is,
+        worker_init_fn=_prepare_worker,
         # Without one of its own, a loader advances torch's global generator.
         generator=torch.Generator().manual_seed(stable_seed(seed, "loader")),
     )
@@ -132,24 +134,42 @@ class _RankPositions(Sampler[npt.NDArray[np.int64]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stream(Dataset[Samples]):
+class _Stream(Dataset[T]):
     """The endless stream as torch's loader wants it: indexed by an array of positions."""
 
     dataset: LatentDataset
     seed: int
+    transform: Callable[[Samples], T]
 
-    def __getitem__(self, positions: npt.NDArray[np.int64]) -> Samples:
-        return self.dataset.gather(sample_order(positions, len(self.dataset), self.seed), positions)
+    def __getitem__(self, positions: npt.NDArray[np.int64]) -> T:
+        indices = sample_order(positions, len(self.dataset), self.seed)
+        return self.transform(self.dataset.gather(indices, positions))
 
 
-def _steps(loader: DataLoader[Samples], micro_batches: int) -> Iterator[list[T]]:
-    step: list[T] = []
-    for micro_batch in loader:
-        step.append(micro_batch)
-        if len(step) == micro_batches:
+def _steps(loader: DataLoader[T], num_micro_batches: int) -> Iterator[list[T]]:
+    micro_batches = iter(loader)
+    stop_workers = getattr(micro_batches, "_shutdown_workers", _do_nothing)
+    # Workers are deaf to SIGTERM, by which an exiting Python would end them: it would wait for ever.
+    atexit.register(stop_workers)
+    try:
+        while step := list(itertools.islice(micro_batches, num_micro_batches)):
             yield step
-            step = []
+    finally:
+        atexit.unregister(stop_workers)
+        stop_workers()
 
 
-def _quiet_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # workers stand beside a training process that has use for every core
+def _prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # the training process beside it has use for the other cores
+    # Schedulers and terminals signal all processes of a job. Whether to stop is for the training process to decide,
+    # after it has saved; a worker ends with it.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(micro_batch: T) -> T:
+    return micro_batch
+
+
+def _do_nothing() -> None:
+    """Stop no workers: without any, the training process reads."""

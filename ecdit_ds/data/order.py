@@ -25,7 +25,8 @@ def sample_order(positions: npt.NDArray[np.int64], num_samples: int, seed: int) 
     Returns:
         int64 of the same shape in [0, num_samples); over a whole epoch each sample comes exactly once.
     """
-    assert num_samples >= 1 and (positions.size == 0 or positions.min() >= 0), (num_samples, positions)
+    assert num_samples >= 1, num_samples
+    assert positions.min(initial=0) >= 0, positions
     epochs, within_epoch = np.divmod(positions.astype(np.int64), num_samples)
     samples = np.empty_like(within_epoch)
     for epoch in np.unique(epochs):

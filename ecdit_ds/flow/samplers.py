@@ -1,5 +1,6 @@
 """Samplers: pure functions that follow a velocity from noise (t = 1) to data (t = 0)."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -57,7 +58,7 @@ def sampler_named(name: str) -> Sampler:
 
 def _intervals(times: Tensor) -> list[tuple[float, float]]:
     values = times.tolist()
-    return list(zip(values[:-1], values[1:], strict=True))
+    return list(itertools.pairwise(values))
 
 
 def _velocity(velocity_fn: VelocityFn, latents: Tensor, time: float) -> Tensor:

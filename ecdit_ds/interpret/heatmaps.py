@@ -103,7 +103,6 @@ def save_compute_maps(maps: ComputeMaps, prompt: str, path: Path) -> None:
     axes = figure.subplots(moments, layers + 1, squeeze=False)
     height, width = maps.image_HWC.shape[:2]
     top = maps.counts.max()
-    shown = None
     for row, (name, time) in enumerate(maps.moments):
         axes[row, 0].imshow(maps.image_HWC, interpolation="nearest")
         axes[row, 0].set_ylabel(f"{name}, t = {time:.2f}")

@@ -10,7 +10,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 _TIMESTEP_FREQUENCIES = 256
 _TIMESTEP_SCALE = 1000.0
 _ROTARY_BASE = 100.0

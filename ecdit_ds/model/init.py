@@ -1,12 +1,10 @@
 """Initial weights by name: a parameter's values depend on the seed and its name, never on the layout.
 
-| parameter                                   | value                                   | why                            |
-|---------------------------------------------|-----------------------------------------|--------------------------------|
-| biases, modulation, output projection       | 0                                       | adaLN-Zero: each block starts as the identity (DiT) |
-| cross-attention's output matrix             | 0                                       | it has no gate, so it starts silent (PixArt-alpha)  |
-| norm scales                                 | 1                                       |                                |
-| router                                      | normal, std 0.02                        | near-uniform scores            |
-| any other matrix (and each expert's)        | uniform, Xavier over its own in and out | DiT                            |
+0                        biases, all modulation (adaLN-Zero: a block starts as the identity, DiT), the output
+                         projection, and cross-attention's output matrix, which has no gate (PixArt-alpha)
+1                        norm scales
+normal, std 0.02         routers: near-uniform scores
+uniform, Xavier          any other matrix, and each expert's, over its own in and out (DiT)
 """
 
 import math

@@ -7,8 +7,8 @@ Outside `engine.py`, DeepSpeed is imported here only.
 
 from typing import Any
 
-from deepspeed.moe.layer import MoE
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from einops import rearrange
 from torch import Tensor, nn

@@ -63,10 +63,11 @@ class World:
                 outcome = (work(), None)
             except EcditError as error:
                 outcome = (None, error)
-        value, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
-        return value  # type: ignore[no-any-return]
+        value, fault = self.broadcast(outcome)
+        if fault is not None:
+            raise fault
+        result: T = value
+        return result
 
     def gather(self, value: Any) -> list[Any] | None:
         """Return everybody's value on rank 0, None elsewhere."""

@@ -113,7 +113,8 @@ class ModelConfig:
         if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens) < 1:
             raise ConfigError(
                 f"model.capacity_rounding: floor of capacity_factor({self.capacity_factor}) x "
-                f"tokens({self.num_tokens}) / num_experts({self.num_experts}) is 0 tokens an expert; use ceil or fewer experts"
+                f"tokens({self.num_tokens}) / num_experts({self.num_experts}) is 0 tokens an "
+                "expert; use ceil or fewer experts"
             )
 
     def expert_capacity(self, pool_tokens: int) -> int:

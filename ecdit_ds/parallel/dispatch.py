@@ -1,16 +1,18 @@
 """Tokens to the experts that chose them, and back: two verbs, static shapes.
 
-Suffixes: B pools, S tokens of a pool, D hidden_size, E experts, L local experts, C expert capacity, R rows of one
-local expert (ep * B * C). `LocalDispatcher` is the specification; `AllToAllDispatcher` agrees with it on any
-number of ranks, because every rank sends every peer exactly L * B * C rows.
+Suffixes: B pools, S tokens of a pool, T tokens of all pools, D hidden_size, E experts, L local experts, C expert
+capacity, R rows of one local expert (ep * B * C), or of all experts where no L stands before it. `LocalDispatcher` is
+the specification; `AllToAllDispatcher` agrees with it on any number of ranks, because every rank sends every peer
+exactly L * B * C rows.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ecdit_ds.parallel.collectives import equal_all_to_all
 
@@ -37,12 +39,31 @@ class LocalDispatcher:
 
     def combine(self, y_LRD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
         batch, _, _ = indices_BEC.shape
-        gates_R = rearrange(gates_BEC, "b e c -> (e b c) 1").to(y_LRD.dtype)
-        y_RD = rearrange(y_LRD, "e r d -> (e r) d") * gates_R
-        # One expert takes a token at most once, but several experts may: the sum's order is fixed on a CPU.
-        y_TD = y_RD.new_zeros(batch * num_tokens, y_RD.shape[-1])
-        y_TD = y_TD.index_add(0, _flat_rows(indices_BEC, num_tokens), y_RD)
+        y_RD = rearrange(y_LRD, "e r d -> (e r) d")
+        gates_R = rearrange(gates_BEC, "b e c -> (e b c)").to(y_RD.dtype)
+        y_TD = _GatedSum.apply(y_RD, gates_R, _flat_rows(indices_BEC, num_tokens), batch * num_tokens)
         return rearrange(y_TD, "(b s) d -> b s d", b=batch)
+
+
+class _GatedSum(torch.autograd.Function):
+    """Row t is the sum over r with rows_R[r] == t of gates_R[r] * y_RD[r].
+
+    Plain autograd would write two more tensors of y's size in backward, for the gradients of the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, gates_R: Tensor, rows_R: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(y_RD, gates_R, rows_R)
+        # One expert takes a token at most once, but several experts may: the sum's order is fixed on a CPU.
+        return y_RD.new_zeros(num_rows, y_RD.shape[1]).index_add_(0, rows_R, y_RD * gates_R[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RD, gates_R, rows_R = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, rows_R)
+        grad_gates_R = einsum(grad_RD, y_RD, "r d, r d -> r")
+        return grad_RD.mul_(gates_R[:, None]), grad_gates_R, None, None
 
 
 class AllToAllDispatcher:

@@ -1,17 +1,26 @@
-"""The experts of one layer, as one batched matrix product.
+"""The experts of one layer, as batched matrix products.
 
 Expert choice gives every expert the same number of rows, so no grouped kernel is needed. Weights are
 `(experts, in, out)`: on a CPU `torch.bmm` is then as fast as a dense product from 128 rows an expert on, and ahead
 of a loop over experts below (docs/LOG.md, 2026-11-21).
+
+Suffixes: L local experts, R rows of one local expert, D hidden_size, F ffn_hidden_size.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ecdit_ds.config import Activation
 from ecdit_ds.parallel.sharding import set_shard
+
+_MAX_SLICES = 8
+"""Groups of experts whose activations are in memory one after another; a handful keeps each product large."""
 
 
 class Experts(nn.Module):
@@ -49,7 +58,47 @@ class Experts(nn.Module):
 
     def forward(self, x_LRD: Tensor) -> Tensor:
         """Apply local expert l to its rows x_LRD[l]."""
-        return torch.bmm(activate(torch.bmm(x_LRD, self.w1), self.activation), self.w2)
+        return _ActivatedProducts.apply(x_LRD, self.w1, self.w2, self.activation)
+
+
+class _ActivatedProducts(torch.autograd.Function):
+    """activate(x w1) w2, a few experts at a time.
+
+    The inner width is the widest thing in the layer. Plain autograd would hold four tensors of it: the first product,
+    its activation, and the gradients of both. Here the first product alone is kept; the others exist for one slice,
+    and the activation is computed again in backward, which costs less than fetching fresh memory for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_LRD: Tensor, w1: Tensor, w2: Tensor, activation: Activation) -> Tensor:
+        inner_LRF = torch.bmm(x_LRD, w1)
+        y_LRD = x_LRD.new_empty(x_LRD.shape)
+        for inner, weight, y in _expert_slices(inner_LRF, w2, y_LRD):
+            torch.bmm(activate(inner, activation), weight, out=y)
+        ctx.save_for_backward(x_LRD, w1, w2, inner_LRF)
+        ctx.activation = activation
+        return y_LRD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_LRD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_LRD, w1, w2, inner_LRF = ctx.saved_tensors
+        grad_x_LRD, grad_w1, grad_w2 = x_LRD.new_empty(x_LRD.shape), torch.empty_like(w1), torch.empty_like(w2)
+        inputs, outputs = (x_LRD, w1, w2, inner_LRF, grad_y_LRD), (grad_x_LRD, grad_w1, grad_w2)
+        for x, u, v, inner, grad_y, grad_x, grad_u, grad_v in _expert_slices(*inputs, *outputs):
+            with torch.enable_grad():
+                inner = inner.detach().requires_grad_()
+                activated = activate(inner, ctx.activation)
+            torch.bmm(activated.detach().mT, grad_y, out=grad_v)
+            (grad_inner,) = torch.autograd.grad(activated, inner, torch.bmm(grad_y, v.mT))
+            torch.bmm(x.mT, grad_inner, out=grad_u)
+            torch.bmm(grad_inner, u.mT, out=grad_x)
+        return grad_x_LRD, grad_w1, grad_w2, None
+
+
+def _expert_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Walk along the experts of all tensors at once, at most `_MAX_SLICES` steps."""
+    return zip(*(tensor.chunk(_MAX_SLICES) for tensor in tensors), strict=True)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.checkpoint.storage import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
@@ -145,27 +146,31 @@ def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, wo
     Raises:
         CheckpointError: there were candidates and none is valid, or the recipe changed.
     """
-    rejections: list[str] = []
+    rejections: dict[Path, str] = {}
     for folder in candidates:
         fault = world.on_first(lambda folder=folder: _fault_of(folder, recipe))  # type: ignore[misc]
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
-                if world.rank == 0:
-                    print(f"goes on from {folder} at step {progress.step}", flush=True)
+                world.on_first(lambda: _report_resume(folder, progress, rejections))
                 return progress
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)
-        rejections.append(fault)
-        if world.rank == 0:
-            print(f"rejected {fault}", flush=True)
+        rejections[folder] = fault
     if rejections:
         raise CheckpointError(
-            f"none of {len(rejections)} checkpoints is valid ({' | '.join(rejections)}); "
+            f"none of {len(rejections)} checkpoints is valid ({' | '.join(rejections.values())}); "
             "restore one, or choose another --output to start afresh"
         )
     return Progress(step=0, samples_seen=0, num_updates=0)
+
+
+def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]) -> None:
+    """Say where the run goes on, and move newer, damaged checkpoints out of the way of the steps to come."""
+    for damaged, fault in rejections.items():
+        print(f"rejected {fault}; kept as {set_aside(damaged)}", flush=True)
+    print(f"goes on from {folder} at step {progress.step}", flush=True)
 
 
 def _fault_of(folder: Path, recipe: Recipe) -> str | None:

@@ -138,6 +138,19 @@ def remove_old(root: Path, keep: int) -> list[Path]:
     return ours[keep:]
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged `step_N` to `step_N.damaged-...`, so that the step can be saved again; return its new path.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    aside = folder.with_name(f"{folder.name}.damaged-{_attempt_id()}")
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: is damaged and cannot be moved aside: {error.strerror}; move it") from None
+
+
 def remove_stale_attempts(root: Path) -> list[Path]:
     """Remove what interrupted saves and removals left, `step_N.tmp-*` and `.trash-step_N*`; return what was removed.
 

@@ -1,5 +1,6 @@
 """Real `deepspeed` launches for tests: many runs in one launch, so that a 2-rank comparison costs seconds."""
 
+import contextlib
 import json
 import os
 import signal
@@ -34,10 +35,8 @@ def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> 
     try:
         output, _ = process.communicate(timeout=seconds)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return process.returncode, output
 
 

@@ -1,0 +1,125 @@
+"""A killed run, started again by the same command, is the run that was never killed: to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from tests.helpers.launch import ROOT, finish, metrics_of, start, train
+
+STEPS = 30
+RANKS = 2
+SMALL = [
+    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
+    "model.cross_num_heads=2", "model.cross_head_dim=16", "model.ffn_hidden_size=64", "parallel.ep=2",
+    f"train.max_steps={STEPS}", "train.global_batch_size=8", "train.checkpoint_every=6", "train.log_every=1",
+    "train.evaluate_every=1000", "train.sample_every=1000", "data.num_train=256", "data.num_heldout=16",
+    "sample.prompts=[]",
+]  # fmt: skip
+
+
+def _arguments(output: Path, cache: Path) -> list[str]:
+    overrides = [*SMALL, f"data.cache_dir={cache}"]
+    sets = [part for override in overrides for part in ("--set", override)]
+    return ["--deepspeed", "ds_configs/zero2.json", "--output", str(output), *sets]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, text = train(RANKS, _arguments(output, cache))
+    assert code == 0, text
+    return output
+
+
+def test_a_run_killed_three_ways_equals_the_uninterrupted_one_bitwise(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    # Before the first checkpoint, between two, and soon after one; a rank, the launcher, everything.
+    for victim, step in (("rank", 3), ("launcher", 11), ("everything", 19)):
+        life = start(RANKS, ROOT / "ecdit_ds" / "train.py", _arguments(output, cache))
+        _wait_for_step(life, output, step)
+        _kill(life, victim)
+        assert len(metrics_of(output)) < STEPS, f"the run had ended before {victim} was killed"
+    code, text = train(RANKS, _arguments(output, cache))
+    assert code == 0, text
+    assert "goes on from" in text
+
+    for name in ("step", "samples_seen", "loss", "grad_norm", "learning_rate"):
+        assert [m[name] for m in metrics_of(output)] == [m[name] for m in metrics_of(uninterrupted)], name
+    assert _digest(output) == _digest(uninterrupted)
+    assert not list(output.glob("checkpoints/*.tmp-*"))
+
+
+def test_a_finished_run_started_again_trains_nothing_and_changes_nothing(uninterrupted: Path, cache: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)
+    code, text = train(RANKS, _arguments(uninterrupted, cache))
+    assert code == 0, text
+    assert f"done at step {STEPS}" in text
+    assert ((uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)) == before
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    subprocess.run(["cp", "-r", *map(str, uninterrupted.iterdir()), str(output)], check=True)
+    newest, older = list_checkpoints(output / "checkpoints")[:2]
+    _flip_a_payload_byte(sorted(newest.glob("shard-*"))[1])
+    code, text = train(RANKS, _arguments(output, cache))
+    # The lost steps are trained again, but a damaged folder is not overwritten in silence: it is moved aside.
+    assert code == 0, text
+    assert "rejected" in text
+    assert newest.name in text
+    assert f"goes on from {older}" in text
+    assert _digest(output) == _digest(uninterrupted)
+
+
+def _flip_a_payload_byte(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 0x10
+    shard.write_bytes(data)
+
+
+def _wait_for_step(life: "subprocess.Popen[str]", output: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    log = output / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        assert life.poll() is None, finish(life)
+        lines = log.read_text().splitlines() if log.exists() else []
+        if any(line.endswith("}") and json.loads(line)["step"] >= step for line in lines[-1:]):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached: {finish(life, 1)}")
+
+
+def _kill(life: "subprocess.Popen[str]", victim: str) -> None:
+    if victim == "everything":
+        os.killpg(life.pid, signal.SIGKILL)
+    elif victim == "launcher":
+        life.kill()
+    else:
+        ranks = [p for p in psutil.Process(life.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+        ranks[0].kill()
+    life.wait(timeout=120)
+    if life.stdout is not None:
+        life.stdout.close()
+
+
+def _digest(output: Path) -> dict[str, list[tuple[str, str]]]:
+    manifest = read_manifest(list_checkpoints(output / "checkpoints")[0])
+    assert manifest.step == STEPS
+    return {name: [(str(s.box), s.xxh3) for s in tensor.slices] for name, tensor in manifest.tensors.items()}

@@ -16,7 +16,7 @@ help:
 # The stamp changes with requirements.txt, so an old environment is brought up to date and a finished one is left alone.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -r requirements.txt
 	touch $@
 
 demo: $(VENV)/installed

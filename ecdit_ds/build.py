@@ -1,6 +1,7 @@
 """From a recipe to a run: everything is built here, once, in the order of `run`; nothing builds itself elsewhere."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,12 +149,12 @@ def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, wo
     """
     rejections: dict[Path, str] = {}
     for folder in candidates:
-        fault = world.on_first(lambda folder=folder: _fault_of(folder, recipe))  # type: ignore[misc]
+        fault = world.on_first(partial(_fault_of, folder, recipe))
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
-                world.on_first(lambda: _report_resume(folder, progress, rejections))
+                world.on_first(partial(_report_resume, folder, progress, rejections))
                 return progress
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)

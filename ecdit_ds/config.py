@@ -8,6 +8,7 @@ before a cluster sees it. Reading YAML is in `recipe_file.py`.
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from ecdit_ds.errors import ConfigError
@@ -90,16 +91,19 @@ class ModelConfig:
                 f"choose {_nearest_multiples(self.head_dim, 4)}"
             )
         _require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
-        _require_divides("model.patch_size", self.patch_size, "model.latent_height", self.latent_height)
-        _require_divides("model.patch_size", self.patch_size, "model.latent_width", self.latent_width)
-        if not 0.0 < self.capacity_factor <= self.num_experts:
-            raise ConfigError(
-                f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
-                "it is the mean number of experts per token"
-            )
+        _require_divides(
+            "model.patch_size", self.patch_size,
+            f"gcd of model.latent_height({self.latent_height}) and model.latent_width({self.latent_width}), ",
+            math.gcd(self.latent_height, self.latent_width),
+        )  # fmt: skip
         if self.is_sparse and self.num_experts < 2:
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
+            )
+        if self.is_sparse and not 0.0 < self.capacity_factor <= self.num_experts:
+            raise ConfigError(
+                f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
+                "it is the mean number of experts per token"
             )
         if self.ffn == "token_choice" and self.top_k not in (1, 2):
             raise ConfigError(f"model.top_k: {self.top_k}; the token-choice baseline knows 1 and 2")
@@ -108,18 +112,18 @@ class ModelConfig:
                 f"model.routing_group: {self.routing_group} has no effect with model.routing_pool: "
                 f"{self.routing_pool}; set routing_pool: group or routing_group: 1"
             )
-        if self.num_shared_experts < 0 or self.load_balance_weight < 0:
-            raise ConfigError("model.num_shared_experts and model.load_balance_weight cannot be negative")
-        if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens) < 1:
+        _require_not_negative("model", "num_shared_experts", self.num_shared_experts)
+        _require_not_negative("model", "load_balance_weight", self.load_balance_weight)
+        if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens * self.routing_group) < 1:
             raise ConfigError(
-                f"model.capacity_rounding: floor of capacity_factor({self.capacity_factor}) x "
-                f"tokens({self.num_tokens}) / num_experts({self.num_experts}) is 0 tokens an "
+                f"model.capacity_rounding: {self.capacity_rounding} of capacity_factor({self.capacity_factor}) x "
+                f"tokens({self.num_tokens * self.routing_group}) / num_experts({self.num_experts}) is 0 tokens an "
                 "expert; use ceil or fewer experts"
             )
 
     def expert_capacity(self, pool_tokens: int) -> int:
         """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
-        exact = self.capacity_factor * pool_tokens / self.num_experts
+        exact = Fraction(str(self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11, not more
         rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
         return min(rounded[self.capacity_rounding], pool_tokens)
 
@@ -169,6 +173,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         _require_positive("flow", "logit_std", self.logit_std)
         _require_positive("flow", "timestep_shift", self.timestep_shift)
+        if not math.isfinite(self.logit_mean):
+            raise ConfigError(f"flow.logit_mean: {self.logit_mean} is not a finite number")
         _require_fraction("flow.text_dropout_prob", self.text_dropout_prob)
 
 
@@ -204,8 +210,7 @@ class OptimizerConfig:
         for name in ("final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay"):
             _require_fraction(f"optimizer.{name}", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "gradient_clipping"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is negative; use 0 or more")
+            _require_not_negative("optimizer", name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +276,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _require_positive("sample", "num_steps", self.num_steps)
-        if self.guidance_scale < 0:
-            raise ConfigError(f"sample.guidance_scale: {self.guidance_scale} is negative; 1 is no guidance")
+        _require_not_negative("sample", "guidance_scale", self.guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +357,11 @@ def _nearest_multiples(value: int, base: int) -> str:
 def _require_positive(section: str, name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{section}.{name}: {value} is not a positive, finite number")
+
+
+def _require_not_negative(section: str, name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ConfigError(f"{section}.{name}: {value} is negative or not finite; use 0 or more")
 
 
 def _require_fraction(name: str, value: float) -> None:

@@ -28,7 +28,7 @@ class _StrictLoader(yaml.SafeLoader):
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if not isinstance(key, str):
+            if not (isinstance(key, str) and key.isidentifier()):
                 raise ConfigError(f"line {line}: key {key!r} is not a name")
             if key in seen:
                 raise ConfigError(f"line {line}: {key} is given twice (first in line {seen[key]}); keep one")
@@ -36,9 +36,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text `1e-4`, which our loader would read as a number."""
+
+
+for _yaml_class in (_StrictLoader, _StrictDumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def recipe_names() -> list[str]:
@@ -94,7 +99,8 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML by the rules above; syntax errors become one-line ConfigErrors."""
     try:
         return _StrictLoader(text).get_single_data()
-    except yaml.YAMLError as error:
+    # Tagged or odd scalars (`2026-13-45`, `!!int x`) escape PyYAML as plain Python errors; depth as RecursionError.
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
 
 
@@ -105,7 +111,7 @@ def recipe_from_dict(data: dict[str, Any]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.to_dict(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -75,12 +75,19 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelCodec:
-    """The image encoder of small canvases: an image is its own latents."""
+    """The image encoder of small canvases: a latent is a pixel, shifted and scaled to about unit variance.
+
+    The factors, as an autoencoder's, are the statistics of its images: digit scenes are mostly black, with mean -0.83
+    and standard deviation 0.45 of pixels in [-1, 1].
+    """
+
+    shift_factor: float = -0.83
+    scaling_factor: float = 2.2
 
     @property
     def identity(self) -> str:
-        """Name of this encoder; it has no settings."""
-        return "pixels-1"
+        """Name of this encoder and its factors."""
+        return f"pixels-2-{self.shift_factor}-{self.scaling_factor}"
 
     @property
     def downsampling(self) -> int:
@@ -88,12 +95,12 @@ class PixelCodec:
         return 1
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Return the images, as fp32."""
-        return images_B3HW.to(torch.float32)
+        """Return (images - shift) * scaling, as fp32."""
+        return (images_B3HW.to(torch.float32) - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Return the latents as an image, cut to [-1, 1] since a sampler may overshoot."""
-        return latents_BCHW.to(torch.float32).clamp(-1.0, 1.0)
+        return (latents_BCHW.to(torch.float32) / self.scaling_factor + self.shift_factor).clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

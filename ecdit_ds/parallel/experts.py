@@ -20,7 +20,7 @@ from ecdit_ds.config import Activation
 from ecdit_ds.parallel.sharding import set_shard
 
 _MAX_SLICES = 8
-"""Groups of experts whose activations are in memory one after another; a handful keeps each product large."""
+"""Groups of experts that backward takes one after another; a handful keeps each product large."""
 
 
 class Experts(nn.Module):
@@ -62,38 +62,31 @@ class Experts(nn.Module):
 
 
 class _ActivatedProducts(torch.autograd.Function):
-    """activate(x w1) w2, a few experts at a time.
+    """activate(x w1) w2, whose backward goes a few experts at a time.
 
-    The inner width is the widest thing in the layer. Plain autograd would hold four tensors of it: the first product,
-    its activation, and the gradients of both. Here the first product alone is kept; the others exist for one slice,
-    and the activation is computed again in backward, which costs less than fetching fresh memory for it.
+    The inner width is the widest thing in the layer. Plain autograd writes two gradients of it; here they exist for
+    one slice of experts at a time, in memory that the next slice uses again.
     """
 
     @staticmethod
     def forward(ctx: Any, x_LRD: Tensor, w1: Tensor, w2: Tensor, activation: Activation) -> Tensor:
         inner_LRF = torch.bmm(x_LRD, w1)
-        y_LRD = x_LRD.new_empty(x_LRD.shape)
-        for inner, weight, y in _expert_slices(inner_LRF, w2, y_LRD):
-            torch.bmm(activate(inner, activation), weight, out=y)
-        ctx.save_for_backward(x_LRD, w1, w2, inner_LRF)
+        activated_LRF = activate(inner_LRF, activation)
+        ctx.save_for_backward(x_LRD, w1, w2, inner_LRF, activated_LRF)
         ctx.activation = activation
-        return y_LRD
+        return torch.bmm(activated_LRF, w2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_LRD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_LRD, w1, w2, inner_LRF = ctx.saved_tensors
-        grad_x_LRD, grad_w1, grad_w2 = x_LRD.new_empty(x_LRD.shape), torch.empty_like(w1), torch.empty_like(w2)
-        inputs, outputs = (x_LRD, w1, w2, inner_LRF, grad_y_LRD), (grad_x_LRD, grad_w1, grad_w2)
-        for x, u, v, inner, grad_y, grad_x, grad_u, grad_v in _expert_slices(*inputs, *outputs):
-            with torch.enable_grad():
-                inner = inner.detach().requires_grad_()
-                activated = activate(inner, ctx.activation)
-            torch.bmm(activated.detach().mT, grad_y, out=grad_v)
-            (grad_inner,) = torch.autograd.grad(activated, inner, torch.bmm(grad_y, v.mT))
-            torch.bmm(x.mT, grad_inner, out=grad_u)
-            torch.bmm(grad_inner, u.mT, out=grad_x)
-        return grad_x_LRD, grad_w1, grad_w2, None
+        x_LRD, w1, w2, inner_LRF, activated_LRF = ctx.saved_tensors
+        grad_x_LRD, grad_w1 = x_LRD.new_empty(x_LRD.shape), torch.empty_like(w1)
+        slices = _expert_slices(x_LRD, w1, w2, inner_LRF, grad_y_LRD, grad_x_LRD, grad_w1)
+        for x, into, out_of, inner, grad_y, grad_x, grad_into in slices:
+            grad_inner = _activate_backward(torch.bmm(grad_y, out_of.mT), inner, ctx.activation)
+            torch.bmm(x.mT, grad_inner, out=grad_into)
+            torch.bmm(grad_inner, into.mT, out=grad_x)
+        return grad_x_LRD, grad_w1, torch.bmm(activated_LRF.mT, grad_y_LRD), None
 
 
 def _expert_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -107,3 +100,12 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         return F.gelu(x, approximate="tanh")
     gate, up = rearrange(x, "... (two f) -> two ... f", two=2)
     return F.silu(gate) * up
+
+
+def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    """Return the gradient of activate's input x."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    gate, up = rearrange(x, "... (two f) -> two ... f", two=2)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([grad_gate, grad * F.silu(gate)], dim=-1)

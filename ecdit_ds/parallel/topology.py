@@ -40,12 +40,12 @@ class Topology:
     ep: int = 1
 
     def __post_init__(self) -> None:
-        if self.world_size < 1 or self.world_size % self.tp:
+        if self.world_size < 1 or self.tp < 1 or self.world_size % self.tp:
             raise TopologyError(
                 f"parallel.tp({self.tp}) does not divide the {self.world_size} ranks that were started; "
                 f"choose tp from {_divisors(self.world_size)}"
             )
-        if self.dp % self.ep:
+        if self.ep < 1 or self.dp % self.ep:
             raise TopologyError(
                 f"parallel.ep({self.ep}) does not divide the {self.dp} data-parallel ranks "
                 f"(world {self.world_size} / tp {self.tp}); choose ep from {_divisors(self.dp)} or start other ranks"

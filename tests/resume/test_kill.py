@@ -12,22 +12,14 @@ import pytest
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.helpers.launch import ROOT, finish, metrics_of, start, train
+from tests.helpers.recipes import SMALL_MODEL, arguments
 
 STEPS = 30
 RANKS = 2
-SMALL = [
-    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
-    "model.cross_num_heads=2", "model.cross_head_dim=16", "model.ffn_hidden_size=64", "parallel.ep=2",
-    f"train.max_steps={STEPS}", "train.global_batch_size=8", "train.checkpoint_every=6", "train.log_every=1",
-    "train.evaluate_every=1000", "train.sample_every=1000", "data.num_train=256", "data.num_heldout=16",
-    "sample.prompts=[]",
-]  # fmt: skip
-
-
-def _arguments(output: Path, cache: Path) -> list[str]:
-    overrides = [*SMALL, f"data.cache_dir={cache}"]
-    sets = [part for override in overrides for part in ("--set", override)]
-    return ["--deepspeed", "ds_configs/zero2.json", "--output", str(output), *sets]
+SMALL = (
+    *SMALL_MODEL, "parallel.ep=2", f"train.max_steps={STEPS}", "train.checkpoint_every=6", "train.log_every=1",
+    "data.num_workers=1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    code, text = train(RANKS, _arguments(output, cache))
+    code, text = train(RANKS, arguments(output, cache, *SMALL))
     assert code == 0, text
     return output
 
@@ -49,11 +41,11 @@ def test_a_run_killed_three_ways_equals_the_uninterrupted_one_bitwise(
     output = tmp_path / "run"
     # Before the first checkpoint, between two, and soon after one; a rank, the launcher, everything.
     for victim, step in (("rank", 3), ("launcher", 11), ("everything", 19)):
-        life = start(RANKS, ROOT / "ecdit_ds" / "train.py", _arguments(output, cache))
+        life = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL))
         _wait_for_step(life, output, step)
         _kill(life, victim)
         assert len(metrics_of(output)) < STEPS, f"the run had ended before {victim} was killed"
-    code, text = train(RANKS, _arguments(output, cache))
+    code, text = train(RANKS, arguments(output, cache, *SMALL))
     assert code == 0, text
     assert "goes on from" in text
 
@@ -65,7 +57,7 @@ def test_a_run_killed_three_ways_equals_the_uninterrupted_one_bitwise(
 
 def test_a_finished_run_started_again_trains_nothing_and_changes_nothing(uninterrupted: Path, cache: Path) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)
-    code, text = train(RANKS, _arguments(uninterrupted, cache))
+    code, text = train(RANKS, arguments(uninterrupted, cache, *SMALL))
     assert code == 0, text
     assert f"done at step {STEPS}" in text
     assert ((uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)) == before
@@ -79,7 +71,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     subprocess.run(["cp", "-r", *map(str, uninterrupted.iterdir()), str(output)], check=True)
     newest, older = list_checkpoints(output / "checkpoints")[:2]
     _flip_a_payload_byte(sorted(newest.glob("shard-*"))[1])
-    code, text = train(RANKS, _arguments(output, cache))
+    code, text = train(RANKS, arguments(output, cache, *SMALL))
     # The lost steps are trained again, but a damaged folder is not overwritten in silence: it is moved aside.
     assert code == 0, text
     assert "rejected" in text

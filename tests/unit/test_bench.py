@@ -1,0 +1,94 @@
+"""The benchmark of the layer: what it writes, that its sides do equal work, how it refuses. Times are not judged."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = {"dense", "deepspeed", "nucleus", "nucleus_grouped"}
+TOKENS, EXPERTS, CALL_TOKENS = (16, 64), (4, 8), 256
+
+
+def run_bench(*flags: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "tools/bench.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, text=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what one small run wrote, with its printed lines under `lines`."""
+    path = tmp_path_factory.mktemp("bench") / "moe.json"
+    sizes = ["--tokens", *map(str, TOKENS), "--experts", *map(str, EXPERTS), "--call-tokens", str(CALL_TOKENS)]
+    done = run_bench("moe", "--quick", "--device", "cpu", "--hidden-size", "64", *sizes, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()) | {"lines": done.stdout.splitlines()}
+
+
+def test_every_peer_meets_the_layer_in_every_case(report: dict[str, Any]) -> None:
+    cases = {(row["tokens_an_image"], row["num_experts"], row["peer"]) for row in report["rows"]}
+    assert cases == {(tokens, experts, peer) for tokens in TOKENS for experts in EXPERTS for peer in PEERS}
+    assert len(report["rows"]) == len(cases)
+
+
+def test_a_report_says_what_machine_versions_and_command_it_came_from(report: dict[str, Any]) -> None:
+    meta = report["meta"]
+    assert {"device", "versions", "commit", "command", "threads", "clock", "gradients", "dtype"} <= meta.keys()
+    assert {"python", "torch", "deepspeed", "diffusers"} <= meta["versions"].keys()
+    assert meta["threads"] == 1 and meta["command"].startswith("python tools/bench.py moe --quick")
+
+
+def test_both_sides_ran_and_the_ratio_lies_between_the_extremes_of_their_medians(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert row["ours_ms"] > 0 and row["peer_ms"] > 0 and math.isfinite(row["ratio"])
+        for value, quartiles in (("ours_ms", "ours_quartiles_ms"), ("peer_ms", "peer_quartiles_ms")):
+            low, high = row[quartiles]
+            assert low <= row[value] <= high
+        # Of paired ratios, the median is not the ratio of medians; it is near unless the machine stalls for a round.
+        assert 0.2 < row["ratio"] / (row["ours_ms"] / row["peer_ms"]) < 5.0
+
+
+def test_rows_an_expert_are_its_capacity_in_every_image_of_the_call(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert row["rows_an_expert"] == 2 * CALL_TOKENS // row["num_experts"]
+
+
+def test_all_sides_do_equal_work_within_three_percent(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        assert row["ours_flops"] > 0
+        assert row["peer_flops"] == pytest.approx(row["ours_flops"], rel=0.03), (row["case"], row["peer"])
+
+
+def test_the_work_counted_is_that_of_two_experts_a_token_their_gates_and_the_router(report: dict[str, Any]) -> None:
+    for row in report["rows"]:
+        hidden, inner = report["meta"]["hidden_size"], report["meta"]["ffn_hidden_size"]
+        products = 2 * 2 * hidden * inner + hidden * row["num_experts"]
+        gate_gradients = 2 * hidden  # of each of the two, a dot product of its output with the gradient
+        # A multiply-add is two; the backward of a product is two products.
+        assert row["ours_flops"] == 2 * CALL_TOKENS * (3 * products + gate_gradients)
+
+
+def test_one_line_a_row_and_a_summary_are_printed(report: dict[str, Any]) -> None:
+    assert len(report["lines"]) == len(report["rows"]) + 1
+    assert "worst ratio to the fastest peer" in report["lines"][-1] and "time a token" in report["lines"][-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["moe", "--tokens", "48", "--call-tokens", "100"], "48"),
+        (["moe", "--experts", "1"], "--experts 1"),
+        (["moe", "--rounds", "0"], "'0'"),
+        (["attention"], "attention"),
+    ],
+)
+def test_a_flag_that_cannot_work_is_answered_with_one_line_that_names_it(flags: list[str], said: str) -> None:
+    done = run_bench(*flags)
+    assert done.returncode != 0 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr

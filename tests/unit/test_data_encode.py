@@ -1,0 +1,271 @@
+"""Encoded sets on disk: what is read is what was encoded, and what is damaged is named."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.data.cache import SCHEMA_VERSION
+from ecdit_ds.data.digit_scenes import draw_scene
+from ecdit_ds.data.encode import LatentDataset, open_digit_scenes
+from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+
+NUM_TRAIN = 300
+"""More than are encoded at a time, so that sets have a second part."""
+OpenSet = Callable[..., LatentDataset]
+
+
+@dataclass(frozen=True)
+class CodecWithEvent(PixelCodec):
+    """The pixel codec, to which something happens while it encodes a set."""
+
+    event: Callable[[], object]
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Let it happen in the second part of the set, when the first is written."""
+        if len(images_B3HW) == NUM_TRAIN % 256:
+            self.event()
+        return super().encode(images_B3HW)
+
+
+@dataclass(frozen=True)
+class FourPixelCodec(PixelCodec):
+    """A codec with fewer, deeper latents: the mean of 2 x 2 pixels, and a fourth channel."""
+
+    @property
+    def identity(self) -> str:
+        """Its name."""
+        return "four pixels"
+
+    @property
+    def downsampling(self) -> int:
+        """Two pixels a latent pixel."""
+        return 2
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Return latents_B4HW."""
+        pooled = torch.nn.functional.avg_pool2d(images_B3HW, 2)
+        return torch.cat([pooled, pooled.mean(dim=1, keepdim=True)], dim=1)
+
+
+@pytest.fixture
+def model(tiny_config: ModelConfig) -> ModelConfig:
+    """Return the tiny architecture with a canvas and captions that digit scenes fit."""
+    return replace(tiny_config, latent_height=16, latent_width=16, text_embed_dim=6, max_text_tokens=10)
+
+
+@pytest.fixture
+def open_set(model: ModelConfig, tmp_path: Path) -> OpenSet:
+    """Return `open_set(**changes)`: the training set in a cache of this test, with some arguments changed."""
+
+    def open_changed(**changes: Any) -> LatentDataset:
+        data = DataConfig(num_train=NUM_TRAIN, num_heldout=7, cache_dir=str(tmp_path / "cache"))
+        arguments: dict[str, Any] = {
+            "model": model,
+            "data": data,
+            "split": "train",
+            "seed": 0,
+            "image_encoder": PixelCodec(),
+            "text_encoder": WordEncoder(embed_dim=6, max_tokens=10),
+        }
+        return open_digit_scenes(**(arguments | changes))
+
+    return open_changed
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    """Return all that lies in the cache of a test."""
+    return sorted((tmp_path / "cache").iterdir())
+
+
+def test_samples_are_the_encoded_scenes_in_the_order_asked(open_set: OpenSet) -> None:
+    dataset, indices = open_set(), [299, 0, 256, 255, 0]
+    batch = dataset.gather(np.array(indices), np.array([5, 4, 3, 2, 1]))
+    scenes = [draw_scene(seed=0, split="train", index=i, canvas_height=16, canvas_width=16) for i in indices]
+    images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
+    text = WordEncoder(embed_dim=6, max_tokens=10).encode([scene.caption for scene in scenes])
+    images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w") / 127.5 - 1.0
+    torch.testing.assert_close(batch.latents_BCHW, PixelCodec().encode(images_B3HW))
+    assert torch.equal(batch.text_embeds_BTD, text.embeds_BTD)
+    assert torch.equal(batch.text_mask_BT, text.mask_BT)
+    assert torch.equal(batch.text_pooled_BD, text.pooled_BD)
+    assert batch.captions == tuple(scene.caption for scene in scenes)
+    assert batch.stream_index_B.tolist() == [5, 4, 3, 2, 1]
+
+
+def test_a_single_sample_is_the_row_of_a_batch(open_set: OpenSet) -> None:
+    dataset = open_set()
+    sample, batch = dataset[257], dataset.gather(np.array([3, 257]), np.array([0, 1]))
+    assert torch.equal(sample.latents_CHW, batch.latents_BCHW[1])
+    assert torch.equal(sample.text_embeds_TD, batch.text_embeds_BTD[1])
+    assert torch.equal(sample.text_mask_T, batch.text_mask_BT[1])
+    assert torch.equal(sample.text_pooled_D, batch.text_pooled_BD[1])
+    assert sample.caption == batch.captions[1]
+    assert sample.kind == draw_scene(seed=0, split="train", index=257, canvas_height=16, canvas_width=16).kind
+
+
+def test_samples_may_be_changed_without_changing_the_set(open_set: OpenSet) -> None:
+    dataset = open_set()
+    before = dataset[0].latents_CHW.clone()
+    dataset[0].latents_CHW.zero_()
+    assert torch.equal(dataset[0].latents_CHW, before)
+
+
+def test_a_set_ends_where_its_length_says(open_set: OpenSet) -> None:
+    dataset = open_set()
+    assert len(dataset) == NUM_TRAIN
+    assert dataset[NUM_TRAIN - 1].caption
+    with pytest.raises(IndexError):
+        dataset[NUM_TRAIN]
+
+
+def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
+    open_set()
+    written = [(path, path.stat().st_mtime_ns) for folder in folders(tmp_path) for path in folder.iterdir()]
+    open_set()
+    assert [(path, path.stat().st_mtime_ns) for folder in folders(tmp_path) for path in folder.iterdir()] == written
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_width": 24}, {"image_encoder": FourPixelCodec()}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_that_matters_has_a_folder_of_its_own(
+    open_set: OpenSet, model: ModelConfig, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    open_set()
+    if "num_train" in change:
+        change = {"data": DataConfig(num_train=5, cache_dir=str(tmp_path / "cache"))}
+    elif "latent_width" in change:
+        change = {"model": replace(model, latent_width=24)}
+    elif "image_encoder" in change:
+        change |= {"model": replace(model, in_channels=4)}
+    open_set(**change)
+    assert len(folders(tmp_path)) == 2
+
+
+def test_latents_are_smaller_than_the_canvas_by_the_encoders_downsampling(
+    open_set: OpenSet, model: ModelConfig
+) -> None:
+    sample = open_set(model=replace(model, in_channels=4), image_encoder=FourPixelCodec())[0]
+    scene = draw_scene(seed=0, split="train", index=0, canvas_height=32, canvas_width=32)
+    assert sample.latents_CHW.shape == (4, 16, 16)
+    assert sample.caption == scene.caption
+    expected = torch.from_numpy(scene.image_HWC[:2, :2].mean(axis=(0, 1))).float() / 127.5 - 1.0
+    torch.testing.assert_close(sample.latents_CHW[:3, 0, 0], expected)
+
+
+def test_a_set_survives_pickling(open_set: OpenSet) -> None:
+    dataset = open_set()
+    blob = pickle.dumps(dataset)
+    assert len(blob) < 20_000, "the rows travel, not their path"
+    copy = pickle.loads(blob)  # noqa: S301 - bytes of our own, as a loader's worker gets them
+    assert torch.equal(copy[299].latents_CHW, dataset[299].latents_CHW)
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _change_index(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "what"),
+    [
+        ("samples.arrow", _flip_a_bit, "checksum"),
+        ("samples.arrow", lambda path: os.truncate(path, path.stat().st_size - 8), "bytes"),
+        ("samples.arrow", Path.unlink, "missing"),
+        ("index.json", Path.unlink, "missing"),
+        ("index.json", lambda path: os.truncate(path, 40), "no index"),
+        ("index.json", lambda path: path.write_text("[1, 2]"), "no index"),
+        ("index.json", lambda path: path.write_bytes(b"\xff\xfe"), "no index"),
+        ("index.json", lambda path: _change_index(path, lambda index: index.pop("count")), "no index"),
+        ("index.json", lambda path: _change_index(path, lambda index: index.update(more=1)), "no index"),
+        ("index.json", lambda path: _change_index(path, lambda index: index.update(schema=0)), f"{SCHEMA_VERSION}"),
+    ],
+)  # fmt: skip
+def test_damage_is_named_with_its_file_and_the_folder_to_delete(
+    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str],
+    file: str, damage: Callable[[Path], object], what: str,
+) -> None:  # fmt: skip
+    before = open_set()[0]
+    (folder,) = folders(tmp_path)
+    damage(folder / file)
+    message = refusal_of(open_set)
+    assert str(folder / file) in message
+    assert what in message
+    assert f"delete the folder {folder}" in message
+
+    shutil.rmtree(folder)
+    assert torch.equal(open_set()[0].latents_CHW, before.latents_CHW)
+
+
+def test_a_process_killed_while_writing_leaves_nothing_that_is_read(open_set: OpenSet, tmp_path: Path) -> None:
+    killed = multiprocessing.get_context("fork").Process(
+        target=open_set, kwargs={"image_encoder": CodecWithEvent(event=lambda: os._exit(9))}
+    )
+    killed.start()
+    killed.join(timeout=60)
+    assert killed.exitcode == 9
+    (remains,) = folders(tmp_path)
+    assert (remains / "samples.arrow").exists()
+
+    assert len(open_set()) == NUM_TRAIN
+    assert len(folders(tmp_path)) == 2
+
+
+def test_an_encoder_that_fails_leaves_nothing_behind(open_set: OpenSet, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise FloatingPointError("as an encoder may")
+
+    with pytest.raises(FloatingPointError):
+        open_set(image_encoder=CodecWithEvent(event=fail))
+    assert folders(tmp_path) == []
+
+
+def test_the_slower_of_two_writers_takes_the_folder_of_the_faster(open_set: OpenSet, tmp_path: Path) -> None:
+    slower = open_set(image_encoder=CodecWithEvent(event=open_set))
+    assert len(folders(tmp_path)) == 1
+    assert torch.equal(slower[299].latents_CHW, open_set()[299].latents_CHW)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert f"data.cache_dir {tmp_path / 'cache'}" in refusal_of(open_set)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"text_encoder": WordEncoder(embed_dim=7, max_tokens=10)}, ["gives 7", "text_embed_dim is 6"]),
+        ({"text_encoder": WordEncoder(embed_dim=6, max_tokens=9)}, ["gives 9", "max_text_tokens is 10"]),
+        ({"image_encoder": FourPixelCodec()}, ["four pixels", "(4, 16, 16)", "(3, 16, 16)"]),
+    ],
+)
+def test_encoders_that_do_not_fit_the_model_are_refused(
+    open_set: OpenSet, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, Any], parts: list[str]
+) -> None:
+    message = refusal_of(lambda: open_set(**change))
+    assert [part for part in parts if part not in message] == []

@@ -1,0 +1,127 @@
+"""The embedded encoders: words become fixed vectors, images stay what they are."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ecdit_ds.data.digit_scenes import draw_scene
+from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+
+
+@pytest.fixture
+def encoder() -> WordEncoder:
+    """Return a small encoder, of odd width since nothing forbids it."""
+    return WordEncoder(embed_dim=33, max_tokens=6)
+
+
+def test_encodings_have_the_shapes_and_types_that_the_model_reads(encoder: WordEncoder) -> None:
+    text = encoder.encode(["a red seven", "an eight"])
+    assert (text.embeds_BTD.shape, text.embeds_BTD.dtype) == ((2, 6, 33), torch.float32)
+    assert (text.mask_BT.shape, text.mask_BT.dtype) == ((2, 6), torch.bool)
+    assert (text.pooled_BD.shape, text.pooled_BD.dtype) == ((2, 33), torch.float32)
+
+
+def test_masks_mark_the_words_and_padding_is_zero(encoder: WordEncoder) -> None:
+    text = encoder.encode(["a red seven", "an eight"])
+    assert text.mask_BT.tolist() == [[True] * 3 + [False] * 3, [True] * 2 + [False] * 4]
+    assert not text.embeds_BTD[~text.mask_BT].any()
+    assert text.embeds_BTD[text.mask_BT].abs().sum(dim=-1).min() > 0
+
+
+def test_a_caption_is_encoded_alike_alone_and_in_any_batch(encoder: WordEncoder) -> None:
+    captions = ["a red seven", "two blue fives", "a six"]
+    together = encoder.encode(captions)
+    for i, caption in enumerate(captions):
+        alone = WordEncoder(embed_dim=33, max_tokens=6).encode([caption])
+        assert torch.equal(alone.embeds_BTD[0], together.embeds_BTD[i])
+        assert torch.equal(alone.pooled_BD[0], together.pooled_BD[i])
+
+
+@pytest.mark.parametrize("variant", ["A RED Seven", "a red, seven!", "  a  red\tseven\n"])
+def test_case_punctuation_and_spaces_do_not_matter(encoder: WordEncoder, variant: str) -> None:
+    assert torch.equal(encoder.encode([variant]).embeds_BTD, encoder.encode(["a red seven"]).embeds_BTD)
+
+
+@pytest.mark.parametrize(
+    "other", ["a blue seven", "a red two", "red seven", "a na\u00efve \u6570\u5b57", "a null seven"]
+)
+def test_other_words_give_other_encodings(encoder: WordEncoder, other: str) -> None:
+    one, two = encoder.encode(["a red seven"]), encoder.encode([other])
+    assert not torch.allclose(one.embeds_BTD, two.embeds_BTD, atol=0.1)
+    assert not torch.allclose(one.pooled_BD, two.pooled_BD, atol=0.1)
+
+
+def test_word_order_shows_in_the_tokens_but_not_in_the_pooled_vector(encoder: WordEncoder) -> None:
+    one, two = encoder.encode(["seven above two"]), encoder.encode(["two above seven"])
+    assert not torch.allclose(one.embeds_BTD, two.embeds_BTD, atol=0.1)
+    torch.testing.assert_close(one.pooled_BD, two.pooled_BD)
+
+
+def test_moving_a_word_changes_its_vector_by_its_position_alone(encoder: WordEncoder) -> None:
+    tokens_BTD = encoder.encode(["red two", "two red", "six nine", "nine six"]).embeds_BTD
+    moved_red, moved_six = tokens_BTD[1, 1] - tokens_BTD[0, 0], tokens_BTD[3, 1] - tokens_BTD[2, 0]
+    torch.testing.assert_close(moved_red, moved_six)
+    assert moved_red.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("num_words", [1, 3, 10])
+def test_pooled_components_have_unit_variance_whatever_the_length(num_words: int) -> None:
+    encoder = WordEncoder(embed_dim=8192, max_tokens=10)
+    pooled_D = encoder.encode([" ".join(f"w{i}" for i in range(num_words))]).pooled_BD[0]
+    assert abs(pooled_D.var().item() - 1.0) < 0.08  # five standard deviations
+    assert abs(pooled_D.mean().item()) < 0.06
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", "?!"])
+def test_the_null_text_is_the_caption_that_says_nothing(encoder: WordEncoder, nothing: str) -> None:
+    null, empty = encoder.null(), encoder.encode([nothing])
+    assert null.mask_BT.tolist() == [[True] + [False] * 5]
+    assert torch.equal(null.embeds_BTD, empty.embeds_BTD)
+    assert torch.equal(null.pooled_BD, empty.pooled_BD)
+
+
+@pytest.mark.parametrize("word", ["null", "<null>", "a"])
+def test_no_word_sounds_like_the_null_text(encoder: WordEncoder, word: str) -> None:
+    assert not torch.allclose(encoder.encode([word]).embeds_BTD, encoder.null().embeds_BTD, atol=0.1)
+
+
+def test_a_caption_may_fill_every_token_but_not_one_more(
+    encoder: WordEncoder, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    assert encoder.encode(["a b c d e f"]).mask_BT.all()
+    message = refusal_of(lambda: encoder.encode(["a six", "a b c d e f g"]))
+    for part in ("a b c d e f g", "7 tokens", "6", "model.max_text_tokens"):
+        assert part in message
+
+
+def test_encoders_with_different_sizes_have_different_identities() -> None:
+    sizes = [(8, 6), (8, 7), (9, 6)]
+    assert len({WordEncoder(embed_dim=dim, max_tokens=tokens).identity for dim, tokens in sizes}) == 3
+
+
+def test_latents_decode_to_the_image_they_came_from(draw: Callable[..., Tensor]) -> None:
+    images = draw("images", 2, 3, 4, 5).clamp(-1, 1)
+    torch.testing.assert_close(PixelCodec().decode(PixelCodec().encode(images)), images)
+
+
+def test_latents_of_digit_scenes_have_about_zero_mean_and_unit_variance() -> None:
+    scenes = [
+        draw_scene(seed=0, split="train", index=i, canvas_height=16, canvas_width=16).image_HWC for i in range(200)
+    ]
+    images = torch.from_numpy(np.stack(scenes)).float() / 127.5 - 1
+    latents = PixelCodec().encode(images.permute(0, 3, 1, 2))
+    assert abs(float(latents.mean())) < 0.1
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_decoded_images_stay_in_range_and_in_fp32(draw: Callable[..., Tensor]) -> None:
+    latents = 3 * draw("latents", 2, 3, 4, 5)
+    codec = PixelCodec(shift_factor=0.0, scaling_factor=1.0)
+    images = codec.decode(latents.to(torch.bfloat16))
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1.0, 1.0)
+    inside = latents.abs() < 0.9
+    torch.testing.assert_close(images[inside], latents[inside], atol=0.01, rtol=0)

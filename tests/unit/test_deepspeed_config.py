@@ -1,0 +1,181 @@
+"""The DeepSpeed JSON: what it may say, what is filled in, and how a contradiction is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.errors import ConfigError
+
+Load = Callable[..., dict[str, Any]]
+RefusalOf = Callable[[Callable[[], object]], str]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return where `load` writes."""
+    return tmp_path / "mine.json"
+
+
+@pytest.fixture
+def load(path: Path, make_recipe: Callable[..., Recipe]) -> Load:
+    """Return `load(text or changes, *recipe overrides)`: a working ZeRO-2 file, changed, read for two ranks."""
+
+    def load_changed(content: str | bytes | dict[str, Any], *overrides: str) -> dict[str, Any]:
+        if isinstance(content, dict):
+            content = json.dumps({"zero_optimization": {"stage": 2}} | content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return load_deepspeed_config(path, make_recipe(*overrides), dp_size=2)
+
+    return load_changed
+
+
+@pytest.mark.parametrize("content", [{}, {"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {}}])
+def test_what_is_auto_or_absent_is_filled_from_the_recipe(load: Load, content: dict[str, Any]) -> None:
+    config = load(content, "train.micro_batch_size=2", "optimizer.gradient_clipping=0.5")
+    assert config["train_batch_size"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": False}
+
+
+def test_a_value_that_agrees_with_the_recipe_is_accepted(load: Load) -> None:
+    agreed = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+    assert load(agreed).items() >= agreed.items()
+
+
+def test_what_is_deepspeeds_alone_is_left_as_it_is(load: Load) -> None:
+    zero = {"stage": 1, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "none"}}
+    config = load({"zero_optimization": zero, "steps_per_print": 7})
+    assert config["zero_optimization"] == zero
+    assert config["steps_per_print"] == 7
+
+
+@pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize("given", [None, "auto"])
+def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled: bool, given: str | None) -> None:
+    section = {} if given is None else {"bf16": {"enabled": given}}
+    assert load(section, f"train.precision={precision}")["bf16"] == {"enabled": enabled}
+    assert load({"bf16": {"enabled": enabled}}, f"train.precision={precision}")["bf16"] == {"enabled": enabled}
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "amp", "tensor_parallel", "checkpoint"])
+def test_a_section_that_the_recipe_replaces_is_refused(load: Load, refusal_of: RefusalOf, path: Path, key: str) -> None:
+    message = refusal_of(lambda: load({key: {}}))
+    assert message.startswith(f"{path}: {key}: ")
+    assert "delete" in message
+
+
+@pytest.mark.parametrize(
+    "zero", [{}, {"stage": 0}, {"stage": 3}, {"stage": "2"}, {"stage": None}, {"stage": [2]}, 2, None, "auto"]
+)
+def test_any_other_stage_than_1_and_2_is_refused(load: Load, refusal_of: RefusalOf, path: Path, zero: Any) -> None:
+    message = refusal_of(lambda: load({"zero_optimization": zero}))
+    assert message.startswith(f"{path}: zero_optimization.stage: ")
+    assert repr(zero.get("stage") if isinstance(zero, dict) else None) in message
+    assert "1 or 2" in message
+
+
+def test_a_file_without_zero_is_refused(load: Load, refusal_of: RefusalOf, path: Path) -> None:
+    assert f"{path}: zero_optimization.stage: " in refusal_of(lambda: load("{}"))
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_offloading_is_refused(load: Load, refusal_of: RefusalOf, path: Path, key: str, device: str) -> None:
+    message = refusal_of(lambda: load({"zero_optimization": {"stage": 2, key: {"device": device}}}))
+    assert message.startswith(f"{path}: zero_optimization.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "home", "given", "recipes"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size", "train.global_batch_size", "16", "8"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu", "train.micro_batch_size", "3", "4"),
+        ({"gradient_accumulation_steps": 5}, "gradient_accumulation_steps", "train.global_batch_size", "5", "1"),
+        ({"gradient_clipping": 0.25}, "gradient_clipping", "optimizer.gradient_clipping", "0.25", "1.0"),
+        ({"gradient_clipping": None}, "gradient_clipping", "optimizer.gradient_clipping", "None", "1.0"),
+        ({"train_batch_size": "many"}, "train_batch_size", "train.global_batch_size", "'many'", "8"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", "train.precision", "True", "fp32"),
+    ],
+)
+def test_a_contradiction_names_both_places_and_both_values(
+    load: Load,
+    refusal_of: RefusalOf,
+    path: Path,
+    content: dict[str, Any],
+    key: str,
+    home: str,
+    given: str,
+    recipes: str,
+) -> None:
+    message = refusal_of(lambda: load(content))
+    assert message.startswith(f"{path}: {key}: {given} differs from the recipe's {home}")
+    assert f": {recipes}; " in message
+    assert '"auto"' in message
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"bf16": True}, "bf16"),
+        ({"bf16": None}, "bf16"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_param": ["cpu"]}}, "zero_optimization.offload_param"),
+    ],
+)
+def test_a_value_where_a_section_belongs_is_refused(
+    load: Load, refusal_of: RefusalOf, path: Path, content: dict[str, Any], key: str
+) -> None:
+    assert refusal_of(lambda: load(content)).startswith(f"{path}: {key}")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"gradient_clipping": 1.0, "gradient_clipping": 1.0}', "gradient_clipping"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage"),
+    ],
+)
+def test_a_key_given_twice_is_refused(load: Load, refusal_of: RefusalOf, path: Path, text: str, key: str) -> None:
+    message = refusal_of(lambda: load(text))
+    assert message.startswith(f"{path}: {key}: is given twice")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{'stage': 2}", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b'{"zero_optimization": ', "not valid JSON"),
+        (b"[1, 2]", "holds list, not an object"),
+        (b"3", "holds int, not an object"),
+        (b"\xff\xfe{}", "is not text"),
+    ],
+)
+def test_a_file_that_holds_no_json_object_is_refused(
+    load: Load, refusal_of: RefusalOf, path: Path, content: bytes, reason: str
+) -> None:
+    message = refusal_of(lambda: load(content))
+    assert str(path) in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nowhere.json", "No such file"), ("", "Is a directory")])
+def test_a_file_that_cannot_be_read_is_named_with_where_to_look(
+    tiny_recipe: Recipe, refusal_of: RefusalOf, tmp_path: Path, name: str, reason: str
+) -> None:
+    missing = tmp_path / name
+    message = refusal_of(lambda: load_deepspeed_config(missing, tiny_recipe, dp_size=1))
+    assert message.startswith(f"--deepspeed {missing}: {reason}")
+    assert "ds_configs/" in message
+
+
+def test_a_batch_that_does_not_split_over_the_ranks_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match=r"ranks\(3\).*global_batch_size\(8\)"):
+        load_deepspeed_config(DEFAULT_PATH, make_recipe(), dp_size=3)

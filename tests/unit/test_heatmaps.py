@@ -1,0 +1,118 @@
+"""Maps of compute: counts that add up, moments of the path that are what they are called, a picture that shows them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.interpret.heatmaps import ComputeMaps, compute_maps, save_compute_maps
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
+from ecdit_ds.pictures import to_uint8
+from ecdit_ds.pipeline import TextToImage, load_pipeline
+
+MakeMaps = Callable[..., tuple[ComputeMaps, TextToImage]]
+
+
+@pytest.fixture
+def make_maps(tmp_path: Path, make_recipe: Callable[..., Recipe], save_model: Callable[..., Path]) -> MakeMaps:
+    """Return `make_maps(*overrides)`: maps of a random model, and what drew them."""
+
+    def make(*overrides: str) -> tuple[ComputeMaps, TextToImage]:
+        recipe = make_recipe("sample.num_steps=11", *overrides)
+        pipeline = load_pipeline(save_model(tmp_path / "checkpoints", recipe))
+        return compute_maps(pipeline, "a red seven", seed=5, sample=recipe.sample), pipeline
+
+    return make
+
+
+@pytest.mark.parametrize("capacity_factor", [1.0, 1.5, 2.0])
+def test_counts_are_whole_and_their_mean_is_the_capacity_factor(make_maps: MakeMaps, capacity_factor: float) -> None:
+    maps, _ = make_maps(f"model.capacity_factor={capacity_factor}")
+    assert maps.expected == capacity_factor
+    assert maps.counts.shape == (3, 2, 4, 4)
+    assert (maps.counts.mean(axis=(2, 3)) == capacity_factor).all()
+    assert np.issubdtype(maps.counts.dtype, np.integer)
+    assert maps.counts.min() >= 0
+    assert maps.counts.max() <= 4
+
+
+def test_rounding_up_is_part_of_what_is_expected(make_maps: MakeMaps) -> None:
+    maps, _ = make_maps("model.num_experts=3", "model.capacity_factor=1.0")
+    assert maps.expected == 3 * 6 / 16
+    assert (maps.counts.mean(axis=(2, 3)) == maps.expected).all()
+
+
+def test_maps_are_of_the_sparse_layers_early_in_the_middle_and_late(make_maps: MakeMaps) -> None:
+    maps, _ = make_maps()
+    assert maps.layers == ["1", "3"]
+    assert [name for name, _ in maps.moments] == ["early", "middle", "late"]
+    # Of 11 intervals those that start after a tenth, a half and nine tenths of the way.
+    assert [time for _, time in maps.moments] == pytest.approx([10 / 11, 6 / 11, 2 / 11])
+
+
+def test_the_counts_are_those_of_the_conditional_model_at_that_time(make_maps: MakeMaps) -> None:
+    maps, pipeline = make_maps()
+    model = pipeline.model
+    assert isinstance(model, ECDiT)
+    seen: list[np.ndarray] = []
+    for module in model.modules():
+        if isinstance(module, ExpertChoiceRouter):
+            module.register_forward_hook(_keep_counts(seen))
+    pipeline.draw(["a red seven"], seed=5, sample=pipeline.recipe.sample)
+    # Eleven intervals, in each first the null text and then the prompt, each through two sparse layers.
+    by_interval = np.stack(seen).reshape(11, 2, 2, 4, 4)
+    assert (maps.counts == by_interval[[1, 5, 9], 1]).all()
+    assert (maps.counts != by_interval[[1, 5, 9], 0]).any()
+
+
+def _keep_counts(seen: list[np.ndarray]) -> Callable[[object, object, Routing], None]:
+    def hook(_module: object, _inputs: object, routing: Routing) -> None:
+        seen.append(experts_per_token(routing)[0].reshape(4, 4).numpy())
+
+    return hook
+
+
+def test_the_drawing_is_the_one_that_the_pipeline_draws(make_maps: MakeMaps) -> None:
+    maps, pipeline = make_maps()
+    drawn = pipeline.draw(["a red seven"], seed=5, sample=pipeline.recipe.sample)
+    assert (maps.image_HWC == to_uint8(drawn)[0]).all()
+
+
+def test_watching_leaves_nothing_in_the_model(make_maps: MakeMaps) -> None:
+    _, pipeline = make_maps()
+    assert isinstance(pipeline.model, ECDiT)
+    assert all(not module._forward_hooks for module in pipeline.model.modules())
+
+
+def test_an_image_of_a_shared_pool_gets_a_map_of_its_own_patches(make_maps: MakeMaps) -> None:
+    maps, _ = make_maps("model.routing_pool=group", "model.routing_group=2")
+    assert maps.counts.shape == (3, 2, 4, 4)
+    assert maps.expected == 2.0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_few_steps_give_as_many_different_moments_as_there_are(make_maps: MakeMaps, num_steps: int) -> None:
+    maps, _ = make_maps(f"sample.num_steps={num_steps}")
+    assert len(maps.counts) == len(maps.moments) == len({time for _, time in maps.moments}) == num_steps
+
+
+def test_a_dense_model_has_no_routing_to_show(make_maps: MakeMaps) -> None:
+    with pytest.raises(ConfigError, match="dense"):
+        make_maps("model.ffn=dense")
+
+
+def test_the_picture_shows_where_the_experts_went(make_maps: MakeMaps, tmp_path: Path) -> None:
+    maps, _ = make_maps()
+    uniform = replace(maps, counts=np.full_like(maps.counts, 2))
+    save_compute_maps(maps, "a red seven", tmp_path / "deep" / "routing.png")
+    save_compute_maps(uniform, "a red seven", tmp_path / "uniform.png")
+    shown, plain = (np.asarray(Image.open(tmp_path / name)) for name in ("deep/routing.png", "uniform.png"))
+    assert shown.std() > 20
+    assert (shown != plain).any()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["routing.png"]

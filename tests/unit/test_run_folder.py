@@ -1,0 +1,236 @@
+"""A run's folder: one run at a time, one recipe, nothing overwritten, and logs that fit the step it goes on from."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ecdit_ds import run_folder
+from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
+from ecdit_ds.config import Recipe
+from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.run_folder import RunFolder
+
+MakeRecipe = Callable[..., Recipe]
+RefusalOf = Callable[[Callable[[], object]], str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """Return an empty folder for a run."""
+    (tmp_path / "run").mkdir()
+    return RunFolder(path=tmp_path / "run")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait a moment, not ten seconds, for a lock that is held."""
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.3)
+
+
+def add_checkpoint(root: Path, step: int) -> Path:
+    """Make a folder that goes for a checkpoint where only names and the manifest's presence are looked at."""
+    checkpoint = root / f"step_{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST_NAME).write_text("{}", encoding="ascii")
+    return checkpoint
+
+
+def hold_lock(path: Path, told: Connection) -> None:
+    """Lock a folder, start a process as a loader starts its workers, and wait."""
+    handle = RunFolder(path=path).lock()
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    told.send(worker.pid)
+    signal.pause()
+    handle.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_second_process_is_refused_with_the_holders_number_until_the_holder_is_killed(
+    folder: RunFolder, refusal_of: RefusalOf
+) -> None:
+    here, there = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("fork").Process(target=hold_lock, args=(folder.path, there))
+    holder.start()
+    assert here.poll(20), "the holder did not lock"
+    worker = psutil.Process(here.recv())
+    try:
+        message = refusal_of(folder.lock)
+        assert message.startswith(f"--output {folder.path}: ")
+        assert f"(process {holder.pid})" in message
+
+        os.kill(holder.pid or 0, signal.SIGKILL)
+        holder.join()
+        assert worker.is_running()
+        with folder.lock() as handle:
+            handle.seek(0)
+            assert handle.read() == str(os.getpid())
+    finally:
+        holder.kill()
+        worker.kill()
+
+
+def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: RunFolder) -> None:
+    folder.lock().close()
+    with folder.lock() as handle:
+        assert not handle.closed
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, refusal_of: RefusalOf, place: str) -> None:
+    (tmp_path / "file").write_text("mine", encoding="ascii")
+    assert refusal_of(RunFolder(path=tmp_path / place).lock).startswith(f"--output {tmp_path / place}: ")
+    assert (tmp_path / "file").read_text(encoding="ascii") == "mine"
+
+
+def test_a_folder_is_new_until_begun_and_then_the_recipes(folder: RunFolder, tiny_recipe: Recipe) -> None:
+    folder.check_recipe(tiny_recipe)
+    folder.begin(tiny_recipe, step=0)
+    folder.check_recipe(tiny_recipe)
+    assert load_recipe(str(folder.recipe)) == tiny_recipe
+
+
+def test_a_lock_alone_makes_a_folder_no_ones(folder: RunFolder, tiny_recipe: Recipe) -> None:
+    folder.lock().close()
+    folder.check_recipe(tiny_recipe)
+
+
+def test_another_recipe_is_refused_with_every_changed_field_and_both_values(
+    folder: RunFolder, make_recipe: MakeRecipe, refusal_of: RefusalOf
+) -> None:
+    folder.begin(make_recipe(), step=0)
+    before = folder.recipe.read_bytes()
+    other = make_recipe("model.hidden_size=64", "train.seed=3", "train.max_steps=100")
+    message = refusal_of(lambda: folder.check_recipe(other))
+    assert message.startswith(f"{folder.path}: ")
+    assert "model.hidden_size: 32 there, 64 now" in message
+    assert "train.seed: 0 there, 3 now" in message
+    assert "max_steps" not in message
+    assert folder.recipe.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.max_steps=9", "train.micro_batch_size=2", "parallel.ep=2", "sample.prompts=[a]", "data.num_workers=1"],
+)
+def test_what_does_not_change_the_training_may_change(folder: RunFolder, make_recipe: MakeRecipe, change: str) -> None:
+    folder.begin(make_recipe(), step=0)
+    changed = make_recipe(change)
+    folder.check_recipe(changed)
+    folder.begin(changed, step=0)
+    assert load_recipe(str(folder.recipe)) == changed
+
+
+def test_files_of_no_run_are_refused_and_one_is_named(
+    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    for name in ("thesis.tex", "photo.png"):
+        (folder.path / name).touch()
+    message = refusal_of(lambda: folder.check_recipe(tiny_recipe))
+    assert message.startswith(f"--output {folder.path}: ")
+    assert "2 files" in message
+    assert "photo.png" in message
+
+
+@pytest.mark.parametrize("content", [b"a: [1, 2", b"\xff\xfe", b"name: a\nname: b\n"])
+def test_a_damaged_recipe_is_named(
+    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf, content: bytes
+) -> None:
+    folder.recipe.write_bytes(content)
+    message = refusal_of(lambda: folder.check_recipe(tiny_recipe))
+    assert message.startswith(f"{folder.recipe}: cannot be read")
+    assert folder.recipe.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"name: tiny\n"])
+def test_a_recipe_that_lacks_its_sections_is_refused(folder: RunFolder, tiny_recipe: Recipe, content: bytes) -> None:
+    folder.recipe.write_bytes(content)
+    with pytest.raises((CheckpointError, ConfigError)) as refused:
+        folder.check_recipe(tiny_recipe)
+    assert str(refused.value).startswith(str(folder.path))
+
+
+def test_auto_tries_the_newest_checkpoint_first_and_starts_afresh_without_any(folder: RunFolder) -> None:
+    assert folder.candidates("auto") == []
+    written = [add_checkpoint(folder.checkpoints, step) for step in (9, 100, 20)]
+    assert folder.candidates("auto") == [written[1], written[2], written[0]]
+
+
+def test_never_is_refused_in_a_folder_that_holds_a_run(folder: RunFolder, refusal_of: RefusalOf) -> None:
+    assert folder.candidates("never") == []
+    folder.metrics.write_text("{}\n", encoding="ascii")
+    assert "--resume never" in refusal_of(lambda: folder.candidates("never"))
+    folder.metrics.unlink()
+    add_checkpoint(folder.checkpoints, 5)
+    message = refusal_of(lambda: folder.candidates("never"))
+    assert str(folder.path) in message
+    assert "--output" in message
+
+
+def test_a_path_may_be_a_checkpoint_or_a_run_with_checkpoints(folder: RunFolder, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    old, new = (add_checkpoint(other / "checkpoints", step) for step in (4, 8))
+    assert folder.candidates(str(other)) == [new, old]
+    assert folder.candidates(str(old)) == [old]
+
+
+def test_a_path_to_nothing_is_refused(folder: RunFolder, tmp_path: Path, refusal_of: RefusalOf) -> None:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "empty" / "checkpoints"):
+        assert refusal_of(lambda path=path: folder.candidates(str(path))).startswith(f"--resume {path}: ")  # type: ignore[misc]
+
+
+def test_a_path_that_would_overwrite_newer_checkpoints_is_refused(
+    folder: RunFolder, tmp_path: Path, refusal_of: RefusalOf
+) -> None:
+    foreign = add_checkpoint(tmp_path / "other" / "checkpoints", 3)
+    older, newest = (add_checkpoint(folder.checkpoints, step) for step in (10, 20))
+    for path in (foreign, older):
+        message = refusal_of(lambda path=path: folder.candidates(str(path)))  # type: ignore[misc]
+        assert message.startswith(f"--resume {path}: ")
+        assert "step_20" in message
+    assert folder.candidates(str(newest)) == [newest]
+    assert folder.candidates(str(folder.path)) == [newest, older]
+
+
+@pytest.mark.parametrize("log", ["metrics", "evaluations"])
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 3, "loss": 0.5}'])
+def test_beginning_keeps_lines_up_to_the_step_byte_for_byte(
+    folder: RunFolder, tiny_recipe: Recipe, log: str, torn: str
+) -> None:
+    path: Path = getattr(folder, log)
+    kept = '{"step":1,  "loss": 1e-05}\n{"loss": null, "step": 2}\n'
+    path.write_text(kept + '{"step": 4, "loss": 0.5}\n' + torn, encoding="ascii")
+    folder.begin(tiny_recipe, step=2)
+    assert path.read_text(encoding="ascii") == kept
+
+
+def test_beginning_at_the_last_step_changes_no_line(folder: RunFolder, tiny_recipe: Recipe) -> None:
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
+    folder.metrics.write_text(lines, encoding="ascii")
+    folder.begin(tiny_recipe, step=5)
+    assert folder.metrics.read_text(encoding="ascii") == lines
+
+
+def test_a_fresh_start_keeps_no_line_of_a_life_that_left_no_checkpoint(folder: RunFolder, tiny_recipe: Recipe) -> None:
+    for log in (folder.metrics, folder.evaluations):
+        log.write_text('{"step": 0}\n{"step": 1}\n', encoding="ascii")
+    folder.begin(tiny_recipe, step=0)
+    assert [log.read_text(encoding="ascii") for log in (folder.metrics, folder.evaluations)] == ["", ""]
+
+
+def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder, tiny_recipe: Recipe) -> None:
+    add_checkpoint(folder.checkpoints, 2)
+    for name in ("step_4.tmp-ab", ".trash-step_1", "notes"):
+        (folder.checkpoints / name).mkdir()
+    folder.begin(tiny_recipe, step=2)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["notes", "step_2"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "recipe.yaml"]

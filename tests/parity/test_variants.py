@@ -27,17 +27,15 @@ VARIANTS = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every variant on one rank and on two (experts spread over both), and go on from another layout."""
     root = tmp_path_factory.mktemp("variants")
+    common = (*SMALL_MODEL, f"train.max_steps={STEPS}", "train.checkpoint_every=5", "optimizer.warmup_steps=5")
     for world in (1, 2):
         plan = [
-            arguments(root / f"{name}_{world}", root / "cache", *SMALL_MODEL, f"train.max_steps={STEPS}",
-                      "train.checkpoint_every=5", *_layout(name, world), *overrides)
+            arguments(root / f"{name}_{world}", root / "cache", *common, *_layout(name, world), *overrides)
             for name, overrides in VARIANTS.items()
-        ]  # fmt: skip
+        ]
         if world == 2:
-            plan.append(
-                arguments(root / "moved", root / "cache", *SMALL_MODEL, f"train.max_steps={STEPS}", "parallel.ep=2",
-                          "train.checkpoint_every=5", resume=str(root / "base_1" / "checkpoints" / "step_5"))
-            )  # fmt: skip
+            halfway = str(root / "base_1" / "checkpoints" / "step_5")
+            plan.append(arguments(root / "moved", root / "cache", *common, "parallel.ep=2", resume=halfway))
         train_many(world, plan, root)
     return root
 
@@ -74,11 +72,11 @@ def test_bf16_stays_close_to_fp32_and_is_not_fp32(runs: Path) -> None:
     assert {tensor.dtype for tensor in manifest.tensors.values()} == {"float32"}
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "base" and name != "accumulated"])
+@pytest.mark.parametrize("name", ["bf16", "rmsprop", "group", "dense", "token_choice"])
 def test_each_variant_changes_the_losses(runs: Path, name: str) -> None:
     base, other = ([m["loss"] for m in metrics_of(runs / f"{kind}_1")] for kind in ("base", name))
     assert all(math.isfinite(loss) for loss in other)
-    assert other[1:] != pytest.approx(base[1:], rel=1e-4)
+    assert other[1:] != pytest.approx(base[1:], rel=RELATIVE)
 
 
 def test_only_token_choice_has_an_auxiliary_loss_and_drops_tokens_over_capacity(runs: Path) -> None:

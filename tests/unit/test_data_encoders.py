@@ -60,11 +60,21 @@ def test_word_order_shows_in_the_tokens_but_not_in_the_pooled_vector(encoder: Wo
     torch.testing.assert_close(one.pooled_BD, two.pooled_BD)
 
 
-def test_moving_a_word_changes_its_vector_by_its_position_alone(encoder: WordEncoder) -> None:
-    tokens_BTD = encoder.encode(["red two", "two red", "six nine", "nine six"]).embeds_BTD
-    moved_red, moved_six = tokens_BTD[1, 1] - tokens_BTD[0, 0], tokens_BTD[3, 1] - tokens_BTD[2, 0]
+def test_moving_two_words_changes_the_second_by_its_position_alone(encoder: WordEncoder) -> None:
+    captions = ["two red", "six two red", "nine six", "two nine six"]
+    tokens_BTD = encoder.encode(captions).embeds_BTD
+    moved_red, moved_six = tokens_BTD[1, 2] - tokens_BTD[0, 1], tokens_BTD[3, 2] - tokens_BTD[2, 1]
     torch.testing.assert_close(moved_red, moved_six)
     assert moved_red.abs().max() > 0.1
+
+
+def test_a_word_carries_the_word_before_it_alike_whatever_it_is_itself(encoder: WordEncoder) -> None:
+    tokens_BTD = encoder.encode(["red seven", "blue seven", "red two", "blue two"]).embeds_BTD
+    seven, two = tokens_BTD[0, 1] - tokens_BTD[1, 1], tokens_BTD[2, 1] - tokens_BTD[3, 1]
+    torch.testing.assert_close(seven, two)
+    assert seven.norm() > 1.0
+    own = tokens_BTD[0, 0] - tokens_BTD[1, 0]  # red - blue where they stand themselves: another direction
+    assert abs(torch.nn.functional.cosine_similarity(seven, own, dim=0)) < 0.6
 
 
 @pytest.mark.parametrize("num_words", [1, 3, 10])

@@ -47,8 +47,7 @@ def run(
     device = initialize_distributed()
     world = World()
     held_locks: list[IO[str]] = []
-    world.on_first(lambda: _claim(folder, recipe, held_locks))
-    candidates = world.on_first(lambda: folder.candidates(resume))
+    candidates = world.on_first(lambda: _claim(folder, recipe, resume, held_locks))
     train_set, heldout_set = _open_data(recipe, world)
 
     model = build_model(recipe, expert_parallel_layers(topology), device)
@@ -116,9 +115,14 @@ def share_cores(place: Place) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
 
 
-def _claim(folder: RunFolder, recipe: Recipe, held_locks: list[IO[str]]) -> None:
+def _claim(folder: RunFolder, recipe: Recipe, resume: str, held_locks: list[IO[str]]) -> list[Path]:
+    """Lock the folder and return its candidates; asked before the lock too, so a refused folder stays untouched."""
+    if folder.path.is_dir():
+        folder.check_recipe(recipe)
+    folder.candidates(resume)
     held_locks.append(folder.lock())
     folder.check_recipe(recipe)
+    return folder.candidates(resume)
 
 
 def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDataset]:

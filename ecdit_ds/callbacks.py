@@ -1,6 +1,7 @@
 """Who is told what a run does: the terminal, files, TensorBoard. Rank 0 only."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ class Console(Callback):
 
     def on_report(self, records: list[Record]) -> None:
         last, losses = records[-1], [r["loss"] for r in records if r["loss"] is not None]
-        loss = sum(losses) / len(losses) if losses else float("nan")
-        grad_norm = float("nan") if last["grad_norm"] is None else last["grad_norm"]
-        told = f"loss {loss:.4f} | grad norm {grad_norm:.3f} | {last['images_per_second']:.0f} images/s"
+        loss = sum(losses) / len(losses) if losses else math.nan
+        told = (
+            f"loss {loss:.4f} | grad norm {_number(last['grad_norm']):.3f} | {last['images_per_second']:.0f} images/s"
+        )
         if last["experts_per_token"] is not None:
             told += f" | {last['experts_per_token']:.3g} experts/token"
         if self._bar.disable:
@@ -54,10 +56,8 @@ class Console(Callback):
             self._bar.update(last["step"] - self._bar.n)
 
     def on_evaluation(self, record: Record) -> None:
-        self.on_note(
-            f"step {record['step']} | held-out loss {record['heldout_loss']:.4f} "
-            f"| of the averaged weights {record['heldout_loss_ema']:.4f}"
-        )
+        last, averaged = (_number(record[name]) for name in ("heldout_loss", "heldout_loss_ema"))
+        self.on_note(f"step {record['step']} | held-out loss {last:.4f} | of the averaged weights {averaged:.4f}")
 
     def on_note(self, text: str) -> None:
         if self._bar.disable:
@@ -97,6 +97,8 @@ class TensorBoard(Callback):
                     continue
                 if isinstance(value, list):
                     for layer, cell in enumerate(value):
+                        if cell is None:
+                            continue
                         self._writer.add_scalar(f"routing/{name}/moe_layer_{layer}", cell, record["step"])
                 else:
                     self._writer.add_scalar(f"train/{name}", value, record["step"])
@@ -104,6 +106,8 @@ class TensorBoard(Callback):
 
     def on_evaluation(self, record: Record) -> None:
         for name in ("heldout_loss", "heldout_loss_ema"):
+            if record[name] is None:
+                continue
             self._writer.add_scalar(f"heldout/{name}", record[name], record["step"])
 
     def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
@@ -112,6 +116,11 @@ class TensorBoard(Callback):
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _number(value: float | None) -> float:
+    """Return a recorded number; None stands for one that is not finite."""
+    return math.nan if value is None else value
 
 
 def _append(path: Path, records: list[Record]) -> None:

@@ -31,7 +31,8 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     if stage not in _STAGES:
         raise ConfigError(f"{path}: zero_optimization.stage: {stage!r}; this version trains with stage 1 or 2")
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
+        section = zero.get(key, {})
+        if not isinstance(section, dict) or section.get("device", "none") != "none":
             raise ConfigError(
                 f"{path}: zero_optimization.{key}: offloading is not supported in this version; delete it"
             )
@@ -52,6 +53,8 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
             raise ConfigError(f'{path}: {key}: {given!r} differs from the recipe\'s {home}: {value}; write "auto"')
         config[key] = value
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
+    if not isinstance(bf16, dict):
+        raise ConfigError(f'{path}: bf16: {bf16!r} is not a section; write {{"enabled": "auto"}}')
     wants_bf16 = recipe.train.precision == "bf16"
     if bf16.get("enabled", "auto") not in ("auto", wants_bf16):
         raise ConfigError(

@@ -85,13 +85,18 @@ class MetricLog:
         table = world.mean(torch.stack(rows)).tolist()
         records = []
         for facts, tensors, row in zip(self._facts, self._tensors, table, strict=True):
-            record, values = dict(facts), iter([v if math.isfinite(v) else None for v in row])
+            record, values = dict(facts), iter([finite_or_none(v) for v in row])
             for name, tensor in tensors.items():
                 cells = [next(values) for _ in range(tensor.numel())]
                 record[name] = cells if tensor.dim() else cells[0]
             records.append(record)
         self._facts, self._tensors = [], []
         return records
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return what JSON can hold: None for a number that is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def training_flops_per_image(config: ModelConfig, pool_images: int) -> float:

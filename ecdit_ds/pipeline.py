@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
@@ -14,7 +14,7 @@ from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.objective import VelocityModel, draw_noise
+from ecdit_ds.flow.objective import Predicted, draw_noise
 from ecdit_ds.flow.samplers import StepCallback, VelocityFn, sampler_named, time_grid
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.layers import SerialLayers
@@ -31,7 +31,8 @@ def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
 class TextToImage:
     """A model with its encoders."""
 
-    model: VelocityModel
+    model: nn.Module
+    """As `flow.objective.VelocityModel`."""
     recipe: Recipe
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
@@ -57,20 +58,22 @@ class TextToImage:
         shape = (config.in_channels, config.latent_height, config.latent_width)
         latents = draw_noise(shape, torch.arange(len(padded)), seed, "sample").to(self.device)
         velocity = guided(
-            self._velocity(self.text_encoder.encode(padded)),
-            self._velocity(self.text_encoder.null()),
+            self.velocity(self.text_encoder.encode(padded)),
+            self.velocity(self.text_encoder.null()),
             sample.guidance_scale,
         )
         times = time_grid(sample.num_steps, self.recipe.flow.timestep_shift)
         latents = sampler_named(sample.sampler)(velocity, latents, times, callback)
         return self.image_encoder.decode(latents)[:count]
 
-    def _velocity(self, text: TextEmbeddings) -> VelocityFn:
+    def velocity(self, text: TextEmbeddings) -> VelocityFn:
+        """Return the velocity under `text`, one caption for each image or one for all."""
         embeds, mask, pooled = (t.to(self.device) for t in (text.embeds_BTD, text.mask_BT, text.pooled_BD))
 
         def velocity(latents: Tensor, timesteps_B: Tensor) -> Tensor:
             texts = (t.expand(len(latents), *t.shape[1:]) for t in (embeds, mask, pooled))
-            return self.model(latents, timesteps_B, *texts).velocity_BCHW
+            prediction: Predicted = self.model(latents, timesteps_B.to(self.device), *texts)
+            return prediction.velocity_BCHW
 
         return velocity
 

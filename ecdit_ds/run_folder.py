@@ -100,7 +100,9 @@ class RunFolder:
                 written = parse_yaml(self.recipe.read_text(encoding="utf-8"))
             except (ConfigError, OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{self.recipe}: cannot be read ({error}); choose another --output") from None
-            check_same_recipe(written if isinstance(written, dict) else {}, recipe, self.path)
+            if not isinstance(written, dict):
+                raise ConfigError(f"{self.recipe}: holds no recipe; choose another --output")
+            check_same_recipe(written, recipe, self.path)
         elif foreign := sorted(p.name for p in self.path.iterdir() if p.name != _OWN_LOCK):
             raise ConfigError(
                 f"--output {self.path}: holds {len(foreign)} files that are no run's (such as {foreign[0]}); "
@@ -111,7 +113,8 @@ class RunFolder:
         """Return the checkpoints to try, best first; none means a fresh start.
 
         Args:
-            resume: `auto`, `never`, or the path of a checkpoint or of a run.
+            resume: `auto`, `never`, or the path of a checkpoint or of a run, from which a folder without
+                checkpoints of its own starts; so the same command goes on after a crash.
 
         Raises:
             CheckpointError: the request cannot be met without overwriting something.
@@ -129,12 +132,12 @@ class RunFolder:
         found = [source] if (source / MANIFEST_NAME).is_file() else list_checkpoints(source / "checkpoints")
         if not found:
             raise CheckpointError(f"--resume {resume}: is neither a checkpoint nor a run with checkpoints")
-        if own and own[0].resolve() not in [folder.resolve() for folder in found]:
+        if source.resolve() in [folder.resolve() for folder in own[1:]]:
             raise CheckpointError(
                 f"--resume {resume}: {self.checkpoints} already holds {own[0].name}, which would be overwritten; "
                 "choose another --output"
             )
-        return found
+        return own or found
 
     def begin(self, recipe: Recipe, step: int) -> None:
         """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again."""
@@ -142,7 +145,9 @@ class RunFolder:
         remove_stale_attempts(self.checkpoints)
         for log in (self.metrics, self.evaluations):
             if log.exists():
-                _replace(log, "".join(line for line in _whole_lines(log) if json.loads(line)["step"] <= step))
+                _replace(
+                    log, "".join(line for line in _whole_lines(log) if step > 0 and json.loads(line)["step"] <= step)
+                )
 
 
 def _whole_lines(log: Path) -> list[str]:

@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH",
         help="auto: go on from the newest valid checkpoint in the folder; never: refuse a folder that holds a run; "
-        "PATH: start from that checkpoint or run (default: %(default)s)",
+        "PATH: a folder without checkpoints starts from that checkpoint or run (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe, and stop")

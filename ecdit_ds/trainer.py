@@ -17,7 +17,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
 from ecdit_ds.errors import CheckpointError, TrainingError
 from ecdit_ds.flow.objective import FlowBatch, flow_loss
-from ecdit_ds.metrics import MetricLog, RoutingProbe
+from ecdit_ds.metrics import MetricLog, RoutingProbe, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.snapshot import Progress, save_snapshot
@@ -162,9 +162,9 @@ class Trainer:
                     averaged = self._given.heldout_losses(model)
         record = {
             "step": step,
-            "heldout_loss": float(np.mean(losses)),
-            "heldout_loss_ema": float(np.mean(averaged)),
-            "heldout_loss_by_time": losses,
+            "heldout_loss": finite_or_none(float(np.mean(losses))),
+            "heldout_loss_ema": finite_or_none(float(np.mean(averaged))),
+            "heldout_loss_by_time": [finite_or_none(loss) for loss in losses],
         }
         self._tell(lambda callback: callback.on_evaluation(record))
 

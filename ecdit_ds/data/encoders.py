@@ -109,8 +109,9 @@ class WordEncoder:
 
     To each word's vector that of the word before is added, its components turned round by half: a fixed orthogonal
     map, so the two can be told apart. Thus "seven" in "a red seven" carries its colour, as a token of a trained
-    encoder carries its context. It knows every word and nothing of meaning. Case and punctuation are dropped; a caption without words is the null
-    text, one token that stands for no word, so that cross-attention never meets an empty row.
+    encoder carries its context. It knows every word and nothing of meaning. Case and punctuation are dropped; a
+    caption without words is the null text, one token that stands for no word, so that cross-attention never meets an
+    empty row.
     """
 
     embed_dim: int

@@ -50,8 +50,7 @@ def training_batches(
         seed: of the order.
         global_batch_size: samples of a step over all ranks.
         micro_batch_size: samples of one forward of one rank.
-        dp_rank: data-parallel rank, in [0, dp_size).
-        dp_size: data-parallel ranks.
+        dp_rank, dp_size: which data-parallel rank, of how many.
         start_sample: samples seen so far; the loader's whole state.
         end_sample: samples seen after the last step.
         num_workers: reading processes; the batches do not depend on it.

@@ -3,7 +3,8 @@
 Suffixes: B images, S image tokens.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,64 +37,59 @@ class ComputeMaps:
     """Mean experts per patch."""
 
 
-@dataclass
-class _RouterWatch:
-    """Keeps the latest counts of the first image, from the conditional half only when it is the last to run."""
-
-    latest: dict[str, Tensor] = field(default_factory=dict)
-
-    def attach(self, model: nn.Module) -> list[Any]:
-        routers = [(name, m) for name, m in model.named_modules() if isinstance(m, ExpertChoiceRouter)]
-        return [router.register_forward_hook(self._hook(name)) for name, router in routers]
-
-    def _hook(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
-            self.latest[name] = experts_per_token(routing)[0]
-
-        return hook
-
-
 def compute_maps(pipeline: TextToImage, prompt: str, *, seed: int, sample: SampleConfig) -> ComputeMaps:
     """Draw `prompt` once and count experts per patch early, in the middle and late.
+
+    The counts are those of the conditional velocity at the latents which the sampler passed through.
 
     Raises:
         ConfigError: the model has no expert-choice layer.
     """
-    config, model = pipeline.recipe.model, pipeline.model
-    assert isinstance(model, nn.Module)
-    watch = _RouterWatch()
-    handles = watch.attach(model)
-    if not handles:
+    config = pipeline.recipe.model
+    if config.ffn != "expert_choice":
         raise ConfigError(f"model.ffn: {config.ffn} has no expert-choice layers, so there is no routing to show")
-    steps = {round(share * (sample.num_steps - 1)): name for name, share in _MOMENTS}
-    taken: list[tuple[str, float, dict[str, Tensor]]] = []
-    waiting: list[tuple[str, float]] = []
+    passed: list[tuple[float, Tensor]] = []
+    prompts = [prompt] * config.routing_group  # a full pool
+    image = pipeline.draw(
+        prompts, seed=seed, sample=sample, callback=lambda _step, time, latents: passed.append((time, latents))
+    )
+    velocity = pipeline.velocity(pipeline.text_encoder.encode(prompts))
+    moments, counts = [], []
+    for name, share in _MOMENTS:
+        time, latents = passed[round(share * (len(passed) - 1))]
+        by_layer = _experts_per_patch(pipeline, lambda: velocity(latents, torch.full((len(latents),), time)))  # noqa: B023
+        moments.append((name, time))
+        counts.append(torch.stack(list(by_layer.values())))
+    pool = config.num_tokens * config.routing_group
+    return ComputeMaps(
+        image_HWC=to_uint8(image)[0],
+        layers=[name.split(".")[1] for name in by_layer],
+        moments=moments,
+        counts=torch.stack(counts).cpu().numpy(),
+        expected=config.num_experts * config.expert_capacity(pool) / pool,
+    )
 
-    def at_step(step: int, time: float, _latents: Tensor) -> None:
-        # Counts of a step are known once the next begins: guidance runs the conditional half last.
-        taken.extend((name, t, dict(watch.latest)) for name, t in waiting)
-        waiting[:] = [(steps[step], time)] if step in steps else []
 
+@torch.no_grad()
+def _experts_per_patch(pipeline: TextToImage, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Return, by router, (rows, columns) counts of the first image in the model's next forward."""
+    config, counts = pipeline.recipe.model, dict[str, Tensor]()
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
+            tokens = experts_per_token(routing)[0][: config.num_tokens]
+            counts[name] = rearrange(tokens, "(h w) -> h w", h=config.latent_height // config.patch_size)
+
+        return hook
+
+    routers = [(name, m) for name, m in pipeline.model.named_modules() if isinstance(m, ExpertChoiceRouter)]
+    handles = [router.register_forward_hook(watch(name)) for name, router in routers]
     try:
-        image = pipeline.draw([prompt], seed=seed, sample=sample, callback=at_step)
+        forward()
     finally:
         for handle in handles:
             handle.remove()
-    at_step(sample.num_steps, 0.0, image)
-    rows = config.latent_height // config.patch_size
-    counts = [
-        torch.stack([rearrange(c[: config.num_tokens], "(h w) -> h w", h=rows) for c in by_layer.values()])
-        for _, _, by_layer in taken
-    ]
-    return ComputeMaps(
-        image_HWC=to_uint8(image)[0],
-        layers=[name.split(".")[1] for name in taken[0][2]],
-        moments=[(name, time) for name, time, _ in taken],
-        counts=torch.stack(counts).cpu().numpy(),
-        expected=config.num_experts
-        * config.expert_capacity(config.num_tokens * config.routing_group)
-        / (config.num_tokens * config.routing_group),
-    )
+    return counts
 
 
 def save_compute_maps(maps: ComputeMaps, prompt: str, path: Path) -> None:

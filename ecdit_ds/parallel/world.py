@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ecdit_ds.errors import EcditError
+from ecdit_ds.errors import EcditError, TopologyError
 
 T = TypeVar("T")
 
@@ -35,13 +35,22 @@ def place_from_environment() -> Place:
             port = probe.getsockname()[1]
         alone = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = _number("WORLD_SIZE", None)
     return Place(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))),
+        rank=_number("RANK", None),
+        local_rank=_number("LOCAL_RANK", 0),
+        local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", world_size)),
         world_size=world_size,
     )
+
+
+def _number(name: str, default: int | None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise TopologyError(
+            f"environment variable {name}: {text!r} is not a number; start with `deepspeed`, or unset RANK"
+        )
+    return int(text)
 
 
 class World:

@@ -114,14 +114,15 @@ def test_the_same_prompt_is_drawn_from_other_noise_at_each_place(pipeline: TextT
 def test_a_pool_of_several_images_is_filled_by_repeating_the_last_prompt(
     tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel
 ) -> None:
-    recipe = make_recipe("model.routing_pool=group", "model.routing_group=2")
+    recipe = make_recipe("model.routing_pool=group", "model.routing_group=4")
     pipeline = load_pipeline(save_model(tmp_path / "pools", recipe))
-    pictures = draw(pipeline, PROMPTS)
-    assert len(pictures) == 3
-    assert torch.equal(draw(pipeline, [*PROMPTS, PROMPTS[2]])[:3], pictures)
-    other = draw(pipeline, [PROMPTS[0], PROMPTS[1], PROMPTS[2], "four white ones"])
-    assert torch.equal(other[:2], pictures[:2])
-    assert not torch.equal(other[2], pictures[2])
+    prompts = [*PROMPTS, "a six", "a white nine"]
+    pictures = draw(pipeline, prompts)
+    assert len(pictures) == 5
+    assert torch.equal(draw(pipeline, [*prompts, *["a white nine"] * 3])[:5], pictures)
+    in_company = draw(pipeline, [*prompts, *["four pink ones"] * 3])
+    assert torch.equal(in_company[:4], pictures[:4])
+    assert not torch.equal(in_company[4], pictures[4])
 
 
 def test_guidance_and_the_prompt_change_the_picture(pipeline: TextToImage) -> None:
@@ -188,18 +189,9 @@ def is_blank(path: Path) -> bool:
 
 
 def test_the_command_leaves_a_grid_single_pictures_and_a_routing_map(tmp_path: Path, checkpoint: Path) -> None:
-    flags = [
-        "--checkpoint",
-        checkpoint.parents[1],
-        "--prompt",
-        "a nine",
-        "two/../ones",
-        "--prompt",
-        "",
-        "--output",
-        "o",
-    ]
-    done = subprocess.run([sys.executable, TOOL, *flags], cwd=tmp_path, capture_output=True, text=True)
+    flags = f"--checkpoint {checkpoint.parents[1]} --output o --prompt a_nine two/../ones --prompt".split()
+    command = [sys.executable, str(TOOL), *flags, ""]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     names = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*") if path.is_file()}
     assert names == {"samples.png", "routing.png", "pictures/000_a_nine.png", "pictures/001_two_ones.png",

@@ -191,14 +191,21 @@ def test_a_path_to_nothing_is_refused(folder: RunFolder, tmp_path: Path, refusal
 def test_a_path_that_would_overwrite_newer_checkpoints_is_refused(
     folder: RunFolder, tmp_path: Path, refusal_of: RefusalOf
 ) -> None:
-    foreign = add_checkpoint(tmp_path / "other" / "checkpoints", 3)
     older, newest = (add_checkpoint(folder.checkpoints, step) for step in (10, 20))
-    for path in (foreign, older):
-        message = refusal_of(lambda path=path: folder.candidates(str(path)))  # type: ignore[misc]
-        assert message.startswith(f"--resume {path}: ")
-        assert "step_20" in message
-    assert folder.candidates(str(newest)) == [newest]
+    message = refusal_of(lambda: folder.candidates(str(older)))
+    assert message.startswith(f"--resume {older}: ")
+    assert "step_20" in message
+    assert folder.candidates(str(newest)) == [newest, older]
     assert folder.candidates(str(folder.path)) == [newest, older]
+
+
+def test_a_folder_with_checkpoints_of_its_own_goes_on_from_them_whatever_path_it_began_from(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    foreign = add_checkpoint(tmp_path / "other" / "checkpoints", 3)
+    assert folder.candidates(str(foreign)) == [foreign]
+    own = add_checkpoint(folder.checkpoints, 10)
+    assert folder.candidates(str(foreign)) == [own]
 
 
 @pytest.mark.parametrize("log", ["metrics", "evaluations"])

@@ -87,7 +87,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
         environment.setenv(name, value)
     code, out, err = run("--dry-run", "--set", "parallel.ep=2", "--set", "train.micro_batch_size=1")
     assert (code, err) == (0, "")
-    for told in ("4 experts in every second layer, 2 a rank", "each takes 8 of 16 tokens", "4 ranks = data 4",
+    for told in ("4 in every second layer, 2 a rank", "each takes 8 of 16 tokens", "4 ranks = data 4",
                  "8 images a step = 4 ranks x 1 x 2 accumulated", "ZeRO-2", "nothing was trained"):  # fmt: skip
         assert told in out
     assert contents(tmp_path / "here") == {}
@@ -101,7 +101,7 @@ def test_only_the_first_rank_speaks(run: Run, environment: pytest.MonkeyPatch) -
     assert run("--config", "dmo") == (2, "", "")
 
 
-def test_help_names_every_flag_and_the_recipes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_flag_and_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     told = capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""What tests of whole parts share: a tiny recipe, its file, and checkpoints of a random model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.storage import Piece, SoloPeers, save_checkpoint
+from ecdit_ds.config import Recipe
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.seeding import parameter_generator
+
+MakeRecipe = Callable[..., Recipe]
+SaveModel = Callable[..., Path]
+
+TINY_RECIPE = """\
+# Four layers, two of them with four experts, on the smallest canvas that digit scenes have.
+name: tiny
+model:
+  {hidden_size: 32, num_layers: 4, num_heads: 2, num_kv_heads: 1, head_dim: 16, cross_num_heads: 2, cross_head_dim: 16,
+   ffn_hidden_size: 48, patch_size: 4, in_channels: 3, latent_height: 16, latent_width: 16, text_embed_dim: 24,
+   max_text_tokens: 12, num_experts: 4}
+train: {max_steps: 4, global_batch_size: 8, log_every: 1, checkpoint_every: 2, evaluate_every: 2, sample_every: 4}
+data: {num_train: 64, num_heldout: 8, num_workers: 0}
+sample: {num_steps: 2, prompts: [a red seven, two green fives]}
+"""
+
+
+@pytest.fixture
+def tiny_recipe_file(tmp_path: Path) -> Path:
+    """Return a file with a recipe that trains in seconds: batch 8, 4 steps."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_recipe(tiny_recipe_file: Path, tmp_path: Path) -> MakeRecipe:
+    """Return `make_recipe("train.max_steps=2", ...)`: the tiny recipe with some fields changed."""
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(str(tiny_recipe_file), [f"data.cache_dir={tmp_path / 'cache'}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def tiny_recipe(make_recipe: MakeRecipe) -> Recipe:
+    """Return the tiny recipe as it is."""
+    return make_recipe()
+
+
+@pytest.fixture
+def save_model() -> SaveModel:
+    """Return `save_model(root, recipe, step, meta)`: a checkpoint of random weights and another random average.
+
+    Every parameter is random, also those that training starts at zero, so that no part of the model is idle.
+    """
+
+    def save(root: Path, recipe: Recipe, step: int = 1, meta: dict[str, Any] | None = None) -> Path:
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, SerialLayers()).named_parameters()}
+        pieces = [
+            Piece(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
+            for name, shape in (
+                (f"{kind}/{name}", shape) for kind in ("weight", "ema") for name, shape in shapes.items()
+            )
+        ]
+        usual = {"recipe": recipe.to_dict(), "samples_seen": 8 * step, "num_updates": step}
+        return save_checkpoint(root, step, pieces, usual if meta is None else meta, SoloPeers())
+
+    return save
+
+
+def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the numbers that `save_model` writes for tensor `name`: normal, and about 1 for norm scales."""
+    centre = 1.0 if "norm" in name else 0.0
+    return centre + 0.2 * torch.randn(shape, generator=parameter_generator(0, name))

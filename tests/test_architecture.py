@@ -1,0 +1,336 @@
+"""The house rules as data: who may import whom, what is forbidden, how large things grow, what must be documented.
+
+Sources are parsed, never run. Every rule that finds nothing today is shown to find something in a made-up source.
+"""
+
+import ast
+import graphlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "ecdit_ds"
+
+LAYERS = (
+    ("errors",),
+    ("config",),
+    ("recipe_file", "deepspeed_config", "parallel.topology"),
+    ("seeding", "parallel.world", "parallel.sharding", "parallel.collectives"),
+    ("parallel.dispatch", "parallel.experts"),
+    ("parallel.deepspeed_moe",),
+    ("parallel.layers",),
+    ("model", "flow", "data", "checkpoint"),
+    ("optim", "ema", "metrics", "pictures", "lifeline", "callbacks"),
+    ("engine", "pipeline", "evaluation"),
+    ("snapshot", "interpret"),
+    ("run_folder", "trainer"),
+    ("build",),
+    ("train",),
+)
+"""Low to high. A module imports from lower rows, and from its own package; never from a neighbour in its row."""
+
+USES_ONLY = {
+    "model": ("config", "errors", "seeding", "parallel"),
+    "flow": ("config", "errors", "seeding"),
+    "data": ("config", "errors", "seeding"),
+    "checkpoint": ("config", "errors"),
+}
+"""Packages that know less than their row would allow."""
+
+IMPORTED_ONLY_BY = {
+    "deepspeed": ("engine", "parallel.deepspeed_moe", "tools/bench_layers.py"),
+    "megatron": ("parallel",),
+}
+"""The benchmark may, since it measures DeepSpeed's layer beside ours."""
+NEVER_IN = {
+    "torch": ("errors", "config", "recipe_file", "deepspeed_config", "parallel.topology"),
+    "torch.distributed": ("model", "flow", "data", "checkpoint"),
+}
+NEVER_ANYWHERE = (
+    "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "eval", "exec", "os.system", "os.popen",
+    "torch.load", "torch.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
+)  # fmt: skip
+NEVER_SET = {"shell": True, "allow_pickle": True, "weights_only": False}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_LINES_WITHOUT_DOCSTRING = 8
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One Python file."""
+
+    name: str
+    """Dotted, within the package (`parallel.topology`), or a path for what is outside."""
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @cached_property
+    def names(self) -> list[tuple[str, int]]:
+        """Every dotted name that is imported or spoken, with its line."""
+        return list(names_used(self.tree))
+
+
+def package_sources() -> list[Source]:
+    """Return every file of the package; `__init__` has its folder's name."""
+    found = []
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        found.append(Source(name=name, text=path.read_text(encoding="utf-8")))
+    return found
+
+
+def tool_sources() -> list[Source]:
+    """Return the command-line tools."""
+    paths = sorted((ROOT / "tools").glob("*.py"))
+    return [Source(name=f"tools/{path.name}", text=path.read_text(encoding="utf-8")) for path in paths]
+
+
+def names_used(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield every dotted name that is imported or spoken, aliases resolved, with its line."""
+    alias: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                alias[item.asname or item.name.split(".")[0]] = item.name if item.asname else item.name.split(".")[0]
+                yield item.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            for item in node.names:
+                name = f"{'.' * node.level}{node.module or ''}.{item.name}"
+                alias[item.asname or item.name] = name
+                yield name, node.lineno
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            root, _, rest = ast.unparse(node).partition(".")
+            yield ".".join(filter(None, (alias.get(root, root), rest))), node.lineno
+
+
+def is_within(name: str, prefixes: Iterable[str]) -> bool:
+    """Return whether a dotted name is one of `prefixes` or inside one."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def own_imports(source: Source, modules: set[str]) -> dict[str, int]:
+    """Return which of our modules a file uses, with a line; imports inside functions count."""
+    found: dict[str, int] = {}
+    for name, line in source.names:
+        parts = name.removeprefix(f"{PACKAGE}.").split(".") if is_within(name, [PACKAGE]) else []
+        while parts and ".".join(parts) not in modules:
+            parts.pop()
+        if parts and ".".join(parts) != source.name:
+            found[".".join(parts)] = line
+    return found
+
+
+def row_of(module: str) -> tuple[int, str] | None:
+    """Return the row of LAYERS that a module stands in, and under which entry; the package itself is below all."""
+    if not module:
+        return -1, module
+    for row, entries in enumerate(LAYERS):
+        for entry in entries:
+            if is_within(module, [entry]):
+                return row, entry
+    return None
+
+
+def law_faults(sources: list[Source]) -> list[str]:
+    """Return every import that LAYERS, USES_ONLY or absolute naming forbids, and every module without a row."""
+    modules = {source.name for source in sources}
+    faults = []
+    for source in (source for source in sources if source.text.strip()):
+        here = row_of(source.name)
+        if here is None:
+            faults.append(f"{source.name}: has no row in LAYERS")
+            continue
+        for target, line in own_imports(source, modules).items():
+            there = row_of(target)
+            is_downward = there is not None and (there[0] < here[0] or there[1] == here[1])
+            is_known = is_within(target, (*USES_ONLY.get(here[1], (target,)), here[1]))
+            if not (is_downward and is_known):
+                faults.append(f"{source.name}:{line} imports {target}")
+        faults += [f"{source.name}:{line} imports {name}" for name, line in source.names if name.startswith(".")]
+    return faults
+
+
+def fence_faults(source: Source) -> list[str]:
+    """Return every name that may not be used in this file."""
+    faults = []
+    for name, line in source.names:
+        fenced = [lib for lib, homes in IMPORTED_ONLY_BY.items() if not is_within(source.name, homes)]
+        fenced += [lib for lib, places in NEVER_IN.items() if is_within(source.name, places)]
+        if is_within(name, (*fenced, *NEVER_ANYWHERE)):
+            faults.append(f"{source.name}:{line} uses {name}")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            forbidden = NEVER_SET.get(node.arg or "")
+            if forbidden is not None and node.value.value is forbidden:
+                faults.append(f"{source.name}:{node.value.lineno} sets {node.arg}={forbidden}")
+        if isinstance(node, ast.Global):
+            faults.append(f"{source.name}:{node.lineno} has a global statement")
+    if source.name.split(".")[-1].removesuffix(".py").split("/")[-1] in ("utils", "util", "helpers", "misc"):
+        faults.append(f"{source.name}: says nothing about what it is for")
+    return faults
+
+
+def size_faults(source: Source) -> list[str]:
+    """Return the file and the functions that have grown too long."""
+    count = len(source.text.splitlines())
+    faults = [f"{source.name}: {count} lines"] if count > MAX_FILE_LINES else []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and num_lines(node) > MAX_FUNCTION_LINES:
+            faults.append(f"{source.name}:{node.lineno} {node.name}: {num_lines(node)} lines")
+    return faults
+
+
+def undocumented(source: Source) -> list[str]:
+    """Return public classes, functions and methods that are long and say nothing, nor does the base they override."""
+    faults = [] if ast.get_docstring(source.tree) or not source.text.strip() else [f"{source.name}: the module"]
+    public = {path: node for node, path in public_definitions(source.tree, "")}
+    for path, node in public.items():
+        owner, _, name = path.rpartition(".")
+        bases = [ast.unparse(base) for base in getattr(public.get(owner), "bases", [])]
+        explained = [node, *(public[f"{base}.{name}"] for base in bases if f"{base}.{name}" in public)]
+        if num_lines(node) > MAX_LINES_WITHOUT_DOCSTRING and not any(map(ast.get_docstring, explained)):
+            faults.append(f"{source.name}:{node.lineno} {path}")
+    return faults
+
+
+def public_definitions(parent: ast.Module | ast.ClassDef, path: str) -> Iterator[tuple[Definition, str]]:
+    """Yield public functions, classes and methods. A model's `forward` is what its class says, as `__init__` is."""
+    for node in parent.body:
+        if isinstance(node, Definition) and not node.name.startswith("_") and node.name != "forward":
+            yield node, f"{path}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node, f"{path}{node.name}.")
+
+
+def num_lines(node: Definition) -> int:
+    """Return how many lines a definition takes, without decorators."""
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def closure(module: str, graph: dict[str, set[str]]) -> set[str]:
+    """Return a module and all of ours that importing it imports."""
+    reached, waiting = set[str](), {module}
+    while waiting:
+        reached |= waiting
+        waiting = set().union(*(graph[name] for name in waiting)) - reached
+    return reached
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[Source]:
+    """Return the package, parsed once."""
+    return package_sources()
+
+
+def test_the_sources_that_the_rules_are_checked_on_are_all_there(sources: list[Source]) -> None:
+    assert len(sources) >= 40
+    assert sum(len(own_imports(s, {other.name for other in sources})) for s in sources) >= 100
+    assert len(tool_sources()) >= 1
+    assert sum(len(list(public_definitions(s.tree, ""))) for s in sources) >= 150
+
+
+def test_modules_import_only_from_rows_below(sources: list[Source]) -> None:
+    assert law_faults(sources) == []
+
+
+def test_every_row_of_the_law_names_something_that_exists(sources: list[Source]) -> None:
+    names = {source.name for source in sources}
+    assert [entry for row in LAYERS for entry in row if entry not in names] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "fault"),
+    [
+        ("model.moe", "from ecdit_ds.flow.rectified import interpolate", "model.moe:1 imports flow.rectified"),
+        ("flow.guidance", "from ecdit_ds.parallel import topology", "flow.guidance:1 imports parallel.topology"),
+        ("checkpoint.boxes", "def f():\n    import ecdit_ds.seeding", "checkpoint.boxes:2 imports seeding"),
+        ("config", "import ecdit_ds.trainer as t", "config:1 imports trainer"),
+        ("ema", "from ecdit_ds import optim", "ema:1 imports optim"),
+        ("parallel.experts", "from .layers import LayerFactory", "parallel.experts:1 imports .layers"),
+        ("novelty", "x = 1", "novelty: has no row"),
+        ("", "from ecdit_ds.errors import EcditError", ":1 imports errors"),
+    ],
+)
+def test_a_forbidden_import_is_found(sources: list[Source], module: str, text: str, fault: str) -> None:
+    others = [source for source in sources if source.name != module]
+    (found,) = law_faults([*others, Source(name=module, text=text)])
+    assert found.startswith(fault)
+
+
+def test_no_module_reaches_itself_through_its_imports(sources: list[Source]) -> None:
+    modules = {source.name for source in sources}
+    graph = {source.name: set(own_imports(source, modules)) for source in sources}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert len(order) == len(modules)
+    assert order.index("errors") < order.index("config") < order.index("build") < order.index("train")
+
+
+def test_recipes_and_layouts_are_checked_without_torch(sources: list[Source]) -> None:
+    by_name = {source.name: source for source in sources}
+    graph = {source.name: set(own_imports(source, set(by_name))) for source in sources}
+    for module in NEVER_IN["torch"]:
+        reached = closure(module, graph) | {"", "parallel"}  # importing a module runs the folders' __init__ as well
+        used = {name for part in reached for name, _ in by_name[part].names}
+        assert not any(is_within(name, ["torch"]) for name in used), module
+    assert "checkpoint.boxes" in closure("pipeline", graph)
+
+
+@pytest.mark.parametrize("source", [*package_sources(), *tool_sources()], ids=lambda source: source.name or PACKAGE)
+def test_a_file_stays_behind_its_fences_and_within_its_size_and_says_what_it_is_for(source: Source) -> None:
+    assert fence_faults(source) + size_faults(source) + undocumented(source) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("trainer", "import deepspeed"),
+        ("build", "def f():\n    from deepspeed.moe import layer"),
+        ("engine", "from megatron.core import parallel_state"),
+        ("config", "import torch.nn as nn"),
+        ("model.moe", "import torch\ntorch.distributed.barrier()"),
+        ("data.loader", "from torch import distributed as d"),
+        ("metrics", "import pickle"),
+        ("snapshot", "import torch as t\nt.load('x')"),
+        ("recipe_file", "from yaml import load"),
+        ("optim", "eval('1')"),
+        ("tools/plan.py", "import subprocess\nsubprocess.run('ls', shell=True)"),
+        ("data.cache", "import numpy\nnumpy.load('x', allow_pickle=True)"),
+        ("ema", "def f():\n    global x"),
+        ("data.utils", ""),
+    ],
+)
+def test_a_name_beyond_a_fence_is_found(name: str, text: str) -> None:
+    assert fence_faults(Source(name=name, text=text))
+
+
+def test_a_method_called_eval_is_no_call_of_the_builtin() -> None:
+    assert fence_faults(Source(name="trainer", text="model.eval()")) == []
+
+
+def test_long_and_silent_code_is_found() -> None:
+    body = "\n".join(["    x = 1"] * MAX_FUNCTION_LINES)
+    long_function = Source(name="ema", text=f'"""Doc."""\ndef f():\n{body}\n')
+    assert size_faults(long_function) == ["ema:2 f: 61 lines"]
+    assert undocumented(long_function) == ["ema:2 f"]
+    assert size_faults(Source(name="ema", text="#\n" * (MAX_FILE_LINES + 1))) == ["ema: 401 lines"]
+    method = "class A:\n    def f(self):\n" + "        x = 1\n" * MAX_LINES_WITHOUT_DOCSTRING
+    assert undocumented(Source(name="ema", text=method)) == ["ema: the module", "ema:1 A", "ema:2 A.f"]
+
+
+def test_a_method_is_explained_by_the_one_it_overrides() -> None:
+    body = "        x = 1\n" * MAX_LINES_WITHOUT_DOCSTRING
+    base = '"""Doc."""\nclass A:\n    def f(self):\n        """Doc."""\n'
+    child = f'class B(A):\n    """Doc."""\n    def f(self):\n{body}    def g(self):\n{body}'
+    assert undocumented(Source(name="ema", text=base + child)) == ["ema:16 B.g"]

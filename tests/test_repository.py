@@ -1,0 +1,120 @@
+"""What the repository promises: pinned requirements, recipes that load, names that hide nothing, a true README."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.recipe_file import load_recipe, recipe_names
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "ecdit_ds"
+
+
+def requirements() -> dict[str, str]:
+    """Return `{distribution: the rest of its line}` of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    stripped = [line.partition("#")[0].strip() for line in lines]
+    return {line.split("==")[0]: line for line in stripped if line}
+
+
+def test_every_requirement_is_pinned_to_one_version() -> None:
+    assert len(requirements()) >= 15
+    for line in requirements().values():
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.+]*", line), line
+
+
+def test_no_file_of_ours_hides_a_library_when_run_by_path() -> None:
+    distributions = {name.lower() for name in requirements()}
+    libraries = {
+        package
+        for package, owners in importlib.metadata.packages_distributions().items()
+        if distributions & {owner.lower() for owner in owners}
+    }
+    assert {"torch", "yaml", "PIL", "sklearn"} <= libraries
+    ours = {path.stem for path in (ROOT / PACKAGE).iterdir()}
+    assert {"config", "train", "model"} <= ours
+    assert sorted(ours & (libraries | sys.stdlib_module_names)) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_a_deepspeed_configuration_serves_the_demo(path: Path) -> None:
+    config = load_deepspeed_config(path, load_recipe("demo"), dp_size=2)
+    assert config["train_batch_size"] == config["train_micro_batch_size_per_gpu"] * 2
+    assert str(config["zero_optimization"]["stage"]) in path.stem
+
+
+def test_there_are_deepspeed_configurations_and_recipes_to_check() -> None:
+    assert len(list((ROOT / "ds_configs").glob("*.json"))) >= 2
+    assert "demo" in recipe_names()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_loads_and_is_named_after_its_file(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def readme_tree(text: str) -> set[str]:
+    """Return the paths in the README's tree: the one fenced block with a line that starts with the package's folder.
+
+    A line is an indent (spaces or drawn branches), one or several names, two spaces or more, and a note. A name with
+    a trailing slash is the folder of the deeper lines after it; deeper lines after a file go on with its note.
+    """
+    fenced = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)
+    (tree,) = [block for block in fenced if re.search(rf"^\W*{PACKAGE}/", block, re.M)]
+    paths: set[str] = set()
+    parents: list[tuple[int, str]] = []
+    for line in tree.splitlines():
+        bare = re.sub(r"[\u2500-\u257f|`]|--", " ", line)
+        indent, names = len(bare) - len(bare.lstrip()), re.split(r"\s{2,}|\s#", bare.strip())[0].split()
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        above = parents[-1][1] if parents else ""
+        if not names or (above and not above.endswith("/")):
+            continue
+        paths |= {above + name.rstrip(",") for name in names}
+        parents.append((indent, above + names[-1]))
+    return paths
+
+
+def test_a_tree_is_read_with_its_folders_and_without_its_notes() -> None:
+    plain = """
+Makefile README.md   two files
+ecdit_ds/
+  train.py    entry
+              of all
+  data/       x
+    a.py
+"""
+    drawn = """
+Makefile README.md
+ecdit_ds/          # x
+\u251c\u2500\u2500 train.py       # entry
+\u2514\u2500\u2500 data/
+    \u2514\u2500\u2500 a.py
+"""
+    paths = {"Makefile", "README.md", "ecdit_ds/", "ecdit_ds/train.py", "ecdit_ds/data/", "ecdit_ds/data/a.py"}
+    for tree in (plain, drawn):
+        assert readme_tree(f"# Title\n```bash\nmake demo\n```\n```text{tree}```\n") == paths
+
+
+def test_the_readme_shows_the_house_as_it_is() -> None:
+    readme = ROOT / "README.md"
+    assert readme.is_file(), "README.md is missing"
+    shown = readme_tree(readme.read_text(encoding="utf-8"))
+    assert len(shown) >= 20
+    missing = [path for path in shown if not any(ROOT.glob(path.rstrip("/")))]
+    assert missing == []
+
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(tracked) >= 40
+    existing = [Path(name) for name in tracked if (ROOT / name).exists()]
+    wanted = {path.parts[0] for path in existing if path.parts[0] != readme.name and path.name[0] != "."}
+    wanted |= {"/".join(path.parts[:2]) for path in existing if path.parts[0] == PACKAGE and path.name != "__init__.py"}
+    drawn = {part for path in shown for part in (path.rstrip("/"), path.split("/")[0])}
+    assert sorted(name for name in wanted if name not in drawn) == []

@@ -1,0 +1,288 @@
+"""Measure what a layer costs beside other people's layers of equal work.
+
+`python tools/bench.py moe` times the expert-choice layer against the dense feed-forward layer of equal activated
+FLOPs and against other Mixture-of-Experts layers, all in one process and interleaved, so that a slow moment of the
+machine falls on all sides alike. Every figure that the project publishes about this layer comes from here.
+
+Suffixes: B images, S tokens of an image, D hidden_size.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path, as all tools are
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from ecdit_ds.config import ModelConfig
+from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.seeding import parameter_generator
+from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
+
+_FULL: dict[str, Any] = {"tokens": [64, 256, 1024, 4096], "experts": [8, 16, 32, 64], "call_tokens": 8192, "rounds": 7}
+_QUICK: dict[str, Any] = {"tokens": [64, 256], "experts": [8, 16], "call_tokens": 1024, "rounds": 3}
+
+_MOE_HELP = """\
+Time forward and backward (gradients of the input and of every parameter) of the expert-choice layer, 2 experts a
+token on average, against layers of equal activated FLOPs a token:
+
+  dense            our feed-forward layer, inner width 2 x --ffn-hidden-size; every token passes it
+  deepspeed        deepspeed.moe.layer.MoE: top-2 of the same two-matrix GELU experts; tokens beyond capacity dropped
+  nucleus          diffusers' NucleusMoELayer: expert choice with three-matrix SwiGLU experts, plus one shared expert
+                   that sees every token; a loop over experts. Its expert width is 4/9 of ours (to a multiple of 8),
+                   so that routed and shared experts together do the work of ours: 3 x (2 + 1) w = 2 x 2 F
+  nucleus_grouped  the same weights through torch's grouped matrix product
+
+Each side is built alike, gets the same input, and starts with its gradients set to None (clearing them is not
+timed). One thread; on a CPU the clock is the process's own CPU time, which other jobs disturb least; on a GPU it is
+CUDA events. Every round runs all sides of all token counts, in rotating order; a ratio is the median over rounds of
+ours / peer within the round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What one side did in one case."""
+
+    flops: int
+    """Of one forward and backward, as counted by torch; matrix products only."""
+    times_ms: list[float] = field(default_factory=list)
+    """One a round."""
+
+
+def measure(options: argparse.Namespace, num_experts: int, tick: Callable[[], object]) -> dict[int, dict[str, Samples]]:
+    """Time all sides with `num_experts` experts, interleaved; return {tokens an image: {side: samples}}."""
+    device, dtype = options.device, options.dtype
+    # The weights do not depend on the tokens of an image, so all counts share a side.
+    config = _model_config(options, num_experts, options.tokens[0])
+    sides = [build_side(name, config, device, dtype) for name in ("ours", *options.peers)]
+    inputs = {}
+    for tokens in options.tokens:
+        x_BSD, grad_BSD = (_draw(name, options, tokens) for name in ("x", "grad"))
+        inputs[tokens] = (x_BSD.requires_grad_(), grad_BSD)
+    samples = {
+        tokens: {side.name: Samples(flops=count_flops(side, *inputs[tokens])) for side in sides}
+        for tokens in options.tokens
+    }
+    for turn in range(options.rounds):
+        for tokens in _rotated(options.tokens, turn):
+            for side in _rotated(sides, turn):
+                samples[tokens][side.name].times_ms.append(forward_backward_ms(side, *inputs[tokens]))
+                tick()
+    return samples
+
+
+def _model_config(options: argparse.Namespace, num_experts: int, tokens: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size, num_experts=num_experts,
+        capacity_factor=CAPACITY_FACTOR, latent_height=tokens, latent_width=1, patch_size=1,
+        # What follows is required of an architecture but is no part of this layer.
+        num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4, cross_num_heads=1, cross_head_dim=4, in_channels=1,
+        text_embed_dim=1, max_text_tokens=1,
+    )  # fmt: skip
+
+
+def _draw(name: str, options: argparse.Namespace, tokens: int) -> Tensor:
+    flat = torch.randn(options.call_tokens, options.hidden_size, generator=parameter_generator(0, name))
+    return rearrange(flat, "(b s) d -> b s d", s=tokens).to(device=options.device, dtype=options.dtype)
+
+
+def _rotated(items: list[Any], turn: int) -> list[Any]:
+    start = turn % len(items)
+    return items[start:] + items[:start]
+
+
+def to_rows(options: argparse.Namespace, num_experts: int, tokens: int, sides: dict[str, Samples]) -> Iterator[Any]:
+    """Yield one row a peer: medians, quartiles, and the median of the ratios paired within rounds."""
+    ours = sides["ours"]
+    capacity = _model_config(options, num_experts, tokens).expert_capacity(tokens)
+    for peer in options.peers:
+        theirs = sides[peer]
+        ratios = [a / b for a, b in zip(ours.times_ms, theirs.times_ms, strict=True)]
+        yield {
+            "case": f"{tokens} tokens, {num_experts} experts",
+            "peer": peer,
+            "ours_ms": statistics.median(ours.times_ms),
+            "peer_ms": statistics.median(theirs.times_ms),
+            "ratio": statistics.median(ratios),
+            "ours_quartiles_ms": _quartiles(ours.times_ms),
+            "peer_quartiles_ms": _quartiles(theirs.times_ms),
+            "ratio_quartiles": _quartiles(ratios),
+            "tokens_an_image": tokens,
+            "num_experts": num_experts,
+            "rows_an_expert": capacity * options.call_tokens // tokens,
+            "ours_flops": ours.flops,
+            "peer_flops": theirs.flops,
+            "ours_us_a_token": 1e3 * statistics.median(ours.times_ms) / options.call_tokens,
+        }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    if len(values) == 1:
+        return [values[0], values[0]]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
+
+
+def summarize(rows: list[dict[str, Any]]) -> str:
+    """Return the summary line: worst ratio to dense, worst ratio to the fastest peer, spread of time a token."""
+    parts = []
+    if dense := [row["ratio"] for row in rows if row["peer"] == "dense" and row["rows_an_expert"] >= 256]:
+        parts.append(f"worst ratio to dense from 256 rows an expert on {max(dense):.3f}")
+    fastest: dict[str, dict[str, Any]] = {}
+    for row in (row for row in rows if row["peer"] != "dense"):
+        if row["case"] not in fastest or row["peer_ms"] < fastest[row["case"]]["peer_ms"]:
+            fastest[row["case"]] = row
+    if fastest:
+        worst = max(fastest.values(), key=lambda row: float(row["ratio"]))
+        parts.append(f"worst ratio to the fastest peer {worst['ratio']:.3f} ({worst['peer']}, {worst['case']})")
+    times: dict[int, list[float]] = {}
+    for row in rows:
+        times.setdefault(row["num_experts"], []).append(row["ours_us_a_token"])
+    spread = max(max(us) / min(us) for us in times.values())
+    parts.append(f"time a token over tokens an image, largest / smallest {spread:.3f}")
+    return "; ".join(parts)
+
+
+def describe_run(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a figure must be published with: device, versions, commit, command."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=sys.path[0], capture_output=True, check=False, text=True
+    )
+    return {
+        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else _cpu_name(),
+        "versions": {"python": platform.python_version()}
+        | {n: version(n) for n in ("torch", "deepspeed", "diffusers")},
+        "commit": git.stdout.strip() or "none",
+        "command": shlex.join(["python", *sys.argv]),
+        "threads": torch.get_num_threads(),
+        "clock": "cuda events" if options.device.type == "cuda" else "process time",
+        "gradients": "input and all parameters, from None",
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "rounds": options.rounds,
+        "hidden_size": options.hidden_size,
+        "ffn_hidden_size": options.ffn_hidden_size,
+        "capacity_factor": CAPACITY_FACTOR,
+        "tokens_a_call": options.call_tokens,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print one line a row, times in ms with their quartiles."""
+    for row in rows:
+        (ours_low, ours_high), (peer_low, peer_high) = row["ours_quartiles_ms"], row["peer_quartiles_ms"]
+        print(
+            f"{row['case']:>24}  {row['rows_an_expert']:>5} rows an expert  {row['peer']:<15}  "
+            f"ours {row['ours_ms']:8.1f} [{ours_low:.1f}, {ours_high:.1f}] ms  "
+            f"peer {row['peer_ms']:8.1f} [{peer_low:.1f}, {peer_high:.1f}] ms  ratio {row['ratio']:.3f}",
+            flush=True,
+        )
+
+
+def run_moe(options: argparse.Namespace) -> None:
+    """Measure every case, print the rows and the summary, and write them as JSON when asked."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    timings = options.rounds * len(options.experts) * len(options.tokens) * (1 + len(options.peers))
+    with tqdm(total=timings, unit="timing", disable=None) as bar:
+        for num_experts in options.experts:
+            samples = measure(options, num_experts, bar.update)
+            fresh = [row for tokens in samples for row in to_rows(options, num_experts, tokens, samples[tokens])]
+            bar.clear()
+            print_rows(fresh)
+            rows += fresh
+    print(summarize(rows))
+    if options.json:
+        options.json.write_text(json.dumps({"meta": describe_run(options), "rows": rows}, indent=1) + "\n")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Answers a wrong flag with one line; `--help` tells the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return the checked options.
+
+    Raises:
+        ConfigError: a device that is not there, token counts that do not divide the tokens of a call, too few experts.
+    """
+    parser = _OneLineParser(prog="bench.py", description="Measure a layer beside others of equal work.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    moe = commands.add_parser(
+        "moe",
+        help="the expert-choice layer",
+        description=_MOE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    moe.add_argument("--quick", action="store_true", help="fewer, smaller cases and 3 rounds: some seconds")
+    moe.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command")
+    moe.add_argument("--tokens", type=_positive, nargs="+", help="tokens of an image (default 64 256 1024 4096)")
+    moe.add_argument("--experts", type=_positive, nargs="+", help="numbers of experts (default 8 16 32 64)")
+    moe.add_argument("--call-tokens", type=_positive, help="tokens a call, all images together (default 8192)")
+    moe.add_argument("--rounds", type=_positive, help="timings of each side and case (default 7)")
+    moe.add_argument("--hidden-size", type=_positive, default=256, help="default 256")
+    moe.add_argument("--ffn-hidden-size", type=_positive, help="inner width of an expert (default 4 x --hidden-size)")
+    moe.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default all")
+    moe.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    moe.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and tokens (default fp32)")
+    options = parser.parse_args(arguments)
+    for name, value in (_QUICK if options.quick else _FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return _resolve(options)
+
+
+def _resolve(options: argparse.Namespace) -> argparse.Namespace:
+    options.ffn_hidden_size = options.ffn_hidden_size or 4 * options.hidden_size
+    for tokens in options.tokens:
+        if options.call_tokens % tokens:
+            raise ConfigError(f"--tokens {tokens} does not divide --call-tokens {options.call_tokens}")
+    if min(options.experts) < CAPACITY_FACTOR:
+        raise ConfigError(
+            f"--experts {min(options.experts)}: a token takes {CAPACITY_FACTOR} experts; use as many or more"
+        )
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    options.device = torch.device("cuda" if options.device != "cpu" and has_cuda else "cpu")
+    options.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    if options.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
+    return options
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    try:
+        run_moe(parse_arguments(sys.argv[1:]))
+    except EcditError as error:
+        sys.exit(f"bench.py: error: {error}")

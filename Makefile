@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 and nothing else.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo

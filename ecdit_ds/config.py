@@ -39,6 +39,8 @@ class ModelConfig:
     latent_width: int
     text_embed_dim: int
     max_text_tokens: int
+    positions: Literal["rotary", "rotary_and_absolute"] = "rotary"
+    """2-D rotary angles say how far tokens are apart; fixed sines and cosines on the patches (DiT) also say where."""
 
     ffn: Literal["dense", "expert_choice", "token_choice"] = "expert_choice"
     """What every second layer uses, starting from the second; the others are dense."""
@@ -89,6 +91,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.head_dim: {self.head_dim} is not a multiple of 4, which 2-D rotary angles need; "
                 f"choose {_nearest_multiples(self.head_dim, 4)}"
+            )
+        if self.positions == "rotary_and_absolute" and self.hidden_size % 4:
+            raise ConfigError(
+                f"model.hidden_size: {self.hidden_size} is not a multiple of 4, which model.positions: "
+                f"rotary_and_absolute needs; choose {_nearest_multiples(self.hidden_size, 4)}"
             )
         _require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
         _require_divides(

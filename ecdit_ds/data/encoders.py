@@ -107,11 +107,11 @@ class PixelCodec:
 class WordEncoder:
     """The embedded text encoder: each word a fixed standard-normal vector drawn from the word itself, plus position.
 
-    To each word's vector that of the word before is added, its components turned round by half: a fixed orthogonal
-    map, so the two can be told apart. Thus "seven" in "a red seven" carries its colour, as a token of a trained
-    encoder carries its context. It knows every word and nothing of meaning. Case and punctuation are dropped; a
-    caption without words is the null text, one token that stands for no word, so that cross-attention never meets an
-    empty row.
+    To each word's vector those of the other words are added, weaker the farther away, and with their components
+    shifted by the distance: a fixed orthogonal map, so each can be told apart. Thus "seven" in "a red seven above a
+    two" carries its colour and its place, as a token of a trained encoder carries its context. It knows every word and
+    nothing of meaning. Case and punctuation are dropped; a caption without words is the null text, one token that
+    stands for no word, so that cross-attention never meets an empty row.
     """
 
     embed_dim: int
@@ -120,14 +120,13 @@ class WordEncoder:
     @property
     def identity(self) -> str:
         """Name of this encoder and its sizes."""
-        return f"words-2-{self.embed_dim}x{self.max_tokens}"
+        return f"words-3-{self.embed_dim}x{self.max_tokens}"
 
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Encode captions of at most `max_tokens` words.
 
         Returns:
-            embeds_BTD: word vectors plus the turned ones of the words before plus sinusoidal positions; padding is
-                zero.
+            embeds_BTD: word vectors plus their context plus sinusoidal positions; padding is zero.
             pooled_BD: mean of the word vectors, times the root of their number: components of about unit variance.
 
         Raises:
@@ -148,10 +147,8 @@ class WordEncoder:
 
         mask_BT = ids_BT > 0
         word_vectors_BTD = vectors_VD[ids_BT]
-        before_BTD = np.zeros_like(word_vectors_BTD)
-        before_BTD[:, 1:] = np.roll(word_vectors_BTD[:, :-1], self.embed_dim // 2, axis=-1)
         positions_TD = _sinusoidal_positions(self.max_tokens, self.embed_dim)
-        embeds_BTD = word_vectors_BTD + (before_BTD + positions_TD) * mask_BT[:, :, None]
+        embeds_BTD = word_vectors_BTD + (_context(word_vectors_BTD) + positions_TD) * mask_BT[:, :, None]
         pooled_BD = word_vectors_BTD.sum(axis=1) / np.sqrt(mask_BT.sum(axis=1, keepdims=True))
         return TextEmbeddings(
             embeds_BTD=torch.from_numpy(embeds_BTD.astype(np.float32)),
@@ -164,6 +161,9 @@ class WordEncoder:
         return self.encode([""])
 
 
+_CONTEXT_FADE = 0.8
+_CONTEXT_SHIFT = 5  # up to 12 words each way, the shifts of 128 components differ
+
 _NULL_WORD = "<null>"
 """No caption holds it: its brackets are not part of any word."""
 
@@ -175,6 +175,15 @@ def _split_words(caption: str) -> list[str]:
 @functools.lru_cache(maxsize=65536)
 def _word_vector(word: str, embed_dim: int) -> npt.NDArray[np.float64]:
     return sample_rng(0, stable_seed(word), "word vector").standard_normal(embed_dim)
+
+
+def _context(word_vectors_BTD: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return for each token the sum over distances k of fade**k times the words k before and k after, shifted."""
+    context_BTD = np.zeros_like(word_vectors_BTD)
+    for k in range(1, word_vectors_BTD.shape[1]):
+        context_BTD[:, k:] += _CONTEXT_FADE**k * np.roll(word_vectors_BTD[:, :-k], k * _CONTEXT_SHIFT, axis=-1)
+        context_BTD[:, :-k] += _CONTEXT_FADE**k * np.roll(word_vectors_BTD[:, k:], -k * _CONTEXT_SHIFT, axis=-1)
+    return context_BTD
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.block import DiTBlock, FinalLayer
-from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, rotary_angles
+from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
 from ecdit_ds.parallel.layers import LayerFactory
 
 
@@ -59,6 +59,8 @@ class ECDiT(nn.Module):
         angles_SK = rotary_angles(height, width, self.config.head_dim, noisy_latents_BCHW.device)
 
         x_BSD = self.patches(noisy_latents_BCHW.to(dtype))
+        if self.config.positions == "rotary_and_absolute":
+            x_BSD = x_BSD + absolute_positions(height, width, self.config.hidden_size, x_BSD.device).to(dtype)
         condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
         modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
         auxiliary_loss = torch.zeros((), device=x_BSD.device)

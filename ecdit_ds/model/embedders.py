@@ -65,6 +65,12 @@ def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) 
     return rearrange(torch.cat([row_part, column_part], dim=-1), "h w k -> (h w) k")
 
 
+def absolute_positions(height: int, width: int, hidden_size: int, device: torch.device) -> Tensor:
+    """Return fp32 sines and cosines (S, D) of each token's row and column, a quarter of D each; D a multiple of 4."""
+    angles_SK = rotary_angles(height, width, hidden_size, device)
+    return torch.cat([angles_SK.sin(), angles_SK.cos()], dim=-1)
+
+
 def rotate(x_BHSK: Tensor, angles_SK: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K/2]) of every head by its token's angle; norms are kept."""
     first, second = x_BHSK.chunk(2, dim=-1)

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
 RANKS ?= 2
+PORT ?= 29500
 
 .PHONY: help demo test lint clean
 
@@ -20,7 +21,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) ecdit_ds/train.py --deepspeed ds_configs/zero2.json --output $(OUTPUT)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) --master_port $(PORT) ecdit_ds/train.py --deepspeed ds_configs/zero2.json --output $(OUTPUT)
 	$(BIN)/python tools/sample.py --checkpoint $(OUTPUT) --output $(OUTPUT)
 
 lint: $(VENV)/installed

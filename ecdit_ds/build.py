@@ -17,7 +17,7 @@ from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.engine import DeepSpeedEngine, expert_parallel_layers, initialize_distributed
-from ecdit_ds.errors import CheckpointError
+from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
@@ -27,7 +27,7 @@ from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid, to_uint8
-from ecdit_ds.pipeline import TextToImage, encoders_of
+from ecdit_ds.pipeline import TextToImage, check_encodable, encoders_of
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot
 from ecdit_ds.trainer import Surroundings, Trainer
@@ -44,6 +44,7 @@ def run(
     Raises:
         EcditError: on all ranks, for what a user can mend.
     """
+    check_encodable(recipe)
     device = initialize_distributed()
     world = World()
     held_locks: list[IO[str]] = []
@@ -52,7 +53,12 @@ def run(
 
     model = build_model(recipe, expert_parallel_layers(topology), device)
     engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config)
-    progress = _restore(candidates, engine, recipe, world)
+    progress = _restore(candidates, folder.checkpoints, engine, recipe, world)
+    if progress.step > recipe.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
+            "raise it, or choose another --output"
+        )
     world.on_first(lambda: folder.begin(recipe, progress.step))
 
     dp_rank = topology.coordinates(world.rank).dp
@@ -79,6 +85,7 @@ def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> E
 
 def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
     """Return what a dry run found: sizes, routing and the split of the batch. Touches no device."""
+    check_encodable(recipe)
     config = recipe.model
     with torch.device("meta"):
         model = ECDiT(config, SerialLayers())
@@ -92,10 +99,10 @@ def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
         f"{config.num_tokens} tokens an image",
     ]
     if config.is_sparse:
-        pool = config.num_tokens * config.pool_images(micro)
+        pool = config.num_tokens * (micro if config.ffn == "token_choice" else config.pool_images(micro))
         lines.append(
             f"experts      {config.num_experts} in every second layer, {config.num_experts // topology.ep} a rank, "
-            f"each takes {config.expert_capacity(pool)} of {pool} tokens ({config.ffn}, pool: {config.routing_pool})"
+            f"each takes {config.expert_capacity(pool)} of {pool} tokens ({config.ffn})"
         )
     lines += [
         f"layout       {topology.world_size} ranks = data {topology.dp} x tensor {topology.tp}; "
@@ -145,8 +152,8 @@ def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDatas
     return open_both()
 
 
-def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, world: World) -> Progress:
-    """Fill the engine from the first candidate that proves whole on every rank.
+def _restore(candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World) -> Progress:
+    """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
 
     Raises:
         CheckpointError: there were candidates and none is valid, or the recipe changed.
@@ -158,7 +165,7 @@ def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, wo
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
-                world.on_first(partial(_report_resume, folder, progress, rejections))
+                world.on_first(partial(_report_resume, folder, progress, rejections, own))
                 return progress
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)
@@ -171,10 +178,11 @@ def _restore(candidates: list[Path], engine: DeepSpeedEngine, recipe: Recipe, wo
     return Progress(step=0, samples_seen=0, num_updates=0)
 
 
-def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]) -> None:
-    """Say where the run goes on, and move newer, damaged checkpoints out of the way of the steps to come."""
+def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str], own: Path) -> None:
+    """Say where the run goes on, and move its own damaged checkpoints out of the way of the steps to come."""
     for damaged, fault in rejections.items():
-        print(f"rejected {fault}; kept as {set_aside(damaged)}", flush=True)
+        is_own = damaged.parent.resolve() == own.resolve()
+        print(f"rejected {fault}; kept as {set_aside(damaged) if is_own else damaged}", flush=True)
     print(f"goes on from {folder} at step {progress.step}", flush=True)
 
 
@@ -272,6 +280,6 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
     return [
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
-        TensorBoard(folder.tensorboard, progress.step),
+        TensorBoard(folder.tensorboard, progress.step, progress.step - progress.num_updates),
         _SampleFiles(folder.samples),
     ]

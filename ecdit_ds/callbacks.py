@@ -85,9 +85,9 @@ class JsonLines(Callback):
 class TensorBoard(Callback):
     """Scalars, one series a MoE layer, and sample grids."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-        self._skipped = 0
+    def __init__(self, folder: Path, first_step: int, num_skipped: int = 0) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+        self._skipped = num_skipped
 
     def on_report(self, records: list[Record]) -> None:
         for record in records:

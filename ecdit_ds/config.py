@@ -1,12 +1,13 @@
 """The recipe: every fact about a model and its training, as frozen dataclasses.
 
 One home per fact. Architecture and training live here and in `configs/*.yaml`; DeepSpeed's mechanics live in
-`ds_configs/*.json`; machine facts in `slurm/`. This module knows no torch: a recipe is checked on a laptop
+`ds_configs/*.json`. This module knows no torch: a recipe is checked on a laptop
 before a cluster sees it. Reading YAML is in `recipe_file.py`.
 """
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -112,6 +113,12 @@ class ModelConfig:
                 f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
                 "it is the mean number of experts per token"
             )
+        if self.is_sparse and self.num_layers < 2:
+            raise ConfigError(
+                f"model.num_layers: {self.num_layers} has no second layer, which would hold the experts; "
+                "use 2 or more, or model.ffn: dense"
+            )
+        self._refuse_switches_without_effect()
         if self.ffn == "token_choice" and self.top_k not in (1, 2):
             raise ConfigError(f"model.top_k: {self.top_k}; the token-choice baseline knows 1 and 2")
         if self.routing_pool != "group" and self.routing_group != 1:
@@ -128,12 +135,28 @@ class ModelConfig:
                 "expert; use ceil or fewer experts"
             )
 
+    def _refuse_switches_without_effect(self) -> None:
+        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": _EXPERT_CHOICE_SWITCHES}
+        for kind, switches in used_by_others.items():
+            for name in switches:
+                default = type(self).__dataclass_fields__[name].default
+                if self.ffn != kind and getattr(self, name) != default:
+                    raise ConfigError(
+                        f"model.{name}: {getattr(self, name)!r} has no effect with model.ffn: {self.ffn}; "
+                        f"leave it at {default!r} or use model.ffn: {kind}"
+                    )
+
     def expert_capacity(self, pool_tokens: int) -> int:
         """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
         exact = Fraction(str(self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11, not more
         rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
         return min(rounded[self.capacity_rounding], pool_tokens)
 
+
+_EXPERT_CHOICE_SWITCHES = (
+    "capacity_rounding", "routing_pool", "routing_group", "router_scores", "router_input", "gate_normalization",
+    "num_shared_experts",
+)  # fmt: skip
 
 _POSITIVE_MODEL_FIELDS = (
     "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",
@@ -216,6 +239,9 @@ class OptimizerConfig:
         _require_positive("optimizer", "eps", self.eps)
         for name in ("final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay"):
             _require_fraction(f"optimizer.{name}", getattr(self, name))
+        for name in ("beta1", "beta2", "momentum", "smoothing"):
+            if getattr(self, name) == 1.0:
+                raise ConfigError(f"optimizer.{name}: 1.0 would never take in a new gradient; choose below 1")
         for name in ("warmup_steps", "weight_decay", "gradient_clipping"):
             _require_not_negative("optimizer", name, getattr(self, name))
 
@@ -300,6 +326,8 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            raise ConfigError(f"name: {self.name!r} names the run's folder; use letters, digits, - _ and .")
         if self.model.is_sparse:
             _require_divides("parallel.ep", self.parallel.ep, "model.num_experts", self.model.num_experts)
         elif self.parallel.ep != 1:

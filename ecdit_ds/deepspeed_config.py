@@ -4,6 +4,7 @@ A fact that both could state (batch sizes, clipping, precision) has its home in 
 nothing. A literal that differs is an error that names both places.
 """
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from ecdit_ds.errors import ConfigError
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 _STAGES = (1, 2)
-_FOREIGN = ("optimizer", "scheduler", "fp16", "amp", "expert_parallel", "tensor_parallel", "checkpoint")
+_KEYS = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "dump_state",
+    "comms_logger", "flops_profiler",
+})  # fmt: skip
+_ZERO_FLAGS = ("contiguous_gradients", "reduce_scatter", "overlap_comm", "round_robin_gradients")
+_ZERO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 
 
 def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str, Any]:
@@ -23,19 +30,12 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
         ConfigError: naming the file, the key and, where two places disagree, both values.
     """
     config = _read_json(path)
-    for key in _FOREIGN:
-        if key in config:
-            raise ConfigError(f"{path}: {key}: is not used here; the recipe decides this, so delete the key")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in _STAGES:
-        raise ConfigError(f"{path}: zero_optimization.stage: {stage!r}; this version trains with stage 1 or 2")
-    for key in ("offload_optimizer", "offload_param"):
-        section = zero.get(key, {})
-        if not isinstance(section, dict) or section.get("device", "none") != "none":
-            raise ConfigError(
-                f"{path}: zero_optimization.{key}: offloading is not supported in this version; delete it"
-            )
+    for key in config:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "the recipe decides this, or nothing here uses it: delete it"
+            raise ConfigError(f"{path}: {key}: is not used here; {hint}")
+    _check_zero(path, config.get("zero_optimization", {}))
 
     micro = recipe.micro_batch_size(dp_size)
     facts = {
@@ -65,6 +65,22 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     return config
 
 
+def _check_zero(path: Path, zero: Any) -> None:
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in _STAGES:
+        raise ConfigError(f"{path}: zero_optimization.stage: {stage!r}; this version trains with stage 1 or 2")
+    for key, value in zero.items():
+        if key in _ZERO_FLAGS and type(value) is not bool:
+            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is neither true nor false")
+        if key in _ZERO_SIZES and (type(value) not in (int, float) or value < 1):
+            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number")
+        if key not in ("stage", *_ZERO_FLAGS, *_ZERO_SIZES):
+            raise ConfigError(
+                f"{path}: zero_optimization.{key}: is not supported in this version (offloading is not either); "
+                f"keys are stage, {', '.join(_ZERO_FLAGS + _ZERO_SIZES)}"
+            )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -78,7 +94,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"--deepspeed {path}: {reason}; configurations are in ds_configs/") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"--deepspeed {path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {path}: holds {type(config).__name__}, not an object")

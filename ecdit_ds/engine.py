@@ -26,6 +26,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from ecdit_ds.config import OptimizerConfig
 from ecdit_ds.ema import ShardedEMA
+from ecdit_ds.errors import TopologyError
 from ecdit_ds.optim import STATE_NAMES, build_optimizer, parameter_groups
 from ecdit_ds.parallel.deepspeed_moe import create_expert_groups
 from ecdit_ds.parallel.layers import ExpertParallelLayers
@@ -63,13 +64,22 @@ class StepResult:
 
 
 def initialize_distributed(timeout_minutes: float = 10.0) -> torch.device:
-    """Join the other processes and return this one's device; needs the launcher's environment."""
+    """Join the other processes and return this one's device; needs the launcher's environment.
+
+    Raises:
+        TopologyError: the port where they meet cannot be used.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU this op is compiled for a minute and used for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=timeout_minutes)
-    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes))
+    except dist.DistNetworkError as error:
+        raise TopologyError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']}: cannot be used ({str(error).splitlines()[0]}); if another run "
+            "holds it, start with deepspeed --master_port N"
+        ) from None
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -93,6 +103,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> None:
+        deepspeed_config = deepspeed_config | {"zero_allow_untested_optimizer": True}  # RMSProp; parity tests cover it
         groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, optimizer.weight_decay))
         self._optimizer_name = optimizer.name
         self._engine, self._zero, *_ = deepspeed.initialize(

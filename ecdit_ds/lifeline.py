@@ -6,6 +6,7 @@ on, unseen, and hold the run's folder. So each rank watches those above it and d
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,10 +16,16 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def die_with_launcher() -> None:
-    """Start watching the launchers above this process; without any, do nothing."""
+    """Start watching the launchers above this process; a process started by hand has none and is left alone.
+
+    Call it first of all, before slow imports: a launcher that is killed meanwhile is not seen any more. A rank that
+    `deepspeed` started but that has lost its launcher already ends here.
+    """
     launchers = [process for process in psutil.Process().parents() if _is_launcher(process)]
     if launchers:
         threading.Thread(target=_watch, args=(launchers,), name="lifeline", daemon=True).start()
+    elif "--local_rank=" in " ".join(sys.argv) and {"RANK", "LOCAL_SIZE"} <= os.environ.keys():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _watch(launchers: list[psutil.Process]) -> None:

@@ -131,4 +131,6 @@ def peak_flops_per_s(device: torch.device) -> float | None:
 
 def _as_expert_choice(config: ModelConfig) -> ModelConfig:
     """Return the expert-choice twin of a token-choice model: the same places an expert, hence the same FLOPs."""
-    return dataclasses.replace(config, ffn="expert_choice")
+    return dataclasses.replace(
+        config, ffn="expert_choice", top_k=ModelConfig.top_k, load_balance_weight=ModelConfig.load_balance_weight
+    )

@@ -39,7 +39,7 @@ def save_grid(images_BHWC: np.ndarray, captions: Sequence[str], columns: int, pa
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images_BHWC, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(caption, _CAPTION_WIDTH)), fontsize=8)
+        axis.set_title("\n".join(textwrap.wrap(caption, _CAPTION_WIDTH)), fontsize=8, parse_math=False)
     save_figure(figure, path)
 
 

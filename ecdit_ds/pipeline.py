@@ -11,6 +11,7 @@ from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.config import Recipe, SampleConfig
+from ecdit_ds.data.encode import check_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.guidance import guided
@@ -25,6 +26,18 @@ def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
     """Return the frozen encoders that a recipe's data goes through."""
     text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
     return PixelCodec(), text
+
+
+def check_encodable(recipe: Recipe) -> None:
+    """Check, before anything is trained, that the encoders fit the model and the recipe's prompts fit the encoder.
+
+    Raises:
+        DataError: naming the fields, or the prompt that is too long.
+    """
+    image_encoder, text_encoder = encoders_of(recipe)
+    check_digit_scenes(recipe.model, image_encoder, text_encoder)
+    if recipe.sample.prompts:
+        text_encoder.encode(recipe.sample.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from ecdit_ds.snapshot import check_same_recipe
 
 _LOCK_PATIENCE_S = 10.0
 _OWN_LOCK = ".lock"
+_OWN_NAMES = (_OWN_LOCK, "recipe.yaml.tmp")  # what a kill in the first moments leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class RunFolder:
             if not isinstance(written, dict):
                 raise ConfigError(f"{self.recipe}: holds no recipe; choose another --output")
             check_same_recipe(written, recipe, self.path)
-        elif foreign := sorted(p.name for p in self.path.iterdir() if p.name != _OWN_LOCK):
+        elif foreign := sorted(p.name for p in self.path.iterdir() if p.name not in _OWN_NAMES):
             raise ConfigError(
                 f"--output {self.path}: holds {len(foreign)} files that are no run's (such as {foreign[0]}); "
                 "choose a new or empty folder"
@@ -141,19 +142,25 @@ class RunFolder:
 
     def begin(self, recipe: Recipe, step: int) -> None:
         """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again."""
-        _replace(self.recipe, dump_recipe(recipe))
-        remove_stale_attempts(self.checkpoints)
-        for log in (self.metrics, self.evaluations):
-            if log.exists():
-                _replace(
-                    log, "".join(line for line in _whole_lines(log) if step > 0 and json.loads(line)["step"] <= step)
-                )
+        kept = {log: _lines_up_to(log, step) for log in (self.metrics, self.evaluations) if log.exists()}
+        try:
+            _replace(self.recipe, dump_recipe(recipe))
+            remove_stale_attempts(self.checkpoints)
+            for log, lines in kept.items():
+                _replace(log, "".join(lines))
+        except OSError as error:
+            raise ConfigError(
+                f"--output {self.path}: cannot be written: {error.strerror}; make room, or choose another folder"
+            ) from None
 
 
-def _whole_lines(log: Path) -> list[str]:
-    """Return the lines of a JSON-lines file, without a last one that a kill cut off."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]
+def _lines_up_to(log: Path, step: int) -> list[str]:
+    """Return the lines of a JSON-lines file up to `step`, without a last one that a kill cut off."""
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if step > 0 and line.endswith("}\n") and json.loads(line)["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{log}: cannot be read ({type(error).__name__}: {error}); move it away") from None
 
 
 def _replace(path: Path, text: str) -> None:

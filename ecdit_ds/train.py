@@ -12,11 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
     sys.path[0] = str(ROOT)
+    from ecdit_ds.lifeline import die_with_launcher
+
+    die_with_launcher()  # the imports below take seconds, in which a launcher may be killed
 
 from ecdit_ds.build import describe, run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.errors import EcditError
-from ecdit_ds.lifeline import die_with_launcher
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
@@ -69,7 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
             if is_first:
                 print(describe(recipe, topology, deepspeed_config["zero_optimization"]["stage"]))
             return 0
-        die_with_launcher()
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
         run(recipe, topology, deepspeed_config, folder, options.resume)

@@ -145,7 +145,7 @@ class Trainer:
             self._report()
             raise TrainingError(
                 f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
-                "the last checkpoint is from before; lower optimizer.learning_rate or inspect the data"
+                "lower optimizer.learning_rate or inspect the data, and go on from a checkpoint that is from before"
             )
 
     def _report(self) -> None:
@@ -194,8 +194,14 @@ class Trainer:
         self._tell(lambda callback: callback.on_note(text))
 
     def _tell(self, tell: Callable[[Callback], None]) -> None:
-        for callback in self._callbacks:
-            tell(callback)
+        try:
+            for callback in self._callbacks:
+                tell(callback)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._given.checkpoints.parent}: cannot be written: {error.strerror or error}; make room and start "
+                "the same command again"
+            ) from None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ecdit_ds.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raise it when scenes or columns change, so that no older folder is taken for a new one."""
 ARROW_FILE = "samples.arrow"
 INDEX_FILE = "index.json"

@@ -25,6 +25,8 @@ Kind = Literal["single", "two", "counting", "colour", "position", "attribution"]
 Relation = Literal["to the left of", "to the right of", "above", "below"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_KIND_DRAWS: tuple[Kind, ...] = (*KINDS, "position", "position", "position")
+"""What a scene's kind is drawn from. Which side an object is on is the hardest word of a caption to learn."""
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PALETTE: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
@@ -116,7 +118,7 @@ def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canva
             f"{MIN_CANVAS_PIXELS}, which four digits need; raise model.latent_height and model.latent_width"
         )
     rng = sample_rng(seed, index, f"digit scene {split}")
-    content = _draw_content(KINDS[_pick(rng, len(KINDS))], split, rng)
+    content = _draw_content(_KIND_DRAWS[_pick(rng, len(_KIND_DRAWS))], split, rng)
     scale = 1 + _pick(rng, min(canvas_height, canvas_width) // MIN_CANVAS_PIXELS)
     cells = _draw_cells(content, canvas_height // (DIGIT_PIXELS * scale), canvas_width // (DIGIT_PIXELS * scale), rng)
     objects = tuple(

@@ -121,7 +121,7 @@ def open_digit_scenes(
     Raises:
         DataError: encoders do not fit the model, the folder cannot be written, or what is there is damaged.
     """
-    _check_encoders(model, image_encoder, text_encoder)
+    check_digit_scenes(model, image_encoder, text_encoder)
     settings: dict[str, str | int] = {
         "schema": SCHEMA_VERSION,
         "split": split,
@@ -150,7 +150,12 @@ def open_digit_scenes(
     return LatentDataset(folder)
 
 
-def _check_encoders(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+    """Check that the encoders fit the model and that scenes fit the canvas.
+
+    Raises:
+        DataError: naming the fields to change.
+    """
     for field, wanted, given in (
         ("text_embed_dim", model.text_embed_dim, text_encoder.embed_dim),
         ("max_text_tokens", model.max_text_tokens, text_encoder.max_tokens),
@@ -166,6 +171,7 @@ def _check_encoders(model: ModelConfig, image_encoder: ImageEncoder, text_encode
         raise DataError(f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
                         f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
                         "latent_height and latent_width to the former")  # fmt: skip
+    draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
 
 
 def _encode_scenes(

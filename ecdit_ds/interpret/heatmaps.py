@@ -115,5 +115,5 @@ def save_compute_maps(maps: ComputeMaps, prompt: str, path: Path) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[:, 1:], label=f"experts per patch (mean {maps.expected:g})")
-    figure.suptitle(f'"{prompt}"', fontsize=10)
+    figure.suptitle(f'"{prompt}"', fontsize=10, parse_math=False)
     save_figure(figure, path)

@@ -85,11 +85,12 @@ def test_every_eight_that_stands_alone_is_an_eight() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_six_kinds_are_equally_frequent(split: Split) -> None:
-    counts = Counter(scene.kind for scene in draw_scenes(split, 1200))
+def test_all_six_kinds_come_and_position_four_times_as_often_as_any_other(split: Split) -> None:
+    counts = Counter(scene.kind for scene in draw_scenes(split, 1800))
     assert set(counts) == set(KINDS)
-    assert min(counts.values()) > 140  # of 200 expected; the standard deviation is 13
-    assert max(counts.values()) < 260
+    assert 700 < counts.pop("position") < 900  # 800 expected; the standard deviation is 21
+    assert min(counts.values()) > 150  # of 200 expected; the standard deviation is 13
+    assert max(counts.values()) < 250
 
 
 def test_train_and_held_out_scenes_share_no_caption() -> None:
@@ -195,4 +196,4 @@ def test_scenes_are_still_those_that_were_cached_under_this_schema_version() -> 
     for split in SPLITS:
         for scene in draw_scenes(split, 100, height=32, width=32):
             checksum.update(scene.caption.encode() + scene.image_HWC.tobytes())
-    assert checksum.hexdigest() == "ae8ecaa85db7e3b8"
+    assert checksum.hexdigest() == "0bc38ab6c5291b85"

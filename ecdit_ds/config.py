@@ -1,8 +1,7 @@
 """The recipe: every fact about a model and its training, as frozen dataclasses.
 
-One home per fact. Architecture and training live here and in `configs/*.yaml`; DeepSpeed's mechanics live in
-`ds_configs/*.json`. This module knows no torch: a recipe is checked on a laptop
-before a cluster sees it. Reading YAML is in `recipe_file.py`.
+One home per fact: architecture and training here and in `configs/*.yaml`, DeepSpeed's mechanics in `ds_configs/*.json`.
+This module knows no torch: a recipe is checked on a laptop before a cluster sees it.
 """
 
 import dataclasses
@@ -88,16 +87,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE_MODEL_FIELDS:
             _require_positive("model", name, getattr(self, name))
-        if self.head_dim % 4:
-            raise ConfigError(
-                f"model.head_dim: {self.head_dim} is not a multiple of 4, which 2-D rotary angles need; "
-                f"choose {_nearest_multiples(self.head_dim, 4)}"
-            )
-        if self.positions == "rotary_and_absolute" and self.hidden_size % 4:
-            raise ConfigError(
-                f"model.hidden_size: {self.hidden_size} is not a multiple of 4, which model.positions: "
-                f"rotary_and_absolute needs; choose {_nearest_multiples(self.hidden_size, 4)}"
-            )
+        _require_multiple_of_4("model.head_dim", self.head_dim, "2-D rotary angles need")
+        if self.positions == "rotary_and_absolute":
+            _require_multiple_of_4("model.hidden_size", self.hidden_size, "model.positions: rotary_and_absolute needs")
         _require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
         _require_divides(
             "model.patch_size", self.patch_size,
@@ -119,7 +111,7 @@ class ModelConfig:
                 "use 2 or more, or model.ffn: dense"
             )
         self._refuse_switches_without_effect()
-        if self.ffn == "token_choice" and self.top_k not in (1, 2):
+        if self.top_k not in (1, 2):
             raise ConfigError(f"model.top_k: {self.top_k}; the token-choice baseline knows 1 and 2")
         if self.routing_pool != "group" and self.routing_group != 1:
             raise ConfigError(
@@ -182,10 +174,9 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_heldout"):
-            _require_positive("data", name, getattr(self, name))
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers: {self.num_workers} is negative; use 0 or more")
+        _require_positive("data", "num_train", self.num_train)
+        _require_positive("data", "num_heldout", self.num_heldout)
+        _require_not_negative("data", "num_workers", self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +262,7 @@ class TrainConfig:
                      "sample_every", "max_skipped_steps"):  # fmt: skip
             _require_positive("train", name, getattr(self, name))
         if self.keep_checkpoints < 2:
-            raise ConfigError(
-                f"train.keep_checkpoints: {self.keep_checkpoints}; keep 2 or more, since the newest may prove damaged"
-            )
+            raise ConfigError(f"train.keep_checkpoints: {self.keep_checkpoints}; keep 2 or more: one may prove damaged")
         if self.micro_batch_size != "auto":
             _require_positive("train", "micro_batch_size", self.micro_batch_size)
             _require_divides(
@@ -335,9 +324,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, ready for YAML and JSON."""
-        data = dataclasses.asdict(self)
-        data["sample"]["prompts"] = list(self.sample.prompts)
-        return data
+        sample = dataclasses.asdict(self.sample) | {"prompts": list(self.sample.prompts)}
+        return dataclasses.asdict(self) | {"sample": sample}
 
     def micro_batch_size(self, dp_size: int) -> int:
         """Return the images a rank sees in one forward.
@@ -352,7 +340,7 @@ class Recipe:
         elif batch % (micro * dp_size):
             raise ConfigError(
                 f"train.global_batch_size: {batch} is not a multiple of micro_batch_size({micro}) x data-parallel "
-                f"ranks({dp_size}); micro_batch_size may be {_divisors(batch // dp_size)}"
+                f"ranks({dp_size}); micro_batch_size may be {divisors(batch // dp_size)}"
             )
         if self.model.is_sparse:
             _require_divides("model.routing_group", self.model.routing_group, "train.micro_batch_size", micro)
@@ -380,13 +368,15 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return changes
 
 
-def _divisors(n: int) -> str:
+def divisors(n: int) -> str:
+    """Return the divisors of `n`, for messages."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def _nearest_multiples(value: int, base: int) -> str:
-    below = value // base * base
-    return f"{below} or {below + base}" if below else str(base)
+def _require_multiple_of_4(name: str, value: int, who_needs_it: str) -> None:
+    if value % 4:
+        nearest = f"{value // 4 * 4} or {value // 4 * 4 + 4}" if value >= 4 else "4"
+        raise ConfigError(f"{name}: {value} is not a multiple of 4, which {who_needs_it}; choose {nearest}")
 
 
 def _require_positive(section: str, name: str, value: float) -> None:
@@ -406,4 +396,4 @@ def _require_fraction(name: str, value: float) -> None:
 
 def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     if divisor < 1 or value % divisor:
-        raise ConfigError(f"{divisor_name}({divisor}) does not divide {name}({value}); choose from {_divisors(value)}")
+        raise ConfigError(f"{divisor_name}({divisor}) does not divide {name}({value}); choose from {divisors(value)}")

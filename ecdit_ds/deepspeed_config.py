@@ -33,8 +33,8 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     for key in config:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "the recipe decides this, or nothing here uses it: delete it"
-            raise ConfigError(f"{path}: {key}: is not used here; {hint}")
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"{path}: {key}: is not used here; {hint}the recipe decides such things: delete it")
     _check_zero(path, config.get("zero_optimization", {}))
 
     micro = recipe.micro_batch_size(dp_size)

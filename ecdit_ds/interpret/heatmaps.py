@@ -55,8 +55,9 @@ def compute_maps(pipeline: TextToImage, prompt: str, *, seed: int, sample: Sampl
     )
     velocity = pipeline.velocity(pipeline.text_encoder.encode(prompts))
     moments, counts = [], []
-    for name, share in _MOMENTS:
-        time, latents = passed[round(share * (len(passed) - 1))]
+    steps = {round(share * (len(passed) - 1)): name for name, share in _MOMENTS}  # fewer when there are few steps
+    for step, name in steps.items():
+        time, latents = passed[step]
         by_layer = _experts_per_patch(pipeline, lambda: velocity(latents, torch.full((len(latents),), time)))  # noqa: B023
         moments.append((name, time))
         counts.append(torch.stack(list(by_layer.values())))

@@ -10,6 +10,7 @@ megatron-core's "tp-cp-ep-dp-pp" and of DeepSpeed's expert groups. Pure Python: 
 from dataclasses import dataclass
 from typing import Literal
 
+from ecdit_ds.config import divisors
 from ecdit_ds.errors import TopologyError
 
 Axis = Literal["tp", "dp", "ep", "edp"]
@@ -43,12 +44,12 @@ class Topology:
         if self.world_size < 1 or self.tp < 1 or self.world_size % self.tp:
             raise TopologyError(
                 f"parallel.tp({self.tp}) does not divide the {self.world_size} ranks that were started; "
-                f"choose tp from {_divisors(self.world_size)}"
+                f"choose tp from {divisors(self.world_size)}"
             )
         if self.ep < 1 or self.dp % self.ep:
             raise TopologyError(
                 f"parallel.ep({self.ep}) does not divide the {self.dp} data-parallel ranks "
-                f"(world {self.world_size} / tp {self.tp}); choose ep from {_divisors(self.dp)} or start other ranks"
+                f"(world {self.world_size} / tp {self.tp}); choose ep from {divisors(self.dp)} or start other ranks"
             )
 
     @property
@@ -75,7 +76,3 @@ class Topology:
             at = self.coordinates(rank)
             groups.setdefault(tuple(getattr(at, name) for name in fixed), []).append(rank)
         return list(groups.values())
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

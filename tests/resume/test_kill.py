@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +80,40 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     assert newest.name in text
     assert f"goes on from {older}" in text
     assert _digest(output) == _digest(uninterrupted)
+
+
+def test_starting_from_another_runs_damaged_checkpoint_leaves_that_run_alone(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    subprocess.run(["cp", "-r", *map(str, uninterrupted.iterdir()), str(other)], check=True)
+    newest, older = list_checkpoints(other / "checkpoints")[:2]
+    _flip_a_payload_byte(sorted(newest.glob("shard-*"))[0])
+    before = sorted(path.name for path in (other / "checkpoints").iterdir())
+    code, text = train(RANKS, arguments(tmp_path / "new", cache, *SMALL, resume=str(other)))
+    assert code == 0, text
+    assert f"goes on from {older}" in text
+    assert sorted(path.name for path in (other / "checkpoints").iterdir()) == before
+    assert _digest(tmp_path / "new") == _digest(uninterrupted)
+
+
+def test_a_port_that_is_taken_is_one_line(cache: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = os.environ | {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }  # fmt: skip
+        command = [sys.executable, "ecdit_ds/train.py", *arguments(tmp_path / "run", cache, *SMALL)]
+        done = subprocess.run(
+            [*command, "--set", "parallel.ep=1"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "MASTER_PORT" in line and line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def _flip_a_payload_byte(shard: Path) -> None:

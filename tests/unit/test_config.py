@@ -155,7 +155,7 @@ def test_every_value_that_a_refusal_offers_is_accepted(
     [
         {"model.capacity_factor": 4.0},
         {"model.ffn": "dense", "model.num_experts": 1},
-        {"model.num_layers": 1},
+        {"model.num_layers": 1, "model.ffn": "dense"},
         {"optimizer.gradient_clipping": 0.0},
         {"flow.text_dropout_prob": 1.0},
         {"parallel.ep": 4},
@@ -249,9 +249,39 @@ def test_a_batch_that_does_not_split_is_refused_with_what_does(
     assert suggestions(message) == offered
 
 
-def test_a_dense_recipe_needs_no_whole_routing_groups(tiny_recipe: Recipe) -> None:
-    recipe = edited(tiny_recipe, {"model.ffn": "dense", "model.routing_pool": "group", "model.routing_group": 5})
-    assert recipe.micro_batch_size(1) == 8
+@pytest.mark.parametrize(
+    ("ffn", "switch", "value"),
+    [
+        ("dense", "routing_pool", "batch"), ("dense", "num_shared_experts", 1), ("dense", "top_k", 1),
+        ("token_choice", "router_scores", "sigmoid"), ("token_choice", "gate_normalization", "token"),
+        ("token_choice", "router_input", "unmodulated"), ("token_choice", "capacity_rounding", "floor"),
+        ("expert_choice", "load_balance_weight", 0.5), ("expert_choice", "top_k", 1),
+    ],
+)  # fmt: skip
+def test_a_switch_that_the_kind_of_layer_does_not_read_is_refused(
+    ffn: str, switch: str, value: Any, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    message = refusal_of(lambda: edited(tiny_recipe, {"model.ffn": ffn, f"model.{switch}": value}))
+    assert f"model.{switch}: {value!r} has no effect with model.ffn: {ffn}" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.num_layers": 1}, "no second layer"),
+        ({"optimizer.beta1": 1.0}, "optimizer.beta1: 1.0"),
+        ({"optimizer.smoothing": 1.0}, "optimizer.smoothing: 1.0"),
+    ],
+)
+def test_settings_that_could_never_learn_are_refused(
+    changes: dict[str, Any], said: str, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    assert said in refusal_of(lambda: edited(tiny_recipe, changes))
+
+
+@pytest.mark.parametrize("name", ["../../x", "", "a/b", "..", ".hidden"])
+def test_a_name_that_is_no_folders_name_is_refused(name: str, tiny_recipe: Recipe, refusal_of: RefusalOf) -> None:
+    assert refusal_of(lambda: replace(tiny_recipe, name=name)).startswith(f"name: {name!r}")
 
 
 def test_changed_fields_names_every_leaf_that_differs_and_no_other(tiny_recipe: Recipe) -> None:

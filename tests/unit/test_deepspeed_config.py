@@ -50,7 +50,7 @@ def test_a_value_that_agrees_with_the_recipe_is_accepted(load: Load) -> None:
 
 
 def test_what_is_deepspeeds_alone_is_left_as_it_is(load: Load) -> None:
-    zero = {"stage": 1, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "none"}}
+    zero = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": True}
     config = load({"zero_optimization": zero, "steps_per_print": 7})
     assert config["zero_optimization"] == zero
     assert config["steps_per_print"] == 7
@@ -64,7 +64,28 @@ def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled:
     assert load({"bf16": {"enabled": enabled}}, f"train.precision={precision}")["bf16"] == {"enabled": enabled}
 
 
-@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "amp", "tensor_parallel", "checkpoint"])
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": True}, "stage: True"),
+        ({"stage": 2, "reduce_bucket_size": "abc"}, "reduce_bucket_size: 'abc'"),
+        ({"stage": 2, "overlap_comm": 1}, "overlap_comm: 1"),
+        ({"stage": 2, "nonsense": 3}, "nonsense: is not supported"),
+        ({"stage": 2, "cpu_offload": True}, "offloading"),
+    ],
+)
+def test_a_setting_of_zero_that_would_not_work_is_refused_here_and_not_by_a_traceback(
+    load: Load, refusal_of: RefusalOf, path: Path, zero: dict[str, Any], said: str
+) -> None:
+    message = refusal_of(lambda: load({"zero_optimization": zero}))
+    assert message.startswith(f"{path}: zero_optimization.")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optimizer", "scheduler", "fp16", "amp", "tensor_parallel", "checkpoint", "torch_autocast", "traon_batch_size"],
+)
 def test_a_section_that_the_recipe_replaces_is_refused(load: Load, refusal_of: RefusalOf, path: Path, key: str) -> None:
     message = refusal_of(lambda: load({key: {}}))
     assert message.startswith(f"{path}: {key}: ")

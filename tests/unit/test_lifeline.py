@@ -107,3 +107,20 @@ def test_a_process_without_launcher_outlives_who_started_it(start_chain: StartCh
     launchers[0].send_signal(signal.SIGKILL)
     assert not is_gone(rank, within_s=1.0)
     assert rank.num_threads() == 1
+
+
+def test_a_rank_whose_launcher_died_while_it_started_ends_at_once(tmp_path: Path) -> None:
+    """The rank starts with the launcher's environment and flag, but no launcher is above it any more."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ecdit_ds.lifeline import die_with_launcher\ndie_with_launcher()\nprint('survived')\n"
+    )
+    environment = os.environ | {"RANK": "0", "LOCAL_SIZE": "1"}
+    orphan = subprocess.run(
+        [sys.executable, str(script), "--local_rank=0"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert orphan.returncode == -signal.SIGKILL
+    assert "survived" not in orphan.stdout
+    by_hand = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert "survived" in by_hand.stdout

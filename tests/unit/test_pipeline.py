@@ -190,12 +190,12 @@ def is_blank(path: Path) -> bool:
 
 def test_the_command_leaves_a_grid_single_pictures_and_a_routing_map(tmp_path: Path, checkpoint: Path) -> None:
     flags = f"--checkpoint {checkpoint.parents[1]} --output o --prompt a_nine two/../ones --prompt".split()
-    command = [sys.executable, str(TOOL), *flags, ""]
+    command = [sys.executable, str(TOOL), *flags, r"$\foo$"]  # a formula to some plotting libraries
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     names = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*") if path.is_file()}
     assert names == {"samples.png", "routing.png", "pictures/000_a_nine.png", "pictures/001_two_ones.png",
-                     "pictures/002_.png"}  # fmt: skip
+                     "pictures/002_foo.png"}  # fmt: skip
     assert [name for name in names if is_blank(tmp_path / "o" / name)] == []
     assert Image.open(tmp_path / "o" / "pictures" / "000_a_nine.png").size == (256, 256)
 

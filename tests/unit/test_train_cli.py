@@ -93,6 +93,20 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     assert contents(tmp_path / "here") == {}
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sample.prompts=[one two three four five six seven eight nine ten eleven twelve thirteen]", "13 tokens"),
+        ("model.in_channels=4", "model.in_channels"),
+        ("model.latent_height=8", "smaller than 16 x 16"),
+    ],
+)
+def test_a_dry_run_finds_what_would_stop_a_run_hours_later(run: Run, override: str, told: str) -> None:
+    code, _, err = run("--dry-run", "--set", override)
+    assert code == 2
+    assert told in the_error(err)
+
+
 def test_only_the_first_rank_speaks(run: Run, environment: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         environment.setenv(name, value)

@@ -39,7 +39,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampler", metavar="NAME", help="euler or heun")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the starting noise (default: %(default)s)")
     parser.add_argument("--weights", choices=("ema", "weight"), default="ema", help="averaged or last (default: ema)")
-    parser.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples"),
+        metavar="DIR",
+        help="pictures of the same name are replaced (default: samples)",
+    )
     return parser.parse_args(arguments)
 
 

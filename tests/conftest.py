@@ -16,6 +16,9 @@ from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.recipe_file import load_recipe
 from ecdit_ds.seeding import parameter_generator
 
+# Some tests fork, and a forked child hangs in a thread pool that its parent has used: use none.
+torch.set_num_threads(1)
+
 MakeRecipe = Callable[..., Recipe]
 SaveModel = Callable[..., Path]
 

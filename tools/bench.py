@@ -265,6 +265,13 @@ def _resolve(options: argparse.Namespace) -> argparse.Namespace:
         raise ConfigError(
             f"--experts {min(options.experts)}: a token takes {CAPACITY_FACTOR} experts; use as many or more"
         )
+    if options.hidden_size % 8 or options.ffn_hidden_size % 8:
+        raise ConfigError(
+            f"--hidden-size {options.hidden_size}, --ffn-hidden-size {options.ffn_hidden_size}: the grouped peer needs "
+            "multiples of 8"
+        )
+    if options.json and not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
+        raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder that can be written to")
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")

@@ -1,4 +1,4 @@
-"""Real `deepspeed` launches for tests: many runs in one launch, so that a 2-rank comparison costs seconds."""
+"""Real runs for tests: through the `deepspeed` launcher, or many of them from one warm process."""
 
 import contextlib
 import json
@@ -20,9 +20,11 @@ def start(ranks: int, script: Path, arguments: list[str]) -> subprocess.Popen[st
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), str(script), *arguments,
-    ]  # fmt: skip
+    flags = ["--num_gpus", str(ranks), "--master_port", str(port)]
+    return _start([sys.executable, str(launcher), *flags, str(script), *arguments])
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -40,11 +42,14 @@ def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> 
     return process.returncode, output
 
 
-def train_many(ranks: int, runs: list[list[str]], folder: Path) -> None:
-    """Train each of `runs` (argument lists of train.py) in turn, in the same processes; fail with their output."""
-    plan = folder / f"plan_{ranks}.json"
-    plan.write_text(json.dumps(runs))
-    code, output = finish(start(ranks, ROOT / "tests" / "helpers" / "many_runs.py", [str(plan)]))
+def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> None:
+    """Train all runs, (ranks, arguments of train.py), from one warm process; fail with their output.
+
+    A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
+    """
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(waves))
+    code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)]))
     assert code == 0, output
 
 

@@ -1,6 +1,6 @@
 """Serial is the specification: whatever the layout, the same losses, gradient norms and weights.
 
-Each world size is launched once, through the real `deepspeed`, and trains all its layouts in turn.
+Every layout trains on real processes over gloo, through train.py's own `main`.
 """
 
 from pathlib import Path
@@ -26,16 +26,18 @@ CASES.remove(REFERENCE)
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train the demo recipe, at a quarter of its batch, under every layout; return the folder of their outputs."""
     root = tmp_path_factory.mktemp("layouts")
-    for world, sizes in LAYOUTS.items():
-        plan = [
+    runs = [
+        (
+            world,
             arguments(
                 root / f"world{world}_{ep}_zero{stage}", root / "cache", f"train.max_steps={STEPS}",
                 "train.global_batch_size=16", f"parallel.ep={ep[2:]}", "data.num_train=1024", "data.num_heldout=16",
                 "data.num_workers=0", "sample.prompts=[]", zero=stage,
-            )
-            for ep in sizes for stage in (1, 2)
-        ]  # fmt: skip
-        train_many(world, plan, root)
+            ),
+        )
+        for world, sizes in LAYOUTS.items() for ep in sizes for stage in (1, 2)
+    ]  # fmt: skip
+    train_many(root, runs)
     return root
 
 

@@ -28,15 +28,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every variant on one rank and on two (experts spread over both), and go on from another layout."""
     root = tmp_path_factory.mktemp("variants")
     common = (*SMALL_MODEL, f"train.max_steps={STEPS}", "train.checkpoint_every=5", "optimizer.warmup_steps=5")
-    for world in (1, 2):
-        plan = [
-            arguments(root / f"{name}_{world}", root / "cache", *common, *_layout(name, world), *overrides)
-            for name, overrides in VARIANTS.items()
-        ]
-        if world == 2:
-            halfway = str(root / "base_1" / "checkpoints" / "step_5")
-            plan.append(arguments(root / "moved", root / "cache", *common, "parallel.ep=2", resume=halfway))
-        train_many(world, plan, root)
+    runs = [
+        (world, arguments(root / f"{name}_{world}", root / "cache", *common, *_layout(name, world), *overrides))
+        for world in (1, 2) for name, overrides in VARIANTS.items()
+    ]  # fmt: skip
+    halfway = str(root / "base_1" / "checkpoints" / "step_5")
+    moved = (2, arguments(root / "moved", root / "cache", *common, "parallel.ep=2", resume=halfway))
+    train_many(root, runs, [moved])
     return root
 
 

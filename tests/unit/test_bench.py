@@ -85,6 +85,8 @@ def test_one_line_a_row_and_a_summary_are_printed(report: dict[str, Any]) -> Non
         (["moe", "--tokens", "48", "--call-tokens", "100"], "48"),
         (["moe", "--experts", "1"], "--experts 1"),
         (["moe", "--rounds", "0"], "'0'"),
+        (["moe", "--hidden-size", "7"], "--hidden-size 7"),
+        (["moe", "--json", "nowhere/out.json"], "--json nowhere/out.json"),
         (["attention"], "attention"),
     ],
 )

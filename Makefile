@@ -6,6 +6,9 @@ OUTPUT ?= runs/demo
 RANKS ?= 2
 PORT ?= 29500
 
+# Modules are compiled where they are first imported, once; an environment that forbids it would pay at every start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test lint clean
 
 help:

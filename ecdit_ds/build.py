@@ -16,14 +16,16 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.loader import training_batches
-from ecdit_ds.engine import DeepSpeedEngine, expert_parallel_layers, initialize_distributed
+from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.model.recompute import Recompute
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
+from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid, to_uint8
@@ -51,8 +53,9 @@ def run(
     candidates = world.on_first(lambda: _claim(folder, recipe, resume, held_locks))
     train_set, heldout_set = _open_data(recipe, world)
 
-    model = build_model(recipe, expert_parallel_layers(topology), device)
-    engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config)
+    grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+    model = build_model(recipe, grid.layers, device)
+    engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
     progress = _restore(candidates, folder.checkpoints, engine, recipe, world)
     if progress.step > recipe.train.max_steps:
         raise ConfigError(
@@ -74,7 +77,8 @@ def run(
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
     """Return the model on `device`, its weights a function of the seed and of their names."""
     with torch.device("meta"):
-        model = ECDiT(recipe.model, layers)
+        recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
+        model = ECDiT(recipe.model, layers, recompute)
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     model.to_empty(device=device)  # makes new parameters, without the marks that say what is an expert
     for name, parameter in model.named_parameters():
@@ -113,6 +117,8 @@ def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
         "forward and backward",
         "all checks passed; nothing was trained",
     ]
+    if 1 < topology.world_size <= MAX_RANKS:
+        lines[-1:-1] = ["", draw_layout(recipe, topology), ""]
     return "\n".join(lines)
 
 

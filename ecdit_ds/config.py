@@ -8,153 +8,17 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal
 
 from ecdit_ds.errors import ConfigError
-
-Activation = Literal["gelu", "swiglu"]
-"""Of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one matrix more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Architecture of the diffusion transformer (arXiv 2410.02098 sec. 3; DiT-Air, 2503.10618, where it is silent)."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    """Key-value heads of self-attention; several query heads share one (grouped-query attention)."""
-    head_dim: int
-    """Width of a self-attention head; a multiple of 4, for 2-D rotary angles."""
-    cross_num_heads: int
-    cross_head_dim: int
-    ffn_hidden_size: int
-    """Inner width of the dense FFN and of each expert; 4 x hidden_size in the paper."""
-    patch_size: int
-    """In latent pixels."""
-    in_channels: int
-    latent_height: int
-    latent_width: int
-    text_embed_dim: int
-    max_text_tokens: int
-    positions: Literal["rotary", "rotary_and_absolute"] = "rotary"
-    """2-D rotary angles say how far tokens are apart; fixed sines and cosines on the patches (DiT) also say where."""
-
-    ffn: Literal["dense", "expert_choice", "token_choice"] = "expert_choice"
-    """What every second layer uses, starting from the second; the others are dense."""
-    ffn_activation: Activation = "gelu"
-    """Of the dense FFN, the experts and the shared experts alike."""
-    num_experts: int = 8
-    capacity_factor: float = 2.0
-    """Mean number of experts per token, f."""
-    capacity_rounding: Literal["floor", "nearest", "ceil"] = "ceil"
-    """How the expert capacity f * S / E becomes a whole number of tokens."""
-    routing_pool: Literal["image", "group", "batch"] = "image"
-    """Among whose tokens an expert chooses: one image's, `routing_group` images', or the micro-batch's."""
-    routing_group: int = 1
-    """Images of a pool when routing_pool is `group`."""
-    router_scores: Literal["softmax", "sigmoid"] = "softmax"
-    router_input: Literal["modulated", "unmodulated"] = "modulated"
-    """Whether the router sees the normalised token after or before adaLN; experts always see it after."""
-    gate_normalization: Literal["none", "token"] = "none"
-    """`none`: raw scores weigh the experts (the paper). `token`: they sum to one over the experts that took a token."""
-    num_shared_experts: int = 0
-    """Experts that see every token, beside the routed ones."""
-    top_k: int = 2
-    """Experts per token of the token-choice baseline."""
-    load_balance_weight: float = 0.01
-    """Weight of the token-choice baseline's auxiliary loss; expert choice has none."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens, S."""
-        return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
-
-    @property
-    def is_sparse(self) -> bool:
-        return self.ffn != "dense"
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) holds experts: every second one, starting from the second (paper sec. 3.1)."""
-        return self.is_sparse and layer % 2 == 1
-
-    def pool_images(self, micro_batch_size: int) -> int:
-        """Images whose tokens compete for one expert's places."""
-        return {"image": 1, "group": self.routing_group, "batch": micro_batch_size}[self.routing_pool]
-
-    def __post_init__(self) -> None:
-        for name in _POSITIVE_MODEL_FIELDS:
-            _require_positive("model", name, getattr(self, name))
-        _require_multiple_of_4("model.head_dim", self.head_dim, "2-D rotary angles need")
-        if self.positions == "rotary_and_absolute":
-            _require_multiple_of_4("model.hidden_size", self.hidden_size, "model.positions: rotary_and_absolute needs")
-        _require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
-        _require_divides(
-            "model.patch_size", self.patch_size,
-            f"gcd of model.latent_height({self.latent_height}) and model.latent_width({self.latent_width}), ",
-            math.gcd(self.latent_height, self.latent_width),
-        )  # fmt: skip
-        if self.is_sparse and self.num_experts < 2:
-            raise ConfigError(
-                f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
-            )
-        if self.is_sparse and not 0.0 < self.capacity_factor <= self.num_experts:
-            raise ConfigError(
-                f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
-                "it is the mean number of experts per token"
-            )
-        if self.is_sparse and self.num_layers < 2:
-            raise ConfigError(
-                f"model.num_layers: {self.num_layers} has no second layer, which would hold the experts; "
-                "use 2 or more, or model.ffn: dense"
-            )
-        self._refuse_switches_without_effect()
-        if self.top_k not in (1, 2):
-            raise ConfigError(f"model.top_k: {self.top_k}; the token-choice baseline knows 1 and 2")
-        if self.routing_pool != "group" and self.routing_group != 1:
-            raise ConfigError(
-                f"model.routing_group: {self.routing_group} has no effect with model.routing_pool: "
-                f"{self.routing_pool}; set routing_pool: group or routing_group: 1"
-            )
-        _require_not_negative("model", "num_shared_experts", self.num_shared_experts)
-        _require_not_negative("model", "load_balance_weight", self.load_balance_weight)
-        if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens * self.routing_group) < 1:
-            raise ConfigError(
-                f"model.capacity_rounding: {self.capacity_rounding} of capacity_factor({self.capacity_factor}) x "
-                f"tokens({self.num_tokens * self.routing_group}) / num_experts({self.num_experts}) is 0 tokens an "
-                "expert; use ceil or fewer experts"
-            )
-
-    def _refuse_switches_without_effect(self) -> None:
-        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": _EXPERT_CHOICE_SWITCHES}
-        for kind, switches in used_by_others.items():
-            for name in switches:
-                default = type(self).__dataclass_fields__[name].default
-                if self.ffn != kind and getattr(self, name) != default:
-                    raise ConfigError(
-                        f"model.{name}: {getattr(self, name)!r} has no effect with model.ffn: {self.ffn}; "
-                        f"leave it at {default!r} or use model.ffn: {kind}"
-                    )
-
-    def expert_capacity(self, pool_tokens: int) -> int:
-        """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
-        exact = Fraction(str(self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11, not more
-        rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
-        return min(rounded[self.capacity_rounding], pool_tokens)
-
-
-_EXPERT_CHOICE_SWITCHES = (
-    "capacity_rounding", "routing_pool", "routing_group", "router_scores", "router_input", "gate_normalization",
-    "num_shared_experts",
-)  # fmt: skip
-
-_POSITIVE_MODEL_FIELDS = (
-    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",
-    "ffn_hidden_size", "patch_size", "in_channels", "latent_height", "latent_width", "text_embed_dim",
-    "max_text_tokens", "num_experts", "routing_group", "top_k",
-)  # fmt: skip
+from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.validation import (
+    divisors,
+    require_divides,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +38,9 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        _require_positive("data", "num_train", self.num_train)
-        _require_positive("data", "num_heldout", self.num_heldout)
-        _require_not_negative("data", "num_workers", self.num_workers)
+        require_positive("data", "num_train", self.num_train)
+        require_positive("data", "num_heldout", self.num_heldout)
+        require_not_negative("data", "num_workers", self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +56,11 @@ class FlowConfig:
     """Share of samples trained without their text, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        _require_positive("flow", "logit_std", self.logit_std)
-        _require_positive("flow", "timestep_shift", self.timestep_shift)
+        require_positive("flow", "logit_std", self.logit_std)
+        require_positive("flow", "timestep_shift", self.timestep_shift)
         if not math.isfinite(self.logit_mean):
             raise ConfigError(f"flow.logit_mean: {self.logit_mean} is not a finite number")
-        _require_fraction("flow.text_dropout_prob", self.text_dropout_prob)
+        require_fraction("flow.text_dropout_prob", self.text_dropout_prob)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,15 +90,15 @@ class OptimizerConfig:
     """Of the average of the fp32 weights; early steps use less, so that the average forgets its start."""
 
     def __post_init__(self) -> None:
-        _require_positive("optimizer", "learning_rate", self.learning_rate)
-        _require_positive("optimizer", "eps", self.eps)
+        require_positive("optimizer", "learning_rate", self.learning_rate)
+        require_positive("optimizer", "eps", self.eps)
         for name in ("final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay"):
-            _require_fraction(f"optimizer.{name}", getattr(self, name))
+            require_fraction(f"optimizer.{name}", getattr(self, name))
         for name in ("beta1", "beta2", "momentum", "smoothing"):
             if getattr(self, name) == 1.0:
                 raise ConfigError(f"optimizer.{name}: 1.0 would never take in a new gradient; choose below 1")
         for name in ("warmup_steps", "weight_decay", "gradient_clipping"):
-            _require_not_negative("optimizer", name, getattr(self, name))
+            require_not_negative("optimizer", name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,16 +120,26 @@ class TrainConfig:
     sample_every: int = 500
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite gradient that end the run."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """Activation checkpointing: `block` keeps a block's input only and computes the rest again in backward;
+    `selective` also keeps what all-to-alls returned, so that nothing is communicated twice."""
+    recompute_every: int = 1
+    """Of n successive blocks, the last one is recomputed; 2 means the blocks with experts."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "checkpoint_every", "log_every", "evaluate_every",
-                     "sample_every", "max_skipped_steps"):  # fmt: skip
-            _require_positive("train", name, getattr(self, name))
+                     "sample_every", "max_skipped_steps", "recompute_every"):  # fmt: skip
+            require_positive("train", name, getattr(self, name))
         if self.keep_checkpoints < 2:
             raise ConfigError(f"train.keep_checkpoints: {self.keep_checkpoints}; keep 2 or more: one may prove damaged")
+        if self.recompute == "none" and self.recompute_every != 1:
+            raise ConfigError(
+                f"train.recompute_every: {self.recompute_every} has no effect with train.recompute: none; use block or "
+                "selective"
+            )
         if self.micro_batch_size != "auto":
-            _require_positive("train", "micro_batch_size", self.micro_batch_size)
-            _require_divides(
+            require_positive("train", "micro_batch_size", self.micro_batch_size)
+            require_divides(
                 "train.micro_batch_size", self.micro_batch_size, "train.global_batch_size", self.global_batch_size
             )
 
@@ -275,14 +149,15 @@ class ParallelConfig:
     """The layout; data parallelism takes the ranks that are left."""
 
     tp: int = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: attention heads and feed-forward width, also inside each expert, are cut over them."""
     ep: int = 1
     """Expert-parallel ranks; a part of the data-parallel ones."""
+    dispatch_chunks: int = 1
+    """Parts of a micro-batch that take turns: one part's all-to-all runs while another's experts compute."""
 
     def __post_init__(self) -> None:
-        _require_positive("parallel", "ep", self.ep)
-        if self.tp != 1:
-            raise ConfigError(f"parallel.tp: {self.tp}; this version trains with tp 1; spread experts by parallel.ep")
+        for name in ("tp", "ep", "dispatch_chunks"):
+            require_positive("parallel", name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,8 +172,8 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_positive("sample", "num_steps", self.num_steps)
-        _require_not_negative("sample", "guidance_scale", self.guidance_scale)
+        require_positive("sample", "num_steps", self.num_steps)
+        require_not_negative("sample", "guidance_scale", self.guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,9 +193,47 @@ class Recipe:
         if not re.fullmatch(r"[\w-][\w.-]*", self.name):
             raise ConfigError(f"name: {self.name!r} names the run's folder; use letters, digits, - _ and .")
         if self.model.is_sparse:
-            _require_divides("parallel.ep", self.parallel.ep, "model.num_experts", self.model.num_experts)
+            require_divides("parallel.ep", self.parallel.ep, "model.num_experts", self.model.num_experts)
         elif self.parallel.ep != 1:
             raise ConfigError(f"parallel.ep: {self.parallel.ep} has no effect with model.ffn: dense; use 1")
+        self._check_tensor_parallel()
+        self._check_exchanges()
+
+    def _check_tensor_parallel(self) -> None:
+        tp, model = self.parallel.tp, self.model
+        cut = {name: getattr(model, name) for name in _CUT_BY_TP}
+        for name, width in cut.items():
+            if width % tp:
+                raise ConfigError(
+                    f"parallel.tp({tp}) does not divide model.{name}({width}); with {', '.join(cut)} = "
+                    f"{', '.join(map(str, cut.values()))} choose from {divisors(math.gcd(*cut.values()))}"
+                )
+        if tp > 1 and model.ffn == "token_choice":
+            raise ConfigError(
+                f"parallel.tp: {tp} with model.ffn: token_choice: DeepSpeed's layer deals each rank's tokens out over "
+                "the tensor-parallel ranks, so each would drop other tokens than one process does; use tp 1"
+            )
+
+    def _check_exchanges(self) -> None:
+        """Refuse what only an all-to-all of expert choice can use where there is none."""
+        has_exchange = self.parallel.ep > 1 and self.model.ffn == "expert_choice"
+        chunks = self.parallel.dispatch_chunks
+        if chunks > 1 and (not has_exchange or self.model.routing_pool == "batch"):
+            raise ConfigError(
+                f"parallel.dispatch_chunks: {chunks} has no effect with model.ffn: {self.model.ffn}, parallel.ep: "
+                f"{self.parallel.ep}, model.routing_pool: {self.model.routing_pool}; it needs expert_choice, ep 2 or "
+                "more, and a pool that is not the whole batch"
+            )
+        if self.train.recompute == "selective" and not has_exchange:
+            raise ConfigError(
+                f"train.recompute: selective keeps what all-to-alls returned, but model.ffn: {self.model.ffn} with "
+                f"parallel.ep: {self.parallel.ep} has none of ours; use block"
+            )
+        if self.train.recompute_every > self.model.num_layers:
+            raise ConfigError(
+                f"train.recompute_every: {self.train.recompute_every} is more than model.num_layers("
+                f"{self.model.num_layers}), so no block would be recomputed; choose 1 to {self.model.num_layers}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, ready for YAML and JSON."""
@@ -334,7 +247,7 @@ class Recipe:
             ConfigError: the global batch does not split over `dp_size` ranks, or the routing pool does not fit.
         """
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
-        _require_divides("data-parallel ranks", dp_size, "train.global_batch_size", batch)
+        require_divides("data-parallel ranks", dp_size, "train.global_batch_size", batch)
         if micro == "auto":
             micro = batch // dp_size
         elif batch % (micro * dp_size):
@@ -343,15 +256,19 @@ class Recipe:
                 f"ranks({dp_size}); micro_batch_size may be {divisors(batch // dp_size)}"
             )
         if self.model.is_sparse:
-            _require_divides("model.routing_group", self.model.routing_group, "train.micro_batch_size", micro)
+            require_divides("model.routing_group", self.model.routing_group, "train.micro_batch_size", micro)
+            pools = micro // self.model.pool_images(micro)
+            require_divides("parallel.dispatch_chunks", self.parallel.dispatch_chunks, "pools of a micro-batch", pools)
         return micro
 
+
+_CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")
 
 MAY_CHANGE_ON_RESUME = frozenset({
     "train.max_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
-    "data.num_heldout", "parallel.tp", "parallel.ep", "sample.sampler", "sample.num_steps", "sample.guidance_scale",
-    "sample.prompts",
+    "data.num_heldout", "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
+    "train.recompute_every", "sample.sampler", "sample.num_steps", "sample.guidance_scale", "sample.prompts",
 })  # fmt: skip
 """Recipe fields that a run may change between its lives; any other change is another experiment."""
 
@@ -366,34 +283,3 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         elif before != after:
             changes[f"{prefix}{key}"] = (before, after)
     return changes
-
-
-def divisors(n: int) -> str:
-    """Return the divisors of `n`, for messages."""
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
-def _require_multiple_of_4(name: str, value: int, who_needs_it: str) -> None:
-    if value % 4:
-        nearest = f"{value // 4 * 4} or {value // 4 * 4 + 4}" if value >= 4 else "4"
-        raise ConfigError(f"{name}: {value} is not a multiple of 4, which {who_needs_it}; choose {nearest}")
-
-
-def _require_positive(section: str, name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{section}.{name}: {value} is not a positive, finite number")
-
-
-def _require_not_negative(section: str, name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ConfigError(f"{section}.{name}: {value} is negative or not finite; use 0 or more")
-
-
-def _require_fraction(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{name}: {value} is outside [0, 1]")
-
-
-def _require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    if divisor < 1 or value % divisor:
-        raise ConfigError(f"{divisor_name}({divisor}) does not divide {name}({value}); choose from {divisors(value)}")

@@ -13,7 +13,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.errors import ConfigError
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
-_STAGES = (1, 2)
+_STAGES = (1, 2, 3)
 _KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
     "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "dump_state",
@@ -21,6 +21,10 @@ _KEYS = frozenset({
 })  # fmt: skip
 _ZERO_FLAGS = ("contiguous_gradients", "reduce_scatter", "overlap_comm", "round_robin_gradients")
 _ZERO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
+_ZERO_3_SIZES = (
+    "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size", "sub_group_size",
+)  # fmt: skip
 
 
 def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str, Any]:
@@ -36,6 +40,11 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"{path}: {key}: is not used here; {hint}the recipe decides such things: delete it")
     _check_zero(path, config.get("zero_optimization", {}))
+    if config["zero_optimization"]["stage"] == 3 and recipe.model.ffn == "token_choice":
+        raise ConfigError(
+            f"{path}: zero_optimization.stage: 3 with model.ffn: token_choice: DeepSpeed's own layer does not train "
+            "under ZeRO-3; use stage 1 or 2"
+        )
 
     micro = recipe.micro_batch_size(dp_size)
     facts = {
@@ -68,17 +77,32 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
 def _check_zero(path: Path, zero: Any) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in _STAGES:
-        raise ConfigError(f"{path}: zero_optimization.stage: {stage!r}; this version trains with stage 1 or 2")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage: {stage!r}; choose 1, 2 or 3 (without ZeRO, DeepSpeed averages the "
+            "gradient norms of different experts, and clipping goes wrong)"
+        )
+    sizes = _ZERO_SIZES + (_ZERO_3_SIZES if stage == 3 else ())
     for key, value in zero.items():
         if key in _ZERO_FLAGS and type(value) is not bool:
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is neither true nor false")
-        if key in _ZERO_SIZES and (type(value) not in (int, float) or value < 1):
+        if key in sizes and (type(value) not in (int, float) or value < 1):
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number")
-        if key not in ("stage", *_ZERO_FLAGS, *_ZERO_SIZES):
+        if key not in ("stage", "offload_optimizer", *_ZERO_FLAGS, *sizes):
             raise ConfigError(
-                f"{path}: zero_optimization.{key}: is not supported in this version (offloading is not either); "
-                f"keys are stage, {', '.join(_ZERO_FLAGS + _ZERO_SIZES)}"
+                f"{path}: zero_optimization.{key}: is not supported with stage {stage}; keys are stage, "
+                f"offload_optimizer, {', '.join(_ZERO_FLAGS + sizes)}"
             )
+    if "offload_optimizer" in zero:
+        _check_offload(path, zero["offload_optimizer"])
+
+
+def _check_offload(path: Path, offload: Any) -> None:
+    allowed = ({"device": "cpu"}, {"device": "cpu", "pin_memory": True}, {"device": "cpu", "pin_memory": False})
+    if offload not in allowed:
+        raise ConfigError(
+            f'{path}: zero_optimization.offload_optimizer: {offload!r}; write {{"device": "cpu"}}, with '
+            '"pin_memory" true or false if you like'
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The DeepSpeed engine behind a small surface, and the only place that knows its internals.
 
-ZeRO-1 and 2 keep, on each rank, one flat fp32 partition a parameter group: the weights that this rank updates, and
-beside them the optimizer's state. Everything that outlives a step (checkpoint, average) lives on those partitions, so
-nothing is ever gathered. Besides the expert marks in `parallel/deepspeed_moe.py`, DeepSpeed is imported here only.
+ZeRO keeps, on each rank, flat fp32 tensors of the weights that this rank updates, and beside them the optimizer's
+state (`partitions.py`). Everything that outlives a step (checkpoint, average) lives on those, so nothing is ever
+gathered. Besides the expert marks in `parallel/deepspeed_moe.py`, DeepSpeed is imported here only.
 """
 
 import logging
@@ -30,8 +30,9 @@ from ecdit_ds.errors import TopologyError
 from ecdit_ds.optim import STATE_NAMES, build_optimizer, parameter_groups
 from ecdit_ds.parallel.deepspeed_moe import create_expert_groups
 from ecdit_ds.parallel.layers import ExpertParallelLayers
-from ecdit_ds.parallel.sharding import ShardSpec, shard_of
+from ecdit_ds.parallel.sharding import ShardSpec, Share, shard_of
 from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.partitions import GroupPartitions, ParameterPartitions, Partitions
 
 WEIGHT = "weight"
 EMA = "ema"
@@ -48,6 +49,8 @@ class Fragment:
     """Of the range, in the row-major local tensor."""
     states: dict[str, Tensor]
     """Flat fp32 views of equal length: weight, ema and the optimizer's own; writing to them changes the state."""
+    is_written_here: bool
+    """Whether this rank saves it; of tensor-parallel ranks that hold the same, the first does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +90,65 @@ def initialize_distributed(timeout_minutes: float = 10.0) -> torch.device:
     return device
 
 
-def expert_parallel_layers(topology: Topology) -> ExpertParallelLayers:
-    """Return the layer factory of this rank, having made DeepSpeed's expert groups."""
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """This rank's place in the layout, with its process groups."""
+
+    layers: ExpertParallelLayers
+    tp: Share
+    mpu: Any
+    """DeepSpeed's view of the tensor-parallel groups; None without."""
+
+
+def create_grid(topology: Topology, dispatch_chunks: int) -> Grid:
+    """Create all process groups of a layout; collective, once a process."""
     at = topology.coordinates(dist.get_rank())
-    return ExpertParallelLayers(ep_rank=at.ep, ep_size=topology.ep, group=create_expert_groups(topology.ep))
+    ep, tp = Share(index=at.ep, count=topology.ep), Share(index=at.tp, count=topology.tp)
+    if tp.count == 1:
+        ep_group = create_expert_groups(ep.count)
+        layers = ExpertParallelLayers(ep=ep, ep_group=ep_group, dispatch_chunks=dispatch_chunks)
+        return Grid(layers=layers, tp=tp, mpu=None)
+    from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
+
+    mpu = create_tensor_groups(tp.count)
+    ep_group = create_expert_groups(ep.count, mpu)
+    tp_group = mpu.get_tensor_model_parallel_group()
+    layers = TensorParallelLayers(ep=ep, ep_group=ep_group, dispatch_chunks=dispatch_chunks, tp=tp, tp_group=tp_group)
+    return Grid(layers=layers, tp=tp, mpu=mpu)
 
 
 class DeepSpeedEngine:
-    """Trains a model under ZeRO-1 or 2.
+    """Trains a model under ZeRO-1, 2 or 3.
 
     Args:
-        model: on this rank's device and in its precision, weights filled.
+        model: on this rank's device, weights filled.
         optimizer: the recipe's.
         deepspeed_config: from `load_deepspeed_config`.
+        grid: the one that the model's layers come from.
     """
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any]) -> None:
-        deepspeed_config = deepspeed_config | {"zero_allow_untested_optimizer": True}  # RMSProp; parity tests cover it
-        groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, optimizer.weight_decay))
-        self._optimizer_name = optimizer.name
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], grid: Grid
+    ) -> None:
+        zero = deepspeed_config["zero_optimization"]
+        # Our RMSProp is not on DeepSpeed's list, nor is torch's AdamW for offloading; parity tests cover both.
+        deepspeed_config = deepspeed_config | {
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        }  # fmt: skip
+        groups = parameter_groups(model, optimizer.weight_decay)
+        if zero["stage"] < 3:  # ZeRO-3 tells experts from the rest by itself
+            groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        self._tp, self._optimizer_name = grid.tp, optimizer.name
+        # Asked before ZeRO-3 takes the weights out of the parameters.
+        self._places = {id(p): (name, shard_of(p), tuple(p.shape)) for name, p in model.named_parameters()}
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(groups, optimizer), config=deepspeed_config
-        )
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.ema = ShardedEMA(self._partitions(), optimizer.ema_decay)
+            model=model, config=deepspeed_config, mpu=grid.mpu,
+            optimizer=build_optimizer(groups, optimizer, is_offloaded="offload_optimizer" in zero),
+        )  # fmt: skip
+        self._partitions: Partitions = (ParameterPartitions if zero["stage"] == 3 else GroupPartitions)(self._zero)
+        if zero["stage"] == 3 and grid.tp.count > 1:
+            _count_each_expert_slice_once(self._zero)
+        self.ema = ShardedEMA(self._partitions.flats(), optimizer.ema_decay)
         self._make_optimizer_state()
 
     @property
@@ -141,7 +179,7 @@ class DeepSpeedEngine:
             auxiliary_losses.append(auxiliary_loss.detach())
         is_skipped = self._engine.skipped_steps > skipped_before
         if not is_skipped:
-            self.ema.update(self._partitions())
+            self.ema.update(self._partitions.flats())
         return StepResult(
             loss=torch.stack(losses).mean(),
             auxiliary_loss=torch.stack(auxiliary_losses).mean(),
@@ -150,22 +188,21 @@ class DeepSpeedEngine:
         )
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank keeps. Over all ranks, each element of each parameter comes exactly once."""
-        for index, (flat, parameters) in enumerate(zip(self._partitions(), self._zero.bit16_groups, strict=True)):
-            kept = {WEIGHT: flat.data, EMA: self.ema.averages[index]}
-            kept |= {name: self._zero.optimizer.state[flat][name] for name in STATE_NAMES[self._optimizer_name]}
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # all of it is another rank's
-                    continue
-                address = mapping.get_hp_fragment_address()
-                yield Fragment(
-                    name=self._names[id(parameter)],
-                    shard=shard_of(parameter),
-                    local_shape=tuple(parameter.shape),
-                    start=mapping.lp_fragment_address.start,
-                    states={name: state.narrow(0, address.start, address.numel) for name, state in kept.items()},
-                )
+        """Yield what this rank keeps. Over all ranks, each element comes once where `is_written_here`."""
+        flats = self._partitions.flats()
+        kept = [{WEIGHT: flat.data, EMA: average} for flat, average in zip(flats, self.ema.averages, strict=True)]
+        for flat, states in zip(flats, kept, strict=True):
+            states |= {name: self._zero.optimizer.state[flat][name] for name in STATE_NAMES[self._optimizer_name]}
+        for here in self._partitions.ranges():
+            name, shard, local_shape = self._places[id(here.parameter)]
+            yield Fragment(
+                name=name,
+                shard=shard,
+                local_shape=local_shape,
+                start=here.start,
+                states={name: state.narrow(0, here.at, here.length) for name, state in kept[here.partition].items()},
+                is_written_here=shard.is_cut_by_tp or self._tp.index == 0,
+            )
 
     @property
     def num_updates(self) -> int:
@@ -175,9 +212,9 @@ class DeepSpeedEngine:
     def restored(self, num_updates: int) -> None:
         """Take over fragments that were just written: count on from `num_updates` and show the weights to the model."""
         self.ema.num_updates = num_updates
-        for flat in self._partitions():
+        for flat in self._partitions.flats():
             self._zero.optimizer.state[flat]["step"].fill_(float(num_updates))
-        self._zero.update_lp_params()
+        self._partitions.show()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -189,17 +226,28 @@ class DeepSpeedEngine:
             self._swap_average()
 
     def _swap_average(self) -> None:
-        for flat, average in zip(self._partitions(), self.ema.averages, strict=True):
+        for flat, average in zip(self._partitions.flats(), self.ema.averages, strict=True):
             flat.data, average.data = average.data, flat.data
-        self._zero.update_lp_params()
-
-    def _partitions(self) -> list[Tensor]:
-        partitions: list[Tensor] = self._zero.single_partition_of_fp32_groups
-        return partitions
+        self._partitions.show()
 
     def _make_optimizer_state(self) -> None:
         """Make the state that torch's optimizers make at their first step, so that one can be loaded before it."""
-        for flat in self._partitions():
+        for flat in self._partitions.flats():
             state = self._zero.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state |= {name: torch.zeros_like(flat) for name in STATE_NAMES[self._optimizer_name]}
+
+
+def _count_each_expert_slice_once(zero: Any) -> None:
+    """Mend DeepSpeed 0.19.8's ZeRO-3 gradient norm, which differs between tensor-parallel ranks when experts are cut.
+
+    It takes for granted that expert-parallel groups span the tensor-parallel ranks; ours do not, so the sum over
+    tensor-parallel ranks, which it leaves out for experts, is needed.
+    """
+    original = zero._grad_norm_counts_every_rank
+
+    def counts_every_rank(parameters: Any, group: Any) -> bool:
+        is_expert = zero._autoep_expert_parallel_group(parameters) is not None
+        return False if is_expert else original(parameters, group)
+
+    zero._grad_norm_counts_every_rank = counts_every_rank

@@ -26,15 +26,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a recipe; fused where the weights are on a GPU."""
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, *, is_offloaded: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a recipe; fused where it works on a GPU, or on a CPU beside one."""
     if config.name == "rmsprop":
         return torch.optim.RMSprop(
             groups, lr=config.learning_rate, alpha=config.smoothing, eps=config.eps, momentum=config.momentum
         )
-    on_gpu = groups[0]["params"][0].is_cuda
+    is_fused = is_offloaded or groups[0]["params"][0].is_cuda
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=on_gpu)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=is_fused)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:

@@ -96,6 +96,8 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
 
 def _pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
     for fragment in engine.fragments():
+        if not fragment.is_written_here:
+            continue
         stop = fragment.start + next(iter(fragment.states.values())).numel()
         for state_name, values in fragment.states.items():
             for box, at in flat_range_boxes(fragment.local_shape, fragment.start, stop):

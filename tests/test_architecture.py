@@ -17,14 +17,18 @@ PACKAGE = "ecdit_ds"
 
 LAYERS = (
     ("errors",),
+    ("validation",),
+    ("model_config",),
     ("config",),
     ("recipe_file", "deepspeed_config", "parallel.topology"),
+    ("parallel.layout",),
     ("seeding", "parallel.world", "parallel.sharding", "parallel.collectives"),
     ("parallel.dispatch", "parallel.experts"),
     ("parallel.deepspeed_moe",),
     ("parallel.layers",),
+    ("parallel.tensor_parallel",),
     ("model", "flow", "data", "checkpoint"),
-    ("optim", "ema", "metrics", "pictures", "lifeline", "callbacks"),
+    ("optim", "ema", "partitions", "metrics", "pictures", "lifeline", "callbacks"),
     ("engine", "pipeline", "evaluation"),
     ("snapshot", "interpret"),
     ("run_folder", "trainer"),
@@ -34,10 +38,10 @@ LAYERS = (
 """Low to high. A module imports from lower rows, and from its own package; never from a neighbour in its row."""
 
 USES_ONLY = {
-    "model": ("config", "errors", "seeding", "parallel"),
-    "flow": ("config", "errors", "seeding"),
-    "data": ("config", "errors", "seeding"),
-    "checkpoint": ("config", "errors"),
+    "model": ("config", "model_config", "errors", "seeding", "parallel"),
+    "flow": ("config", "model_config", "errors", "seeding"),
+    "data": ("config", "model_config", "errors", "seeding"),
+    "checkpoint": ("config", "model_config", "errors"),
 }
 """Packages that know less than their row would allow."""
 
@@ -47,7 +51,15 @@ IMPORTED_ONLY_BY = {
 }
 """The benchmark may, since it measures DeepSpeed's layer beside ours."""
 NEVER_IN = {
-    "torch": ("errors", "config", "recipe_file", "deepspeed_config", "parallel.topology"),
+    "torch": (
+        "errors",
+        "validation",
+        "model_config",
+        "config",
+        "recipe_file",
+        "deepspeed_config",
+        "parallel.topology",
+    ),
     "torch.distributed": ("model", "flow", "data", "checkpoint"),
 }
 NEVER_ANYWHERE = (

@@ -1,8 +1,9 @@
-"""Measure what a layer costs beside other people's layers of equal work.
+"""Measure what a layer costs beside other people's layers of equal work, and what moving its tokens costs.
 
 `python tools/bench.py moe` times the expert-choice layer against the dense feed-forward layer of equal activated
-FLOPs and against other Mixture-of-Experts layers, all in one process and interleaved, so that a slow moment of the
-machine falls on all sides alike. Every figure that the project publishes about this layer comes from here.
+FLOPs and against other Mixture-of-Experts layers; `python tools/bench.py dispatch` the way to experts on other ranks
+against the bare collective. Sides run in one process and interleaved, so that a slow moment of the machine falls on
+all alike. Every figure that the project publishes about this layer comes from here.
 
 Suffixes: B images, S tokens of an image, D hidden_size.
 """
@@ -15,13 +16,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path, as all to
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import torch
@@ -29,13 +26,27 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import parameter_generator
+from ecdit_ds.validation import divisors
+from tools.bench_dispatch import run_dispatch
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
+from tools.bench_report import compare, describe_run, times_text
 
 _FULL: dict[str, Any] = {"tokens": [64, 256, 1024, 4096], "experts": [8, 16, 32, 64], "call_tokens": 8192, "rounds": 7}
 _QUICK: dict[str, Any] = {"tokens": [64, 256], "experts": [8, 16], "call_tokens": 1024, "rounds": 3}
+
+_DISPATCH_FULL: dict[str, Any] = {"tokens": [256, 1024], "chunks": [1, 2, 4], "call_tokens": 8192, "rounds": 7}
+_DISPATCH_QUICK: dict[str, Any] = {"tokens": [64], "chunks": [1, 2], "call_tokens": 512, "rounds": 3}
+
+_DISPATCH_HELP = """\
+Time the way to experts on other ranks and back, forward and backward, 2 experts a token: our dispatcher with experts
+that give back what they get (so gathering and summing rows is in it), against four bare all-to-alls of the same
+tensors. Prints the bytes that a rank sends to others in a forward beside the floor,
+2 x f x tokens x hidden x bytes x (ranks - 1) / ranks.
+
+Starts --ranks processes of one thread each, on gloo or, with as many GPUs, on NCCL; times are wall-clock times."""
 
 _MOE_HELP = """\
 Time forward and backward (gradients of the input and of every parameter) of the expert-choice layer, 2 experts a
@@ -112,16 +123,7 @@ def to_rows(options: argparse.Namespace, num_experts: int, tokens: int, sides: d
     capacity = _model_config(options, num_experts, tokens).expert_capacity(tokens)
     for peer in options.peers:
         theirs = sides[peer]
-        ratios = [a / b for a, b in zip(ours.times_ms, theirs.times_ms, strict=True)]
-        yield {
-            "case": f"{tokens} tokens, {num_experts} experts",
-            "peer": peer,
-            "ours_ms": statistics.median(ours.times_ms),
-            "peer_ms": statistics.median(theirs.times_ms),
-            "ratio": statistics.median(ratios),
-            "ours_quartiles_ms": _quartiles(ours.times_ms),
-            "peer_quartiles_ms": _quartiles(theirs.times_ms),
-            "ratio_quartiles": _quartiles(ratios),
+        yield compare(f"{tokens} tokens, {num_experts} experts", peer, ours.times_ms, theirs.times_ms) | {
             "tokens_an_image": tokens,
             "num_experts": num_experts,
             "rows_an_expert": capacity * options.call_tokens // tokens,
@@ -129,13 +131,6 @@ def to_rows(options: argparse.Namespace, num_experts: int, tokens: int, sides: d
             "peer_flops": theirs.flops,
             "ours_us_a_token": 1e3 * statistics.median(ours.times_ms) / options.call_tokens,
         }
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    if len(values) == 1:
-        return [values[0], values[0]]
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return [lower, upper]
 
 
 def summarize(rows: list[dict[str, Any]]) -> str:
@@ -158,17 +153,9 @@ def summarize(rows: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def describe_run(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a figure must be published with: device, versions, commit, command."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=sys.path[0], capture_output=True, check=False, text=True
-    )
-    return {
-        "device": torch.cuda.get_device_name() if options.device.type == "cuda" else _cpu_name(),
-        "versions": {"python": platform.python_version()}
-        | {n: version(n) for n in ("torch", "deepspeed", "diffusers")},
-        "commit": git.stdout.strip() or "none",
-        "command": shlex.join(["python", *sys.argv]),
+def describe_moe(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures must be published with."""
+    return describe_run(options.device, ("torch", "deepspeed", "diffusers")) | {
         "threads": torch.get_num_threads(),
         "clock": "cuda events" if options.device.type == "cuda" else "process time",
         "gradients": "input and all parameters, from None",
@@ -181,23 +168,10 @@ def describe_run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Print one line a row, times in ms with their quartiles."""
     for row in rows:
-        (ours_low, ours_high), (peer_low, peer_high) = row["ours_quartiles_ms"], row["peer_quartiles_ms"]
-        print(
-            f"{row['case']:>24}  {row['rows_an_expert']:>5} rows an expert  {row['peer']:<15}  "
-            f"ours {row['ours_ms']:8.1f} [{ours_low:.1f}, {ours_high:.1f}] ms  "
-            f"peer {row['peer_ms']:8.1f} [{peer_low:.1f}, {peer_high:.1f}] ms  ratio {row['ratio']:.3f}",
-            flush=True,
-        )
+        print(f"{row['case']:>24}  {row['rows_an_expert']:>5} rows an expert  {times_text(row)}", flush=True)
 
 
 def run_moe(options: argparse.Namespace) -> None:
@@ -214,7 +188,7 @@ def run_moe(options: argparse.Namespace) -> None:
             rows += fresh
     print(summarize(rows))
     if options.json:
-        options.json.write_text(json.dumps({"meta": describe_run(options), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"meta": describe_moe(options), "rows": rows}, indent=1) + "\n")
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -225,51 +199,74 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the checked options.
+    """Return the checked options; `run` among them is the command.
 
     Raises:
-        ConfigError: a device that is not there, token counts that do not divide the tokens of a call, too few experts.
+        ConfigError: a device that is not there, sizes that do not fit one another.
     """
     parser = _OneLineParser(prog="bench.py", description="Measure a layer beside others of equal work.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_moe(commands)
+    _add_dispatch(commands)
+    options = parser.parse_args(arguments)
+    for name, value in (options.quick_sizes if options.quick else options.full_sizes).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    _resolve(options)
+    return options
+
+
+def _add_moe(commands: Any) -> None:
     moe = commands.add_parser(
         "moe",
         help="the expert-choice layer",
         description=_MOE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    moe.add_argument("--quick", action="store_true", help="fewer, smaller cases and 3 rounds: some seconds")
-    moe.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command")
+    _add_common(moe)
     moe.add_argument("--tokens", type=_positive, nargs="+", help="tokens of an image (default 64 256 1024 4096)")
     moe.add_argument("--experts", type=_positive, nargs="+", help="numbers of experts (default 8 16 32 64)")
     moe.add_argument("--call-tokens", type=_positive, help="tokens a call, all images together (default 8192)")
-    moe.add_argument("--rounds", type=_positive, help="timings of each side and case (default 7)")
     moe.add_argument("--hidden-size", type=_positive, default=256, help="default 256")
     moe.add_argument("--ffn-hidden-size", type=_positive, help="inner width of an expert (default 4 x --hidden-size)")
     moe.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default all")
-    moe.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
-    moe.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and tokens (default fp32)")
-    options = parser.parse_args(arguments)
-    for name, value in (_QUICK if options.quick else _FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return _resolve(options)
+    moe.set_defaults(run=run_moe, check=_check_moe, full_sizes=_FULL, quick_sizes=_QUICK)
 
 
-def _resolve(options: argparse.Namespace) -> argparse.Namespace:
-    options.ffn_hidden_size = options.ffn_hidden_size or 4 * options.hidden_size
+def _add_dispatch(commands: Any) -> None:
+    dispatch = commands.add_parser(
+        "dispatch", help="the all-to-all of its tokens", description=_DISPATCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_common(dispatch)
+    dispatch.add_argument("--ranks", type=_positive, default=2, help="expert-parallel processes (default 2)")
+    dispatch.add_argument("--tokens", type=_positive, nargs="+", help="tokens of an image (default 256 1024)")
+    dispatch.add_argument("--experts", type=_positive, default=8, help="default 8")
+    dispatch.add_argument("--chunks", type=_positive, nargs="+", help="parallel.dispatch_chunks (default 1 2 4)")
+    dispatch.add_argument("--call-tokens", type=_positive, help="tokens a call and rank (default 8192)")
+    dispatch.add_argument("--hidden-size", type=_positive, default=256, help="default 256")
+    dispatch.set_defaults(
+        run=run_dispatch, check=_check_dispatch, full_sizes=_DISPATCH_FULL, quick_sizes=_DISPATCH_QUICK
+    )
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="fewer, smaller cases and 3 rounds: some seconds")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command"
+    )
+    command.add_argument("--rounds", type=_positive, help="timings of each side and case (default 7)")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    command.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and tokens (default fp32)"
+    )
+
+
+def _resolve(options: argparse.Namespace) -> None:
     for tokens in options.tokens:
         if options.call_tokens % tokens:
             raise ConfigError(f"--tokens {tokens} does not divide --call-tokens {options.call_tokens}")
-    if min(options.experts) < CAPACITY_FACTOR:
-        raise ConfigError(
-            f"--experts {min(options.experts)}: a token takes {CAPACITY_FACTOR} experts; use as many or more"
-        )
-    if options.hidden_size % 8 or options.ffn_hidden_size % 8:
-        raise ConfigError(
-            f"--hidden-size {options.hidden_size}, --ffn-hidden-size {options.ffn_hidden_size}: the grouped peer needs "
-            "multiples of 8"
-        )
+    options.check(options)
     if options.json and not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
         raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder that can be written to")
     has_cuda = torch.cuda.is_available()
@@ -279,7 +276,32 @@ def _resolve(options: argparse.Namespace) -> argparse.Namespace:
     options.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     if options.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
-    return options
+
+
+def _check_moe(options: argparse.Namespace) -> None:
+    options.ffn_hidden_size = options.ffn_hidden_size or 4 * options.hidden_size
+    if min(options.experts) < CAPACITY_FACTOR:
+        raise ConfigError(
+            f"--experts {min(options.experts)}: a token takes {CAPACITY_FACTOR} experts; use as many or more"
+        )
+    if options.hidden_size % 8 or options.ffn_hidden_size % 8:
+        raise ConfigError(
+            f"--hidden-size {options.hidden_size}, --ffn-hidden-size {options.ffn_hidden_size}: the grouped peer needs "
+            "multiples of 8"
+        )
+
+
+def _check_dispatch(options: argparse.Namespace) -> None:
+    if options.ranks < 2 or options.experts % options.ranks:
+        raise ConfigError(
+            f"--ranks {options.ranks}: needs 2 or more, dividing --experts {options.experts}; choose from "
+            f"{divisors(options.experts)}"
+        )
+    for tokens in options.tokens:
+        if CAPACITY_FACTOR * tokens % options.experts:
+            raise ConfigError(
+                f"--tokens {tokens}: {CAPACITY_FACTOR} x {tokens} places do not divide over --experts {options.experts}"
+            )
 
 
 def _positive(text: str) -> int:
@@ -290,6 +312,7 @@ def _positive(text: str) -> int:
 
 if __name__ == "__main__":
     try:
-        run_moe(parse_arguments(sys.argv[1:]))
+        options = parse_arguments(sys.argv[1:])
+        options.run(options)
     except EcditError as error:
         sys.exit(f"bench.py: error: {error}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.seeding import parameter_generator
 

@@ -17,11 +17,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.config import DataConfig
 from ecdit_ds.data.cache import SCHEMA_VERSION, read_folder, write_folder
 from ecdit_ds.data.digit_scenes import Split, draw_scene
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.errors import DataError
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import stable_seed
 
 _ROWS_PER_BATCH = 256

@@ -64,13 +64,8 @@ def training_batches(
             f"global_batch_size({global_batch_size}) is not a multiple of micro_batch_size({micro_batch_size}) x "
             f"data-parallel ranks({dp_size}); change one of them"
         )
-    for name, sample in (("start_sample", start_sample), ("end_sample", end_sample)):
-        if sample < 0 or sample % global_batch_size:
-            below = max(sample, 0) // global_batch_size * global_batch_size
-            raise DataError(
-                f"{name}({sample}) is not a multiple of global_batch_size({global_batch_size}): a step is never cut; "
-                f"choose {below} or {below + global_batch_size}, or keep the batch size of the run so far"
-            )
+    _require_whole_steps("start_sample", start_sample, global_batch_size)
+    _require_whole_steps("end_sample", end_sample, global_batch_size)
     positions = _RankPositions(
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
@@ -86,10 +81,20 @@ def training_batches(
         num_workers=num_workers,
         collate_fn=_as_it_is,
         worker_init_fn=_prepare_worker,
+        pin_memory=torch.cuda.is_available(),
         # Without one of its own, a loader advances torch's global generator.
         generator=torch.Generator().manual_seed(stable_seed(seed, "loader")),
     )
     return _steps(loader, global_batch_size // (micro_batch_size * dp_size))
+
+
+def _require_whole_steps(name: str, sample: int, global_batch_size: int) -> None:
+    if sample < 0 or sample % global_batch_size:
+        below = max(sample, 0) // global_batch_size * global_batch_size
+        raise DataError(
+            f"{name}({sample}) is not a multiple of global_batch_size({global_batch_size}): a step is never cut; "
+            f"choose {below} or {below + global_batch_size}, or keep the batch size of the run so far"
+        )
 
 
 def evaluation_batches(

@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.embedders import rotate
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import LayerFactory
 
 
@@ -20,14 +20,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.query = layers.column_linear(config.hidden_size, width, bias=False)
-        self.key = layers.column_linear(config.hidden_size, kv_width, bias=False)
-        self.value = layers.column_linear(config.hidden_size, kv_width, bias=False)
-        self.out = layers.row_linear(width, config.hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
-        self.key_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.entrance = layers.entrance()
+        self.query = layers.column_linear(config.hidden_size, width)
+        self.key = layers.column_linear(config.hidden_size, kv_width)
+        self.value = layers.column_linear(config.hidden_size, kv_width)
+        self.out = layers.row_linear(width, config.hidden_size)
+        self.query_norm = layers.head_norm(config.head_dim)
+        self.key_norm = layers.head_norm(config.head_dim)
 
     def forward(self, x_BSD: Tensor, angles_SK: Tensor) -> Tensor:
+        x_BSD = self.entrance(x_BSD)
         query, key, value = (
             rearrange(project(x_BSD), "b s (h k) -> b h s k", k=self.head_dim)
             for project in (self.query, self.key, self.value)
@@ -44,15 +46,16 @@ class CrossAttention(nn.Module):
         super().__init__()
         width = config.cross_num_heads * config.cross_head_dim
         self.head_dim = config.cross_head_dim
-        self.query = layers.column_linear(config.hidden_size, width, bias=False)
-        self.key = layers.column_linear(config.text_embed_dim, width, bias=False)
-        self.value = layers.column_linear(config.text_embed_dim, width, bias=False)
-        self.out = layers.row_linear(width, config.hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(config.cross_head_dim, eps=1e-6)
-        self.key_norm = nn.RMSNorm(config.cross_head_dim, eps=1e-6)
+        self.entrance = layers.entrance()
+        self.query = layers.column_linear(config.hidden_size, width)
+        self.key = layers.column_linear(config.text_embed_dim, width)
+        self.value = layers.column_linear(config.text_embed_dim, width)
+        self.out = layers.row_linear(width, config.hidden_size)
+        self.query_norm = layers.head_norm(config.cross_head_dim)
+        self.key_norm = layers.head_norm(config.cross_head_dim)
 
     def forward(self, x_BSD: Tensor, text_embeds_BTD: Tensor, text_mask_BT: Tensor) -> Tensor:
-        query = rearrange(self.query(x_BSD), "b s (h k) -> b h s k", k=self.head_dim)
+        query = rearrange(self.query(self.entrance(x_BSD)), "b s (h k) -> b h s k", k=self.head_dim)
         key, value = (
             rearrange(project(text_embeds_BTD), "b t (h k) -> b h t k", k=self.head_dim)
             for project in (self.key, self.value)

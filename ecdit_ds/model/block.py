@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.attention import CrossAttention, SelfAttention
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import LayerFactory
 
 

@@ -4,22 +4,22 @@ Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens
 vectors.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.block import DiTBlock, FinalLayer
 from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
+from ecdit_ds.model.recompute import Recompute
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import LayerFactory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What the model returns."""
+class Prediction(NamedTuple):
+    """What the model returns. ZeRO-3 looks for tensors in tuples only."""
 
     velocity_BCHW: Tensor
     """Of the latents' shape and dtype."""
@@ -30,9 +30,10 @@ class Prediction:
 class ECDiT(nn.Module):
     """The transformer. It asks `layers` for what a layout may cut and knows nothing of ranks."""
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, recompute: Recompute | None = None) -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute or Recompute()
         self.patches = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
         self.condition = ConditionEmbedder(config.text_embed_dim, config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
@@ -64,8 +65,11 @@ class ECDiT(nn.Module):
         condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
         modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
         auxiliary_loss = torch.zeros((), device=x_BSD.device)
-        for block in self.blocks:
-            x_BSD, block_loss = block(x_BSD, modulation_BMD, angles_SK, text_embeds_BTD.to(dtype), text_mask_BT)
+        text_embeds_BTD = text_embeds_BTD.to(dtype)
+        for layer, block in enumerate(self.blocks):
+            x_BSD, block_loss = self.recompute.run(
+                layer, block, x_BSD, modulation_BMD, angles_SK, text_embeds_BTD, text_mask_BT
+            )
             auxiliary_loss = auxiliary_loss + block_loss
         patches = self.final(x_BSD, condition_BD)
         velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)

@@ -23,13 +23,16 @@ _ROUTER_STD = 0.02
 def initialize_by_name(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` in place.
 
-    Experts draw from `(seed, name, global expert index)`, so an expert has the same weights on whatever rank it is.
+    A cut parameter takes its box of the global tensor. Experts draw from `(seed, name, global expert index)`, so an
+    expert has the same weights on whatever rank it is.
     """
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:  # experts: (local experts, in, out)
-            first = shard_of(parameter).offset[0]
+        shard = shard_of(parameter)
+        if parameter.dim() == 3:  # experts: (experts, in, out)
             for local, weight in enumerate(parameter):
-                weight.copy_(_xavier(weight.shape[0], weight.shape[1], seed, name, first + local).T)
+                shape, expert = shard.global_shape[:0:-1], shard.offset[0] + local
+                whole = _xavier(shape[0], shape[1], seed, name, expert).T
+                weight.copy_(_box(whole, shard.offset[1:], weight.shape))
         elif any(part in name for part in _ZERO) or name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
@@ -38,10 +41,15 @@ def initialize_by_name(model: nn.Module, seed: int) -> None:
             generator = parameter_generator(seed, name)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * _ROUTER_STD)
         else:
-            parameter.copy_(_xavier(parameter.shape[1], parameter.shape[0], seed, name))
+            whole = _xavier(shard.global_shape[0], shard.global_shape[1], seed, name)
+            parameter.copy_(_box(whole, shard.offset, parameter.shape))
 
 
-def _xavier(fan_in: int, fan_out: int, seed: int, name: str, *index: int) -> Tensor:
+def _box(whole: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    return whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
+
+
+def _xavier(fan_out: int, fan_in: int, seed: int, name: str, *index: int) -> Tensor:
     """Return an (out, in) matrix, uniform in +-sqrt(6 / (in + out))."""
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     uniform = torch.rand(fan_out, fan_in, generator=parameter_generator(seed, name, *index))

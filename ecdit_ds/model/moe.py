@@ -16,21 +16,19 @@ Suffixes: B pools, S tokens of a pool, D hidden_size, E experts, C expert capaci
 Source: arXiv 2410.02098 sec. 3 and alg. 1; Zhou et al. 2022 (2202.09368) sec. 3.2.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.config import ModelConfig
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.experts import activate
 from ecdit_ds.parallel.layers import LayerFactory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """What a router decided; layers return it to hooks and keep nothing."""
+class Routing(NamedTuple):
+    """What a router decided; layers return it to hooks and keep nothing. ZeRO-3 looks for tensors in tuples only."""
 
     indices_BEC: Tensor
     """int64 in [0, S): the tokens each expert took."""
@@ -60,11 +58,9 @@ def choose_tokens(
     scores_BES = rearrange(scores_BSE, "b s e -> b e s").contiguous()
     gates_BEC, indices_BEC = scores_BES.topk(expert_capacity, dim=-1, sorted=False)
     if gate_normalization == "token":
-        places = rearrange(indices_BEC, "b e c -> b (e c)")
-        gates = rearrange(gates_BEC, "b e c -> b (e c)")
-        total_BS = gates.new_zeros(scores_BSE.shape[:2]).scatter_add(1, places, gates)
-        gates = gates / (total_BS.gather(1, places) + 1e-12)
-        gates_BEC = rearrange(gates, "b (e c) -> b e c", c=expert_capacity)
+        # An expert takes a token once, so no two gates meet in a place, and a GPU sums them in a fixed order.
+        kept_BES = torch.zeros_like(scores_BES).scatter(-1, indices_BEC, gates_BEC)
+        gates_BEC = (kept_BES / (kept_BES.sum(dim=1, keepdim=True) + 1e-12)).gather(-1, indices_BEC)
     return Routing(indices_BEC=indices_BEC, gates_BEC=gates_BEC, scores_BSE=scores_BSE)
 
 
@@ -107,12 +103,10 @@ class ExpertChoiceFFN(nn.Module):
 
     def forward(self, x_BSD: Tensor, router_input_BSD: Tensor) -> Tensor:
         """Return y_BSD for tokens x_BSD of images; the router reads router_input_BSD."""
-        images, tokens, _ = x_BSD.shape
-        pool = self.config.pool_images(images)
+        pool = self.config.pool_images(x_BSD.shape[0])
         x, router_input = (rearrange(z, "(b n) s d -> b (n s) d", n=pool) for z in (x_BSD, router_input_BSD))
         routing: Routing = self.router(router_input)
-        rows_LRD = self.dispatcher.dispatch(x, routing.indices_BEC)
-        y = self.dispatcher.combine(self.experts(rows_LRD), routing.gates_BEC, routing.indices_BEC, pool * tokens)
+        y = self.dispatcher(x, routing.gates_BEC, routing.indices_BEC, self.experts)
         y_BSD = rearrange(y, "b (n s) d -> (b n) s d", n=pool)
         return y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)
 
@@ -123,10 +117,9 @@ class DenseFFN(nn.Module):
     def __init__(self, layers: LayerFactory, config: ModelConfig, *, copies: int = 1) -> None:
         super().__init__()
         width, self.activation = config.ffn_hidden_size * copies, config.ffn_activation
-        self.up = layers.column_linear(
-            config.hidden_size, width * (2 if config.ffn_activation == "swiglu" else 1), bias=False
-        )
-        self.down = layers.row_linear(width, config.hidden_size, bias=False)
+        self.entrance = layers.entrance()
+        self.up = layers.column_linear(config.hidden_size, width * (2 if config.ffn_activation == "swiglu" else 1))
+        self.down = layers.row_linear(width, config.hidden_size)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(activate(self.up(x_BSD), self.activation))
+        return self.down(activate(self.up(self.entrance(x_BSD)), self.activation))

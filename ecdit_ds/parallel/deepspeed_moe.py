@@ -13,8 +13,9 @@ from deepspeed.utils import groups
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.config import Activation, ModelConfig
+from ecdit_ds.model_config import Activation, ModelConfig
 from ecdit_ds.parallel.experts import Experts
+from ecdit_ds.parallel.sharding import WHOLE, Share
 
 
 def expert_group_name(ep_size: int) -> str:
@@ -36,13 +37,14 @@ class DeepSpeedExperts(Experts, AutoEPMoELayer):
         ffn_hidden_size: int,
         *,
         activation: Activation,
-        ep_rank: int,
-        ep_size: int,
+        ep: Share = WHOLE,
+        tp: Share = WHOLE,
     ) -> None:
-        Experts.__init__(
-            self, num_experts, hidden_size, ffn_hidden_size, activation=activation, ep_rank=ep_rank, ep_size=ep_size
-        )
-        _mark_expert_parameters(self, ep_size)
+        Experts.__init__(self, num_experts, hidden_size, ffn_hidden_size, activation=activation, ep=ep, tp=tp)
+        _mark_expert_parameters(self, ep)
+        if tp.count > 1:
+            for parameter in self.parameters():
+                mark_cut_by_tp(parameter)
 
     def forward(self, x_LRD: Tensor) -> Tensor:
         return Experts.forward(self, x_LRD)
@@ -61,21 +63,20 @@ class TokenChoice(nn.Module):
         (y_BSD, auxiliary load-balance loss, a scalar)
     """
 
-    def __init__(self, config: ModelConfig, *, ep_rank: int, ep_size: int) -> None:
+    def __init__(self, config: ModelConfig, *, ep: Share) -> None:
         super().__init__()
         places_per_choice = config.capacity_factor / config.top_k
         self.moe = MoE(
-            config.hidden_size, nn.Identity(), config.num_experts, ep_size, k=config.top_k,
+            config.hidden_size, nn.Identity(), config.num_experts, ep.count, k=config.top_k,
             capacity_factor=places_per_choice, eval_capacity_factor=places_per_choice, min_capacity=1,
             use_rts=False, top2_2nd_expert_sampling=False,
         )  # fmt: skip
         # DeepSpeed's own bank holds one module an expert; ours is one tensor, named and cut as under expert choice.
         experts = Experts(
-            config.num_experts, config.hidden_size, config.ffn_hidden_size,
-            activation=config.ffn_activation, ep_rank=ep_rank, ep_size=ep_size,
-        )  # fmt: skip
+            config.num_experts, config.hidden_size, config.ffn_hidden_size, activation=config.ffn_activation, ep=ep
+        )
         self.moe.deepspeed_moe.experts = _PeerMajor(experts)
-        _mark_expert_parameters(experts, ep_size)
+        _mark_expert_parameters(experts, ep)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         y_BSD, auxiliary_loss, _ = self.moe(x_BSD)
@@ -94,15 +95,31 @@ class _PeerMajor(nn.Module):
         return rearrange(y_LRD, "l (p c) d -> p l c d", p=x_PLCD.shape[0])
 
 
-def create_expert_groups(ep_size: int) -> Any:
-    """Create DeepSpeed's expert-parallel and expert-data groups once and return this rank's expert-parallel group."""
-    name = expert_group_name(ep_size)
-    if name not in groups._get_expert_parallel_group_dict():
+def create_expert_groups(ep_size: int, mpu: Any = None) -> Any:
+    """Create DeepSpeed's expert-parallel and expert-data groups, and return this rank's expert-parallel group.
+
+    Args:
+        mpu: where there are tensor-parallel groups, DeepSpeed's view of them.
+    """
+    groups.mpu = mpu
+    if mpu is None:
         groups._create_expert_and_data_parallel(ep_size)
-    return groups._get_expert_parallel_group(name)
+    else:
+        groups._create_expert_data_and_model_parallel(ep_size, mpu)
+    return groups._get_expert_parallel_group(expert_group_name(ep_size))
 
 
-def _mark_expert_parameters(module: nn.Module, ep_size: int) -> None:
+def mark_cut_by_tp(parameter: nn.Parameter) -> None:
+    """Tell DeepSpeed that each tensor-parallel rank holds another slice, so that each counts in the gradient norm."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.model_parallel = True  # type: ignore[attr-defined]
+
+
+def _mark_expert_parameters(module: nn.Module, ep: Share) -> None:
+    name = expert_group_name(ep.count)
     for parameter in module.parameters():
         parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's only test for "expert parameter"
-        parameter.group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]
+        parameter.group_name = name  # type: ignore[attr-defined]
+        # ZeRO-3 cuts it over the copies of this expert, not over all data-parallel ranks.
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]

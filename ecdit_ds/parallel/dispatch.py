@@ -1,11 +1,12 @@
-"""Tokens to the experts that chose them, and back: two verbs, static shapes.
+"""Tokens to the experts that chose them, and back: static shapes.
 
 Suffixes: B pools, S tokens of a pool, T tokens of all pools, D hidden_size, E experts, L local experts, C expert
 capacity, R rows of one local expert (ep * B * C), or of all experts where no L stands before it. `LocalDispatcher` is
-the specification; `AllToAllDispatcher` agrees with it on any number of ranks, because every rank sends every peer
-exactly L * B * C rows.
+the specification; the others agree with it on any number of ranks, because every rank sends every peer exactly
+L * B * C rows.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,17 +15,16 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ecdit_ds.parallel.collectives import equal_all_to_all
+from ecdit_ds.parallel.collectives import copy_in, land_all_to_all, launch_all_to_all, sum_out
+
+ApplyExperts = Callable[[Tensor], Tensor]
+"""x_LRD -> y_LRD: local expert l applied to its rows."""
 
 
 class Dispatcher(Protocol):
     """Moves tokens to experts and back."""
 
-    def dispatch(self, x_BSD: Tensor, indices_BEC: Tensor) -> Tensor:
-        """Return x_LRD, the rows that each local expert computes."""
-        ...
-
-    def combine(self, y_LRD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
+    def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
         """Return y_BSD, each token the gated sum over the experts that took it; zero where none did."""
         ...
 
@@ -32,17 +32,65 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here."""
 
-    def dispatch(self, x_BSD: Tensor, indices_BEC: Tensor) -> Tensor:
-        rows_R = _flat_rows(indices_BEC, x_BSD.shape[1])
-        x_RD = rearrange(x_BSD, "b s d -> (b s) d").index_select(0, rows_R)
-        return rearrange(x_RD, "(e r) d -> e r d", e=indices_BEC.shape[1])
+    def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
+        return combine(experts(gather(x_BSD, indices_BEC)), gates_BEC, indices_BEC, x_BSD.shape[1])
 
-    def combine(self, y_LRD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
-        batch, _, _ = indices_BEC.shape
-        y_RD = rearrange(y_LRD, "e r d -> (e r) d")
-        gates_R = rearrange(gates_BEC, "b e c -> (e b c)").to(y_RD.dtype)
-        y_TD = _GatedSum.apply(y_RD, gates_R, _flat_rows(indices_BEC, num_tokens), batch * num_tokens)
-        return rearrange(y_TD, "(b s) d -> b s d", b=batch)
+
+class AllToAllDispatcher:
+    """Experts are spread over the ranks of `group`, in order.
+
+    Args:
+        chunks: parts of the pools that take turns, so that one part travels while another's experts compute. The
+            result is the same: pools do not see one another. Each part adds one sum over the experts' gradients.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, chunks: int = 1) -> None:
+        self._group, self._chunks = group, chunks
+
+    def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
+        peers, tokens = self._group.size(), x_BSD.shape[1]
+        parts = list(zip(*(z.chunk(self._chunks) for z in (x_BSD, gates_BEC, indices_BEC)), strict=True))
+        to_experts = [launch_all_to_all(gather(x, indices), self._group) for x, _, indices in parts]
+        to_tokens = []
+        for launched in to_experts:
+            rows_LRD = rearrange(land_all_to_all(launched), "(ep l) r d -> l (ep r) d", ep=peers)
+            back_ERD = rearrange(experts(rows_LRD), "l (ep r) d -> (ep l) r d", ep=peers)
+            to_tokens.append(launch_all_to_all(back_ERD, self._group))
+        outputs = [
+            combine(land_all_to_all(launched), gates, indices, tokens)
+            for launched, (_, gates, indices) in zip(to_tokens, parts, strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class TensorParallelDispatcher:
+    """Each expert's inner width is cut over the ranks of `group`, which hold the same tokens; `inner` moves them.
+
+    The sum over ranks comes after the combination: T rows travel instead of f * T, and the sums over tokens, whose
+    order a GPU does not fix, happen before it. So all ranks get the same bits, and go on to choose the same tokens.
+    """
+
+    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
+        self._inner, self._group = inner, group
+
+    def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
+        x_BSD, gates_BEC = copy_in(x_BSD, self._group), copy_in(gates_BEC, self._group)
+        return sum_out(self._inner(x_BSD, gates_BEC, indices_BEC, experts), self._group)
+
+
+def gather(x_BSD: Tensor, indices_BEC: Tensor) -> Tensor:
+    """Return x_ERD, the rows each expert took: ordered by pool, then by place."""
+    x_RD = rearrange(x_BSD, "b s d -> (b s) d").index_select(0, _flat_rows(indices_BEC, x_BSD.shape[1]))
+    return rearrange(x_RD, "(e r) d -> e r d", e=indices_BEC.shape[1])
+
+
+def combine(y_ERD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
+    """Return y_BSD, each token the gated sum of its experts' rows."""
+    batch, _, _ = indices_BEC.shape
+    y_RD = rearrange(y_ERD, "e r d -> (e r) d")
+    gates_R = rearrange(gates_BEC, "b e c -> (e b c)").to(y_RD.dtype)
+    y_TD = _GatedSum.apply(y_RD, gates_R, _flat_rows(indices_BEC, num_tokens), batch * num_tokens)
+    return rearrange(y_TD, "(b s) d -> b s d", b=batch)
 
 
 class _GatedSum(torch.autograd.Function):
@@ -64,23 +112,6 @@ class _GatedSum(torch.autograd.Function):
         grad_RD = grad_TD.index_select(0, rows_R)
         grad_gates_R = einsum(grad_RD, y_RD, "r d, r d -> r")
         return grad_RD.mul_(gates_R[:, None]), grad_gates_R, None, None
-
-
-class AllToAllDispatcher:
-    """Experts are spread over the ranks of `group`, in order."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._local = LocalDispatcher()
-
-    def dispatch(self, x_BSD: Tensor, indices_BEC: Tensor) -> Tensor:
-        x_ERD = equal_all_to_all(self._local.dispatch(x_BSD, indices_BEC), self._group)
-        return rearrange(x_ERD, "(ep l) r d -> l (ep r) d", ep=self._group.size())
-
-    def combine(self, y_LRD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
-        y_ERD = rearrange(y_LRD, "l (ep r) d -> (ep l) r d", ep=self._group.size())
-        y_ERD = equal_all_to_all(y_ERD, self._group)
-        return self._local.combine(y_ERD, gates_BEC, indices_BEC, num_tokens)
 
 
 def _flat_rows(indices_BEC: Tensor, num_tokens: int) -> Tensor:

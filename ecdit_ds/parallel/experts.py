@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ecdit_ds.config import Activation
-from ecdit_ds.parallel.sharding import set_shard
+from ecdit_ds.model_config import Activation
+from ecdit_ds.parallel.sharding import WHOLE, Share, set_shard
 
 _MAX_SLICES = 8
 """Groups of experts that backward takes one after another; a handful keeps each product large."""
@@ -31,8 +31,10 @@ class Experts(nn.Module):
         hidden_size: D.
         ffn_hidden_size: inner width, F.
         activation: `gelu`: GELU(x w1) w2, 2DF parameters an expert (paper sec. 3.3);
-            `swiglu`: (SiLU(x wg) * (x wu)) w2, with wg and wu side by side in w1.
-        ep_rank, ep_size: which share.
+            `swiglu`: (SiLU(x wg) * (x wu)) w2, with the columns of wg and wu taking turns in w1, so that any slice of
+            it holds pairs.
+        ep: which share of the experts is here.
+        tp: which share of each expert's inner width; the outputs of all shares are still to be added up.
 
     Source: arXiv 2410.02098 eq. 8.
     """
@@ -44,17 +46,17 @@ class Experts(nn.Module):
         ffn_hidden_size: int,
         *,
         activation: Activation,
-        ep_rank: int = 0,
-        ep_size: int = 1,
+        ep: Share = WHOLE,
+        tp: Share = WHOLE,
     ) -> None:
         nn.Module.__init__(self)  # not super(): a marker class may stand between (deepspeed_moe.py)
-        num_local, width = num_experts // ep_size, ffn_hidden_size * (2 if activation == "swiglu" else 1)
+        num_local, width = ep.of(num_experts), tp.of(ffn_hidden_size)
         self.num_experts = num_experts
         self.activation = activation
-        self.w1 = nn.Parameter(torch.empty(num_local, hidden_size, width))
-        self.w2 = nn.Parameter(torch.empty(num_local, ffn_hidden_size, hidden_size))
-        for weight in (self.w1, self.w2):
-            set_shard(weight, axis=0, index=ep_rank, count=ep_size)
+        self.w1 = nn.Parameter(torch.empty(num_local, hidden_size, width * (2 if activation == "swiglu" else 1)))
+        self.w2 = nn.Parameter(torch.empty(num_local, width, hidden_size))
+        set_shard(self.w1, (0, ep), (2, tp), is_cut_by_tp=tp.count > 1)
+        set_shard(self.w2, (0, ep), (1, tp), is_cut_by_tp=tp.count > 1)
 
     def forward(self, x_LRD: Tensor) -> Tensor:
         """Apply local expert l to its rows x_LRD[l]."""
@@ -98,7 +100,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     """Apply the feed-forward activation to the last dimension; swiglu halves it."""
     if activation == "gelu":
         return F.gelu(x, approximate="tanh")
-    gate, up = rearrange(x, "... (two f) -> two ... f", two=2)
+    gate, up = rearrange(x, "... (f two) -> two ... f", two=2)
     return F.silu(gate) * up
 
 
@@ -106,6 +108,6 @@ def _activate_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tenso
     """Return the gradient of activate's input x."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    gate, up = rearrange(x, "... (two f) -> two ... f", two=2)
+    gate, up = rearrange(x, "... (f two) -> two ... f", two=2)
     grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return torch.cat([grad_gate, grad * F.silu(gate)], dim=-1)
+    return torch.stack([grad_gate, grad * F.silu(gate)], dim=-1).flatten(-2)

@@ -10,20 +10,32 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import nn
 
-from ecdit_ds.config import Activation, ModelConfig
+from ecdit_ds.model_config import Activation, ModelConfig
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from ecdit_ds.parallel.experts import Experts
+from ecdit_ds.parallel.sharding import Share
 
 
 class LayerFactory(Protocol):
-    """Builds what a layout can cut."""
+    """Builds what a layout can cut. No linear layer has a bias.
 
-    def column_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+    Between `entrance` and `row_linear` a rank computes its own heads, or its own part of the inner width.
+    """
+
+    def entrance(self) -> nn.Module:
+        """Return the identity that tokens pass once before the column layers that read them."""
+        ...
+
+    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
         """Return a linear layer whose output dimension may be cut."""
         ...
 
-    def row_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
         """Return a linear layer whose input dimension may be cut and whose output is summed."""
+        ...
+
+    def head_norm(self, head_dim: int) -> nn.Module:
+        """Return the RMS norm that all heads of a layer share, wherever they are."""
         ...
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
@@ -42,11 +54,17 @@ class LayerFactory(Protocol):
 class SerialLayers:
     """One process holds everything."""
 
-    def column_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
+    def entrance(self) -> nn.Module:
+        return nn.Identity()
 
-    def row_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
+    def column_linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=False)
+
+    def head_norm(self, head_dim: int) -> nn.Module:
+        return nn.RMSNorm(head_dim, eps=1e-6)
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
         return Experts(num_experts, hidden_size, ffn_hidden_size, activation=activation)
@@ -58,31 +76,29 @@ class SerialLayers:
         # DeepSpeed is needed for this baseline alone, so a serial model imports it only when asked.
         from ecdit_ds.parallel.deepspeed_moe import TokenChoice
 
-        return TokenChoice(config, ep_rank=0, ep_size=1)
+        return TokenChoice(config, ep=Share())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParallelLayers(SerialLayers):
-    """Experts spread over `group`; everything else is whole on each rank.
+    """Experts spread over `ep_group`; everything else is whole on each rank.
 
     Its experts carry DeepSpeed's marks also when the group has one rank, because the engine trains through them.
     """
 
-    ep_rank: int
-    ep_size: int
-    group: dist.ProcessGroup | None
+    ep: Share
+    ep_group: dist.ProcessGroup
+    dispatch_chunks: int = 1
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
         from ecdit_ds.parallel.deepspeed_moe import DeepSpeedExperts
 
-        return DeepSpeedExperts(
-            num_experts, hidden_size, ffn_hidden_size, activation=activation, ep_rank=self.ep_rank, ep_size=self.ep_size
-        )
+        return DeepSpeedExperts(num_experts, hidden_size, ffn_hidden_size, activation=activation, ep=self.ep)
 
     def dispatcher(self) -> Dispatcher:
-        return LocalDispatcher() if self.group is None or self.ep_size == 1 else AllToAllDispatcher(self.group)
+        return LocalDispatcher() if self.ep.count == 1 else AllToAllDispatcher(self.ep_group, self.dispatch_chunks)
 
     def token_choice(self, config: ModelConfig) -> nn.Module:
         from ecdit_ds.parallel.deepspeed_moe import TokenChoice
 
-        return TokenChoice(config, ep_rank=self.ep_rank, ep_size=self.ep_size)
+        return TokenChoice(config, ep=self.ep)

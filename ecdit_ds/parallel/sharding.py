@@ -1,7 +1,7 @@
 """What part of a global tensor a parameter is.
 
-Expert parallelism cuts the leading expert axis; everything else is whole on every rank. Checkpoints and
-initialisation ask here, so that neither ever mentions a rank.
+Expert parallelism cuts the leading expert axis, tensor parallelism one axis of a matrix; everything else is whole on
+every rank. Checkpoints and initialisation ask here, so that neither ever mentions a rank.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,38 @@ from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of `count` equal slices."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, size: int) -> int:
+        """Return the slice's length along an axis of `size`."""
+        return size // self.count
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardSpec:
     """A parameter's place in its global tensor: `global_shape`, and the `offset` of this rank's box."""
 
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
+    is_cut_by_tp: bool = False
+    """Whether tensor-parallel ranks hold different slices; else each holds the same."""
 
 
-def set_shard(parameter: nn.Parameter, *, axis: int, index: int, count: int) -> None:
-    """Mark `parameter` as slice `index` of `count` equal ones along `axis`."""
+def set_shard(parameter: nn.Parameter, *cuts: tuple[int, Share], is_cut_by_tp: bool = False) -> None:
+    """Mark `parameter` as a slice of its global tensor: for each cut, which axis and which share of it."""
     shape, offset = list(parameter.shape), [0] * parameter.dim()
-    offset[axis] = index * shape[axis]
-    shape[axis] *= count
-    parameter.shard_spec = ShardSpec(global_shape=tuple(shape), offset=tuple(offset))  # type: ignore[attr-defined]
+    for axis, share in cuts:
+        offset[axis] = share.index * shape[axis]
+        shape[axis] *= share.count
+    spec = ShardSpec(global_shape=tuple(shape), offset=tuple(offset), is_cut_by_tp=is_cut_by_tp)
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: nn.Parameter) -> ShardSpec:

@@ -2,7 +2,8 @@
 
     python tests/helpers/many_runs.py PLAN.json      # waves of runs: [[[ranks, [argument, ...]], ...], ...]
 
-A rank is a process with the environment that the `deepspeed` launcher gives it, and runs train.py's `main`.
+A rank is a process with the environment that the `deepspeed` launcher gives it, and runs train.py's `main`. Besides
+what every run leaves, `OUTPUT/rank_R.json` tells what rank R saw.
 """
 
 import json
@@ -19,7 +20,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}  # a fork can
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's first use imports it, for seconds
 import torch.utils.tensorboard  # noqa: F401
 
+import ecdit_ds.build
+from ecdit_ds.parallel import tensor_parallel  # noqa: F401
 from ecdit_ds.train import main
+from tests.helpers.witness import WitnessedTrainer
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -66,4 +70,5 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    ecdit_ds.build.Trainer = WitnessedTrainer  # type: ignore[misc]
     sys.exit(next(filter(None, map(train_wave, json.loads(Path(sys.argv[1]).read_text()))), 0))

@@ -1,37 +1,59 @@
 """Experts spread over ranks compute what one process computes: outputs and gradients of tokens and weights."""
 
+import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ecdit_ds.config import ModelConfig
+from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import ExpertChoiceFFN
+from ecdit_ds.model.recompute import Recompute
+from ecdit_ds.model_config import Activation, ModelConfig
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher, Dispatcher
 from ecdit_ds.parallel.experts import Experts
 from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.parallel.sharding import Share
 
 RANKS = 2
-BATCH = 4  # of all ranks
+BATCH = 8  # of all ranks
+CHUNKS = (1, 2, 4)
+RECOMPUTE_MODES: tuple[Literal["none", "block", "selective"], ...] = ("none", "block", "selective")
 
 
 class _Spread(SerialLayers):
     """Experts over the default group, without DeepSpeed's marks."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, chunks: int) -> None:
+        self._ep, self._chunks = Share(index=rank, count=RANKS), chunks
 
-    def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, **settings: str) -> Experts:
-        return Experts(num_experts, hidden_size, ffn_hidden_size, activation="gelu", ep_rank=self._rank, ep_size=RANKS)
+    def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
+        return Experts(num_experts, hidden_size, ffn_hidden_size, activation=activation, ep=self._ep)
 
     def dispatcher(self) -> Dispatcher:
         world = dist.group.WORLD
         assert world is not None
-        return AllToAllDispatcher(world)
+        return AllToAllDispatcher(world, self._chunks)
+
+
+class _Trace(TorchDispatchMode):
+    """Writes down exchanges that begin, exchanges that end, and products, in the order the host issues them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.name()
+        event = {"_c10d_functional::all_to_all_single": "begin", "_c10d_functional::wait_tensor": "end"}.get(name)
+        self.events += [event] if event else ["product"] if name in ("aten::bmm", "aten::bmm.out") else []
+        return op(*args, **(kwargs or {}))
 
 
 def _config() -> ModelConfig:
@@ -59,20 +81,42 @@ def _compute(layer: ExpertChoiceFFN, x_BSD: Tensor, weight_BSD: Tensor) -> dict[
 def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    layer = ExpertChoiceFFN(_Spread(rank), _config())
-    initialize_by_name(layer, seed=3)
     share = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
-    x_BSD, weight_BSD = _batch()
-    torch.save(_compute(layer, x_BSD[share], weight_BSD[share]), f"{folder}/rank{rank}.pt")
+    x_BSD, weight_BSD = (z[share] for z in _batch())
+    for chunks in CHUNKS:
+        layer = ExpertChoiceFFN(_Spread(rank, chunks), _config())
+        initialize_by_name(layer, seed=3)
+        with _Trace() as trace:
+            computed = _compute(layer, x_BSD, weight_BSD)
+        torch.save(computed, f"{folder}/rank{rank}_chunks{chunks}.pt")
+        Path(f"{folder}/rank{rank}_chunks{chunks}.json").write_text(json.dumps(trace.events))
+    for mode in RECOMPUTE_MODES:
+        model = ECDiT(_config(), _Spread(rank, 1), Recompute(mode=mode))
+        initialize_by_name(model, seed=3)
+        with _Trace() as trace:
+            model(*_flow_inputs()).velocity_BCHW.square().sum().backward()
+        Path(f"{folder}/rank{rank}_{mode}.json").write_text(json.dumps(trace.events))
     dist.destroy_process_group()
 
 
+def _flow_inputs() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(6)
+    text, mask = torch.randn(2, 2, 8, generator=generator), torch.ones(2, 2, dtype=torch.bool)
+    return torch.randn(2, 1, 8, 8, generator=generator), torch.rand(2, generator=generator), text, mask, text[:, 0]
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Return what each rank computed on its share of the batch."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where each rank left what it computed on its share of the batch."""
     folder = tmp_path_factory.mktemp("all_to_all")
     mp.spawn(_one_rank, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return folder
+
+
+@pytest.fixture(params=CHUNKS)
+def ranks(folder: Path, request: pytest.FixtureRequest) -> list[dict[str, Tensor]]:
+    """Return what each rank computed, its images in so many chunks."""
+    return [torch.load(folder / f"rank{r}_chunks{request.param}.pt", weights_only=True) for r in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +148,27 @@ def test_router_gradients_of_the_ranks_add_up_to_the_serial_one(
 ) -> None:
     total = ranks[0]["router.weight"] + ranks[1]["router.weight"]
     torch.testing.assert_close(total, serial["router.weight"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_exchanges_are_under_way_while_experts_compute_exactly_if_there_are_chunks(folder: Path, chunks: int) -> None:
+    for rank in range(RANKS):
+        events = json.loads((folder / f"rank{rank}_chunks{chunks}.json").read_text())
+        assert events.count("begin") == events.count("end") == 4 * chunks  # there and back, forward and backward
+        under_way = [
+            events[:i].count("begin") - events[:i].count("end") for i, e in enumerate(events) if e == "product"
+        ]
+        forward = 2 * chunks  # products, two matrices an expert
+        for products in (under_way[:forward], under_way[forward:]):
+            assert (max(products) > 0) == (chunks > 1)
+
+
+def test_a_layer_exchanges_twice_forward_and_twice_backward_and_selective_recomputation_adds_nothing(
+    folder: Path,
+) -> None:
+    for rank in range(RANKS):
+        begun = {mode: json.loads((folder / f"rank{rank}_{mode}.json").read_text()).count("begin") for mode in
+                 RECOMPUTE_MODES}  # fmt: skip
+        assert begun == {"none": 4, "block": 6, "selective": 4}  # the model has one layer of experts
+        products = {m: json.loads((folder / f"rank{rank}_{m}.json").read_text()).count("product") for m in begun}
+        assert products["none"] < products["block"] == products["selective"]

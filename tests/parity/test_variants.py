@@ -20,7 +20,25 @@ VARIANTS = {
     "group": ("model.routing_pool=group", "model.routing_group=2"),
     "dense": ("model.ffn=dense",),
     "token_choice": ("model.ffn=token_choice",),
+    # A pool is a micro-batch here, so layouts agree where micro-batches do.
+    "batch": ("model.routing_pool=batch", "train.micro_batch_size=4"),
 }
+SAME_AS_BASE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "chunks": ("2", ("parallel.dispatch_chunks=2",)),
+    "chunks_zero3": ("3", ("parallel.dispatch_chunks=4",)),
+    "recompute": ("2", ("train.recompute=block",)),
+    "selective": ("2", ("train.recompute=selective", "train.recompute_every=2")),
+    "selective_zero3": ("3", ("train.recompute=selective", "parallel.dispatch_chunks=2")),
+    "accumulated_zero3": ("3", ("train.micro_batch_size=2",)),
+    "offload": ("2_offload", ()),
+}
+"""Name -> (DeepSpeed configuration, overrides); trained on two ranks, experts spread over both."""
+TENSOR_PARALLEL = {
+    "rmsprop": VARIANTS["rmsprop"], "group": VARIANTS["group"], "dense": VARIANTS["dense"],
+    "switches": ("model.ffn_activation=swiglu", "model.num_shared_experts=2", "model.gate_normalization=token",
+                 "model.router_input=unmodulated", "model.router_scores=sigmoid"),
+}  # fmt: skip
+"""Trained on one rank, and on two that share each layer."""
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +50,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (world, arguments(root / f"{name}_{world}", root / "cache", *common, *_layout(name, world), *overrides))
         for world in (1, 2) for name, overrides in VARIANTS.items()
     ]  # fmt: skip
+    runs += [
+        (2, arguments(root / name, root / "cache", *common, "parallel.ep=2", *overrides, zero=zero))
+        for name, (zero, overrides) in SAME_AS_BASE.items()
+    ]
+    runs += [(1, arguments(root / "switches_1", root / "cache", *common, *TENSOR_PARALLEL["switches"]))]
+    runs += [
+        (2, arguments(root / f"{name}_tp", root / "cache", *common, "parallel.tp=2", *overrides, zero=3))
+        for name, overrides in TENSOR_PARALLEL.items()
+    ]
     halfway = str(root / "base_1" / "checkpoints" / "step_5")
     moved = (2, arguments(root / "moved", root / "cache", *common, "parallel.ep=2", resume=halfway))
     train_many(root, runs, [moved])
@@ -42,11 +69,25 @@ def _layout(name: str, world: int) -> tuple[str, ...]:
     return (f"parallel.ep={1 if name == 'dense' else world}",)
 
 
-@pytest.mark.parametrize("name", ["base", "accumulated", "rmsprop", "group", "dense"])
+@pytest.mark.parametrize("name", ["base", "accumulated", "rmsprop", "group", "dense", "batch"])
 def test_a_variant_trains_the_same_on_one_rank_and_on_two(runs: Path, name: str) -> None:
     one, two = metrics_of(runs / f"{name}_1"), metrics_of(runs / f"{name}_2")
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=RELATIVE), key
+
+
+@pytest.mark.parametrize("name", SAME_AS_BASE)
+def test_what_changes_only_when_things_are_computed_does_not_change_the_losses(runs: Path, name: str) -> None:
+    base, other = metrics_of(runs / "base_1"), metrics_of(runs / name)
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in other] == pytest.approx([m[key] for m in base], rel=RELATIVE), key
+
+
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_a_variant_trains_the_same_on_one_rank_and_cut_over_two(runs: Path, name: str) -> None:
+    whole, cut = metrics_of(runs / f"{name}_1"), metrics_of(runs / f"{name}_tp")
+    for key in ("loss", "grad_norm"):
+        assert [m[key] for m in cut] == pytest.approx([m[key] for m in whole], rel=RELATIVE), key
 
 
 def test_accumulated_micro_batches_equal_one_large_one(runs: Path) -> None:

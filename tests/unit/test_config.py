@@ -13,7 +13,6 @@ from ecdit_ds.config import (
     MAY_CHANGE_ON_RESUME,
     DataConfig,
     FlowConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Recipe,
@@ -21,6 +20,7 @@ from ecdit_ds.config import (
     TrainConfig,
     changed_fields,
 )
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.recipe_file import recipe_from_dict
 
 RefusalOf = Callable[[Callable[[], object]], str]
@@ -115,7 +115,22 @@ def test_a_number_that_is_not_finite_is_refused(
         ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay", "-0.1", "0 or more"]),
         ({"optimizer.gradient_clipping": -1.0}, ["optimizer.gradient_clipping", "-1.0", "0 or more"]),
         ({"train.keep_checkpoints": 1}, ["train.keep_checkpoints", "1", "2 or more"]),
-        ({"parallel.tp": 2}, ["parallel.tp", "2", "tp 1"]),
+        (
+            {"parallel.tp": 4},
+            ["parallel.tp(4)", "model.num_kv_heads(2)", "num_heads", "= 4, 2, 2, 48 choose from 1, 2"],
+        ),
+        ({"parallel.tp": 2, "model.num_kv_heads": 1}, ["parallel.tp(2)", "model.num_kv_heads(1)", "choose from 1"]),
+        (
+            {"parallel.tp": 2, "model.cross_num_heads": 3},
+            ["parallel.tp(2)", "model.cross_num_heads(3)", "choose from 1"],
+        ),
+        ({"parallel.tp": 0}, ["parallel.tp", "0"]),
+        ({"parallel.tp": 2, "model.ffn": "token_choice"}, ["parallel.tp: 2", "use tp 1"]),
+        ({"parallel.dispatch_chunks": 2}, ["parallel.dispatch_chunks: 2 has no effect", "parallel.ep: 1"]),
+        ({"parallel.dispatch_chunks": 2, "parallel.ep": 2, "model.routing_pool": "batch"}, ["routing_pool: batch"]),
+        ({"train.recompute": "selective"}, ["train.recompute: selective", "parallel.ep: 1", "use block"]),
+        ({"train.recompute_every": 2}, ["train.recompute_every: 2 has no effect", "block or selective"]),
+        ({"train.recompute": "block", "train.recompute_every": 5}, ["recompute_every: 5", "num_layers(4)", "1 to 4"]),
         ({"parallel.ep": 2, "model.ffn": "dense"}, ["parallel.ep", "2", "model.ffn: dense", "use 1"]),
         ({"sample.guidance_scale": -1.0}, ["sample.guidance_scale", "-1.0"]),
     ],

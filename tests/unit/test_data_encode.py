@@ -16,11 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.config import DataConfig
 from ecdit_ds.data.cache import SCHEMA_VERSION
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encode import LatentDataset, open_digit_scenes
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+from ecdit_ds.model_config import ModelConfig
 
 NUM_TRAIN = 300
 """More than are encoded at a time, so that sets have a second part."""

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig, ModelConfig
+from ecdit_ds.config import DataConfig
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.loader import evaluation_batches, training_batches
 from ecdit_ds.data.order import sample_order
+from ecdit_ds.model_config import ModelConfig
 
 NUM_SAMPLES = 21
 """Neither a multiple of a batch nor more than a few, so that epochs end within steps."""

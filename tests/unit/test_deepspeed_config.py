@@ -71,7 +71,9 @@ def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled:
         ({"stage": 2, "reduce_bucket_size": "abc"}, "reduce_bucket_size: 'abc'"),
         ({"stage": 2, "overlap_comm": 1}, "overlap_comm: 1"),
         ({"stage": 2, "nonsense": 3}, "nonsense: is not supported"),
-        ({"stage": 2, "cpu_offload": True}, "offloading"),
+        ({"stage": 2, "cpu_offload": True}, "offload_optimizer"),
+        ({"stage": 2, "stage3_max_live_parameters": 5}, "is not supported with stage 2"),
+        ({"stage": 3, "stage3_max_live_parameters": 0}, "stage3_max_live_parameters: 0 is not a positive number"),
     ],
 )
 def test_a_setting_of_zero_that_would_not_work_is_refused_here_and_not_by_a_traceback(
@@ -93,24 +95,43 @@ def test_a_section_that_the_recipe_replaces_is_refused(load: Load, refusal_of: R
 
 
 @pytest.mark.parametrize(
-    "zero", [{}, {"stage": 0}, {"stage": 3}, {"stage": "2"}, {"stage": None}, {"stage": [2]}, 2, None, "auto"]
+    "zero", [{}, {"stage": 0}, {"stage": 4}, {"stage": "2"}, {"stage": None}, {"stage": [2]}, 2, None, "auto"]
 )
-def test_any_other_stage_than_1_and_2_is_refused(load: Load, refusal_of: RefusalOf, path: Path, zero: Any) -> None:
+def test_any_other_stage_than_1_to_3_is_refused(load: Load, refusal_of: RefusalOf, path: Path, zero: Any) -> None:
     message = refusal_of(lambda: load({"zero_optimization": zero}))
     assert message.startswith(f"{path}: zero_optimization.stage: ")
     assert repr(zero.get("stage") if isinstance(zero, dict) else None) in message
-    assert "1 or 2" in message
+    assert "1, 2 or 3" in message
 
 
 def test_a_file_without_zero_is_refused(load: Load, refusal_of: RefusalOf, path: Path) -> None:
     assert f"{path}: zero_optimization.stage: " in refusal_of(lambda: load("{}"))
 
 
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
-@pytest.mark.parametrize("device", ["cpu", "nvme"])
-def test_offloading_is_refused(load: Load, refusal_of: RefusalOf, path: Path, key: str, device: str) -> None:
-    message = refusal_of(lambda: load({"zero_optimization": {"stage": 2, key: {"device": device}}}))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", [{"device": "cpu"}, {"device": "cpu", "pin_memory": True}])
+def test_the_optimizer_may_live_on_the_host(load: Load, stage: int, offload: dict[str, Any]) -> None:
+    zero = {"stage": stage, "offload_optimizer": offload}
+    assert load({"zero_optimization": zero})["zero_optimization"] == zero
+
+
+@pytest.mark.parametrize(
+    ("key", "offload"),
+    [
+        ("offload_optimizer", {"device": "nvme"}), ("offload_optimizer", {"device": "cpu", "ratio": 0.5}),
+        ("offload_param", {"device": "cpu"}),
+    ],
+)  # fmt: skip
+def test_any_other_offloading_is_refused(
+    load: Load, refusal_of: RefusalOf, path: Path, key: str, offload: dict[str, Any]
+) -> None:
+    message = refusal_of(lambda: load({"zero_optimization": {"stage": 2, key: offload}}))
     assert message.startswith(f"{path}: zero_optimization.{key}: ")
+
+
+def test_token_choice_is_refused_under_zero_3(load: Load, refusal_of: RefusalOf, path: Path) -> None:
+    message = refusal_of(lambda: load({"zero_optimization": {"stage": 3}}, "model.ffn=token_choice"))
+    assert message.startswith(f"{path}: zero_optimization.stage: 3 with model.ffn: token_choice")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import Activation
-from ecdit_ds.parallel.dispatch import LocalDispatcher
+from ecdit_ds.model_config import Activation
+from ecdit_ds.parallel.dispatch import combine, gather
 from ecdit_ds.parallel.experts import Experts, activate
 
 POOLS, TOKENS, HIDDEN, EXPERTS, CAPACITY = 2, 6, 5, 3, 2
@@ -66,7 +66,7 @@ def gradients_of(result: Tensor, inputs: tuple[Tensor, ...], draw: Draw) -> tupl
 def test_dispatch_gives_each_expert_the_rows_it_took_and_each_token_the_sum_of_their_gradients(
     x_BSD: Tensor, indices_BEC: Tensor, draw: Draw
 ) -> None:
-    ours, loop = LocalDispatcher().dispatch(x_BSD, indices_BEC), dispatch_by_loop(x_BSD, indices_BEC)
+    ours, loop = gather(x_BSD, indices_BEC), dispatch_by_loop(x_BSD, indices_BEC)
     torch.testing.assert_close(ours, loop, rtol=0, atol=0)
     torch.testing.assert_close(gradients_of(ours, (x_BSD,), draw), gradients_of(loop, (x_BSD,), draw))
 
@@ -74,7 +74,7 @@ def test_dispatch_gives_each_expert_the_rows_it_took_and_each_token_the_sum_of_t
 def test_combine_is_the_gated_sum_of_a_plain_loop_with_the_same_gradients_of_outputs_and_gates(
     y_ERD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, draw: Draw
 ) -> None:
-    ours = LocalDispatcher().combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
+    ours = combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
     loop = combine_by_loop(y_ERD, gates_BEC, indices_BEC, TOKENS)
     torch.testing.assert_close(ours, loop)
     inputs = (y_ERD, gates_BEC)
@@ -82,10 +82,10 @@ def test_combine_is_the_gated_sum_of_a_plain_loop_with_the_same_gradients_of_out
 
 
 def test_combine_has_the_gradients_of_finite_differences(y_ERD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor) -> None:
-    def combine(y_ERD: Tensor, gates_BEC: Tensor) -> Tensor:
-        return LocalDispatcher().combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
+    def combined(y_ERD: Tensor, gates_BEC: Tensor) -> Tensor:
+        return combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
 
-    assert torch.autograd.gradcheck(combine, (y_ERD, gates_BEC))
+    assert torch.autograd.gradcheck(combined, (y_ERD, gates_BEC))
 
 
 def test_a_token_that_no_expert_took_is_exactly_zero_and_gets_no_gradient(
@@ -95,16 +95,16 @@ def test_a_token_that_no_expert_took_is_exactly_zero_and_gets_no_gradient(
     for b in range(POOLS):
         taken[b, indices_BEC[b].flatten()] = True
     assert taken.any() and not taken.all()
-    y_BSD = LocalDispatcher().combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
+    y_BSD = combine(y_ERD, gates_BEC, indices_BEC, TOKENS)
     assert (y_BSD[~taken] == 0).all() and (y_BSD[taken] != 0).all()
-    (grad_x_BSD,) = torch.autograd.grad(LocalDispatcher().dispatch(x_BSD, indices_BEC).square().sum(), x_BSD)
+    (grad_x_BSD,) = torch.autograd.grad(gather(x_BSD, indices_BEC).square().sum(), x_BSD)
     assert (grad_x_BSD[~taken] == 0).all() and (grad_x_BSD[taken] != 0).all()
 
 
 def test_a_second_backward_through_the_same_graph_gives_the_same_gradients(
     y_ERD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor
 ) -> None:
-    total = LocalDispatcher().combine(y_ERD, gates_BEC, indices_BEC, TOKENS).square().sum()
+    total = combine(y_ERD, gates_BEC, indices_BEC, TOKENS).square().sum()
     first = torch.autograd.grad(total, (y_ERD, gates_BEC), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(total, (y_ERD, gates_BEC)), first, rtol=0, atol=0)
 
@@ -115,7 +115,7 @@ def test_bf16_rows_with_fp32_gates_stay_bf16_and_agree_with_fp32(
     # Rounded before, so that both sides start from the same numbers.
     y, gates = (z.detach().bfloat16().requires_grad_() for z in (y_ERD, gates_BEC))
     gates_fp32 = gates.detach().float().requires_grad_()
-    ours = LocalDispatcher().combine(y, gates_fp32, indices_BEC, TOKENS)
+    ours = combine(y, gates_fp32, indices_BEC, TOKENS)
     assert ours.dtype == torch.bfloat16
     exact = combine_by_loop(y.double(), gates_fp32.double(), indices_BEC, TOKENS)
     # 8 bits of mantissa, at most five roundings of numbers below 8.

@@ -279,3 +279,12 @@ def test_flow_loss_is_fp32_for_a_bf16_model(flow_batch: FlowBatch) -> None:
 def test_every_part_of_a_batch_moves_to_the_device(flow_batch: FlowBatch) -> None:
     moved = flow_batch.to(torch.device("meta"))
     assert all(getattr(moved, spec.name).is_meta for spec in fields(FlowBatch))
+
+
+def test_a_batch_is_pinned_field_by_field(flow_batch: FlowBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pinning needs a device, which may not be here; that each tensor is asked does not.
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())
+    pinned = flow_batch.pin_memory()
+    for field in fields(FlowBatch):
+        before, after = getattr(flow_batch, field.name), getattr(pinned, field.name)
+        assert torch.equal(before, after) and before.data_ptr() != after.data_ptr()

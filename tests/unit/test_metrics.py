@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecdit_ds.config import ModelConfig, Recipe
+from ecdit_ds.config import Recipe
 from ecdit_ds.metrics import MetricLog, RoutingProbe, peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.world import World
 

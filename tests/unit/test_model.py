@@ -13,14 +13,15 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.attention import SelfAttention
 from ecdit_ds.model.ecdit import ECDiT, Prediction
 from ecdit_ds.model.embedders import rotary_angles, rotate, timestep_waves
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import ExpertChoiceFFN
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.experts import Experts
 from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.parallel.sharding import Share
 
 Draw = Callable[..., Tensor]
 Randomize = Callable[[nn.Module], None]
@@ -273,7 +274,7 @@ def test_no_two_random_parameters_or_experts_start_alike(fresh: ECDiT) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_shares_of_the_experts_start_as_slices_of_the_whole(activation: Literal["gelu", "swiglu"]) -> None:
     def experts(num_experts: int, ep_rank: int, ep_size: int) -> dict[str, Tensor]:
-        share = Experts(num_experts, 8, 12, activation=activation, ep_rank=ep_rank, ep_size=ep_size)
+        share = Experts(num_experts, 8, 12, activation=activation, ep=Share(index=ep_rank, count=ep_size))
         initialize_by_name(share, seed=0)
         return named_copies(share)
 
@@ -281,6 +282,21 @@ def test_shares_of_the_experts_start_as_slices_of_the_whole(activation: Literal[
     for name, value in whole.items():
         assert torch.equal(torch.cat([half[name] for half in halves]), value)
         assert torch.equal(fewer[name], value[:2])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_slices_of_each_expert_start_as_slices_of_the_whole_and_their_outputs_add_up_to_its_output(
+    activation: Literal["gelu", "swiglu"], draw: Callable[..., Tensor]
+) -> None:
+    parts = [Experts(4, 8, 12, activation=activation, tp=Share(index=rank, count=3)) for rank in range(3)]
+    whole = Experts(4, 8, 12, activation=activation)
+    for experts in (*parts, whole):
+        initialize_by_name(experts, seed=0)
+    for name, dim in (("w1", 2), ("w2", 1)):
+        cut: list[Tensor] = [part.get_parameter(name) for part in parts]
+        assert torch.equal(torch.cat(cut, dim), whole.get_parameter(name))
+    x_LRD = draw("rows", 4, 5, 8)
+    torch.testing.assert_close(torch.stack([part(x_LRD) for part in parts]).sum(0), whole(x_LRD))
 
 
 def test_initial_spread_is_that_of_the_table(tiny_config: ModelConfig) -> None:

@@ -15,10 +15,10 @@ from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMo
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.model.block import DiTBlock
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceFFN, Routing, choose_tokens, experts_per_token
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 
 Draw = Callable[..., Tensor]
@@ -62,7 +62,7 @@ def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Ten
     if activation == "gelu":
         inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
         return (0.5 * hidden * (1 + inner.tanh())) @ w_out
-    gate, up = hidden.tensor_split(2, dim=1)
+    gate, up = hidden[:, 0::2], hidden[:, 1::2]
     return (gate * gate.sigmoid() * up) @ w_out
 
 
@@ -71,7 +71,7 @@ def shared_feed_forward(layer: ExpertChoiceFFN, x: Tensor) -> Tensor:
     copies, width = layer.config.num_shared_experts, layer.config.ffn_hidden_size
     if copies == 0:
         return torch.zeros_like(x)
-    w_in = rearrange(layer.get_parameter("shared.up.weight"), "(m n f) d -> n d (m f)", n=copies, f=width)
+    w_in = rearrange(layer.get_parameter("shared.up.weight"), "(n f m) d -> n d (f m)", n=copies, f=width)
     w_out = rearrange(layer.get_parameter("shared.down.weight"), "d (n f) -> n f d", n=copies)
     return torch.stack([feed_forward(x, *w, layer.config.ffn_activation) for w in zip(w_in, w_out, strict=True)]).sum(0)
 
@@ -205,10 +205,11 @@ def test_the_layer_equals_that_of_nucleus_image_in_diffusers(
     peer = NucleusMoELayer(16, 24, num_experts, capacity_factor, use_sigmoid=use_sigmoid, route_scale=1.0)
     with torch.no_grad():
         peer.gate.weight.copy_(torch.cat([draw("timestep part", num_experts, 16), layer.router.weight], dim=1))
-        peer.experts.gate_up_proj.copy_(layer.experts.w1)
+        # Ours lets columns of gate and up take turns.
+        peer.experts.gate_up_proj.copy_(rearrange(layer.experts.w1, "e d (f two) -> e d (two f)", two=2))
         peer.experts.down_proj.copy_(layer.experts.w2)
         # Its shared expert keeps (up, gate), its routed ones (gate, up).
-        gate, up = layer.get_parameter("shared.up.weight").chunk(2)
+        gate, up = rearrange(layer.get_parameter("shared.up.weight"), "(f two) d -> two f d", two=2)
         peer.shared_expert.net[0].proj.weight.copy_(torch.cat([up, gate]))
         peer.shared_expert.net[2].weight.copy_(layer.get_parameter("shared.down.weight"))
     inputs = [draw("x", images, tokens, 16), draw("router input", images, tokens, 16)]
@@ -218,7 +219,7 @@ def test_the_layer_equals_that_of_nucleus_image_in_diffusers(
         lambda x, r: peer(x, r, no_timestep), inputs,
         [peer.gate.weight, peer.experts.gate_up_proj, peer.experts.down_proj],
     )  # fmt: skip
-    theirs[3] = theirs[3][:, 16:]
+    theirs[3], theirs[4] = theirs[3][:, 16:], rearrange(theirs[4], "e d (two f) -> e d (f two)", two=2)
     for actual, wanted in zip(ours, theirs, strict=True):
         assert (actual - wanted).abs().max() <= 1e-6 * max(1.0, wanted.abs().max().item())
 

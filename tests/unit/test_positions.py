@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import ModelConfig
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.embedders import absolute_positions
 from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 
 

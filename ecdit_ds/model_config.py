@@ -1,0 +1,152 @@
+"""The architecture: what a checkpoint's weights mean. `config.py` holds the rest of a recipe."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.validation import require_divides, require_multiple_of_4, require_not_negative, require_positive
+
+Activation = Literal["gelu", "swiglu"]
+"""Of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one matrix more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of the diffusion transformer (arXiv 2410.02098 sec. 3; DiT-Air, 2503.10618, where it is silent)."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Key-value heads of self-attention; several query heads share one (grouped-query attention)."""
+    head_dim: int
+    """Width of a self-attention head; a multiple of 4, for 2-D rotary angles."""
+    cross_num_heads: int
+    cross_head_dim: int
+    ffn_hidden_size: int
+    """Inner width of the dense FFN and of each expert; 4 x hidden_size in the paper."""
+    patch_size: int
+    """In latent pixels."""
+    in_channels: int
+    latent_height: int
+    latent_width: int
+    text_embed_dim: int
+    max_text_tokens: int
+    positions: Literal["rotary", "rotary_and_absolute"] = "rotary"
+    """2-D rotary angles say how far tokens are apart; fixed sines and cosines on the patches (DiT) also say where."""
+
+    ffn: Literal["dense", "expert_choice", "token_choice"] = "expert_choice"
+    """What every second layer uses, starting from the second; the others are dense."""
+    ffn_activation: Activation = "gelu"
+    """Of the dense FFN, the experts and the shared experts alike."""
+    num_experts: int = 8
+    capacity_factor: float = 2.0
+    """Mean number of experts per token, f."""
+    capacity_rounding: Literal["floor", "nearest", "ceil"] = "ceil"
+    """How the expert capacity f * S / E becomes a whole number of tokens."""
+    routing_pool: Literal["image", "group", "batch"] = "image"
+    """Among whose tokens an expert chooses: one image's, `routing_group` images', or the micro-batch's."""
+    routing_group: int = 1
+    """Images of a pool when routing_pool is `group`."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    router_input: Literal["modulated", "unmodulated"] = "modulated"
+    """Whether the router sees the normalised token after or before adaLN; experts always see it after."""
+    gate_normalization: Literal["none", "token"] = "none"
+    """`none`: raw scores weigh the experts (the paper). `token`: they sum to one over the experts that took a token."""
+    num_shared_experts: int = 0
+    """Experts that see every token, beside the routed ones."""
+    top_k: int = 2
+    """Experts per token of the token-choice baseline."""
+    load_balance_weight: float = 0.01
+    """Weight of the token-choice baseline's auxiliary loss; expert choice has none."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens, S."""
+        return (self.latent_height // self.patch_size) * (self.latent_width // self.patch_size)
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.ffn != "dense"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) holds experts: every second one, starting from the second (paper sec. 3.1)."""
+        return self.is_sparse and layer % 2 == 1
+
+    def pool_images(self, micro_batch_size: int) -> int:
+        """Images whose tokens compete for one expert's places."""
+        return {"image": 1, "group": self.routing_group, "batch": micro_batch_size}[self.routing_pool]
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE_MODEL_FIELDS:
+            require_positive("model", name, getattr(self, name))
+        require_multiple_of_4("model.head_dim", self.head_dim, "2-D rotary angles need")
+        if self.positions == "rotary_and_absolute":
+            require_multiple_of_4("model.hidden_size", self.hidden_size, "model.positions: rotary_and_absolute needs")
+        require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
+        require_divides(
+            "model.patch_size", self.patch_size,
+            f"gcd of model.latent_height({self.latent_height}) and model.latent_width({self.latent_width}), ",
+            math.gcd(self.latent_height, self.latent_width),
+        )  # fmt: skip
+        if self.is_sparse and self.num_experts < 2:
+            raise ConfigError(
+                f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
+            )
+        if self.is_sparse and not 0.0 < self.capacity_factor <= self.num_experts:
+            raise ConfigError(
+                f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
+                "it is the mean number of experts per token"
+            )
+        if self.is_sparse and self.num_layers < 2:
+            raise ConfigError(
+                f"model.num_layers: {self.num_layers} has no second layer, which would hold the experts; "
+                "use 2 or more, or model.ffn: dense"
+            )
+        self._refuse_switches_without_effect()
+        if self.top_k not in (1, 2):
+            raise ConfigError(f"model.top_k: {self.top_k}; the token-choice baseline knows 1 and 2")
+        if self.routing_pool != "group" and self.routing_group != 1:
+            raise ConfigError(
+                f"model.routing_group: {self.routing_group} has no effect with model.routing_pool: "
+                f"{self.routing_pool}; set routing_pool: group or routing_group: 1"
+            )
+        require_not_negative("model", "num_shared_experts", self.num_shared_experts)
+        require_not_negative("model", "load_balance_weight", self.load_balance_weight)
+        if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens * self.routing_group) < 1:
+            raise ConfigError(
+                f"model.capacity_rounding: {self.capacity_rounding} of capacity_factor({self.capacity_factor}) x "
+                f"tokens({self.num_tokens * self.routing_group}) / num_experts({self.num_experts}) is 0 tokens an "
+                "expert; use ceil or fewer experts"
+            )
+
+    def _refuse_switches_without_effect(self) -> None:
+        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": _EXPERT_CHOICE_SWITCHES}
+        for kind, switches in used_by_others.items():
+            for name in switches:
+                default = type(self).__dataclass_fields__[name].default
+                if self.ffn != kind and getattr(self, name) != default:
+                    raise ConfigError(
+                        f"model.{name}: {getattr(self, name)!r} has no effect with model.ffn: {self.ffn}; "
+                        f"leave it at {default!r} or use model.ffn: {kind}"
+                    )
+
+    def expert_capacity(self, pool_tokens: int) -> int:
+        """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
+        exact = Fraction(str(self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11, not more
+        rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
+        return min(rounded[self.capacity_rounding], pool_tokens)
+
+
+_EXPERT_CHOICE_SWITCHES = (
+    "capacity_rounding", "routing_pool", "routing_group", "router_scores", "router_input", "gate_normalization",
+    "num_shared_experts",
+)  # fmt: skip
+
+_POSITIVE_MODEL_FIELDS = (
+    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",
+    "ffn_hidden_size", "patch_size", "in_channels", "latent_height", "latent_width", "text_embed_dim",
+    "max_text_tokens", "num_experts", "routing_group", "top_k",
+)  # fmt: skip

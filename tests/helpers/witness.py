@@ -1,0 +1,98 @@
+"""A trainer that writes down what its own rank saw; metrics.jsonl has only what all ranks together saw."""
+
+import json
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from xxhash import xxh3_64_hexdigest
+
+from ecdit_ds.engine import StepResult
+from ecdit_ds.snapshot import Progress, save_snapshot
+from ecdit_ds.trainer import Trainer
+
+HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+"""Operators whose result the host must wait for."""
+
+
+class WitnessedTrainer(Trainer):
+    """Trains as ever."""
+
+    def fit(self, progress: Progress) -> Progress:
+        """Also save what was loaded, under `loaded/`, and write `rank_R.json` at the end."""
+        self._run = self._given.checkpoints.parent
+        self._grad_norms: list[float] = []
+        self._host_waits: list[Counter[str]] = []
+        self._save_dtypes: set[str] = set()
+        if progress.step:
+            save_snapshot(self._run / "loaded", self.engine, progress, self.recipe, 2, self.world)
+        progress = super().fit(progress)
+        seen = {
+            "grad_norms": self._grad_norms,
+            "uncut_weights": dict(self._uncut_weights()),
+            "host_waits": self._host_waits,
+            "save_dtypes": sorted(self._save_dtypes),
+        }
+        (self._run / f"rank_{self.world.rank}.json").write_text(json.dumps(seen))
+        return progress
+
+    def _step(self, *arguments: Any) -> StepResult:
+        with _Operators() as operators:
+            result = super()._step(*arguments)
+        self._host_waits.append(operators.host_waits)
+        self._grad_norms.append(float(result.grad_norm))
+        return result
+
+    def _record(self, *arguments: Any) -> None:
+        with _Operators() as operators:
+            super()._record(*arguments)
+        self._host_waits[-1].update(operators.host_waits)
+
+    def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
+        with _Operators() as operators:
+            saved = super()._save(progress, must_succeed=must_succeed)
+        self._save_dtypes |= operators.collective_dtypes
+        return saved
+
+    def _uncut_weights(self) -> Iterator[tuple[str, str]]:
+        for fragment in self.engine.fragments():
+            if not fragment.shard.is_cut_by_tp:
+                weight = fragment.states["weight"]
+                yield f"{fragment.name} {fragment.start}", xxh3_64_hexdigest(weight.numpy().tobytes())
+
+
+class _Operators(TorchDispatchMode):
+    """Counts host waits by who asked, and notes the dtypes of all that collectives move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host_waits: Counter[str] = Counter()
+        self.collective_dtypes: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = op._schema.name.split("::")
+        if name.strip("_") in {wait.strip("_") for wait in HOST_WAITS}:
+            self.host_waits[_asker()] += 1
+        if "c10d" in namespace:
+            self.collective_dtypes |= {str(tensor.dtype) for tensor in _tensors(args)}
+        return op(*args, **(kwargs or {}))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for element in value:
+            yield from _tensors(element)
+
+
+def _asker() -> str:
+    """Return the innermost function that is ours or DeepSpeed's, as `package: path:name`."""
+    for frame in reversed(traceback.extract_stack()):
+        for package in ("deepspeed", "ecdit_ds"):
+            if f"/{package}/" in frame.filename and "/helpers/" not in frame.filename:
+                return f"{package}: {frame.filename.rsplit(f'/{package}/', 1)[1]}:{frame.name}"
+    return "elsewhere"

@@ -1,0 +1,64 @@
+"""What benchmarks print and write: medians with quartiles, and where they come from."""
+
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def compare(case: str, peer: str, ours_ms: list[float], peer_ms: list[float]) -> dict[str, Any]:
+    """Return a row: medians, quartiles, and the median of the ratios ours / peer, paired within rounds."""
+    ratios = [a / b for a, b in zip(ours_ms, peer_ms, strict=True)]
+    return {
+        "case": case,
+        "peer": peer,
+        "ours_ms": statistics.median(ours_ms),
+        "peer_ms": statistics.median(peer_ms),
+        "ratio": statistics.median(ratios),
+        "ours_quartiles_ms": _quartiles(ours_ms),
+        "peer_quartiles_ms": _quartiles(peer_ms),
+        "ratio_quartiles": _quartiles(ratios),
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    if len(values) == 1:
+        return [values[0], values[0]]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return [lower, upper]
+
+
+def describe_run(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a figure must be published with: device, versions, commit, command."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=sys.path[0], capture_output=True, check=False, text=True
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "commit": git.stdout.strip() or "none",
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def times_text(row: dict[str, Any]) -> str:
+    """Return both sides' times in ms, with quartiles, and the ratio."""
+    (ours_low, ours_high), (peer_low, peer_high) = row["ours_quartiles_ms"], row["peer_quartiles_ms"]
+    return (
+        f"ours {row['ours_ms']:8.1f} [{ours_low:.1f}, {ours_high:.1f}] ms  "
+        f"{row['peer']:<15} {row['peer_ms']:8.1f} [{peer_low:.1f}, {peer_high:.1f}] ms  ratio {row['ratio']:.3f}"
+    )

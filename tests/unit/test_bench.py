@@ -87,6 +87,8 @@ def test_one_line_a_row_and_a_summary_are_printed(report: dict[str, Any]) -> Non
         (["moe", "--rounds", "0"], "'0'"),
         (["moe", "--hidden-size", "7"], "--hidden-size 7"),
         (["moe", "--json", "nowhere/out.json"], "--json nowhere/out.json"),
+        (["dispatch", "--ranks", "3"], "1, 2, 4, 8"),
+        (["dispatch", "--tokens", "100", "--call-tokens", "200", "--experts", "16"], "--tokens 100"),
         (["attention"], "attention"),
     ],
 )
@@ -94,3 +96,17 @@ def test_a_flag_that_cannot_work_is_answered_with_one_line_that_names_it(flags: 
     done = run_bench(*flags)
     assert done.returncode != 0 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+def test_dispatch_sends_no_more_bytes_than_it_must_and_says_what_they_cost(tmp_path: Path) -> None:
+    path = tmp_path / "dispatch.json"
+    done = run_bench("dispatch", "--quick", "--device", "cpu", "--hidden-size", "32", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["meta"]["ranks"] == 2 and report["meta"]["command"].startswith("python tools/bench.py dispatch")
+    assert [row["dispatch_chunks"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        # 512 tokens of 32 numbers of 4 bytes, to 2 experts each and back, half of them on the other rank.
+        assert row["bytes_sent"] == row["bytes_floor"] == 2 * 2 * 512 * 32 * 4 / 2
+        assert row["peer"] == "bare" and row["ratio"] > 0 and row["ours_ms"] > 0
+    assert len(done.stdout.splitlines()) == 2

@@ -228,3 +228,8 @@ def test_a_folder_that_is_not_this_runs_is_refused_and_left_as_it_was(folders: P
     assert {name: after.get(name) for name in before} == before
     # A lock may stay in a folder that holds a run; a folder that is someone else's, or new, stays without.
     assert sorted(after.keys() - before.keys() - {f"{run}/.lock" for run in ("used", "other", "damaged")}) == []
+
+
+def test_without_tensor_parallelism_megatron_is_not_even_imported() -> None:
+    code = "import sys, ecdit_ds.train; sys.exit('megatron' in sys.modules or 'deepspeed' not in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=True)

@@ -2,19 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.storage import Piece, SoloPeers, save_checkpoint
 from ecdit_ds.config import Recipe
-from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.recipe_file import load_recipe
-from ecdit_ds.seeding import parameter_generator
+from tests.helpers.random_model import save_random_model
 
 # Some tests fork, and a forked child hangs in a thread pool that its parent has used: use none.
 torch.set_num_threads(1)
@@ -61,27 +55,5 @@ def tiny_recipe(make_recipe: MakeRecipe) -> Recipe:
 
 @pytest.fixture
 def save_model() -> SaveModel:
-    """Return `save_model(root, recipe, step, meta)`: a checkpoint of random weights and another random average.
-
-    Every parameter is random, also those that training starts at zero, so that no part of the model is idle.
-    """
-
-    def save(root: Path, recipe: Recipe, step: int = 1, meta: dict[str, Any] | None = None) -> Path:
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, SerialLayers()).named_parameters()}
-        pieces = [
-            Piece(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
-            for name, shape in (
-                (f"{kind}/{name}", shape) for kind in ("weight", "ema") for name, shape in shapes.items()
-            )
-        ]
-        usual = {"recipe": recipe.to_dict(), "samples_seen": 8 * step, "num_updates": step}
-        return save_checkpoint(root, step, pieces, usual if meta is None else meta, SoloPeers())
-
-    return save
-
-
-def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the numbers that `save_model` writes for tensor `name`: normal, and about 1 for norm scales."""
-    centre = 1.0 if "norm" in name else 0.0
-    return centre + 0.2 * torch.randn(shape, generator=parameter_generator(0, name))
+    """Return `save_model(root, recipe, step, meta)`: a checkpoint of random weights and another random average."""
+    return save_random_model

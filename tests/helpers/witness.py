@@ -4,6 +4,7 @@ import json
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,17 +40,21 @@ class WitnessedTrainer(Trainer):
         (self._run / f"rank_{self.world.rank}.json").write_text(json.dumps(seen))
         return progress
 
-    def _step(self, *arguments: Any) -> StepResult:
-        with _Operators() as operators:
-            result = super()._step(*arguments)
-        self._host_waits.append(operators.host_waits)
+    def _step(self, micro_batches: Any, step: int) -> StepResult:
+        # Watching is slow, and ZeRO-3 compares notes in its first steps only.
+        self._is_watched = step >= self.recipe.train.max_steps - 2
+        with _Operators() if self._is_watched else nullcontext() as seen:
+            result = super()._step(micro_batches, step)
+        if isinstance(seen, _Operators):
+            self._host_waits.append(seen.host_waits)
         self._grad_norms.append(float(result.grad_norm))
         return result
 
     def _record(self, *arguments: Any) -> None:
-        with _Operators() as operators:
+        with _Operators() if self._is_watched else nullcontext() as seen:
             super()._record(*arguments)
-        self._host_waits[-1].update(operators.host_waits)
+        if isinstance(seen, _Operators):
+            self._host_waits[-1].update(seen.host_waits)
 
     def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
         with _Operators() as operators:

@@ -13,7 +13,9 @@ import torch
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import metrics_of, train_many
+from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
 RELATIVE = 1e-5
@@ -36,6 +38,7 @@ CASES = [
     (name, stage) for name in LAYOUTS for stage in (1, 2, 3)
     if (name, stage) not in (("serial", 2), ("tp2xep2xdp2", 1))
 ]  # fmt: skip
+# The norm, and Adam's step count, which is on the host where Adam is not fused.
 LOOKS_OF_DEEPSPEED = {
     "deepspeed: runtime/utils.py:is_invalid_grad_norm", "deepspeed: runtime/zero/stage_1_and_2.py:_optimizer_step",
     "deepspeed: runtime/zero/stage3.py:step_with_gradscaler",
@@ -55,8 +58,15 @@ MOVES = [("tp2xep2", 2, to, stage) for to, stage in (("serial", 1), ("tp2", 3), 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the demo recipe, at a quarter of its batch, and a small one under every layout; return their folder."""
+    """Train the demo recipe, at a quarter of its batch, and a small one under every layout; return their folder.
+
+    The small runs go on from step 1 of a random model. A fresh one would prove little: all its gates are zero, so for
+    some steps what happens inside its blocks does not matter.
+    """
     root = tmp_path_factory.mktemp("layouts")
+    for precision in ("fp32", "bf16"):
+        recipe = load_recipe("demo", [*CLIPPED, f"train.precision={precision}"])
+        save_random_model(root / f"start_{precision}", recipe, kinds=("weight", "ema", "exp_avg", "exp_avg_sq"))
     small = [_small(root, name, stage) for name, stage in [("serial", 2), *CASES]]
     small += [_small(root, name, stage, "bf16") for name, stage in [("serial", 2), *BF16_CASES]]
     moves = [_small(root, to, to_stage, source=(name, stage)) for name, stage, to, to_stage in MOVES]
@@ -78,11 +88,11 @@ def _small(
     root: Path, name: str, stage: int, precision: str = "fp32", source: tuple[str, int] | None = None
 ) -> tuple[int, list[str]]:
     ranks, tp, ep = LAYOUTS[name]
-    output, resume = root / _folder(name, stage, precision, source), "auto"
+    output, start = root / _folder(name, stage, precision, source), root / f"start_{precision}" / "step_1"
     if source:
-        resume = str(root / _folder(*source) / "checkpoints" / f"step_{HALFWAY}")
+        start = root / _folder(*source) / "checkpoints" / f"step_{HALFWAY}"
     overrides = (*CLIPPED, f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.precision={precision}")
-    return ranks, arguments(output, root / "cache", *overrides, zero=stage, resume=resume)
+    return ranks, arguments(output, root / "cache", *overrides, zero=stage, resume=str(start))
 
 
 def _folder(name: str, stage: int, precision: str = "fp32", source: tuple[str, int] | None = None) -> str:
@@ -106,6 +116,7 @@ def test_losses_norms_on_every_rank_and_weights_are_the_same_under_every_layout(
     norms = [m["grad_norm"] for m in metrics_of(serial)]
     assert min(norms) > 0.2
     for seen in _seen(other):
+        assert len(seen["grad_norms"]) == STEPS - 1
         assert seen["grad_norms"] == pytest.approx(norms, rel=RELATIVE)
     for kind in ("weight", "ema", "exp_avg", "exp_avg_sq"):
         _assert_same_tensors(other, serial, kind)
@@ -145,7 +156,7 @@ def test_a_checkpoint_goes_on_under_another_layout_with_the_losses_of_the_uninte
 ) -> None:
     moved = metrics_of(runs / _folder(to, to_stage, source=(source, stage)))
     assert [m["step"] for m in moved] == list(range(HALFWAY + 1, STEPS + 1))
-    _assert_same_course(moved, metrics_of(runs / _folder("serial", 2))[HALFWAY:])
+    _assert_same_course(moved, metrics_of(runs / _folder("serial", 2))[HALFWAY - 1 :])
 
 
 @pytest.mark.parametrize(("source", "stage", "to", "to_stage"), MOVES)
@@ -168,9 +179,9 @@ def test_a_step_never_waits_for_the_device_but_for_deepspeeds_own_looks_at_the_n
     runs: Path, name: str, stage: int
 ) -> None:
     for seen in _seen(runs / _folder(name, stage)):
-        assert not [who for waits in seen["host_waits"] for who in waits if not who.startswith("deepspeed: ")]
-        # After the first steps, in which ZeRO-3 compares notes: the norm, and Adam's step count, which is on the host.
-        assert set(seen["host_waits"][-1]) <= LOOKS_OF_DEEPSPEED
+        assert len(seen["host_waits"]) == 2  # of the last two steps
+        for waits in seen["host_waits"]:
+            assert waits and set(waits) <= LOOKS_OF_DEEPSPEED
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

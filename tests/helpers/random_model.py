@@ -1,0 +1,45 @@
+"""Checkpoints of a random model.
+
+Every parameter is random, also those that training starts at zero, so that no part of the model is idle.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.storage import Piece, SoloPeers, save_checkpoint
+from ecdit_ds.config import Recipe
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.seeding import parameter_generator
+
+
+def save_random_model(
+    root: Path,
+    recipe: Recipe,
+    step: int = 1,
+    meta: dict[str, Any] | None = None,
+    kinds: tuple[str, ...] = ("weight", "ema"),
+) -> Path:
+    """Write `root/step_N` with tensors of all `kinds`, which may be an optimizer's too."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, SerialLayers()).named_parameters()}
+    pieces = [
+        Piece(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
+        for name, shape in ((f"{kind}/{name}", shape) for kind in kinds for name, shape in shapes.items())
+    ]
+    usual = {"recipe": recipe.to_dict(), "samples_seen": recipe.train.global_batch_size * step, "num_updates": step}
+    return save_checkpoint(root, step, pieces, usual if meta is None else meta, SoloPeers())
+
+
+def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the numbers of tensor `name`: normal, about 1 for norm scales, small for moments, squares where needed."""
+    normal = torch.randn(shape, generator=parameter_generator(0, name))
+    if name.startswith(("exp_avg_sq/", "square_avg/")):
+        return 1e-4 * normal.square()
+    if name.startswith(("exp_avg/", "momentum_buffer/")):
+        return 1e-3 * normal
+    return (1.0 if "norm" in name else 0.0) + 0.2 * normal

@@ -19,6 +19,7 @@ from typing import IO
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.storage import remove_stale_attempts
 from ecdit_ds.config import Recipe
+from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.snapshot import check_same_recipe
@@ -144,10 +145,10 @@ class RunFolder:
         """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again."""
         kept = {log: _lines_up_to(log, step) for log in (self.metrics, self.evaluations) if log.exists()}
         try:
-            _replace(self.recipe, dump_recipe(recipe))
+            replace_durably(self.recipe, dump_recipe(recipe).encode("utf-8"))
             remove_stale_attempts(self.checkpoints)
             for log, lines in kept.items():
-                _replace(log, "".join(lines))
+                replace_durably(log, "".join(lines).encode("utf-8"))
         except OSError as error:
             raise ConfigError(
                 f"--output {self.path}: cannot be written: {error.strerror}; make room, or choose another folder"
@@ -161,12 +162,3 @@ def _lines_up_to(log: Path, step: int) -> list[str]:
         return [line for line in lines if step > 0 and line.endswith("}\n") and json.loads(line)["step"] <= step]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{log}: cannot be read ({type(error).__name__}: {error}); move it away") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

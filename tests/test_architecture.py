@@ -17,7 +17,7 @@ PACKAGE = "ecdit_ds"
 
 LAYERS = (
     ("errors",),
-    ("validation",),
+    ("validation", "durable"),
     ("model_config",),
     ("config",),
     ("recipe_file", "deepspeed_config", "parallel.topology"),
@@ -40,8 +40,8 @@ LAYERS = (
 USES_ONLY = {
     "model": ("config", "model_config", "errors", "seeding", "parallel"),
     "flow": ("config", "model_config", "errors", "seeding"),
-    "data": ("config", "model_config", "errors", "seeding"),
-    "checkpoint": ("config", "model_config", "errors"),
+    "data": ("config", "model_config", "errors", "seeding", "durable"),
+    "checkpoint": ("config", "model_config", "errors", "durable"),
 }
 """Packages that know less than their row would allow."""
 

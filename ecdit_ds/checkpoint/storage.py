@@ -38,6 +38,7 @@ from ecdit_ds.checkpoint.manifest import (
 )
 from ecdit_ds.checkpoint.peers import Peers, SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
+from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import CheckpointError
 
 __all__ = [
@@ -221,8 +222,8 @@ def _write_shard(folder: Path, writer: int, pieces: Iterable[Piece]) -> dict[str
         if shutil.disk_usage(folder).free < _FREE_SPACE_FACTOR * need_bytes:
             raise OSError(errno.ENOSPC, "found before writing")
         save_file(tensors, path)
-        _fsync(path)
-        _fsync(folder)
+        put_on_disk(path)
+        put_on_disk(folder)
         file = {"file": path.name, "bytes": path.stat().st_size, "header_xxh3": header_xxh3(path)}
     return file | {"slices": slices}
 
@@ -253,16 +254,15 @@ def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Man
 def _publish(folder: Path, final: Path, manifest: Manifest) -> None:
     path, text = folder / MANIFEST_NAME, encode_manifest(manifest)
     with _explained(path, len(text)):
-        path.write_bytes(text)
-        _fsync(path)
-        _fsync(folder)
+        write_durably(path, text)
+        put_on_disk(folder)
     _refuse_existing(final)
     with _explained(final, 0):
         if final.exists():
             final.rename(folder.with_name(folder.name.replace(".tmp-", ".damaged-")))
         # Fails if another run published the same step meanwhile: a non-empty folder is never replaced.
         folder.rename(final)
-        _fsync(final.parent)
+        put_on_disk(final.parent)
 
 
 @contextmanager
@@ -285,14 +285,6 @@ def _explained(path: Path, need_bytes: int) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _attempt_id() -> str:

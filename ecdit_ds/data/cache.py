@@ -21,6 +21,7 @@ import xxhash
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -84,13 +85,13 @@ def write_folder(
         )
         (draft / INDEX_FILE).write_text(json.dumps(dataclasses.asdict(index), indent=2) + "\n", encoding="ascii")
         for path in (draft / ARROW_FILE, draft / INDEX_FILE, draft):
-            _sync_to_disk(path)
+            put_on_disk(path)
         try:
             os.rename(draft, folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, and its folder says the same
                 raise
-        _sync_to_disk(folder.parent)
+        put_on_disk(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -163,11 +164,3 @@ def _checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.parallel.layout import draw_layout
+from ecdit_ds.parallel.sharding import cut_axes
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.recipe_file import load_recipe
 
@@ -36,11 +37,12 @@ recipe = load_recipe("demo", {FLAGS})
 grid = create_grid(Topology(world_size={WORLD}, tp={TP}, ep={EP}), 1)
 with torch.device("meta"):
     model = ECDiT(recipe.model, grid.layers)
-boxes = {{}}
+boxes, cut = {{}}, {{}}
 for name, parameter in model.named_parameters():
-    offset = shard_of(parameter).offset
+    offset, whole = shard_of(parameter).offset, shard_of(parameter).global_shape
+    cut[name] = [axis for axis, size in enumerate(parameter.shape) if size < whole[axis]]
     boxes[name] = [[start, start + length] for start, length in zip(offset, parameter.shape)]
-print("BOXES " + json.dumps(boxes))
+print("BOXES " + json.dumps([boxes, cut]))
 """
 
 
@@ -63,7 +65,9 @@ def test_a_row_of_the_drawing_is_what_the_real_layers_of_that_rank_hold(drawing:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    boxes = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("BOXES "))[6:])
+    boxes, cut = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("BOXES "))[6:])
+    for name, axes in cut.items():
+        assert sorted(cut_axes(name).values()) == axes, name
     header, *rows = (line.split("  ") for line in drawing.split("\n\n")[0].splitlines())
     row = dict(zip(*([cell.strip() for cell in cells if cell.strip()] for cells in (header, rows[rank])), strict=True))
     head_dim = 32

@@ -122,7 +122,8 @@ class TrainConfig:
     """Steps in a row with a non-finite gradient that end the run."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing: `block` keeps a block's input only and computes the rest again in backward;
-    `selective` also keeps what all-to-alls returned, so that nothing is communicated twice."""
+    `selective` also keeps what all-to-alls returned, so that no token travels twice. Sums over tensor-parallel ranks,
+    and the weights that ZeRO-3 gathers, are had again in both."""
     recompute_every: int = 1
     """Of n successive blocks, the last one is recomputed; 2 means the blocks with experts."""
 
@@ -224,15 +225,17 @@ class Recipe:
                 f"{self.parallel.ep}, model.routing_pool: {self.model.routing_pool}; it needs expert_choice, ep 2 or "
                 "more, and a pool that is not the whole batch"
             )
-        if self.train.recompute == "selective" and not has_exchange:
+        every, layers = self.train.recompute_every, self.model.num_layers
+        if self.train.recompute == "selective" and not (has_exchange and math.lcm(2, every) <= layers):
             raise ConfigError(
-                f"train.recompute: selective keeps what all-to-alls returned, but model.ffn: {self.model.ffn} with "
-                f"parallel.ep: {self.parallel.ep} has none of ours; use block"
+                f"train.recompute: selective keeps what all-to-alls returned, but with model.ffn: {self.model.ffn}, "
+                f"parallel.ep: {self.parallel.ep} and train.recompute_every: {every} of {layers} layers no recomputed "
+                "block has one of ours; use block"
             )
-        if self.train.recompute_every > self.model.num_layers:
+        if every > layers:
             raise ConfigError(
-                f"train.recompute_every: {self.train.recompute_every} is more than model.num_layers("
-                f"{self.model.num_layers}), so no block would be recomputed; choose 1 to {self.model.num_layers}"
+                f"train.recompute_every: {every} is more than model.num_layers({layers}), so no block would be "
+                f"recomputed; choose 1 to {layers}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ nothing. A literal that differs is an error that names both places.
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,18 @@ _KEYS = frozenset({
     "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "dump_state",
     "comms_logger", "flops_profiler",
 })  # fmt: skip
+_SWITCHES = ("zero_allow_untested_optimizer", "wall_clock_breakdown", "dump_state")
+_SECTIONS = ("comms_logger", "flops_profiler")
 _ZERO_FLAGS = ("contiguous_gradients", "reduce_scatter", "overlap_comm", "round_robin_gradients")
+_FIXED_FLAGS = {
+    "contiguous_gradients": (True, "DeepSpeed needs it for experts"),
+    "reduce_scatter": (True, "DeepSpeed needs it for experts"),
+    "round_robin_gradients": (
+        False,
+        "DeepSpeed 0.19.8 then tells wrong places, and checkpoints mix weights up",
+    ),
+}
+"""Flags with one value that works, and why."""
 _ZERO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 _ZERO_3_SIZES = (
     "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
@@ -39,6 +51,7 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(f"{path}: {key}: is not used here; {hint}the recipe decides such things: delete it")
+    _check_values(path, config)
     _check_zero(path, config.get("zero_optimization", {}))
     if config["zero_optimization"]["stage"] == 3 and recipe.model.ffn == "token_choice":
         raise ConfigError(
@@ -62,8 +75,8 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
             raise ConfigError(f'{path}: {key}: {given!r} differs from the recipe\'s {home}: {value}; write "auto"')
         config[key] = value
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
-    if not isinstance(bf16, dict):
-        raise ConfigError(f'{path}: bf16: {bf16!r} is not a section; write {{"enabled": "auto"}}')
+    if not isinstance(bf16, dict) or bf16.keys() - {"enabled"}:
+        raise ConfigError(f'{path}: bf16: {bf16!r} is not what is read here; write {{"enabled": "auto"}}')
     wants_bf16 = recipe.train.precision == "bf16"
     if bf16.get("enabled", "auto") not in ("auto", wants_bf16):
         raise ConfigError(
@@ -72,6 +85,18 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
         )
     bf16["enabled"] = wants_bf16
     return config
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    for key in _SWITCHES:
+        if key in config and type(config[key]) is not bool:
+            raise ConfigError(f"{path}: {key}: {config[key]!r} is neither true nor false")
+    for key in _SECTIONS:
+        if key in config and not isinstance(config[key], dict):
+            raise ConfigError(f"{path}: {key}: {config[key]!r} is not a section; write {{...}}")
+    steps = config.get("steps_per_print", 1)
+    if type(steps) is not int or steps < 1:
+        raise ConfigError(f"{path}: steps_per_print: {steps!r} is not a positive whole number")
 
 
 def _check_zero(path: Path, zero: Any) -> None:
@@ -85,7 +110,10 @@ def _check_zero(path: Path, zero: Any) -> None:
     for key, value in zero.items():
         if key in _ZERO_FLAGS and type(value) is not bool:
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is neither true nor false")
-        if key in sizes and (type(value) not in (int, float) or value < 1):
+        if key in _FIXED_FLAGS and value is not _FIXED_FLAGS[key][0]:
+            fixed, why = _FIXED_FLAGS[key]
+            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r}; write {str(fixed).lower()}: {why}")
+        if key in sizes and not (type(value) in (int, float) and 1 <= value < math.inf):
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number")
         if key not in ("stage", "offload_optimizer", *_ZERO_FLAGS, *sizes):
             raise ConfigError(
@@ -97,8 +125,8 @@ def _check_zero(path: Path, zero: Any) -> None:
 
 
 def _check_offload(path: Path, offload: Any) -> None:
-    allowed = ({"device": "cpu"}, {"device": "cpu", "pin_memory": True}, {"device": "cpu", "pin_memory": False})
-    if offload not in allowed:
+    is_section = isinstance(offload, dict) and offload.keys() <= {"device", "pin_memory"}
+    if not is_section or offload.get("device") != "cpu" or type(offload.get("pin_memory", True)) is not bool:
         raise ConfigError(
             f'{path}: zero_optimization.offload_optimizer: {offload!r}; write {{"device": "cpu"}}, with '
             '"pin_memory" true or false if you like'

@@ -7,6 +7,7 @@ gathered. Besides the expert marks in `parallel/deepspeed_moe.py`, DeepSpeed is 
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ from ecdit_ds.parallel.deepspeed_moe import create_expert_groups
 from ecdit_ds.parallel.layers import ExpertParallelLayers
 from ecdit_ds.parallel.sharding import ShardSpec, Share, shard_of
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.partitions import GroupPartitions, ParameterPartitions, Partitions
+from ecdit_ds.partitions import GroupPartitions, ParameterPartitions, Partitions, check_partitions
 
 WEIGHT = "weight"
 EMA = "ema"
+TIMEOUT_MINUTES = 10
+"""How long a collective waits for a rank that does not come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +69,20 @@ class StepResult:
     """Some gradient somewhere was not finite, so no rank changed anything."""
 
 
-def initialize_distributed(timeout_minutes: float = 10.0) -> torch.device:
+def initialize_distributed() -> torch.device:
     """Join the other processes and return this one's device; needs the launcher's environment.
 
     Raises:
         TopologyError: the port where they meet cannot be used.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed's business, and otherwise said by each of 512 ranks.
+    warnings.filterwarnings("ignore", "torch.distributed.*(all_gather_into|reduce_scatter)_tensor", FutureWarning)
     # On a CPU this op is compiled for a minute and used for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes))
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=TIMEOUT_MINUTES))
     except dist.DistNetworkError as error:
         raise TopologyError(
             f"MASTER_PORT {os.environ['MASTER_PORT']}: cannot be used ({str(error).splitlines()[0]}); if another run "
@@ -110,7 +115,7 @@ def create_grid(topology: Topology, dispatch_chunks: int) -> Grid:
         return Grid(layers=layers, tp=tp, mpu=None)
     from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
 
-    mpu = create_tensor_groups(tp.count)
+    mpu = create_tensor_groups(tp.count, TIMEOUT_MINUTES)
     ep_group = create_expert_groups(ep.count, mpu)
     tp_group = mpu.get_tensor_model_parallel_group()
     layers = TensorParallelLayers(ep=ep, ep_group=ep_group, dispatch_chunks=dispatch_chunks, tp=tp, tp_group=tp_group)
@@ -148,6 +153,7 @@ class DeepSpeedEngine:
         self._partitions: Partitions = (ParameterPartitions if zero["stage"] == 3 else GroupPartitions)(self._zero)
         if zero["stage"] == 3 and grid.tp.count > 1:
             _count_each_expert_slice_once(self._zero)
+        check_partitions(self._partitions)
         self.ema = ShardedEMA(self._partitions.flats(), optimizer.ema_decay)
         self._make_optimizer_state()
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -38,9 +39,33 @@ class Partitions(Protocol):
         """Yield what is in them."""
         ...
 
+    def shown(self, here: Range) -> Tensor:
+        """Return the numbers that the model computes with in that range."""
+        ...
+
     def show(self) -> None:
         """Let the model compute with what the flat tensors hold now; collective."""
         ...
+
+
+def check_partitions(partitions: Partitions) -> None:
+    """Compare each range with its parameter, so that no checkpoint ever gives weights another's name.
+
+    The stages keep this book inside DeepSpeed, and at least one of its settings gets it wrong in silence.
+
+    Raises:
+        RuntimeError: they differ; not what a user can mend.
+    """
+    flats = partitions.flats()
+    for here in partitions.ranges():
+        shown = partitions.shown(here)
+        if not torch.equal(
+            flats[here.partition].detach().narrow(0, here.at, here.length), shown.to(flats[here.partition])
+        ):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(here.parameter.shape)} is not at {here.at} of flat tensor "
+                f"{here.partition}, where DeepSpeed says it is; nothing was trained"
+            )
 
 
 class GroupPartitions:
@@ -61,6 +86,9 @@ class GroupPartitions:
                     here = mapping.get_hp_fragment_address()
                     start = mapping.lp_fragment_address.start
                     yield Range(parameter=parameter, partition=index, at=here.start, start=start, length=here.numel)
+
+    def shown(self, here: Range) -> Tensor:
+        return here.parameter.detach().flatten().narrow(0, here.start, here.length)
 
     def show(self) -> None:
         self._zero.update_lp_params()
@@ -84,6 +112,9 @@ class ParameterPartitions:
                 length = min(part, parameter.ds_numel - start)
                 if length > 0:
                     yield Range(parameter=parameter, partition=index, at=at, start=start, length=length)
+
+    def shown(self, here: Range) -> Tensor:
+        return here.parameter.ds_tensor.detach().narrow(0, 0, here.length)  # type: ignore[attr-defined]
 
     def show(self) -> None:
         # As the optimizer's own step does: nothing may be gathered while it changes.

@@ -267,8 +267,10 @@ def _resolve(options: argparse.Namespace) -> None:
         if options.call_tokens % tokens:
             raise ConfigError(f"--tokens {tokens} does not divide --call-tokens {options.call_tokens}")
     options.check(options)
-    if options.json and not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
-        raise ConfigError(f"--json {options.json}: {options.json.parent} is not a folder that can be written to")
+    if options.json and not os.access(options.json if options.json.is_file() else options.json.parent, os.W_OK):
+        raise ConfigError(f"--json {options.json}: cannot be written; give a file in a folder that can be")
+    if options.json and options.json.is_dir():
+        raise ConfigError(f"--json {options.json}: is a folder; give a file")
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -298,6 +300,13 @@ def _check_dispatch(options: argparse.Namespace) -> None:
             f"{divisors(options.experts)}"
         )
     for tokens in options.tokens:
+        images = options.call_tokens // tokens
+        for chunks in options.chunks:
+            if images % chunks:
+                raise ConfigError(
+                    f"--chunks {chunks} does not divide the {images} images of a call (--call-tokens "
+                    f"{options.call_tokens} / --tokens {tokens}); choose from {divisors(images)}"
+                )
         if CAPACITY_FACTOR * tokens % options.experts:
             raise ConfigError(
                 f"--tokens {tokens}: {CAPACITY_FACTOR} x {tokens} places do not divide over --experts {options.experts}"
@@ -315,4 +324,5 @@ if __name__ == "__main__":
         options = parse_arguments(sys.argv[1:])
         options.run(options)
     except EcditError as error:
-        sys.exit(f"bench.py: error: {error}")
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

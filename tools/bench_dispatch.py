@@ -1,8 +1,8 @@
 """`bench.py dispatch`: what moving tokens to experts on other ranks costs, in bytes and in time.
 
-The floor in bytes: each token goes to f experts and comes back, but for the 1/ep that live on its own rank, so a
-forward sends 2 * f * tokens * hidden * bytes * (ep - 1) / ep a rank, and a backward the same. The floor in time is the
-bare collective with the same tensors.
+The floor in bytes of an exchange in equal parts: each token goes to f experts and comes back, but for the 1/ep that
+live on its own rank, so a forward sends 2 * f * tokens * hidden * bytes * (ep - 1) / ep a rank, and a backward the
+same. The floor in time is the bare collective with the same tensors.
 
 Suffixes: B images, S tokens of an image, D hidden_size, E experts, C expert capacity, R rows of one expert.
 """
@@ -51,7 +51,7 @@ class Case:
         return CAPACITY_FACTOR * self.tokens // self.experts
 
     def bytes_floor(self, ranks: int) -> float:
-        """Return the fewest bytes that a rank sends in a forward."""
+        """Return the bytes that rows alone cost a rank in a forward, without counts or padding."""
         row = self.hidden_size * self.dtype.itemsize
         return 2 * CAPACITY_FACTOR * self.call_tokens * row * (ranks - 1) / ranks
 

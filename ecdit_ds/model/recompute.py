@@ -1,7 +1,8 @@
 """Activation checkpointing: forget a block's activations in forward, compute them again in backward.
 
 `block` keeps a block's input only. `selective` also keeps what its all-to-alls returned: computing again is cheap,
-communicating again is not.
+sending tokens again is not. What else a layout communicates in a block, sums over tensor-parallel ranks and weights
+gathered by ZeRO-3, happens again in both.
 """
 
 from collections.abc import Callable

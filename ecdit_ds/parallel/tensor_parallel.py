@@ -41,9 +41,12 @@ class MegatronMPU:
     get_pipeline_model_parallel_world_size = staticmethod(lambda: 1)
 
 
-def create_tensor_groups(tp_size: int) -> MegatronMPU:
+def create_tensor_groups(tp_size: int, timeout_minutes: int) -> MegatronMPU:
     """Create megatron's tensor- and data-parallel groups over all ranks, and return DeepSpeed's view of them."""
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp_size, create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_minutes,
+    )  # fmt: skip
     return MegatronMPU()
 
 

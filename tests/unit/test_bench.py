@@ -89,12 +89,14 @@ def test_one_line_a_row_and_a_summary_are_printed(report: dict[str, Any]) -> Non
         (["moe", "--json", "nowhere/out.json"], "--json nowhere/out.json"),
         (["dispatch", "--ranks", "3"], "1, 2, 4, 8"),
         (["dispatch", "--tokens", "100", "--call-tokens", "200", "--experts", "16"], "--tokens 100"),
+        (["dispatch", "--chunks", "64", "--quick"], "--chunks 64"),
+        (["dispatch", "--json", "."], "is a folder"),
         (["attention"], "attention"),
     ],
 )
 def test_a_flag_that_cannot_work_is_answered_with_one_line_that_names_it(flags: list[str], said: str) -> None:
     done = run_bench(*flags)
-    assert done.returncode != 0 and not done.stdout
+    assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 

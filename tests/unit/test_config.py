@@ -129,6 +129,10 @@ def test_a_number_that_is_not_finite_is_refused(
         ({"parallel.dispatch_chunks": 2}, ["parallel.dispatch_chunks: 2 has no effect", "parallel.ep: 1"]),
         ({"parallel.dispatch_chunks": 2, "parallel.ep": 2, "model.routing_pool": "batch"}, ["routing_pool: batch"]),
         ({"train.recompute": "selective"}, ["train.recompute: selective", "parallel.ep: 1", "use block"]),
+        (
+            {"train.recompute": "selective", "parallel.ep": 2, "train.recompute_every": 3},
+            ["recompute_every: 3 of 4 layers", "use block"],
+        ),
         ({"train.recompute_every": 2}, ["train.recompute_every: 2 has no effect", "block or selective"]),
         ({"train.recompute": "block", "train.recompute_every": 5}, ["recompute_every: 5", "num_layers(4)", "1 to 4"]),
         ({"parallel.ep": 2, "model.ffn": "dense"}, ["parallel.ep", "2", "model.ffn: dense", "use 1"]),

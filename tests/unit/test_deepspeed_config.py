@@ -1,6 +1,7 @@
 """The DeepSpeed JSON: what it may say, what is filled in, and how a contradiction is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled:
         ({"stage": True}, "stage: True"),
         ({"stage": 2, "reduce_bucket_size": "abc"}, "reduce_bucket_size: 'abc'"),
         ({"stage": 2, "overlap_comm": 1}, "overlap_comm: 1"),
+        ({"stage": 2, "round_robin_gradients": True}, "write false: DeepSpeed 0.19.8 then tells wrong places"),
+        ({"stage": 2, "contiguous_gradients": False}, "write true: DeepSpeed needs it for experts"),
+        ({"stage": 3, "reduce_scatter": False}, "write true"),
+        ({"stage": 2, "reduce_bucket_size": math.nan}, "is not a positive number"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": 1}}, "true or false"),
         ({"stage": 2, "nonsense": 3}, "nonsense: is not supported"),
         ({"stage": 2, "cpu_offload": True}, "offload_optimizer"),
         ({"stage": 2, "stage3_max_live_parameters": 5}, "is not supported with stage 2"),
@@ -82,6 +88,20 @@ def test_a_setting_of_zero_that_would_not_work_is_refused_here_and_not_by_a_trac
     message = refusal_of(lambda: load({"zero_optimization": zero}))
     assert message.startswith(f"{path}: zero_optimization.")
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("wall_clock_breakdown", "x"), ("dump_state", 1), ("zero_allow_untested_optimizer", "x"), ("comms_logger", 3),
+        ("flops_profiler", [3]), ("steps_per_print", "x"), ("steps_per_print", 0),
+        ("bf16", {"enabled": "auto", "x": 1}),
+    ],
+)  # fmt: skip
+def test_a_value_that_deepspeed_would_stumble_over_is_refused(
+    load: Load, refusal_of: RefusalOf, path: Path, key: str, value: Any
+) -> None:
+    assert refusal_of(lambda: load({key: value})).startswith(f"{path}: {key}: ")
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,7 @@ _ZERO_FLAGS = ("contiguous_gradients", "reduce_scatter", "overlap_comm", "round_
 _FIXED_FLAGS = {
     "contiguous_gradients": (True, "DeepSpeed needs it for experts"),
     "reduce_scatter": (True, "DeepSpeed needs it for experts"),
-    "round_robin_gradients": (
-        False,
-        "DeepSpeed 0.19.8 then tells wrong places, and checkpoints mix weights up",
-    ),
+    "round_robin_gradients": (False, "DeepSpeed 0.19.8 then tells wrong places, and checkpoints mix weights up"),
 }
 """Flags with one value that works, and why."""
 _ZERO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")

@@ -17,7 +17,7 @@ from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
-from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
@@ -32,16 +32,19 @@ from ecdit_ds.pictures import save_grid, to_uint8
 from ecdit_ds.pipeline import TextToImage, check_encodable, encoders_of
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot
+from ecdit_ds.stopping import StopRequest
 from ecdit_ds.trainer import Surroundings, Trainer
 
 
 def run(
-    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], folder: RunFolder, resume: str
-) -> Progress:
-    """Build everything and train; every rank calls this.
+    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], folder: RunFolder, resume: str,
+    stop: StopRequest,
+) -> ExitCode:  # fmt: skip
+    """Build everything and train; every rank calls this. Return DONE, or SAVED after a stop.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint or run.
+        stop: asked at reports.
 
     Raises:
         EcditError: on all ranks, for what a user can mend.
@@ -65,10 +68,12 @@ def run(
     world.on_first(lambda: folder.begin(recipe, progress.step))
 
     dp_rank = topology.coordinates(world.rank).dp
-    surroundings = _surroundings(recipe, topology, dp_rank, device, folder, world, train_set, heldout_set)
+    surroundings = _surroundings(recipe, topology, dp_rank, device, folder, world, train_set, heldout_set, stop)
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
-        return Trainer(recipe, engine, world, surroundings, callbacks).fit(progress)
+        trainer = Trainer(recipe, engine, world, surroundings, callbacks)
+        trainer.fit(progress)
+        return ExitCode.SAVED if trainer.was_stopped else ExitCode.DONE
     finally:
         for callback in callbacks:
             callback.close()
@@ -213,7 +218,7 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 def _surroundings(
     recipe: Recipe, topology: Topology, dp_rank: int, device: torch.device, folder: RunFolder, world: World,
-    train_set: LatentDataset, heldout_set: LatentDataset,
+    train_set: LatentDataset, heldout_set: LatentDataset, stop: StopRequest,
 ) -> Surroundings:  # fmt: skip
     image_encoder, text_encoder = encoders_of(recipe)
     micro = recipe.micro_batch_size(topology.dp)
@@ -240,6 +245,7 @@ def _surroundings(
         heldout_losses=heldout_losses,
         draw=lambda model: _draw(model, recipe, image_encoder, text_encoder, device),
         flops_per_image=training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
+        stop=stop,
         peak_flops_per_s=peak * world.size if peak else None,
     )
 

@@ -77,12 +77,17 @@ class MetricLog:
         self._facts.append(facts)
         self._tensors.append(tensors)
 
-    def flush(self, world: World) -> list[dict[str, Any]]:
-        """Return the recorded steps as plain numbers (lists for vectors, None where not finite); collective."""
+    def flush(self, world: World, *, wants_stop: bool = False) -> tuple[list[dict[str, Any]], bool]:
+        """Return the recorded steps as plain numbers, and whether any rank wants to stop; collective.
+
+        Vectors become lists, and what is not finite None. The wish rides on the same reduction.
+        """
         if not self._facts:
-            return []
-        rows = [torch.cat([t.detach().flatten().double() for t in step.values()]) for step in self._tensors]
-        table = world.mean(torch.stack(rows)).tolist()
+            return [], False
+        wish = self._tensors[0]["loss"].new_full((1,), float(wants_stop), dtype=torch.float64)
+        rows = [torch.cat([wish, *(t.detach().flatten().double() for t in step.values())]) for step in self._tensors]
+        wishes, *columns = world.mean(torch.stack(rows)).T.tolist()
+        table = list(zip(*columns, strict=True))
         records = []
         for facts, tensors, row in zip(self._facts, self._tensors, table, strict=True):
             record, values = dict(facts), iter([finite_or_none(v) for v in row])
@@ -91,7 +96,7 @@ class MetricLog:
                 record[name] = cells if tensor.dim() else cells[0]
             records.append(record)
         self._facts, self._tensors = [], []
-        return records
+        return records, max(wishes) > 0
 
 
 def finite_or_none(value: float) -> float | None:

@@ -15,16 +15,19 @@ if __name__ == "__main__":
     from ecdit_ds.lifeline import die_with_launcher
 
     die_with_launcher()  # the imports below take seconds, in which a launcher may be killed
+    from ecdit_ds.stopping import StopRequest
+
+    _stop = StopRequest()
+    _stop.listen()  # or a signal may come
 
 from ecdit_ds.build import describe, run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
-from ecdit_ds.errors import EcditError
+from ecdit_ds.errors import EcditError, ExitCode, GaveUpError
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.run_folder import RunFolder
-
-EXIT_USER_ERROR = 2
+from ecdit_ds.stopping import StopRequest
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,8 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, and turn what a user can get wrong into one line; return the exit code."""
+def main(arguments: list[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Run, and turn what a user can get wrong into one line; return the exit code (see ExitCode)."""
     options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -63,25 +66,24 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             if is_first:
                 print(dump_recipe(recipe), end="")
-            return 0
+            return ExitCode.DONE
         place = place_from_environment()
         topology = Topology(world_size=place.world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
         deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
         if options.dry_run:
             if is_first:
                 print(describe(recipe, topology, deepspeed_config["zero_optimization"]["stage"]))
-            return 0
+            return ExitCode.DONE
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
-        run(recipe, topology, deepspeed_config, folder, options.resume)
+        return run(recipe, topology, deepspeed_config, folder, options.resume, stop or StopRequest())
     except EcditError as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return ExitCode.GAVE_UP if isinstance(error, GaveUpError) else ExitCode.USER_ERROR
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return ExitCode.INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=_stop))

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ecdit_ds.callbacks import Callback
 from ecdit_ds.config import Recipe
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
-from ecdit_ds.errors import CheckpointError, TrainingError
+from ecdit_ds.errors import CheckpointError, GaveUpError, TrainingError
 from ecdit_ds.flow.objective import FlowBatch, flow_loss
 from ecdit_ds.metrics import MetricLog, RoutingProbe, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.snapshot import Progress, save_snapshot
+from ecdit_ds.stopping import StopRequest
 
 Batches = Callable[[int], Iterable[list[FlowBatch]]]
 """start sample -> this rank's micro-batches, step after step."""
@@ -38,6 +39,7 @@ class Surroundings:
     draw: Callable[[nn.Module], np.ndarray]
     """model -> uint8 pictures (B, H, W, 3) of the recipe's prompts; collective."""
     flops_per_image: float
+    stop: StopRequest
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
 
@@ -57,12 +59,15 @@ class Trainer:
         self._given, self._callbacks = surroundings, callbacks
         self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
         self._skipped_in_a_row = 0
+        self.was_stopped = False
 
     def fit(self, progress: Progress) -> Progress:
-        """Train on from `progress`.
+        """Train on from `progress` until train.max_steps, or until any rank was asked to stop.
+
+        A stop is agreed at a report: all ranks save that step and leave. `was_stopped` tells which it was.
 
         Raises:
-            TrainingError: train.max_skipped_steps steps in a row had a non-finite gradient.
+            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient.
             CheckpointError: the last checkpoint could not be written.
         """
         train = self.recipe.train
@@ -82,7 +87,11 @@ class Trainer:
             is_last = progress.step == train.max_steps
             is_checkpoint = is_last or progress.step % train.checkpoint_every == 0
             if is_checkpoint or progress.step % train.log_every == 0:
-                self._report()
+                self.was_stopped = self._report() and not is_last
+            if self.was_stopped:
+                self._save(progress, must_succeed=True)
+                self._note(self._farewell(progress))
+                return progress
             if is_last or progress.step % train.evaluate_every == 0:
                 self._evaluate(progress.step)
             if is_last or progress.step % train.sample_every == 0:
@@ -143,14 +152,23 @@ class Trainer:
         )
         if self._skipped_in_a_row >= limit:
             self._report()
-            raise TrainingError(
+            raise GaveUpError(
                 f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
                 "lower optimizer.learning_rate or inspect the data, and go on from a checkpoint that is from before"
             )
 
-    def _report(self) -> None:
-        if records := self._log.flush(self.world):
+    def _report(self) -> bool:
+        """Tell of the steps since the last report; return whether any rank was asked to stop."""
+        wants_stop = self._given.stop.signal_name is not None
+        records, is_asked_to_stop = self._log.flush(self.world, wants_stop=wants_stop)
+        if records:
             self._tell(lambda callback: callback.on_report(records))
+        return is_asked_to_stop
+
+    def _farewell(self, progress: Progress) -> str:
+        names = self.world.gather(self._given.stop.signal_name) or []
+        asked = "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(names) if name)
+        return f"stopped at step {progress.step} ({asked}): saved; the same command goes on from there"
 
     def _evaluate(self, step: int) -> None:
         with _evaluating(self.engine.module) as model:

@@ -28,7 +28,7 @@ LAYERS = (
     ("parallel.layers",),
     ("parallel.tensor_parallel",),
     ("model", "flow", "data", "checkpoint"),
-    ("optim", "ema", "partitions", "metrics", "pictures", "lifeline", "callbacks"),
+    ("optim", "ema", "partitions", "metrics", "pictures", "lifeline", "stopping", "callbacks"),
     ("engine", "pipeline", "evaluation"),
     ("snapshot", "interpret"),
     ("run_folder", "trainer"),

@@ -42,8 +42,8 @@ def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> 
     return process.returncode, output
 
 
-def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> None:
-    """Train all runs, (ranks, arguments of train.py), from one warm process; fail with their output.
+def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> str:
+    """Train all runs, (ranks, arguments of train.py), from one warm process; return their output, or fail with it.
 
     A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
     """
@@ -51,6 +51,7 @@ def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> None:
     plan.write_text(json.dumps(waves))
     code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)]))
     assert code == 0, output
+    return output
 
 
 def train(ranks: int, arguments: list[str]) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """A killed run, started again by the same command, is the run that was never killed: to the last bit."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import psutil
 import pytest
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
-from tests.helpers.launch import ROOT, finish, metrics_of, start, train
+from ecdit_ds.errors import ExitCode
+from tests.helpers.launch import ROOT, finish, metrics_of, start, train, train_many
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
 STEPS = 30
@@ -57,10 +59,49 @@ def test_a_run_killed_three_ways_equals_the_uninterrupted_one_bitwise(
     assert not list(output.glob("checkpoints/*.tmp-*"))
 
 
-def test_a_finished_run_started_again_trains_nothing_and_changes_nothing(uninterrupted: Path, cache: Path) -> None:
-    before = (uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)
-    code, text = train(RANKS, arguments(uninterrupted, cache, *SMALL))
+def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command_goes_on_bitwise(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    life = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL))
+    _wait_for_step(life, output, 8)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        _rank(life, 1).send_signal(number)
+        time.sleep(0.05)  # signals that wait together are delivered in no order
+    code, text = finish(life)
+    steps = len(metrics_of(output))
+    assert code == ExitCode.SAVED, text
+    assert 8 <= steps < STEPS
+    assert f"stopped at step {steps} (SIGTERM on rank 1): saved" in text
+    assert text.count(f"saved {output / 'checkpoints' / f'step_{steps}'}") == 1
+    assert "Traceback" not in text
+    assert read_manifest(list_checkpoints(output / "checkpoints")[0]).step == steps
+    code, text = train(RANKS, arguments(output, cache, *SMALL))
     assert code == 0, text
+    assert f"at step {steps}" in text
+    assert [m["loss"] for m in metrics_of(output)] == [m["loss"] for m in metrics_of(uninterrupted)]
+    assert _digest(output) == _digest(uninterrupted)
+
+
+def test_a_signal_while_a_rank_still_imports_kills_nobody(cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    life = start(1, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL, "parallel.ep=1"))
+    deadline = time.monotonic() + 120
+    while not (ranks := _ranks(life)) or ranks[0].cpu_times().user < 1.5:  # handlers are up, imports are not over
+        assert time.monotonic() < deadline and life.poll() is None
+        time.sleep(0.02)
+    assert not output.exists()
+    ranks[0].send_signal(signal.SIGUSR1)
+    code, text = finish(life)
+    assert code == ExitCode.SAVED, text
+    assert "stopped at step 1 (SIGUSR1 on rank 0): saved" in text
+
+
+def test_a_finished_run_started_again_trains_nothing_and_changes_nothing(
+    uninterrupted: Path, cache: Path, tmp_path: Path
+) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)
+    text = train_many(tmp_path, [(RANKS, arguments(uninterrupted, cache, *SMALL))])
     assert f"done at step {STEPS}" in text
     assert ((uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)) == before
 
@@ -73,9 +114,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     subprocess.run(["cp", "-r", *map(str, uninterrupted.iterdir()), str(output)], check=True)
     newest, older = list_checkpoints(output / "checkpoints")[:2]
     _flip_a_payload_byte(sorted(newest.glob("shard-*"))[1])
-    code, text = train(RANKS, arguments(output, cache, *SMALL))
     # The lost steps are trained again, but a damaged folder is not overwritten in silence: it is moved aside.
-    assert code == 0, text
+    text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
     assert "rejected" in text
     assert newest.name in text
     assert f"goes on from {older}" in text
@@ -91,8 +131,7 @@ def test_starting_from_another_runs_damaged_checkpoint_leaves_that_run_alone(
     newest, older = list_checkpoints(other / "checkpoints")[:2]
     _flip_a_payload_byte(sorted(newest.glob("shard-*"))[0])
     before = sorted(path.name for path in (other / "checkpoints").iterdir())
-    code, text = train(RANKS, arguments(tmp_path / "new", cache, *SMALL, resume=str(other)))
-    assert code == 0, text
+    text = train_many(tmp_path, [(RANKS, arguments(tmp_path / "new", cache, *SMALL, resume=str(other)))])
     assert f"goes on from {older}" in text
     assert sorted(path.name for path in (other / "checkpoints").iterdir()) == before
     assert _digest(tmp_path / "new") == _digest(uninterrupted)
@@ -140,11 +179,24 @@ def _kill(life: "subprocess.Popen[str]", victim: str) -> None:
     elif victim == "launcher":
         life.kill()
     else:
-        ranks = [p for p in psutil.Process(life.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
-        ranks[0].kill()
+        _rank(life, 1).kill()
     life.wait(timeout=120)
     if life.stdout is not None:
         life.stdout.close()
+
+
+def _ranks(life: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """Return the processes of the ranks that have been started so far, in no order."""
+    found = []
+    for process in psutil.Process(life.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(part.startswith("--local_rank=") for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _rank(life: "subprocess.Popen[str]", rank: int) -> psutil.Process:
+    return next(process for process in _ranks(life) if f"--local_rank={rank}" in process.cmdline())
 
 
 def _digest(output: Path) -> dict[str, list[tuple[str, str]]]:

@@ -128,7 +128,7 @@ def test_steps_come_back_in_order_as_plain_numbers() -> None:
             {"step": step, "is_skipped": False, "note": None},
             {"loss": torch.tensor(0.5 * step), "untaken": torch.tensor([0.25, step]), "one": torch.tensor([3.0])},
         )
-    assert log.flush(WorldOfOne()) == [
+    assert log.flush(WorldOfOne())[0] == [
         {"step": 1, "is_skipped": False, "note": None, "loss": 0.5, "untaken": [0.25, 1.0], "one": [3.0]},
         {"step": 2, "is_skipped": False, "note": None, "loss": 1.0, "untaken": [0.25, 2.0], "one": [3.0]},
     ]
@@ -138,15 +138,15 @@ def test_steps_come_back_in_order_as_plain_numbers() -> None:
 def test_what_is_not_finite_is_none_and_its_neighbours_are_kept(value: float) -> None:
     log = MetricLog()
     log.record({"step": 1}, {"loss": torch.tensor(value), "layers": torch.tensor([1.0, value]), "norm": torch.ones(())})
-    assert log.flush(WorldOfOne()) == [{"step": 1, "loss": None, "layers": [1.0, None], "norm": 1.0}]
+    assert log.flush(WorldOfOne())[0] == [{"step": 1, "loss": None, "layers": [1.0, None], "norm": 1.0}]
 
 
 def test_a_step_is_reported_once() -> None:
     log = MetricLog()
-    assert log.flush(WorldOfOne()) == []
+    assert log.flush(WorldOfOne())[0] == []
     log.record({"step": 1}, {"loss": torch.ones((), requires_grad=True)})
-    assert [record["step"] for record in log.flush(WorldOfOne())] == [1]
-    assert log.flush(WorldOfOne()) == []
+    assert [record["step"] for record in log.flush(WorldOfOne())[0]] == [1]
+    assert log.flush(WorldOfOne())[0] == []
 
 
 def matmul(rows: int, inner: int, columns: int) -> int:
@@ -210,3 +210,24 @@ def test_token_choice_is_counted_as_expert_choice(make_recipe: MakeRecipe, confi
 
 def test_the_peak_of_an_unknown_device_is_unknown() -> None:
     assert peak_flops_per_s(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("wishes", "agreed"), [((False, False), False), ((False, True), True), ((True, True), True)])
+def test_one_rank_that_wants_to_stop_is_heard_by_all(wishes: tuple[bool, bool], agreed: bool) -> None:
+    tables: list[Tensor] = []
+
+    class Listening:
+        def mean(self, values: Tensor) -> Tensor:
+            tables.append(values)
+            return values
+
+    class Speaking:
+        def mean(self, values: Tensor) -> Tensor:
+            return (tables[0] + values) / 2
+
+    for world, wish in ((Listening(), wishes[0]), (Speaking(), wishes[1])):
+        log = MetricLog()
+        log.record({"step": 1}, {"loss": torch.tensor(2.0)})
+        records, heard = log.flush(world, wants_stop=wish)  # type: ignore[arg-type]
+    assert heard is agreed
+    assert records == [{"step": 1, "loss": 2.0}]

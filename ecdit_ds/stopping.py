@@ -1,0 +1,24 @@
+"""Being asked to stop: SIGTERM and SIGUSR1 set a flag, and nothing else.
+
+A scheduler sends them before it takes the machine away. Saving inside a handler would be unsafe, and ranks get the
+signal at different moments or not at all, so the trainer asks the flag where ranks talk anyway.
+"""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        """The first signal that asked; later ones change nothing."""
+
+    def listen(self) -> None:
+        """Take over both signals; until then their default kills, so call this before slow imports."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name

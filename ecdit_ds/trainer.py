@@ -89,13 +89,14 @@ class Trainer:
             if is_checkpoint or progress.step % train.log_every == 0:
                 self.was_stopped = self._report() and not is_last
             if self.was_stopped:
-                self._save(progress, must_succeed=True)
-                self._note(self._farewell(progress))
-                return progress
+                self._save(progress, must_succeed=True)  # first of all: whoever asked may not wait for the rest
             if is_last or progress.step % train.evaluate_every == 0:
                 self._evaluate(progress.step)
             if is_last or progress.step % train.sample_every == 0:
                 self._draw(progress.step)
+            if self.was_stopped:
+                self._note(self._farewell(progress))
+                return progress
             if is_checkpoint and self._save(progress, must_succeed=is_last):
                 saved_step = progress.step
         self._note(f"done at step {progress.step}; newest checkpoint is step_{saved_step}")

@@ -138,6 +138,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype | None) -> list[Any]:
     kind = KINDS[options.only or "all"]
+    if dtype is not None and kind is None:
+        raise ConfigError(f"--dtype {options.dtype}: would round the optimizer's state too; add --only weights or ema")
     if kind is not None:
         _require_kind(source, kind)
     names = [name for name in source.tensors if kind is None or name.startswith(f"{kind}/")]

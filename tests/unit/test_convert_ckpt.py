@@ -197,6 +197,7 @@ def test_a_model_that_lacks_a_tensor_is_not_whole(run: Run, checkpoint: Path, re
     [
         (["--to", "ecdit", "--files", "2", "--tp", "2"], "--files 2"),
         (["--to", "safetensors", "--ep", "2"], "--to safetensors"),
+        (["--to", "ecdit", "--dtype", "fp16"], "add --only weights or ema"),
         (["--to", "ecdit", "--tp", "5"], "5 slices do not divide"),
         (["--to", "ecdit", "--ep", "3"], "3 slices do not divide"),
     ],

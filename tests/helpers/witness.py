@@ -5,16 +5,21 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
+import ecdit_ds
 from ecdit_ds.engine import StepResult
 from ecdit_ds.snapshot import Progress, save_snapshot
 from ecdit_ds.trainer import Trainer
 
+# Not by a folder's name: a clone may be called like the package, and hold the environment too.
+_ROOTS = {module.__name__: Path(module.__path__[0]) for module in (deepspeed, ecdit_ds)}
 HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 """Operators whose result the host must wait for."""
 
@@ -97,7 +102,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def _asker() -> str:
     """Return the innermost function that is ours or DeepSpeed's, as `package: path:name`."""
     for frame in reversed(traceback.extract_stack()):
-        for package in ("deepspeed", "ecdit_ds"):
-            if f"/{package}/" in frame.filename and "/helpers/" not in frame.filename:
-                return f"{package}: {frame.filename.rsplit(f'/{package}/', 1)[1]}:{frame.name}"
+        for package, root in _ROOTS.items():
+            if Path(frame.filename).is_relative_to(root):
+                return f"{package}: {Path(frame.filename).relative_to(root)}:{frame.name}"
     return "elsewhere"

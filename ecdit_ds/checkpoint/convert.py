@@ -6,7 +6,6 @@ renamed to `DST`.
 """
 
 import json
-import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +28,12 @@ from ecdit_ds.checkpoint.manifest import (
     encode_manifest,
     shard_name,
 )
-from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME, Source
+from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME, Source, Tick, parts_of
 from ecdit_ds.checkpoint.streams import TensorFile, TensorFileWriter
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import CheckpointError
 
-PART_BYTES = 32 * 2**20
-"""What is read, cast and written at once."""
 _READ_AHEAD = 2
-Tick = Callable[[int], object]
-"""Called with the bytes that were just written or compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +196,7 @@ def _read_ahead(
     """Yield all parts of all targets in order, while the next ones are being read."""
     waiting: deque[tuple[int, Future[Tensor]]] = deque()
     for index, target in enumerate(targets):
-        for box in _parts(target):
+        for box in parts_of(target.box, target.dtype.itemsize):
             waiting.append((index, readers.submit(_read_part, source, target, box)))
             if len(waiting) > _READ_AHEAD:
                 first, data = waiting.popleft()
@@ -212,18 +207,6 @@ def _read_ahead(
 
 def _read_part(source: Source, target: Target, box: Box) -> Tensor:
     return source.read(target.name, box).to(target.dtype)
-
-
-def _parts(target: Target) -> Iterator[Box]:
-    """Cut a box along its first axis into parts of at most PART_BYTES (or one row)."""
-    if not target.box.shape:
-        yield target.box
-        return
-    (first, *offset), (rows, *shape) = target.box.offset, target.box.shape
-    row_bytes = max(1, math.prod(shape) * target.dtype.itemsize)
-    step = max(1, PART_BYTES // row_bytes)
-    for start in range(0, rows, step):
-        yield Box((first + start, *offset), (min(step, rows - start), *shape))
 
 
 def _finish(

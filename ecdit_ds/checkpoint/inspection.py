@@ -1,17 +1,13 @@
 """What is in a checkpoint, whether it is whole, and how two differ."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.sources import EcditSource, Source
+from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of
 from ecdit_ds.errors import CheckpointError
-
-PART_BYTES = 32 * 2**20
-Tick = Callable[[int], object]
-"""Called with the bytes that were just looked at."""
 
 
 def describe(source: Source) -> list[str]:
@@ -118,14 +114,8 @@ def _compare_names(kind: str, held: dict[str, Any], expected: Mapping[str, tuple
 
 
 def _parts(source: Source, name: str) -> Iterator[Box]:
-    """Cut a tensor along its first axis into parts that memory holds easily."""
-    shape = source.tensors[name][1]
-    if not shape:
-        yield Box((), ())
-        return
-    rows = max(1, PART_BYTES * shape[0] // max(1, _nbytes(source, name)))
-    for start in range(0, shape[0], rows):
-        yield Box((start,) + (0,) * (len(shape) - 1), (min(rows, shape[0] - start), *shape[1:]))
+    dtype, shape = source.tensors[name]
+    return parts_of(Box((0,) * len(shape), shape), dtype.itemsize)
 
 
 def _numel(source: Source, name: str) -> int:

@@ -4,7 +4,8 @@ Names are `kind/parameter`, as in our checkpoints: `weight/blocks.0...`, `ema/..
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ from ecdit_ds.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+PART_BYTES = 32 * 2**20
+"""What is read, compared, cast or written at once."""
+Tick = Callable[[int], object]
+"""Called with the bytes that were just dealt with."""
 SMALL_BYTES = 64 * 2**20
 """Slices up to this size are read once, verified and kept until the next; larger ones are read twice."""
 
@@ -169,6 +174,17 @@ class SafetensorsSource:
         """Return a box of a tensor."""
         file, key = self._where[name]
         return file.read(key, box)
+
+
+def parts_of(box: Box, itemsize: int) -> Iterator[Box]:
+    """Cut a box along its first axis into parts of at most PART_BYTES (or one row)."""
+    if not box.shape:
+        yield box
+        return
+    (first, *offset), (rows, *shape) = box.offset, box.shape
+    step = max(1, PART_BYTES // max(1, math.prod(shape) * itemsize))
+    for start in range(0, rows, step):
+        yield Box((first + start, *offset), (min(step, rows - start), *shape))
 
 
 def open_source(path: Path) -> EcditSource | SafetensorsSource:

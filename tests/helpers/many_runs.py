@@ -21,9 +21,10 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's 
 import torch.utils.tensorboard  # noqa: F401
 
 import ecdit_ds.build
+import ecdit_ds.trainer
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
 from ecdit_ds.train import main
-from tests.helpers.witness import WitnessedTrainer
+from tests.helpers.witness import WitnessedSaver, WitnessedTrainer
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -71,4 +72,5 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     ecdit_ds.build.Trainer = WitnessedTrainer  # type: ignore[misc]
+    ecdit_ds.trainer.Saver = WitnessedSaver  # type: ignore[misc]
     sys.exit(next(filter(None, map(train_wave, json.loads(Path(sys.argv[1]).read_text()))), 0))

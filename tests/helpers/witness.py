@@ -3,10 +3,10 @@
 import json
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
+from ecdit_ds.checkpoint.storage import save_checkpoint
 from ecdit_ds.engine import StepResult
-from ecdit_ds.snapshot import Progress, save_snapshot
+from ecdit_ds.saver import Saver
+from ecdit_ds.snapshot import Progress, meta_of, pieces_of
 from ecdit_ds.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
@@ -24,26 +26,46 @@ HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "
 """Operators whose result the host must wait for."""
 
 
+class WitnessedSaver(Saver):
+    """Saves as ever, and notes what its collectives move."""
+
+    collective_dtypes: ClassVar[set[str]] = set()
+
+    def start(self, progress: Progress) -> None:
+        self._watched(lambda: super(WitnessedSaver, self).start(progress))
+
+    def finish(self) -> None:
+        self._watched(super().finish)
+
+    def save_last(self, progress: Progress, *, read_back: bool) -> None:
+        self._watched(lambda: super(WitnessedSaver, self).save_last(progress, read_back=read_back))
+
+    def _watched(self, save: Callable[[], None]) -> None:
+        with _Operators() as operators:
+            save()
+        WitnessedSaver.collective_dtypes |= operators.collective_dtypes
+
+
 class WitnessedTrainer(Trainer):
     """Trains as ever."""
 
-    def fit(self, progress: Progress) -> Progress:
+    def fit(self, progress: Progress) -> bool:
         """Also save what was loaded, under `loaded/`, and write `rank_R.json` at the end."""
         self._run = self._given.checkpoints.parent
         self._grad_norms: list[float] = []
         self._host_waits: list[Counter[str]] = []
-        self._save_dtypes: set[str] = set()
         if progress.step:
-            save_snapshot(self._run / "loaded", self.engine, progress, self.recipe, 2, self.world)
-        progress = super().fit(progress)
+            meta = meta_of(progress, self.recipe)
+            save_checkpoint(self._run / "loaded", progress.step, pieces_of(self.engine), meta, self.world)
+        was_stopped = super().fit(progress)
         seen = {
             "grad_norms": self._grad_norms,
             "uncut_weights": dict(self._uncut_weights()),
             "host_waits": self._host_waits,
-            "save_dtypes": sorted(self._save_dtypes),
+            "save_dtypes": sorted(WitnessedSaver.collective_dtypes),
         }
         (self._run / f"rank_{self.world.rank}.json").write_text(json.dumps(seen))
-        return progress
+        return was_stopped
 
     def _step(self, micro_batches: Any, step: int) -> StepResult:
         # Watching is slow, and ZeRO-3 compares notes in its first steps only.
@@ -60,12 +82,6 @@ class WitnessedTrainer(Trainer):
             super()._record(*arguments)
         if isinstance(seen, _Operators):
             self._host_waits[-1].update(seen.host_waits)
-
-    def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
-        with _Operators() as operators:
-            saved = super()._save(progress, must_succeed=must_succeed)
-        self._save_dtypes |= operators.collective_dtypes
-        return saved
 
     def _uncut_weights(self) -> Iterator[tuple[str, str]]:
         for fragment in self.engine.fragments():

@@ -7,6 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +45,34 @@ def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> 
     return process.returncode, output
 
 
-def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> str:
-    """Train all runs, (ranks, arguments of train.py), from one warm process; return their output, or fail with it.
+@dataclass(frozen=True)
+class Planned:
+    """A run of `train_many`."""
+
+    ranks: int
+    arguments: list[str]
+    """Of train.py."""
+    environment: dict[str, str] = field(default_factory=dict)
+    codes: tuple[int, ...] = (0,)
+    """How its ranks may end; -N is by signal N."""
+
+
+def train_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> str:
+    """Train all runs from one warm process; return their output, or fail with it.
 
     A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
     """
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps(waves))
-    code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)]))
+    code, output = finish(start_many(folder, *waves))
     assert code == 0, output
     return output
+
+
+def start_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> subprocess.Popen[str]:
+    """Start what `train_many` waits for."""
+    plan = folder / f"plan-{time.monotonic_ns()}.json"
+    planned = [[run if isinstance(run, Planned) else Planned(*run) for run in wave] for wave in waves]
+    plan.write_text(json.dumps([[asdict(run) for run in wave] for wave in planned]))
+    return _start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)])
 
 
 def train(ranks: int, arguments: list[str]) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """A trainer that writes down what its own rank saw; metrics.jsonl has only what all ranks together saw."""
 
 import json
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,14 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
+from ecdit_ds.build import _Transform
 from ecdit_ds.checkpoint.storage import save_checkpoint
+from ecdit_ds.data.encode import Samples
 from ecdit_ds.engine import StepResult
+from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.saver import Saver
 from ecdit_ds.snapshot import Progress, meta_of, pieces_of
 from ecdit_ds.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
 _ROOTS = {module.__name__: Path(module.__path__[0]) for module in (deepspeed, ecdit_ds)}
+SAMPLES_FILE = "WITNESS_SAMPLES"
+"""Environment variable: where the samples that are trained on are written down; unset, nowhere."""
 HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 """Operators whose result the host must wait for."""
 
@@ -88,6 +94,16 @@ class WitnessedTrainer(Trainer):
             if not fragment.shard.is_cut_by_tp:
                 weight = fragment.states["weight"]
                 yield f"{fragment.name} {fragment.start}", xxh3_64_hexdigest(weight.numpy().tobytes())
+
+
+class WitnessedTransform(_Transform):
+    """Makes batches as ever, and writes down which samples they are of."""
+
+    def __call__(self, samples: Samples) -> FlowBatch:
+        line = json.dumps([int(os.environ["RANK"]), samples.stream_index_B.tolist()])
+        with open(os.environ[SAMPLES_FILE], "a", encoding="ascii") as file:
+            file.write(f"{line}\n")
+        return super().__call__(samples)
 
 
 class _Operators(TorchDispatchMode):

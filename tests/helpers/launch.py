@@ -19,9 +19,7 @@ SECONDS_AT_MOST = 540
 
 def start(ranks: int, script: Path, arguments: list[str]) -> subprocess.Popen[str]:
     """Start `deepspeed --num_gpus ranks script arguments`, in a process group of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = Path(sys.executable).with_name("deepspeed")
     flags = ["--num_gpus", str(ranks), "--master_port", str(port)]
     return _start([sys.executable, str(launcher), *flags, str(script), *arguments])
@@ -55,6 +53,21 @@ class Planned:
     environment: dict[str, str] = field(default_factory=dict)
     codes: tuple[int, ...] = (0,)
     """How its ranks may end; -N is by signal N."""
+
+
+def finish_group(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait until all that hold the output have ended, though the launcher may have died first; as `finish`."""
+    assert process.stdout is not None
+    output = process.stdout.read()  # ends when nobody can write any more
+    return process.wait(), output
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def train_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> str:

@@ -9,7 +9,6 @@ what every run leaves, `OUTPUT/rank_R.json` tells what rank R saw.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ import ecdit_ds.trainer
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.train import main
+from tests.helpers.launch import free_port
 from tests.helpers.witness import SAMPLES_FILE, WitnessedSaver, WitnessedTrainer, WitnessedTransform
 
 CORES = len(os.sched_getaffinity(0))
@@ -37,7 +37,7 @@ def train_wave(waiting: list[dict[str, Any]]) -> int:
     running: dict[int, dict[str, Any]] = {}
     while waiting or running:
         while waiting and (not running or len(running) + waiting[0]["ranks"] <= CORES):
-            run, port = waiting.pop(0), _free_port()
+            run, port = waiting.pop(0), free_port()
             running |= {_fork(rank, run, port): run for rank in range(run["ranks"])}
         process, status = os.wait()
         run, code = running.pop(process), os.waitstatus_to_exitcode(status)
@@ -70,13 +70,6 @@ def _fork(rank: int, run: dict[str, Any], port: int) -> int:
     finally:
         sys.stdout.flush()
         os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

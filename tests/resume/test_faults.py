@@ -34,7 +34,20 @@ SMALL = (
 )  # fmt: skip
 KILLED_OR_ALONE = (-signal.SIGKILL, ExitCode.TRY_AGAIN)
 STOPS = sorted(random.Random(9).sample(range(1, STEPS), 5))
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_v1"
+GOLDEN_LOSSES = [1.8126648664474487, 1.8873213529586792]
+"""Of steps 4 and 5, as the release that wrote it trained them."""
 SAME = ("step", "samples_seen", "loss", "grad_norm", "learning_rate")
+
+
+def golden_arguments(root: Path) -> list[str]:
+    """Return train.py's arguments to go on from the stored checkpoint."""
+    changes = (
+        *SMALL_MODEL, "model.hidden_size=16", "model.num_heads=1", "model.num_kv_heads=1", "model.cross_num_heads=1",
+        "model.ffn_hidden_size=16", "model.num_experts=2", "train.max_steps=5", "train.checkpoint_every=3",
+        "train.log_every=1", "parallel.ep=2", "data.num_heldout=8",
+    )  # fmt: skip
+    return arguments(root / "golden", root / "cache", *changes, resume=str(GOLDEN))
 
 
 class Lives:
@@ -72,6 +85,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         lives.life("hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,),
                    "train.save_timeout_minutes=0.03"),
         lives.life("back to back", "delay=0.1@mid-shard", (0,), "train.checkpoint_every=1"),
+        Planned(2, golden_arguments(root)),
         lives.life("anchored", "", (0,), "train.keep_every=6"),
         lives.life("thrice", "kill@step,step=4", KILLED_OR_ALONE, environment=samples["thrice"]),
         *(lives.life(f"loser {fault}", f"{fault}@step,step=8,rank=1", (code, ExitCode.TRY_AGAIN))
@@ -228,6 +242,12 @@ def test_training_outlives_a_disk_without_room_and_a_closed_terminal(story: tupl
     assert run.wait(timeout=120) == 0
     assert "step_3" not in {path.name for path in (output / "checkpoints").iterdir()}
     assert_same(output, root / "reference")
+
+
+def test_a_checkpoint_of_the_first_format_still_goes_on_with_the_losses_of_its_day(story: tuple[Path, str]) -> None:
+    root, _ = story
+    assert [m["step"] for m in metrics_of(root / "golden")] == [4, 5]
+    assert [m["loss"] for m in metrics_of(root / "golden")] == pytest.approx(GOLDEN_LOSSES, rel=1e-5)
 
 
 def _wait_for_stopped(output: Path) -> psutil.Process:

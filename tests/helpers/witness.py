@@ -16,18 +16,21 @@ from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
 from ecdit_ds.build import _Transform
+from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import save_checkpoint
 from ecdit_ds.data.encode import Samples
 from ecdit_ds.engine import StepResult
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress, meta_of, pieces_of
+from ecdit_ds.snapshot import Progress, load_snapshot, meta_of, pieces_of
 from ecdit_ds.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
 _ROOTS = {module.__name__: Path(module.__path__[0]) for module in (deepspeed, ecdit_ds)}
 SAMPLES_FILE = "WITNESS_SAMPLES"
 """Environment variable: where the samples that are trained on are written down; unset, nowhere."""
+SOURCES = "WITNESS_SOURCES"
+"""Environment variable: JSON list of [name, checkpoint] to go on from, one after the other, in the same process."""
 HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 """Operators whose result the host must wait for."""
 
@@ -56,22 +59,37 @@ class WitnessedTrainer(Trainer):
     """Trains as ever."""
 
     def fit(self, progress: Progress) -> bool:
-        """Also save what was loaded, under `loaded/`, and write `rank_R.json` at the end."""
+        """Also go on from each checkpoint of SOURCES, and write `rank_R.json` at the end."""
         self._run = self._given.checkpoints.parent
         self._grad_norms: list[float] = []
         self._host_waits: list[Counter[str]] = []
-        if progress.step:
-            meta = meta_of(progress, self.recipe)
-            save_checkpoint(self._run / "loaded", progress.step, pieces_of(self.engine), meta, self.world)
         was_stopped = super().fit(progress)
         seen = {
             "grad_norms": self._grad_norms,
             "uncut_weights": dict(self._uncut_weights()),
             "host_waits": self._host_waits,
             "save_dtypes": sorted(WitnessedSaver.collective_dtypes),
+            "courses": {
+                name: self._course_from(name, Path(path)) for name, path in json.loads(os.environ.get(SOURCES, "[]"))
+            },
         }
         (self._run / f"rank_{self.world.rank}.json").write_text(json.dumps(seen))
         return was_stopped
+
+    def _course_from(self, name: str, source: Path) -> dict[str, list[float]]:
+        """Load a checkpoint, save what was loaded under `loaded/NAME`, and train to the end from there."""
+        progress = load_snapshot(Reader(source), self.engine)
+        self.engine.restored(progress.num_updates)
+        meta = meta_of(progress, self.recipe)
+        save_checkpoint(self._run / "loaded" / name, progress.step, pieces_of(self.engine), meta, self.world)
+        results = [
+            Trainer._step(self, micro_batches, progress.step + done)
+            for done, micro_batches in enumerate(self._batches(progress))
+        ]
+        return {
+            "loss": [float(self.world.mean(result.loss)) for result in results],
+            "grad_norm": [float(result.grad_norm) for result in results],
+        }
 
     def _step(self, micro_batches: Any, step: int) -> StepResult:
         # Watching is slow, and ZeRO-3 compares notes in its first steps only.

@@ -30,6 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 PART_BYTES = 4 * 2**20
 """What is read, compared, cast or written at once: little enough to stay in a processor's cache on the way."""
+_KIND = re.compile(r"[a-z][a-z0-9_]*")
 Tick = Callable[[int], object]
 """Called with the bytes that were just dealt with."""
 
@@ -133,7 +134,7 @@ class SafetensorsSource:
         for key, is_right, wanted in (
             ("step", type(step) is int and 0 <= step < 2**63, "a whole number from 0 on"),
             ("meta", isinstance(meta, dict), "an object"),
-            ("kind", isinstance(kind, str), "text, such as ema"),
+            ("kind", isinstance(kind, str) and _KIND.fullmatch(kind), "a name, such as ema"),
         ):
             if not is_right:
                 raise CheckpointError(f"{folder / CONFIG_NAME}: {key} is {config.get(key)!r}, not {wanted}")
@@ -218,7 +219,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[in
     for name, (_, shape) in tensors.items():
         kind, _, parameter = name.partition("/")
         is_told = parameter.isprintable() and parameter not in ("", "__metadata__")
-        if not (is_told and re.fullmatch(r"[a-z][a-z0-9_]*", kind)):
+        if not (is_told and _KIND.fullmatch(kind)):
             raise CheckpointError(f"{path}: tensor name {name!r} is not of the form kind/parameter, as ema/a.weight")
         try:
             check_shape(name, shape)

@@ -254,8 +254,8 @@ def test_a_streamed_file_is_read_by_the_library_and_the_other_way_round(tmp_path
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [false, 4]}}',
         '{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 73786976294838206464]}}',
-        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "U8", "shape": [0, 9999999999999999999], '
-        '"data_offsets": [4, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": '
+        '{"dtype": "U8", "shape": [0, 9999999999999999999], "data_offsets": [4, 4]}}',
         '{"a": 3}', "[]", "{", "\\xff",
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A conversion shares its folder with nobody, survives a kill, follows no link, and touches nothing that is not its own."""
+"""A conversion shares its folder with nobody, survives a kill, follows no link, and touches only what is its own."""
 
 import os
 import shutil

@@ -4,6 +4,8 @@ import os
 from io import FileIO
 from pathlib import Path
 
+_WRITE_BYTES = 2**20  # a page cache that takes 4 MiB at once may take them ten times as long (docs/LOG.md)
+
 
 def put_on_disk(path: Path) -> None:
     """Return once a file's content, or a folder's entries, are on the disk."""
@@ -24,7 +26,7 @@ def write_all(file: FileIO, content: bytes | memoryview) -> None:
     """Write all of `content`, however little the system takes at once."""
     left = memoryview(content)
     while left:
-        left = left[file.write(left[: 2**30]) :]
+        left = left[file.write(left[:_WRITE_BYTES]) :]
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -24,6 +24,8 @@ from ecdit_ds.errors import CheckpointError
 
 CHUNK_BYTES = 4 * 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself accepts
+_WRITE_OUT_BYTES = 64 * 2**20
+"""After each, the disk is told to begin, so that it works while the next are read and little is left for the end."""
 _CODES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -188,7 +190,7 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the library writes it
         self._head, self._left = len(text).to_bytes(8, "little") + text, begin
-        self._file = open_new(path)
+        self._file, self._begun = open_new(path), 0
         write_all(self._file, self._head)
 
     @property
@@ -200,6 +202,10 @@ class TensorFileWriter:
         values = _bytes_of(data.contiguous())
         write_all(self._file, values)
         self._left -= len(values)
+        position = self._file.tell()
+        if position - self._begun >= _WRITE_OUT_BYTES:
+            os.posix_fadvise(self._file.fileno(), self._begun, position - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = position
         return values
 
     def close(self) -> int:

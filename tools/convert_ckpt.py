@@ -96,17 +96,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and turn what a user can get wrong into one line; return the exit code."""
-    options = argparse.Namespace()
+    options = argparse.Namespace(command="")
     try:
         options = parse_arguments(arguments)
         return int(options.run(options))
     except EcditError as error:
         print(_one_line(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
-    except KeyboardInterrupt:
-        has_begun = "destination" in options and partial_of(options.destination).is_dir()
-        goes_on = "; the same command goes on from there" if has_begun else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
+    except OSError as error:
+        print(_one_line(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return ExitCode.INTERRUPTED
 
 
@@ -165,7 +166,7 @@ def _check_apart(source: Path, destination: Path) -> None:
         raise ConfigError(f"{destination}: is the source itself; choose another destination")
     if new.is_relative_to(held):
         raise ConfigError(f"{destination}: lies in the source, {source}; choose a destination beside it")
-    if new.name and held.is_relative_to(partial_of(new)):
+    if held.is_relative_to(partial_of(new)):
         raise ConfigError(f"{source}: lies in {partial_of(destination)}, where the conversion would work; move it")
 
 
@@ -216,7 +217,9 @@ def _told_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except EcditError as error:
-        raise error if str(error).startswith(str(folder)) else CheckpointError(f"{folder}: {error}") from None
+        raise (
+            error if str(error).startswith((f"{folder}/", f"{folder}:")) else CheckpointError(f"{folder}: {error}")
+        ) from None
 
 
 def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:

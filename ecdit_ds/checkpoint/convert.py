@@ -227,11 +227,15 @@ def _read_ahead(
         yield index, data.result()
 
 
-def _read_part(source: Source, target: Target, box: Box) -> Tensor:
+def _read(source: Source, name: str, box: Box) -> Tensor:
     try:
-        held = source.read(target.name, box)
+        return source.read(name, box)
     except OSError as error:  # else the destination would be blamed
-        raise CheckpointError(f"{error.filename or target.name}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_part(source: Source, target: Target, box: Box) -> Tensor:
+    held = _read(source, target.name, box)
     cast = held.to(target.dtype)
     if held.dtype != cast.dtype and _num_overflows(held, cast):
         raise _overflow(source, target)
@@ -248,7 +252,7 @@ def _overflow(source: Source, target: Target) -> CheckpointError:
     held, shape = source.tensors[target.name]
     count, largest = 0, 0.0
     for part in parts_of(Box((0,) * len(shape), shape), held.itemsize):
-        data = source.read(target.name, part)
+        data = _read(source, target.name, part)
         count += _num_overflows(data, data.to(target.dtype))
         largest = max(largest, float(data[data.isfinite()].abs().double().amax()) if data.isfinite().any() else 0.0)
     name, limit = _dtype_name(target.dtype), torch.finfo(target.dtype).max

@@ -66,7 +66,7 @@ class Workspace:
 
 def partial_of(destination: Path) -> Path:
     """Return where a conversion to `destination` works."""
-    return destination.with_name(f"{destination.name}.partial")
+    return destination.parent / f"{destination.name}.partial"
 
 
 @contextmanager
@@ -92,6 +92,10 @@ def workspace(destination: Path, names: Collection[str]) -> Iterator[Workspace]:
             _clear(space, names)
             try:
                 yield space
+            except KeyboardInterrupt:
+                # Only where it is true: whoever reads this acts on it.
+                has_some = any(space.folder.glob("*.note")) and not os.path.lexists(destination)
+                raise KeyboardInterrupt(*(["the same command goes on from there"] if has_some else [])) from None
             finally:
                 with suppress(OSError):
                     _remove_if_empty(space)

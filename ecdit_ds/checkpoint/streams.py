@@ -204,6 +204,7 @@ class TensorFileWriter:
         self._left -= len(values)
         position = self._file.tell()
         if position - self._begun >= _WRITE_OUT_BYTES:
+            # The pages are not written yet, so Linux keeps them, and starts to write them.
             os.posix_fadvise(self._file.fileno(), self._begun, position - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = position
         return values

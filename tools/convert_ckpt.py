@@ -96,6 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and turn what a user can get wrong into one line; return the exit code."""
+    torch.set_num_threads(1)  # parts are small: several threads would wait for one another longer than they work
     options = argparse.Namespace(command="")
     try:
         options = parse_arguments(arguments)

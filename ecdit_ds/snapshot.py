@@ -5,6 +5,7 @@ layout wrote them and whatever layout reads them.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
 from ecdit_ds.engine import DeepSpeedEngine
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import recipe_from_dict
+
+_READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +54,12 @@ def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
     Raises:
         CheckpointError: damage, or a tensor the checkpoint lacks or has in another shape.
     """
-    for fragment in engine.fragments():
-        stop = fragment.start + next(iter(fragment.states.values())).numel()
-        for state_name, values in fragment.states.items():
-            name = f"{state_name}/{fragment.name}"
-            reader.expect(name, fragment.shard.global_shape)
-            for box, at in flat_range_boxes(fragment.local_shape, fragment.start, stop):
-                view = values.narrow(0, at, box.numel).view(box.shape)
-                reader.read_into(name, shifted(box, fragment.shard.offset), view)
+    pieces = list(_pieces_held(engine, of_others=True))
+    for piece in pieces:
+        reader.expect(piece.name, piece.global_shape)
+    with ThreadPoolExecutor(_READERS) as readers:  # a disk is fastest with some requests waiting
+        for _ in readers.map(lambda piece: reader.read_into(piece.name, piece.box, piece.data), pieces):
+            pass
     return progress_of(reader)
 
 
@@ -94,8 +95,13 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
 
 def pieces_of(engine: DeepSpeedEngine) -> Iterator[Piece]:
     """Yield what this rank writes: views of the engine's state, in global coordinates."""
+    return _pieces_held(engine, of_others=False)
+
+
+def _pieces_held(engine: DeepSpeedEngine, *, of_others: bool) -> Iterator[Piece]:
+    """Yield what this rank holds, with or without what another one writes."""
     for fragment in engine.fragments():
-        if not fragment.is_written_here:
+        if not (fragment.is_written_here or of_others):
             continue
         stop = fragment.start + next(iter(fragment.states.values())).numel()
         for state_name, values in fragment.states.items():

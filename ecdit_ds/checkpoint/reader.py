@@ -1,33 +1,23 @@
 """Reading a checkpoint: any box of any global tensor, whatever cut wrote it, and never an unchecked byte.
 
-Files are memory-mapped through safetensors (nothing is unpickled) and a slice is compared with its checksum when it is
-first touched, before anything of it is copied out.
+Files are read by position, not mapped: a page fault costs more than the copy, and nothing stays resident. Where a box
+holds whole slices, as on the layout that wrote them, their bytes go straight to their place.
 """
 
 import difflib
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import (
-    DTYPES,
-    MANIFEST_NAME,
-    StoredSlice,
-    StoredTensor,
-    header_xxh3,
-    list_checkpoints,
-    read_manifest,
-    tensor_xxh3,
-)
+from ecdit_ds.checkpoint.boxes import Box, shifted
+from ecdit_ds.checkpoint.manifest import DTYPES, MANIFEST_NAME, StoredTensor, list_checkpoints
+from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.errors import CheckpointError
 
 
 class Reader:
-    """One checkpoint, open for reading; files are mapped when first needed and stay mapped with the Reader.
+    """One checkpoint, open for reading by any number of threads.
 
     Args:
         folder: a `step_N` folder.
@@ -37,10 +27,8 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        self._open_files: dict[str, Any] = {}
-        self._verified: set[tuple[str, str]] = set()
+        self._slices = CheckedSlices(folder)
+        self.folder, self.manifest = folder, self._slices.manifest
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that the checkpoint holds tensor `name` with this global shape.
@@ -58,8 +46,8 @@ class Reader:
     def read_into(self, name: str, box: Box, out: Tensor) -> None:
         """Copy a box of a global tensor into `out`, converting from the stored dtype.
 
-        Only slices that share an element with the box are touched; each is verified before the first copy from it.
-        After an error `out` may be filled in part, with verified data only.
+        Only slices that share an element with the box are touched, and each is compared with its checksum. After an
+        error `out` must not be used.
 
         Args:
             name: of the global tensor.
@@ -77,10 +65,14 @@ class Reader:
         self._check_request(name, stored, box, out.dtype)
         for cut in stored.slices:
             common = cut.box.intersect(box)
-            if common is not None:
-                source = self._verified_data(stored, cut)[common.within(cut.box.offset)]
-                with torch.no_grad():
-                    out[common.within(box.offset)].copy_(source)
+            if common is None:
+                continue
+            into = out.detach()[common.within(box.offset)]
+            if common == cut.box and into.is_contiguous() and into.is_cpu and into.dtype == DTYPES[stored.dtype]:
+                self._slices.read_slice_into(stored, cut, into)
+            else:
+                local = shifted(common, tuple(-start for start in cut.box.offset))
+                into.copy_(self._slices.read_slice(stored, cut, local))
 
     def verify(self) -> None:
         """Check every byte of the checkpoint.
@@ -89,10 +81,10 @@ class Reader:
             CheckpointError: naming the first damaged file.
         """
         for file in sorted(self.manifest.files):
-            self._open(file)
+            self._slices.open_file(file)
         for stored in self.manifest.tensors.values():
             for cut in stored.slices:
-                self._verified_data(stored, cut)
+                self._slices.verify_slice(stored, cut)
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self.manifest.tensors:
@@ -114,43 +106,6 @@ class Reader:
         held = DTYPES[stored.dtype]
         if held != dtype and not (held.is_floating_point and dtype.is_floating_point):
             raise CheckpointError(f"{where} is {held}, which does not convert to {dtype}; read it as {held}")
-
-    def _verified_data(self, stored: StoredTensor, cut: StoredSlice) -> Tensor:
-        path = self.folder / cut.file
-        file = self._open(cut.file)
-        try:
-            data: Tensor = file.get_tensor(cut.key)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: {_one_line(error)}; use an older checkpoint") from None
-        if (cut.file, cut.key) in self._verified:
-            return data
-        if data.dtype != DTYPES[stored.dtype] or tuple(data.shape) != cut.box.shape:
-            raise CheckpointError(
-                f"{path}: {cut.key} is {data.dtype} {list(data.shape)}, the manifest says {stored.dtype} "
-                f"{list(cut.box.shape)}; use an older checkpoint"
-            )
-        actual = tensor_xxh3(data)
-        if actual != cut.xxh3:
-            raise CheckpointError(
-                f"{path}: {cut.key} has checksum {actual}, recorded {cut.xxh3}: damaged; use an older checkpoint"
-            )
-        self._verified.add((cut.file, cut.key))
-        return data
-
-    def _open(self, name: str) -> Any:
-        if name not in self._open_files:
-            path = self.folder / name
-            try:
-                actual, recorded = header_xxh3(path), self.manifest.files[name].header_xxh3
-                if actual != recorded:
-                    raise CheckpointError(
-                        f"{path}: header has checksum {actual}, recorded {recorded}: damaged; use an older checkpoint"
-                    )
-                self._open_files[name] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError, RuntimeError) as error:
-                told = _one_line(error)
-                raise CheckpointError(f"{path}: cannot be opened: {told}; use an older checkpoint") from None
-        return self._open_files[name]
 
 
 def newest_valid(root: Path, thorough: bool = False) -> tuple[Reader | None, list[str]]:
@@ -182,7 +137,3 @@ def newest_valid(root: Path, thorough: bool = False) -> tuple[Reader | None, lis
             "restore one, or move them away to start afresh"
         )
     return None, []
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -18,11 +18,9 @@ from ecdit_ds.checkpoint.boxes import Box, shifted
 from ecdit_ds.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
-    StoredSlice,
-    StoredTensor,
     encode_manifest,
-    read_manifest,
 )
+from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.checkpoint.streams import TensorFile, check_shape
 from ecdit_ds.errors import CheckpointError
 
@@ -57,19 +55,13 @@ class Source(Protocol):
         ...
 
 
-class EcditSource:
-    """Our own format.
-
-    Raises:
-        CheckpointError: as `read_manifest`; reading raises it for damage, naming the file.
-    """
+class EcditSource(CheckedSlices):
+    """Our own format."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+        super().__init__(folder)
         self.step, self.meta = self.manifest.step, self.manifest.meta
         self.tensors = {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self.manifest.tensors.items()}
-        self._files: dict[str, TensorFile] = {}
-        self._verified: set[tuple[str, str]] = set()
         _check_tensors(folder / MANIFEST_NAME, self.tensors)
 
     @property
@@ -83,40 +75,12 @@ class EcditSource:
         for cut in stored.slices:
             common = cut.box.intersect(box)
             if common is not None:
-                self.verify_slice(stored, cut)
-                found = self._files[cut.file].read(cut.key, shifted(common, tuple(-start for start in cut.box.offset)))
+                found = self.read_slice(stored, cut, shifted(common, tuple(-start for start in cut.box.offset)))
                 if common == box:
                     return found
                 out = torch.empty(box.shape, dtype=found.dtype) if out is None else out
                 out[common.within(box.offset)] = found
         return torch.empty(box.shape, dtype=DTYPES[stored.dtype]) if out is None else out
-
-    def verify_slice(self, stored: StoredTensor, cut: StoredSlice) -> None:
-        """Compare a slice with its checksum, once, without holding it."""
-        if (cut.file, cut.key) in self._verified:
-            return
-        path, file = self.folder / cut.file, self.open_file(cut.file)
-        found = file.entries.get(cut.key)
-        if found is None or (found.dtype, found.shape) != (DTYPES[stored.dtype], cut.box.shape):
-            raise CheckpointError(f"{path}: {cut.key} is not what the manifest says; use another checkpoint")
-        actual = file.xxh3(cut.key)
-        if actual != cut.xxh3:
-            raise CheckpointError(
-                f"{path}: {cut.key} has checksum {actual}, recorded {cut.xxh3}: damaged; use another checkpoint"
-            )
-        self._verified.add((cut.file, cut.key))
-
-    def open_file(self, name: str) -> TensorFile:
-        """Return one of the checkpoint's files, its header compared with its checksum."""
-        if name not in self._files:
-            file, recorded = TensorFile(self.folder / name), self.manifest.files[name].header_xxh3
-            if file.header_xxh3 != recorded:
-                raise CheckpointError(
-                    f"{file.path}: header has checksum {file.header_xxh3}, recorded {recorded}: damaged; "
-                    "use another checkpoint"
-                )
-            self._files[name] = file
-        return self._files[name]
 
 
 class SafetensorsSource:

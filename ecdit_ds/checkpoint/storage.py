@@ -252,15 +252,12 @@ def _read_back(path: Path, shard: dict[str, Any]) -> None:
     finally:
         os.close(descriptor)
     file = TensorFile(path)
-    try:
-        for cut in shard["slices"]:
-            if (actual := file.xxh3(cut["key"])) != cut["xxh3"]:
-                raise CheckpointError(
-                    f"{path}: {cut['key']} reads back with checksum {actual}, written {cut['xxh3']}: the disk or the "
-                    "memory may be failing"
-                )
-    finally:
-        file.close()
+    for cut in shard["slices"]:
+        if (actual := file.xxh3(cut["key"])) != cut["xxh3"]:
+            raise CheckpointError(
+                f"{path}: {cut['key']} reads back with checksum {actual}, written {cut['xxh3']}: the disk or the "
+                "memory may be failing"
+            )
 
 
 def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Manifest:

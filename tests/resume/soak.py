@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -65,8 +66,10 @@ def main() -> int:
 def soak(root: Path, kills: int, draws: random.Random) -> dict[str, object]:
     """Kill `kills` times and return what was seen."""
     began = time.monotonic()
+    live(root / "warm up", 0.0, None)  # makes the data, once
+    middle = time.monotonic()
     live(root / "reference", 0.0, None)
-    whole_life = time.monotonic() - began
+    whole_life = time.monotonic() - middle
     hits: Counter[str] = Counter()
     rounds, published = 0, 0
     with tqdm(total=kills, unit="kill", disable=None) as bar:
@@ -82,7 +85,10 @@ def soak(root: Path, kills: int, draws: random.Random) -> dict[str, object]:
                 continue
             hits[where(output)] += 1
             hits[f"killed {victim}"] += 1
-            bar.update()
+            bar.n += 1
+            bar.refresh()
+            if bar.disable and bar.n % 10 == 0:
+                print(f"{bar.n} kills, {rounds} runs compared, {dict(hits)}", flush=True)
     while not live(root / f"round_{rounds}", 0.0, None):
         pass
     compare(root / f"round_{rounds}", root / "reference")
@@ -108,11 +114,15 @@ def live(output: Path, moment: float, victim: str | None) -> bool:
 
 
 def _kill(run: "subprocess.Popen[str]", victim: str) -> None:
-    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if f"--local_rank={victim[-1]}" in p.cmdline()]
     if victim == "everything":
         os.killpg(run.pid, signal.SIGKILL)
-    else:
-        (ranks[0] if ranks else psutil.Process(run.pid)).kill()  # before there are ranks: the launcher
+        return
+    for process in psutil.Process(run.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it may be ending by itself
+            if f"--local_rank={victim[-1]}" in process.cmdline():
+                process.kill()
+                return
+    run.kill()  # there are no ranks yet, or the launcher is the victim
 
 
 def check_newest(output: Path, at_least: int) -> int:

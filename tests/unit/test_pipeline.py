@@ -49,7 +49,7 @@ def damage(checkpoint: Path) -> Path:
     """Flip one bit of the averaged weights and return the file."""
     (shard,) = checkpoint.glob("*.safetensors")
     data = bytearray(shard.read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first tensor's first byte; `ema/` comes before `weight/`
+    data[-1] ^= 1  # the last tensor's last byte; `ema/` comes after `weight/`
     shard.write_bytes(bytes(data))
     return shard
 

@@ -8,8 +8,9 @@ own, one for each file's header, one for each slice's data. Checksums find damag
 import json
 import operator
 import re
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: naming the file and what is wrong with it.
     """
     path = folder / MANIFEST_NAME
+    require_plain_file(path)
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -161,7 +163,19 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def require_plain_file(path: Path) -> None:
+    """Refuse a pipe or a device, from which reading might never end; what cannot be seen is found by opening it.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    with suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: is no plain file; use another checkpoint")
+
+
 def _check_size(path: Path, size_bytes: int) -> None:
+    require_plain_file(path)
     try:
         found_bytes = path.stat().st_size
     except OSError as error:

@@ -19,6 +19,7 @@ from ecdit_ds.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
     encode_manifest,
+    require_plain_file,
 )
 from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.checkpoint.streams import TensorFile, check_shape
@@ -166,6 +167,7 @@ def open_source(path: Path) -> EcditSource | SafetensorsSource:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    require_plain_file(path)
     try:
         content = json.loads(path.read_bytes())
         json.dumps(content, allow_nan=False)

@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.manifest import require_plain_file
 from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import CheckpointError
 
@@ -57,6 +58,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require_plain_file(path)
         with self._open() as file:
             status = os.fstat(file.fileno())
             self.size_bytes, self.modified_ns = status.st_size, status.st_mtime_ns

@@ -34,6 +34,12 @@ SMALL = (
 )  # fmt: skip
 KILLED_OR_ALONE = (-signal.SIGKILL, ExitCode.TRY_AGAIN)
 STOPS = sorted(random.Random(9).sample(range(1, STEPS), 5))
+RESIZED = ((4, 4), (2, 4), (1, 4), (4, 2))
+"""(ranks, ranks that wrote the checkpoint)"""
+LONG = 100
+LOSSES = (
+    ("kill", -signal.SIGKILL), ("segfault", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("exit=137", 137),
+)  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_v1"
 GOLDEN_LOSSES = [1.8126648664474487, 1.8873213529586792]
 """Of steps 4 and 5, as the release that wrote it trained them."""
@@ -48,6 +54,16 @@ def golden_arguments(root: Path) -> list[str]:
         "train.log_every=1", "parallel.ep=2", "data.num_heldout=8",
     )  # fmt: skip
     return arguments(root / "golden", root / "cache", *changes, resume=str(GOLDEN))
+
+
+def elastic(root: Path, name: str, ranks: int, steps: int, source: str = "auto") -> Planned:
+    """Return a data-parallel run of so many ranks that starts afresh or from another run."""
+    changes = (
+        *SMALL_MODEL, f"train.max_steps={steps}", "train.checkpoint_every=1000", "optimizer.schedule=constant",
+        "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-3",
+    )  # fmt: skip
+    resume = source if source == "auto" else str(root / source)
+    return Planned(ranks, arguments(root / name, root / "cache", *changes, resume=resume))
 
 
 class Lives:
@@ -76,7 +92,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     root = tmp_path_factory.mktemp("faults")
     lives = Lives(root)
     samples = {name: {SAMPLES_FILE: str(root / f"{name}.samples")} for name in ("reference", "thrice")}
+    elastic_first = [elastic(root, "4 ranks", 4, 3), elastic(root, "2 ranks", 2, 3)]
+    elastic_second = [
+        elastic(root, f"{ranks} after {source}", ranks, 3 + LONG, f"{source} ranks") for ranks, source in RESIZED
+    ]
     first = [
+        *elastic_first,
         lives.life("reference", environment=samples["reference"]),
         lives.life("at once", "", (0,), "train.async_save=false"),
         *(lives.life(phase, f"kill@{phase},step=9", KILLED_OR_ALONE) for phase in PHASES),
@@ -92,6 +113,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
           for fault, code in LOSSES),
     ]  # fmt: skip
     second = [
+        *elastic_second,
         *(lives.life(phase) for phase in PHASES),
         lives.life("hanging"),
         lives.life("thrice", "kill@step,step=8,rank=1", KILLED_OR_ALONE, environment=samples["thrice"]),
@@ -107,11 +129,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         *(lives.life(f"stopped, {n} workers", "", (0,), f"data.num_workers={n}") for n in (0, 2)),
     ]
     return root, train_many(root, first, second, third, *stops, last)
-
-
-LOSSES = (
-    ("kill", -signal.SIGKILL), ("segfault", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("exit=137", 137),
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -210,6 +227,17 @@ def test_a_lost_rank_is_named_in_one_line_and_its_peers_end_within_five_seconds(
     [(peer, later)] = re.findall(r"process ([0-9]+) ended with 75 at ([0-9.]+)\n", said[end.end() :])[:1]
     assert float(later) - float(at) < 5
     assert not psutil.pid_exists(int(dead)) and not psutil.pid_exists(int(peer))
+
+
+@pytest.mark.parametrize(("ranks", "source"), RESIZED[1:])
+def test_a_hundred_steps_after_a_change_of_the_number_of_ranks_the_losses_are_still_the_same(
+    story: tuple[Path, str], ranks: int, source: int
+) -> None:
+    root, _ = story
+    unchanged, resized = metrics_of(root / "4 after 4"), metrics_of(root / f"{ranks} after {source}")
+    assert len(resized) == LONG
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in resized] == pytest.approx([m[name] for m in unchanged], rel=1e-5), name
 
 
 def test_an_old_life_that_did_not_die_cannot_publish_over_the_new_one(story: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading what may be damaged: every fault is named with its file in one line, and nothing unchecked is copied out."""
+"""Reading what may be damaged: every fault is named with its file in one line, and nothing unchecked is used."""
 
 import functools
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from safetensors.torch import save_file
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import (
@@ -24,6 +25,7 @@ from ecdit_ds.checkpoint.manifest import (
 )
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
+from ecdit_ds.checkpoint.sources import open_source
 from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
 from ecdit_ds.errors import CheckpointError
 
@@ -47,6 +49,25 @@ def flip_bit(path: Path, byte: int) -> None:
 
 def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def replace_by_dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
 
 
 def make_empty(path: Path) -> None:
@@ -101,7 +122,10 @@ def test_a_thorough_search_falls_back_past_a_flipped_bit_and_says_why(root: Path
     assert f"step_2/{SHARD}" in rejections[0]
 
 
-@pytest.mark.parametrize("damage", [cut_short, make_empty, Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [cut_short, halve, make_empty, Path.unlink, replace_by_pipe, replace_by_device, replace_by_dangling_link],
+)
 @pytest.mark.parametrize("file", [MANIFEST, SHARD])
 def test_a_truncated_or_missing_file_is_named_and_the_older_checkpoint_used(
     root: Path, file: str, damage: Callable[[Path], None]
@@ -112,6 +136,23 @@ def test_a_truncated_or_missing_file_is_named_and_the_older_checkpoint_used(
     assert reader.manifest.step == 1
     assert len(rejections) == 1
     assert f"step_2/{file}" in rejections[0]
+
+
+@pytest.mark.parametrize("latest", ["", "step_7\n", "../x\n", "/etc\n", "step_1\nstep_2\n", "\0"])
+def test_the_hint_of_the_newest_is_for_people_and_never_followed(root: Path, latest: str) -> None:
+    (root / "latest").write_text(latest)
+    reader, rejections = newest_valid(root, thorough=True)
+    assert reader is not None
+    assert (reader.manifest.step, rejections) == (2, [])
+
+
+def test_a_pickle_planted_in_a_checkpoint_is_never_opened(root: Path) -> None:
+    marker = root / "marker"
+    for name in (".metadata", "model.pt", "rng.pkl"):
+        (root / "step_2" / name).write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
+    reader, _ = newest_valid(root, thorough=True)
+    assert reader is not None and reader.manifest.step == 2
+    assert not marker.exists()
 
 
 def test_a_search_among_whole_checkpoints_takes_the_newest_and_rejects_none(root: Path) -> None:
@@ -258,3 +299,17 @@ def test_a_box_across_slices_is_read_in_any_float_type_even_into_a_parameter(roo
     out = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
     Reader(root / "step_2").read_into("w", Box((1,), (4,)), out)
     assert out.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json", "model-00001-of-00001.safetensors"])
+def test_a_pipe_where_a_file_of_another_format_should_be_is_refused_and_not_waited_for(
+    tmp_path: Path, name: str
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps({"step": 1, "kind": "ema", "meta": {}}))
+    assert open_source(tmp_path).tensors == {"ema/a": (torch.float32, (2,))}
+    replace_by_pipe(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: is no plain file"):
+        open_source(tmp_path)

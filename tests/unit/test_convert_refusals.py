@@ -249,7 +249,7 @@ def test_what_the_reader_would_refuse_is_not_begun(refused: Callable[..., str], 
 
 @pytest.mark.parametrize(
     ("step", "shape", "told"),
-    [(-1, (1,), "step -1"), (1, (0, 2**63), "has shape"), (1, (2**40,), "is not what the manifest says")],
+    [(-1, (1,), "step -1"), (1, (0, 2**63), "has shape"), (1, (2**40,), "is not in it, the manifest says")],
 )
 def test_a_manifest_that_lies_is_refused(
     refused: Callable[..., str], tmp_path: Path, step: int, shape: tuple[int, ...], told: str

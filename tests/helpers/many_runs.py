@@ -38,7 +38,7 @@ def train_wave(waiting: list[dict[str, Any]]) -> int:
     while waiting or running:
         while waiting and (not running or len(running) + waiting[0]["ranks"] <= CORES):
             run, port = waiting.pop(0), free_port()
-            running |= {_fork(rank, run, port): run for rank in range(run["ranks"])}
+            running |= {fork_rank(rank, run, port): run for rank in range(run["ranks"])}
         process, status = os.wait()
         run, code = running.pop(process), os.waitstatus_to_exitcode(status)
         if code or run["codes"] != [0]:
@@ -51,7 +51,8 @@ def train_wave(waiting: list[dict[str, Any]]) -> int:
     return 0
 
 
-def _fork(rank: int, run: dict[str, Any], port: int) -> int:
+def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
+    """Start one rank of a run and return its process."""
     process = os.fork()
     if process:
         return process

@@ -2,10 +2,10 @@
 
     python tests/resume/soak.py --kills 100 --seed 0 --output runs/soak        # or: make soak
 
-Each life is a real `deepspeed` launch; SIGKILL goes to a rank, the launcher or all of them, at any moment from the
-start of the imports to the last save. A run that ends before its moment is compared and another one begins, until all
-kills are done. Exit code 0 only if every life found what the last one had published, and every run ended the same to
-the last bit.
+Every tenth life is a real `deepspeed` launch, the others are ranks forked from this warm process, which saves the
+imports. SIGKILL goes to a rank, the launcher or all of them, at any moment from the start to the last save. A run that
+ends before its moment is compared and another one begins, until all kills are done. Exit code 0 only if every life
+found what the last one had published, and every run ended the same to the last bit.
 """
 
 import argparse
@@ -13,12 +13,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,15 +29,17 @@ from tqdm import tqdm
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from ecdit_ds.checkpoint.reader import newest_valid
-from tests.helpers.launch import ROOT, finish, metrics_of, start
+from tests.helpers.launch import ROOT, free_port, metrics_of
+from tests.helpers.many_runs import fork_rank
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
-RANKS, STEPS = 2, 40
+RANKS, STEPS = 2, 24
 SMALL = (
     *SMALL_MODEL, "parallel.ep=2", f"train.max_steps={STEPS}", "train.checkpoint_every=2", "train.log_every=1",
     "data.num_workers=1",
 )  # fmt: skip
-VICTIMS = ("rank 0", "rank 1", "launcher", "everything")
+REAL_EVERY = 10
+PATIENCE_S = 300.0
 
 
 class SoakError(Exception):
@@ -53,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    os.environ["ECDIT_FAULTS"] = "delay=0.1@step"  # more moments within training than within the imports
+    os.environ["ECDIT_FAULTS"] = "delay=0.05@step"  # more moments within training than within the imports
     try:
         facts = soak(options.output.resolve(), options.kills, random.Random(options.seed))
     except SoakError as error:
@@ -66,21 +68,23 @@ def main() -> int:
 def soak(root: Path, kills: int, draws: random.Random) -> dict[str, object]:
     """Kill `kills` times and return what was seen."""
     began = time.monotonic()
-    live(root / "warm up", 0.0, None)  # makes the data, once
-    middle = time.monotonic()
-    live(root / "reference", 0.0, None)
-    whole_life = time.monotonic() - middle
+    whole_life = {}
+    for is_real in (False, True):
+        live(root / f"warm up {is_real}", None, is_real, draws)  # makes the data, once
+        middle = time.monotonic()
+        live(root / f"reference {is_real}", None, is_real, draws)
+        whole_life[is_real] = time.monotonic() - middle
+    compare(root / "reference True", root / "reference False")
     hits: Counter[str] = Counter()
-    rounds, published = 0, 0
+    lives, rounds, published = 0, 0, 0
     with tqdm(total=kills, unit="kill", disable=None) as bar:
         while bar.n < kills:
-            output = root / f"round_{rounds}"
-            victim = draws.choice(VICTIMS)
-            moment = draws.uniform(0, whole_life)
-            is_over = live(output, moment, victim)
+            output, is_real = root / f"round_{rounds}", lives % REAL_EVERY == 0
+            victim = live(output, draws.uniform(0, whole_life[is_real] / 2), is_real, draws)
             published = check_newest(output, published)
-            if is_over:
-                compare(output, root / "reference")
+            lives += 1
+            if victim is None:
+                compare(output, root / "reference False")
                 rounds, published = rounds + 1, 0
                 continue
             hits[where(output)] += 1
@@ -89,40 +93,88 @@ def soak(root: Path, kills: int, draws: random.Random) -> dict[str, object]:
             bar.refresh()
             if bar.disable and bar.n % 10 == 0:
                 print(f"{bar.n} kills, {rounds} runs compared, {dict(hits)}", flush=True)
-    while not live(root / f"round_{rounds}", 0.0, None):
-        pass
-    compare(root / f"round_{rounds}", root / "reference")
-    return {"kills": kills, "runs_compared": rounds + 1, "seconds": round(time.monotonic() - began), **hits}
+    live(root / f"round_{rounds}", None, False, draws)
+    compare(root / f"round_{rounds}", root / "reference False")
+    return {
+        "kills": kills,
+        "lives": lives,
+        "runs_compared": rounds + 1,
+        "seconds": round(time.monotonic() - began),
+        **hits,
+    }
 
 
-def live(output: Path, moment: float, victim: str | None) -> bool:
-    """Start the run, or go on with it; kill `victim` after `moment` seconds; return whether it had ended by then."""
-    run = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, output.parent / "cache", *SMALL))
+def live(output: Path, moment: float | None, is_real: bool, draws: random.Random) -> str | None:
+    """Start the run, or go on with it, and kill somebody after `moment` seconds.
+
+    Return who was killed, or None where the run came to its end first.
+    """
+    run_arguments = arguments(output, output.parent / "cache", *SMALL)
+    processes = _start_real(run_arguments) if is_real else _start_forked(run_arguments)
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S if moment is None else moment)
+    if alive and moment is None:
+        raise SoakError(f"{output}: did not end within {PATIENCE_S} s")
+    if not alive:
+        codes = [vars(process)["returncode"] for process in processes]  # wait_procs puts it there
+        if any(codes):
+            raise SoakError(f"{output}: a life that nobody killed ended with {codes}")
+        return None
+    victim = draws.choice(("a rank", "everything", *(["the launcher"] if is_real else [])))
+    everyone = [process for top in processes for process in (top, *_below(top))]
+    ranks = [process for process in everyone if _is_rank(process)] if is_real else everyone
+    struck = {"a rank": ranks[:1] if draws.random() < 0.5 else ranks[-1:], "everything": everyone, "the launcher": []}
+    for process in struck[victim] or processes[:1]:
+        with suppress(psutil.Error):
+            process.kill()
+    _, left = psutil.wait_procs(everyone, timeout=60)
+    if left:
+        raise SoakError(f"{output}: processes {[process.pid for process in left]} outlived the kill of {victim}")
+    return victim
+
+
+def _start_forked(run_arguments: list[str]) -> list[psutil.Process]:
+    port = free_port()
+    run = {"ranks": RANKS, "arguments": run_arguments, "environment": {}}
+    with _quiet():
+        return [psutil.Process(fork_rank(rank, run, port)) for rank in range(RANKS)]
+
+
+def _start_real(run_arguments: list[str]) -> list[psutil.Process]:
+    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
+    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "ecdit_ds" / "train.py"), *run_arguments]
+    nowhere = subprocess.DEVNULL
+    return [psutil.Popen(command, cwd=ROOT, start_new_session=True, stdout=nowhere, stderr=nowhere)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let processes that are forked within write to nowhere."""
+    sys.stdout.flush()
+    kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     try:
-        run.communicate(timeout=moment if victim else 300)
-        if run.returncode:
-            raise SoakError(f"{output}: a life that nobody killed ended with {run.returncode}")
-        return True
-    except subprocess.TimeoutExpired:
-        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        _kill(run, victim or "everything")
-        finish(run, 120)
-        psutil.wait_procs(processes, timeout=60)
-        if left := [process.pid for process in processes if process.is_running()]:
-            raise SoakError(f"{output}: processes {left} outlived the kill of {victim}") from None
+        yield
+    finally:
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = process.children(recursive=True)
+        return found
+    except psutil.Error:
+        return []
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return any(part.startswith("--local_rank=") for part in process.cmdline())
+    except psutil.Error:
         return False
-
-
-def _kill(run: "subprocess.Popen[str]", victim: str) -> None:
-    if victim == "everything":
-        os.killpg(run.pid, signal.SIGKILL)
-        return
-    for process in psutil.Process(run.pid).children(recursive=True):
-        with suppress(psutil.Error):  # it may be ending by itself
-            if f"--local_rank={victim[-1]}" in process.cmdline():
-                process.kill()
-                return
-    run.kill()  # there are no ranks yet, or the launcher is the victim
 
 
 def check_newest(output: Path, at_least: int) -> int:

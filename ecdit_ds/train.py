@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
     sys.path[0] = str(ROOT)
-    from ecdit_ds.lifeline import die_with_launcher
     from ecdit_ds.stopping import StopRequest
 
-    # The imports below take seconds, in which a launcher may be killed or a signal may come.
+    # The imports below take seconds, in which a signal may come or a launcher may be killed.
     _stop = StopRequest()
     _stop.listen()
+    from ecdit_ds.lifeline import die_with_launcher
+
     die_with_launcher(is_leaving=lambda: _stop.signal_name is not None)
 
 from ecdit_ds.build import describe, run, share_cores

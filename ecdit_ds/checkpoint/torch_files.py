@@ -2,7 +2,7 @@
 
 A `.pt` file is a zip without compression. A pickle in it names tensors, and each storage is a record of plain bytes
 under a CRC32. A pickle is a program; PyTorch runs it here as `weights_only`, which builds tensors and containers and
-refuses everything else, and on the `meta` device, which makes tensors without data. The bytes are then read by position.
+refuses everything else, and on the `meta` device, which makes tensors without data. Bytes are then read by position.
 This is the one module that may call `torch.load` and `torch.save`.
 """
 
@@ -177,7 +177,7 @@ class TorchFile:
 
     def _load(self) -> Any:
         """Return the content with tensors that have no data."""
-        stand_ins = [(stand_in, name) for name, stand_in in self._stand_ins.items()]
+        stand_ins: list[Any] = [(stand_in, name) for name, stand_in in self._stand_ins.items()]
         try:
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(self.path, map_location="meta", weights_only=True)
@@ -209,9 +209,7 @@ class TorchFile:
             return value
         if isinstance(value, dict):
             keys = {key: self._described(key, where, seen) for key in value}
-            return {
-                keys[key]: self._described(item, f"{where}.{str(key)[:80]}", seen) for key, item in value.items()
-            }
+            return {keys[key]: self._described(item, f"{where}.{str(key)[:80]}", seen) for key, item in value.items()}
         if isinstance(value, list | tuple | set):
             items = [self._described(item, f"{where}[{index}]", seen) for index, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)

@@ -169,9 +169,7 @@ class ZeroSource:
             if begin + here.numel > torch.Size(local_shape).numel():
                 raise CheckpointError(f"{group.file.path}: has more of {parameter} than its shape {list(local_shape)}")
             for box, at in flat_range_boxes(local_shape, begin, begin + here.numel):
-                yield _Piece(
-                    file=group.file, flat=group.flats[kind], at=here.start + at, box=shifted(box, offset)
-                )
+                yield _Piece(file=group.file, flat=group.flats[kind], at=here.start + at, box=shifted(box, offset))
             begin += here.numel
 
     def _check_ranks_are_there(self, ranks: dict[tuple[int, int], list[_Group]], num_groups: int) -> None:

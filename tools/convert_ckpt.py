@@ -36,6 +36,7 @@ from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, Source, open_source
 from ecdit_ds.checkpoint.universal import convert_to_universal
+from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.sharding import cut_axes
@@ -197,7 +198,7 @@ def _derived(source: Source, options: argparse.Namespace) -> Source:
 def _require_universal(source: Source, options: argparse.Namespace) -> None:
     if options.only or options.dtype or options.files or options.ep:
         raise ConfigError("--to universal: takes --tp alone; it holds everything, in fp32, and serves any layout")
-    for kind in ("weight", *STATE_NAMES[recipe_from_dict(dict(source.meta["recipe"])).optimizer.name]):
+    for kind in ("weight", *STATE_NAMES[_recipe(source).optimizer.name]):
         if not _has_kind(source, kind):
             raise ConfigError(f"--to universal: the checkpoint holds no {kind}, without which DeepSpeed loads nothing")
 
@@ -249,13 +250,16 @@ def _open(path: Path, facts: ModelFacts | None = None) -> tuple[Path, Source]:
 
 
 def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    return parameter_shapes(_recipe(source))
+
+
+def _recipe(source: Source) -> Recipe:
     try:
-        recipe = recipe_from_dict(dict(source.meta["recipe"]))
+        return recipe_from_dict(dict(source.meta["recipe"]))
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"its recipe cannot be read, so its tensors cannot be compared with it: {error}"
         ) from None
-    return parameter_shapes(recipe)
 
 
 def _bar(total: int, what: str) -> Any:

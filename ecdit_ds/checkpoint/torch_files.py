@@ -9,6 +9,7 @@ This is the one module that may call `torch.load` and `torch.save`.
 import math
 import os
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -179,7 +180,8 @@ class TorchFile:
         """Return the content with tensors that have no data."""
         stand_ins: list[Any] = [(stand_in, name) for name, stand_in in self._stand_ins.items()]
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of another pickle protocol, which is read or refused all the same
                 return torch.load(self.path, map_location="meta", weights_only=True)
         except Exception as error:  # a made-up pickle can make PyTorch stumble over anything
             asked = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(error))

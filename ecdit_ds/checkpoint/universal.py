@@ -104,6 +104,8 @@ def convert_to_universal(
     for name, (dtype, _) in source.tensors.items():
         if dtype != torch.float32:
             raise CheckpointError(f"{name}: is {dtype}; a Universal Checkpoint holds fp32, convert what was not cast")
+    if not all(type(source.meta.get(name)) is int for name in ("num_updates", "samples_seen")):
+        raise CheckpointError("the source does not say num_updates and samples_seen, which DeepSpeed is to go on from")
     partial, tag = destination.with_name(f"{destination.name}.partial"), f"global_step{source.step}_universal"
     files = list(_parameter_files(source, cut_axes))
     plan = xxhash.xxh3_64_hexdigest(json.dumps([source.identity, [repr(file) for file in files]]).encode())

@@ -47,9 +47,14 @@ def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> str:
 
     A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
     """
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps(waves))
-    code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)]))
+    return run_plan(folder, "many_runs.py", waves)
+
+
+def run_plan(folder: Path, script: str, plan: Any) -> str:
+    """Let a script of this folder do a plan, written to `folder`; return its output, or fail with it."""
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan))
+    code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / script), str(path)]))
     assert code == 0, output
     return output
 

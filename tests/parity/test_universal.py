@@ -1,0 +1,105 @@
+"""DeepSpeed's own loader goes on from a converted checkpoint as our own does, and its own save comes back bitwise.
+
+Every case runs on real processes over gloo, forked from one that has imported everything.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.sources import EcditSource
+from ecdit_ds.recipe_file import load_recipe
+from tests.helpers.launch import run_plan
+from tests.helpers.random_model import save_random_model
+from tests.helpers.recipes import SMALL_MODEL
+from tools import convert_ckpt
+
+KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
+SETS = [*SMALL_MODEL, "optimizer.gradient_clipping=0.2"]
+RECIPE = ["--config", "demo", *(part for field in SETS for part in ("--set", field))]
+LAYOUTS = {"serial": (1, 1, 1), "dp2": (2, 1, 1), "ep2": (2, 1, 2), "tp2": (2, 2, 1), "tp2xep2": (4, 2, 2)}
+"""Name -> (ranks, tp, ep)."""
+CASES = [
+    ("serial", 1), ("serial", 2), ("serial", 3), ("dp2", 1), ("ep2", 2), ("ep2", 3), ("tp2", 2), ("tp2xep2", 1),
+    ("tp2xep2", 3),
+]  # fmt: skip
+SAVED = [(name, stage) for name, stage in CASES if stage < 3]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Convert one random checkpoint, and let every layout load it in both ways, train, and save in both ways."""
+    root = tmp_path_factory.mktemp("universal")
+    recipe = load_recipe("demo", SETS)
+    meta = {"recipe": recipe.to_dict(), "samples_seen": 40, "num_updates": 4}
+    start = save_random_model(root / "start", recipe, step=5, meta=meta, kinds=KINDS)
+    assert convert("convert", start, root / "universal", "--to", "universal") == 0
+    jobs = [_job(root, f"{name}_{stage}", name, stage, start, root / "universal") for name, stage in CASES]
+    saved = root / "ep2_2"
+    conversion = ["convert", saved / "native", root / "made", "--to", "ecdit", "--ema-from-weights", *RECIPE]
+    on = [_job(root, f"on_{of.name}", "dp2", 2, of) for of in (saved / "ours" / "step_8", root / "made")]
+    run_plan(root, "deepspeed_checkpoints.py", [jobs, [(1, {"convert": [*map(str, conversion)]})], on])
+    return root
+
+
+def _job(root: Path, folder: str, name: str, stage: int, start: Path, universal: Path | None = None) -> tuple[int, Any]:
+    (ranks, tp, ep), output = LAYOUTS[name], root / folder
+    output.mkdir()
+    sets = [*SETS, f"parallel.tp={tp}", f"parallel.ep={ep}"]
+    job = {"recipe": ["demo", sets], "zero": stage, "ours": str(start), "output": str(output)}
+    return ranks, job | ({"universal": str(universal)} if universal else {})
+
+
+def convert(*arguments: object) -> int:
+    """Run the converter."""
+    return convert_ckpt.main([str(argument) for argument in arguments])
+
+
+def of_ranks(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Return what every rank wrote down."""
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_deepspeed_loads_what_we_load_and_trains_on_alike(runs: Path, name: str, stage: int) -> None:
+    for seen in of_ranks(runs / f"{name}_{stage}", LAYOUTS[name][0]):
+        assert seen["compared"] > 20 and seen["unequal"] == []
+        assert seen["theirs"] == pytest.approx(seen["ours"], rel=1e-6)
+        assert len(set(seen["ours"])) == 3
+        assert seen["client_state"]["samples_seen"] == 40
+
+
+def test_one_folder_serves_all_layouts_and_none_of_their_losses_is_chance(runs: Path) -> None:
+    courses = [
+        [sum(losses) / len(losses) for losses in zip(*(seen["theirs"] for seen in ranks), strict=True)]
+        for ranks in (of_ranks(runs / f"{name}_{stage}", LAYOUTS[name][0]) for name, stage in CASES)
+    ]
+    for course in courses[1:]:
+        assert course == pytest.approx(courses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "stage"), SAVED)
+def test_what_deepspeed_saved_comes_back_bitwise(
+    runs: Path, tmp_path: Path, name: str, stage: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, made = runs / f"{name}_{stage}", tmp_path / "made"
+    assert convert("convert", saved / "native", made, "--to", "ecdit", *RECIPE) == 0
+    assert convert("verify", made) == 0
+    assert "no average" in capsys.readouterr().err
+    ours, theirs = EcditSource(saved / "ours" / "step_8"), EcditSource(made)
+    assert (theirs.step, dict(theirs.meta)) == (8, {**ours.meta, "recipe": theirs.meta["recipe"]})
+    assert theirs.meta["num_updates"] == 7
+    assert {kind.split("/")[0] for kind in theirs.tensors} == set(KINDS) - {"ema"}
+    for tensor, (dtype, shape) in theirs.tensors.items():
+        whole = Box((0,) * len(shape), shape)
+        assert ours.tensors[tensor] == (dtype, shape)
+        assert torch.equal(ours.read(tensor, whole), theirs.read(tensor, whole)), tensor
+
+
+def test_training_goes_on_from_what_deepspeed_saved_as_from_what_we_saved(runs: Path) -> None:
+    ours, theirs = (of_ranks(runs / name, 2) for name in ("on_step_8", "on_made"))
+    assert [seen["ours"] for seen in theirs] == [seen["ours"] for seen in ours]

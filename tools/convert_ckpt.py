@@ -30,7 +30,7 @@ from ecdit_ds.checkpoint.convert import (
     plan_layout,
 )
 from ecdit_ds.checkpoint.derived import WithAverage
-from ecdit_ds.checkpoint.formats import deepspeed_folder, open_deepspeed
+from ecdit_ds.checkpoint.formats import deepspeed_folder, lacks_recipe, open_deepspeed
 from ecdit_ds.checkpoint.inspection import describe, differences, total_bytes, verify
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.model_facts import ModelFacts
@@ -134,7 +134,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    (_, first), (_, second) = (_open(path, _facts(options)) for path in (options.first, options.second))
+    facts, paths = _facts(options), (options.first, options.second)
+    needy = [path for path in paths if lacks_recipe(path)] or paths
+    (_, first), (_, second) = (_open(path, facts if path in needy else None) for path in paths)
     count = 0
     with _bar(total_bytes(first), "diff") as bar:
         for line in differences(first, second, bar.update):
@@ -235,12 +237,10 @@ def _require_kind(source: Source, kind: str) -> None:
 
 def _open(path: Path, facts: ModelFacts | None = None) -> tuple[Path, Source]:
     """Open a checkpoint's folder, or the newest of a run's."""
+    if facts is not None and not lacks_recipe(path):
+        raise ConfigError(f"--config: {path} is no folder of DeepSpeed's own and has its recipe; leave the flag away")
     if folder := deepspeed_folder(path):
         return folder, open_deepspeed(folder, facts)
-    if facts is not None:
-        raise ConfigError(
-            f"--config: {path} is no folder of DeepSpeed's, and holds its own recipe; leave the flag away"
-        )
     if (path / MANIFEST_NAME).exists() or (path / INDEX_NAME).exists():
         return path, open_source(path)
     for root in (path / "checkpoints", path):

@@ -43,5 +43,11 @@ def open_deepspeed(folder: Path, facts: ModelFacts | None) -> UniversalSource | 
     return UniversalSource(folder, facts) if _is_universal(folder) else ZeroSource(folder, facts)
 
 
+def lacks_recipe(path: Path) -> bool:
+    """Return whether a checkpoint is of DeepSpeed's own making, so that its recipe must be said."""
+    folder = deepspeed_folder(path)
+    return folder is not None and not universal.holds_recipe(folder)
+
+
 def _is_universal(path: Path) -> bool:
     return (path / "zero" / universal.OPTIMIZER_STATE).is_file()

@@ -56,7 +56,7 @@ class UniversalSource:
         self._files = {_name_of(path): TorchFile(path, STAND_INS) for path in paths if path.stem != _STEP}
         self._stored = {name: _tensor_in(file) for name, file in self._files.items()}
         _check_same_parameters(folder, list(self._files))
-        if (folder / _OURS).exists():
+        if holds_recipe(folder):
             self.step, self.meta = _read_ours(folder / _OURS)
             self.tensors = {name: (stored.dtype, stored.shape) for name, stored in self._stored.items()}
         elif facts is None:
@@ -78,6 +78,11 @@ class UniversalSource:
         return self._files[name].read(self._stored[name], box, shape=self.tensors[name][1])
 
 
+def holds_recipe(folder: Path) -> bool:
+    """Return whether a tag's folder is one of ours."""
+    return (folder / _OURS).exists()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ParameterFile:
     """One new file with one whole tensor."""
@@ -85,6 +90,7 @@ class _ParameterFile:
     path: str
     """Within the folder."""
     name: str
+    shape: tuple[int, ...]
     marks: Mapping[str, Any]
     """What DeepSpeed's loader must know besides the numbers."""
 
@@ -137,25 +143,25 @@ def _parameter_files(source: Source, cut_axes: Callable[[str], dict[str, int]]) 
         if "ep" in axes:
             marks |= {"is_expert_param": True, "ep_num_experts": shape[axes["ep"]]}
         file = _THEIR_WEIGHT if kind == _WEIGHT else kind
-        yield _ParameterFile(path=f"{parameter}/{file}.pt", name=name, marks=marks)
+        yield _ParameterFile(path=f"{parameter}/{file}.pt", name=name, shape=shape, marks=marks)
 
 
 def _write_once(source: Source, folder: Path, file: _ParameterFile, plan: str, tick: Tick) -> str:
     """Write one file, or find it whole from an earlier attempt; return the checksum of its numbers."""
-    path, (dtype, shape) = folder / file.path, source.tensors[file.name]
-    numel = torch.Size(shape).numel()
+    path, origin = folder / file.path, (0,) * len(file.shape)
+    whole = torch.empty(file.shape)
     if path.is_file() and (note := _read_note(path, plan)):
-        tick(numel * dtype.itemsize)
+        tick(whole.nbytes)
         return note
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = torch.empty(shape, dtype=dtype)
-    for box in parts_of(Box((0,) * len(shape), shape), dtype.itemsize):
+    for box in parts_of(Box(origin, file.shape), whole.itemsize):
         part = source.read(file.name, box)
-        whole[box.within((0,) * len(shape))] = part
+        whole[box.within(origin)] = part
         tick(part.nbytes)
     write_torch_file(path, {"param": whole} | dict(file.marks))
     xxh3 = xxhash.xxh3_64_hexdigest(whole.reshape(-1).view(torch.uint8).numpy().data)
-    write_durably(_note(path), json.dumps({"plan": plan, "bytes": path.stat().st_size, "xxh3": xxh3}).encode())
+    # Not put on the disk by itself: a note that is lost, or that outlives its file, costs that file's writing again.
+    _note(path).write_text(json.dumps({"plan": plan, "bytes": path.stat().st_size, "xxh3": xxh3}))
     return xxh3
 
 

@@ -12,6 +12,7 @@ Written for the loader of DeepSpeed 0.19.8, which docs/conversion.md describes w
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ class UniversalSource:
         elif facts is None:
             raise CheckpointError(f"{folder}: holds no recipe; say which one it is of, with --config NAME|PATH [--set]")
         else:
-            num_updates = max((_scalar(TorchFile(path)) for path in paths if path.stem == _STEP), default=0)
-            self.step, self.meta = facts.progress(num_updates, _skipped_steps(folder))
+            steps = [path for path in paths if path.stem == _STEP]
+            self.step, self.meta = facts.progress(_num_updates(folder, steps), _skipped_steps(folder))
             self.tensors = {
                 name: (stored.dtype, facts.shape(name, stored.numel, self._files[name].path))
                 for name, stored in self._stored.items()
@@ -235,12 +236,27 @@ def _tensor_in(file: TorchFile) -> StoredTensor:
     return stored
 
 
-def _scalar(file: TorchFile) -> int:
-    value = file.content
+def _num_updates(folder: Path, step_files: list[Path]) -> int:
+    """Return the optimizer's step: of the parameters, which must agree; or of all, as `ds_to_universal` of ZeRO-3."""
+    if not step_files:
+        file = TorchFile(folder / "zero" / OPTIMIZER_STATE, STAND_INS)
+        try:
+            return _number(file, file.content["optimizer_state_dict"]["state"][0][_STEP])
+        except (KeyError, IndexError, TypeError):
+            return _number(file, None)
+    found = {path: _number(file, file.content) for path, file in ((path, TorchFile(path)) for path in step_files)}
+    first, step = next(iter(found.items()))
+    for path in (path for path in found if found[path] != step):
+        raise CheckpointError(f"{path}: is at step {found[path]}, {first} at {step}; use another checkpoint")
+    return step
+
+
+def _number(file: TorchFile, value: Any) -> int:
+    """Return a whole number, which may be kept as a tensor."""
     if isinstance(value, StoredTensor) and value.numel == 1:
         value = file.read(value, Box((0,) * len(value.shape), value.shape)).item()
-    if not isinstance(value, int | float) or value != int(value):
-        raise CheckpointError(f"{file.path}: holds no number of steps; use another checkpoint")
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{file.path}: does not say how many steps were taken; use another checkpoint")
     return int(value)
 
 

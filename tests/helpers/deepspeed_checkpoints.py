@@ -5,6 +5,7 @@
 `load_universal` is what a script must do that goes on from a Universal Checkpoint; docs/conversion.md explains it.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.helpers import many_runs  # isort: skip  # sets the environment, and 
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import groups
 
 from ecdit_ds.build import build_model
@@ -40,13 +42,15 @@ RATE = 1e-3
 def run_job(arguments: list[str]) -> int:
     """Do one job on this rank, and write down what was seen.
 
-    Its keys: `convert` (a command line) alone; or `recipe` (name, overrides), `zero`, `ours` (a checkpoint to go on
-    from), `universal` (the same, for DeepSpeed's own loader; may be absent) and `output`, where both ways of saving
-    go, under ZeRO-1 and 2.
+    Its keys: `convert` (a command line) or `ds_to_universal` (source, destination) alone; or `recipe` (name,
+    overrides), `zero`, `ours` (a checkpoint to go on from), `universal` (the same, for DeepSpeed's own loader; may be
+    absent) and `output`, where both ways of saving go; under ZeRO-3 not with experts.
     """
     job = json.loads(arguments[0])
     if "convert" in job:
         return convert_ckpt.main(job["convert"])
+    if "ds_to_universal" in job:
+        return convert_as_deepspeed_does(*map(Path, job["ds_to_universal"]))
     recipe, output = load_recipe(*job["recipe"]), Path(job["output"])
     initialize_distributed()
     topology = Topology(world_size=dist.get_world_size(), tp=recipe.parallel.tp, ep=recipe.parallel.ep)
@@ -63,7 +67,7 @@ def run_job(arguments: list[str]) -> int:
     engine.restored(progress.num_updates)
     loaded = _states(engine)
     seen: dict[str, Any] = {"ours": _train(engine, recipe, place)}
-    if job["zero"] < 3:
+    if job["zero"] < 3 or not recipe.model.is_sparse:
         step = progress.step + STEPS
         progress = Progress(
             step=step, samples_seen=step * recipe.train.global_batch_size, num_updates=engine.num_updates
@@ -85,6 +89,16 @@ def save_natively(engine: DeepSpeedEngine, folder: Path) -> None:
     """Save as DeepSpeed does, but for experts: its way asks for a third matrix and a book of places that ours lack."""
     engine._engine.has_moe_layers = False
     engine._engine.save_checkpoint(str(folder), client_state={"note": "of a user's script"})
+
+
+def convert_as_deepspeed_does(source: Path, destination: Path) -> int:
+    """Let DeepSpeed's own tool convert a tag's folder."""
+    options = argparse.Namespace(
+        input_folder=str(source), output_folder=str(destination), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    ds_to_universal.main(options)
+    return 0
 
 
 def load_universal(engine: DeepSpeedEngine, folder: Path, grid: Grid) -> dict[str, Any]:

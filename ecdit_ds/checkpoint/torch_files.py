@@ -6,6 +6,7 @@ refuses everything else, and on the `meta` device, which makes tensors without d
 This is the one module that may call `torch.load` and `torch.save`.
 """
 
+import errno
 import math
 import os
 import re
@@ -240,8 +241,15 @@ class TorchFile:
 
 
 def write_torch_file(path: Path, content: Any) -> None:
-    """Write a `.pt` file and put it on the disk; after a crash it may be there in part."""
-    torch.save(content, path)
+    """Write a `.pt` file and put it on the disk; after a crash it may be there in part.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # PyTorch passes a full disk on as text only
+        raise OSError(errno.EIO, _one_line(error), str(path)) from None
     put_on_disk(path)
 
 

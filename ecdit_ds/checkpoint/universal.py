@@ -14,6 +14,7 @@ Written for the loader of DeepSpeed 0.19.8, which docs/conversion.md describes w
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ STAND_INS = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": Skipped,
     "deepspeed.runtime.zero.config.ZeroStageEnum": Skipped,
 }
-_OURS = "ecdit_ds.json"
+_OURS, _PLAN = "ecdit_ds.json", "conversion"
 _DEEPSPEED_VERSION = "0.19.8"
 _WEIGHT, _THEIR_WEIGHT, _STEP = "weight", "fp32", "step"
 # DeepSpeed walks its groups and these side by side and stops at the shorter list, so that groups beyond would be left
@@ -95,6 +96,10 @@ class _ParameterFile:
     marks: Mapping[str, Any]
     """What DeepSpeed's loader must know besides the numbers."""
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * torch.float32.itemsize
+
 
 def convert_to_universal(
     source: Source, destination: Path, cut_axes: Callable[[str], dict[str, int]], tp: int, tick: Tick
@@ -115,22 +120,45 @@ def convert_to_universal(
         raise CheckpointError("the source does not say num_updates and samples_seen, which DeepSpeed is to go on from")
     partial, tag = destination.with_name(f"{destination.name}.partial"), f"global_step{source.step}_universal"
     files = list(_parameter_files(source, cut_axes))
-    plan = xxhash.xxh3_64_hexdigest(json.dumps([source.identity, [repr(file) for file in files]]).encode())
     try:
-        written = {file.path: _write_once(source, partial / tag / "zero", file, plan, tick) for file in files}
+        _begin(partial, xxhash.xxh3_64_hexdigest(json.dumps([source.identity, tp, *map(repr, files)]).encode()))
+        _check_space(partial, sum(file.nbytes for file in files))
+        written = {file.path: _write_once(source, partial / tag / "zero", file, tick) for file in files}
         for file in files:
             _compare(partial / tag / "zero" / file.path, written[file.path], tick)
         _write_counts(partial / tag, source, sorted({file.path.split("/")[0] for file in files}), tp)
         write_durably(partial / LATEST, tag.encode())
         for file in files:
             _note(partial / tag / "zero" / file.path).unlink()
-        for folder in (*(partial / tag / "zero").iterdir(), partial / tag / "zero", partial / tag, partial):
-            put_on_disk(folder)
+        (partial / _PLAN).unlink()
+        for folder in (*(partial / tag / "zero").iterdir(), partial / tag, partial):
+            if folder.is_dir():
+                put_on_disk(folder)
+        put_on_disk(partial / tag / "zero")
         partial.rename(destination)
         put_on_disk(destination.parent)
-    except (OSError, RuntimeError) as error:  # torch.save tells a full disk as a RuntimeError
-        fault = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CheckpointError(f"{partial}: cannot be written: {fault}; the same command goes on from here") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{partial}: cannot be written: {error.strerror or error}; the same command goes on from here"
+        ) from None
+
+
+def _begin(partial: Path, plan: str) -> None:
+    """Make the folder; of another conversion, nothing stays."""
+    path = partial / _PLAN
+    if partial.exists() and not (path.is_file() and path.read_bytes() == plan.encode()):
+        if any(partial.iterdir()) and not path.is_file():
+            raise CheckpointError(f"{partial}: holds files that are no unfinished conversion's; move it away")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_durably(path, plan.encode())
+
+
+def _check_space(folder: Path, need_bytes: int) -> None:
+    held_bytes = sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    free_bytes = shutil.disk_usage(folder).free + held_bytes
+    if free_bytes < need_bytes:
+        raise CheckpointError(f"{folder}: the disk is full: {need_bytes} bytes needed, {free_bytes} free; make room")
 
 
 def _parameter_files(source: Source, cut_axes: Callable[[str], dict[str, int]]) -> Iterator[_ParameterFile]:
@@ -147,13 +175,13 @@ def _parameter_files(source: Source, cut_axes: Callable[[str], dict[str, int]]) 
         yield _ParameterFile(path=f"{parameter}/{file}.pt", name=name, shape=shape, marks=marks)
 
 
-def _write_once(source: Source, folder: Path, file: _ParameterFile, plan: str, tick: Tick) -> str:
+def _write_once(source: Source, folder: Path, file: _ParameterFile, tick: Tick) -> str:
     """Write one file, or find it whole from an earlier attempt; return the checksum of its numbers."""
     path, origin = folder / file.path, (0,) * len(file.shape)
-    whole = torch.empty(file.shape)
-    if path.is_file() and (note := _read_note(path, plan)):
-        tick(whole.nbytes)
+    if path.is_file() and (note := _read_note(path)):
+        tick(file.nbytes)
         return note
+    whole = torch.empty(file.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     for box in parts_of(Box(origin, file.shape), whole.itemsize):
         part = source.read(file.name, box)
@@ -162,7 +190,7 @@ def _write_once(source: Source, folder: Path, file: _ParameterFile, plan: str, t
     write_torch_file(path, {"param": whole} | dict(file.marks))
     xxh3 = xxhash.xxh3_64_hexdigest(whole.reshape(-1).view(torch.uint8).numpy().data)
     # Not put on the disk by itself: a note that is lost, or that outlives its file, costs that file's writing again.
-    _note(path).write_text(json.dumps({"plan": plan, "bytes": path.stat().st_size, "xxh3": xxh3}))
+    _note(path).write_text(json.dumps({"bytes": path.stat().st_size, "xxh3": xxh3}))
     return xxh3
 
 
@@ -281,10 +309,9 @@ def _note(path: Path) -> Path:
     return path.with_name(f"{path.name}.note")
 
 
-def _read_note(path: Path, plan: str) -> str | None:
+def _read_note(path: Path) -> str | None:
     try:
         note: dict[str, Any] = json.loads(_note(path).read_bytes())
-        is_whole = note["plan"] == plan and path.stat().st_size == note["bytes"]
-        return str(note["xxh3"]) if is_whole else None
+        return str(note["xxh3"]) if path.stat().st_size == note["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -45,7 +45,10 @@ _STAND_INS = {
 
 def is_zero_folder(folder: Path) -> bool:
     """Return whether a folder is a tag's folder of a ZeRO checkpoint."""
-    return folder.is_dir() and any(_OPTIMIZER_FILE.fullmatch(path.name) for path in folder.iterdir())
+    try:
+        return any(_OPTIMIZER_FILE.fullmatch(path.name) for path in folder.iterdir())
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,8 @@ class ZeroSource:
         self.folder = folder
         if facts is None:
             raise CheckpointError(f"{folder}: holds no recipe; say which one it is of, with --config NAME|PATH [--set]")
-        model_states = TorchFile(folder / _MODEL_STATES, _STAND_INS).content
         self._files = {place: TorchFile(path, _STAND_INS) for place, path in _optimizer_files(folder).items()}
+        model_states = TorchFile(folder / _MODEL_STATES, _STAND_INS).content
         ranks = {place: _groups_of(file) for place, file in self._files.items()}
         with _Named(folder / _MODEL_STATES):
             self._dp, self._tp = int(model_states["dp_world_size"]), int(model_states["mp_world_size"])

@@ -4,6 +4,7 @@ Every case runs on real processes over gloo, forked from one that has imported e
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ RECIPE = ["--config", "demo", *(part for field in SETS for part in ("--set", fie
 LAYOUTS = {"serial": (1, 1, 1), "dp2": (2, 1, 1), "ep2": (2, 1, 2), "tp2": (2, 2, 1), "tp2xep2": (4, 2, 2)}
 """Name -> (ranks, tp, ep)."""
 CASES = [
-    ("serial", 1), ("serial", 2), ("serial", 3), ("dp2", 1), ("ep2", 2), ("ep2", 3), ("tp2", 2), ("tp2xep2", 1),
-    ("tp2xep2", 3),
+    ("serial", 1, 2), ("serial", 2, 1), ("serial", 3, 2), ("dp2", 1, 1), ("ep2", 2, 1), ("ep2", 3, 1), ("tp2", 2, 2),
+    ("tp2xep2", 1, 1), ("tp2xep2", 3, 2),
 ]  # fmt: skip
-SAVED = [(name, stage) for name, stage in CASES if stage < 3]
+"""Layout, ZeRO stage, and for how many tensor-parallel ranks the folder was written, which does not matter."""
+SAVED = [(name, stage) for name, stage, _ in CASES if stage < 3]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = load_recipe("demo", SETS)
     meta = {"recipe": recipe.to_dict(), "samples_seen": 40, "num_updates": 4}
     start = save_random_model(root / "start", recipe, step=5, meta=meta, kinds=KINDS)
-    assert convert("convert", start, root / "universal", "--to", "universal") == 0
-    jobs = [_job(root, f"{name}_{stage}", name, stage, start, root / "universal") for name, stage in CASES]
+    assert convert("convert", start, root / "universal_1", "--to", "universal") == 0
+    assert convert("convert", start, root / "universal_2", "--to", "universal", "--tp", "2") == 0
+    jobs = [
+        _job(root, f"{name}_{stage}", name, stage, start, root / f"universal_{files}") for name, stage, files in CASES
+    ]
     saved = root / "ep2_2"
     conversion = ["convert", saved / "native", root / "made", "--to", "ecdit", "--ema-from-weights", *RECIPE]
     on = [_job(root, f"on_{of.name}", "dp2", 2, of) for of in (saved / "ours" / "step_8", root / "made")]
@@ -75,7 +80,7 @@ def of_ranks(folder: Path, ranks: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stage, _ in CASES])
 def test_deepspeed_loads_what_we_load_and_trains_on_alike(runs: Path, name: str, stage: int) -> None:
     for seen in of_ranks(runs / f"{name}_{stage}", LAYOUTS[name][0]):
         assert seen["compared"] > 20 and seen["unequal"] == []
@@ -87,7 +92,7 @@ def test_deepspeed_loads_what_we_load_and_trains_on_alike(runs: Path, name: str,
 def test_one_folder_serves_all_layouts_and_none_of_their_losses_is_chance(runs: Path) -> None:
     courses = [
         [sum(losses) / len(losses) for losses in zip(*(seen["theirs"] for seen in ranks), strict=True)]
-        for ranks in (of_ranks(runs / f"{name}_{stage}", LAYOUTS[name][0]) for name, stage in CASES)
+        for ranks in (of_ranks(runs / f"{name}_{stage}", LAYOUTS[name][0]) for name, stage, _ in CASES)
     ]
     for course in courses[1:]:
         assert course == pytest.approx(courses[0], rel=1e-5)
@@ -126,3 +131,33 @@ def test_what_deepspeeds_own_tool_made_universal_is_read(runs: Path, tmp_path: P
 def test_training_goes_on_from_what_deepspeed_saved_as_from_what_we_saved(runs: Path) -> None:
     ours, theirs = (of_ranks(runs / name, 2) for name in ("on_step_8", "on_made"))
     assert [seen["ours"] for seen in theirs] == [seen["ours"] for seen in ours]
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "drifted"])
+def test_what_is_wrong_with_a_folder_of_deepspeeds_is_named(
+    runs: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "native"
+    shutil.copytree(runs / "tp2_2" / "native", folder)
+    (path,) = folder.rglob("zero_pp_rank_0_mp_rank_01_optim_states.pt")
+    said = path.name
+    if fault == "missing":
+        path.unlink()
+        said = "data-parallel rank 0 of 1, tensor-parallel rank 1 of 2 is missing"
+    elif fault == "drifted":
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"][1].data[7] += 1e-6
+        torch.save(content, path)
+        said = "differs between tensor-parallel ranks 0 and 1"
+    else:
+        data = path.read_bytes()
+        half = len(data) // 2
+        path.write_bytes(data[:half] + (b"" if fault == "truncated" else bytes([data[half] ^ 1]) + data[half + 1 :]))
+    assert convert("convert", folder, tmp_path / "made", "--to", "ecdit", *RECIPE) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert said in err[-1] and not (tmp_path / "made").exists()
+
+
+def test_a_zero_3_folder_is_refused_with_the_way_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("inspect", runs / "dense_3" / "native", *RECIPE, "--set", "model.ffn=dense") == 2
+    assert "ds_to_universal" in capsys.readouterr().err

@@ -135,15 +135,43 @@ def test_a_partial_conversion_of_another_source_or_with_a_damaged_file_is_writte
     command = ("convert", checkpoint, tmp_path / "new", "--to", "universal")
     with monkeypatch.context() as patch:
         patch.setattr(universal, "_write_counts", no_publishing)
-        other = save_random_model(tmp_path / "other", recipe, step=3, kinds=KINDS)
+        other = save_random_model(tmp_path / "other", recipe, step=7, kinds=KINDS)
         assert run("convert", other, *command[2:])[0] == 130
         assert run(*command)[0] == 130
+    assert not list((tmp_path / "new.partial").rglob("global_step7*"))
     (damaged,) = (tmp_path / "new.partial").rglob("blocks.1.ffn.experts.w1/exp_avg.pt")
     _flip(damaged, damaged.stat().st_size // 2)
     code, _, err = run(*command)
     assert code == 2 and str(damaged) in err and len(err.splitlines()) == 1 and not (tmp_path / "new").exists()
     assert run(*command)[0] == 0
     assert run("diff", checkpoint, tmp_path / "new")[0] == 0
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_an_unfinished_conversion(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "letter.txt").write_text("dear")
+    assert "move it away" in run("convert", checkpoint, tmp_path / "new", "--to", "universal")[2]
+    assert (tmp_path / "new.partial" / "letter.txt").read_text() == "dear"
+
+
+def test_a_full_disk_is_told_with_numbers_or_by_its_name(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("convert", checkpoint, tmp_path / "new", "--to", "universal")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+        assert "bytes needed" in run(*command)[2]
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, _, err = run(*command)
+    assert code == 2 and "cannot be written" in err and len(err.splitlines()) == 1
+    assert run(*command)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["verify", "convert"])

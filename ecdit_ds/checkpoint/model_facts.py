@@ -1,6 +1,6 @@
 """What a folder of DeepSpeed's own does not say about the model in it, and a recipe does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ class ModelFacts:
             "samples_seen": samples_seen,
             "num_updates": num_updates,
         }
+
+    def check_complete(self, parameters: Iterable[str], where: Path) -> None:
+        """Refuse a checkpoint that lacks a parameter of the model."""
+        if lacking := sorted(self.shapes.keys() - set(parameters)):
+            raise CheckpointError(
+                f"{where}: has no {lacking[0]}, which the recipe's model has; give --config the right recipe"
+            )
 
     def shape(self, name: str, numel: int, where: Path) -> tuple[int, ...]:
         """Return the shape of tensor `kind/parameter`, of which `numel` numbers were found.

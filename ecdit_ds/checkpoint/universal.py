@@ -58,13 +58,16 @@ class UniversalSource:
         self._files = {_name_of(path): TorchFile(path, STAND_INS) for path in paths if path.stem != _STEP}
         self._stored = {name: _tensor_in(file) for name, file in self._files.items()}
         _check_same_parameters(folder, list(self._files))
+        steps = [path for path in paths if path.stem == _STEP]
         if holds_recipe(folder):
             self.step, self.meta = _read_ours(folder / _OURS)
+            if (count := _num_updates(folder, steps)) != self.meta.get("num_updates"):
+                raise CheckpointError(f"{folder}: {_OURS} does not say {count} updates, as its step.pt files do")
             self.tensors = {name: (stored.dtype, stored.shape) for name, stored in self._stored.items()}
         elif facts is None:
             raise CheckpointError(f"{folder}: holds no recipe; say which one it is of, with --config NAME|PATH [--set]")
         else:
-            steps = [path for path in paths if path.stem == _STEP]
+            facts.check_complete((name.split("/", 1)[1] for name in self._files), folder)
             self.step, self.meta = facts.progress(_num_updates(folder, steps), _skipped_steps(folder))
             self.tensors = {
                 name: (stored.dtype, facts.shape(name, stored.numel, self._files[name].path))
@@ -130,13 +133,13 @@ def convert_to_universal(
         write_durably(partial / LATEST, tag.encode())
         for file in files:
             _note(partial / tag / "zero" / file.path).unlink()
-        (partial / _PLAN).unlink()
         for folder in (*(partial / tag / "zero").iterdir(), partial / tag, partial):
             if folder.is_dir():
                 put_on_disk(folder)
         put_on_disk(partial / tag / "zero")
         partial.rename(destination)
         put_on_disk(destination.parent)
+        (destination / _PLAN).unlink()
     except OSError as error:
         raise CheckpointError(
             f"{partial}: cannot be written: {error.strerror or error}; the same command goes on from here"
@@ -237,7 +240,8 @@ def _write_counts(folder: Path, source: Source, parameters: list[str], tp: int) 
     for rank in range(tp):
         for prefix in ("", "zero_pp_rank_0_"):  # ZeRO-1 and 2, ZeRO-3
             write_torch_file(folder / f"{prefix}mp_rank_{rank:02d}_model_states.pt", counts)
-    text = json.dumps({"step": source.step, "meta": meta}, indent=1, sort_keys=True)
+    content = {"step": source.step, "meta": meta}
+    text = json.dumps(content | {"xxh3": _checksum(content)}, indent=1, sort_keys=True)
     write_durably(folder / _OURS, text.encode() + b"\n")
 
 
@@ -298,11 +302,20 @@ def _skipped_steps(folder: Path) -> int:
 def _read_ours(path: Path) -> tuple[int, dict[str, Any]]:
     try:
         content = json.loads(path.read_bytes())
+        recorded = content.pop("xxh3")
+        if recorded != _checksum(content):
+            raise CheckpointError(
+                f"{path}: has checksum {_checksum(content)}, recorded {recorded}: damaged; use another"
+            )
         return int(content["step"]), dict(content["meta"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: does not say how far the run is: {error}; use another checkpoint") from None
+
+
+def _checksum(content: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _note(path: Path) -> Path:

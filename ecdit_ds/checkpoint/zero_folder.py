@@ -26,7 +26,7 @@ from ecdit_ds.errors import CheckpointError
 LATEST = "latest"
 _MODEL_STATES = "mp_rank_00_model_states.pt"
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
-_EXPERT_GROUP = re.compile(r"ep_size_([0-9]+)")
+_EXPERT_GROUP = re.compile(r"ep_size_([1-9][0-9]*)")
 
 
 class FragmentAddress:
@@ -89,6 +89,8 @@ class ZeroSource:
             self._dp, self._tp = int(model_states["dp_world_size"]), int(model_states["mp_world_size"])
             local_shapes = [{n: tuple(map(int, s)) for n, s in g.items()} for g in model_states["param_shapes"]]
             skipped_steps = int(model_states["skipped_steps"])
+            if min(self._dp, self._tp) < 1:
+                raise ValueError(f"{self._dp} data-parallel and {self._tp} tensor-parallel ranks")
         self._check_ranks_are_there(ranks, len(local_shapes))
         updates = {group.num_updates for groups in ranks.values() for group in groups}
         if len(updates) != 1:
@@ -100,6 +102,7 @@ class ZeroSource:
             groups = {place: ranks[place][index] for place in ranks}
             for parameter, local_shape in shapes.items():
                 self._add(parameter, local_shape, groups, facts)
+        facts.check_complete((parameter for shapes in local_shapes for parameter in shapes), folder)
 
     @property
     def identity(self) -> list[str]:

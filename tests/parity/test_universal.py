@@ -22,8 +22,9 @@ from tools import convert_ckpt
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 SETS = [*SMALL_MODEL, "optimizer.gradient_clipping=0.2"]
-DENSE = [*SETS, "model.ffn=dense"]
 RECIPE = ["--config", "demo", *(part for field in SETS for part in ("--set", field))]
+DENSE = ["model.ffn=dense", "train.precision=bf16"]
+DENSE_RECIPE = [*RECIPE, *(part for field in DENSE for part in ("--set", field))]
 LAYOUTS = {"serial": (1, 1, 1), "dp2": (2, 1, 1), "ep2": (2, 1, 2), "tp2": (2, 2, 1), "tp2xep2": (4, 2, 2)}
 """Name -> (ranks, tp, ep)."""
 CASES = [
@@ -48,9 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     saved = root / "ep2_2"
     conversion = ["convert", saved / "native", root / "made", "--to", "ecdit", "--ema-from-weights", *RECIPE]
-    on = [_job(root, f"on_{of.name}", "dp2", 2, of) for of in (saved / "ours" / "step_8", root / "made")]
-    dense = save_random_model(root / "dense", load_recipe("demo", DENSE), step=5, kinds=KINDS)
-    jobs += [_job(root, f"dense_{stage}", "dp2", stage, dense, more=["model.ffn=dense"]) for stage in (2, 3)]
+    on = [_job(root, f"on_{of.name}", "serial", 2, of) for of in (saved / "ours" / "step_8", root / "made")]
+    dense = save_random_model(root / "dense", load_recipe("demo", [*SETS, *DENSE]), step=5, kinds=KINDS)
+    jobs += [_job(root, f"dense_{stage}", "dp2", stage, dense, more=DENSE) for stage in (2, 3)]
     conversions = [(1, {"convert": [*map(str, conversion)]})] + [
         (1, {"ds_to_universal": [str(root / f"dense_{stage}" / part) for part in ("native/global_step3", "theirs")]})
         for stage in (2, 3)
@@ -106,6 +107,8 @@ def test_what_deepspeed_saved_comes_back_bitwise(
     assert convert("convert", saved / "native", made, "--to", "ecdit", *RECIPE) == 0
     assert convert("verify", made) == 0
     assert "no average" in capsys.readouterr().err
+    assert convert("convert", saved / "native", tmp_path / "universal", "--to", "universal", *RECIPE) == 0
+    assert convert("diff", made, tmp_path / "universal") == 0
     _assert_holds_the_same(saved / "ours" / "step_8", made)
 
 
@@ -120,16 +123,17 @@ def _assert_holds_the_same(expected: Path, made: Path) -> None:
         assert torch.equal(ours.read(tensor, whole), theirs.read(tensor, whole)), tensor
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_what_deepspeeds_own_tool_made_universal_is_read(runs: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "folder"), [(2, "theirs"), (3, "theirs"), (2, "native")])
+def test_a_bf16_run_is_read_with_its_fp32_weights_and_so_is_what_deepspeeds_own_tool_made_of_it(
+    runs: Path, tmp_path: Path, stage: int, folder: str
+) -> None:
     saved, made = runs / f"dense_{stage}", tmp_path / "made"
-    command = ["convert", saved / "theirs", made, "--to", "ecdit", *RECIPE, "--set", "model.ffn=dense"]
-    assert convert(*command) == 0
+    assert convert("convert", saved / folder, made, "--to", "ecdit", *DENSE_RECIPE) == 0
     _assert_holds_the_same(saved / "ours" / "step_8", made)
 
 
 def test_training_goes_on_from_what_deepspeed_saved_as_from_what_we_saved(runs: Path) -> None:
-    ours, theirs = (of_ranks(runs / name, 2) for name in ("on_step_8", "on_made"))
+    ours, theirs = (of_ranks(runs / name, 1) for name in ("on_step_8", "on_made"))
     assert [seen["ours"] for seen in theirs] == [seen["ours"] for seen in ours]
 
 
@@ -159,5 +163,5 @@ def test_what_is_wrong_with_a_folder_of_deepspeeds_is_named(
 
 
 def test_a_zero_3_folder_is_refused_with_the_way_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert("inspect", runs / "dense_3" / "native", *RECIPE, "--set", "model.ffn=dense") == 2
+    assert convert("inspect", runs / "dense_3" / "native", *DENSE_RECIPE) == 2
     assert "ds_to_universal" in capsys.readouterr().err

@@ -175,13 +175,19 @@ def test_a_full_disk_is_told_with_numbers_or_by_its_name(
 
 
 @pytest.mark.parametrize("command", ["verify", "convert"])
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "counts", "step"])
 def test_damage_is_named_with_its_file_and_nothing_is_published(
     run: Run, folder: Path, tmp_path: Path, command: str, fault: str
 ) -> None:
     path = folder / "zero" / "blocks.1.ffn.experts.w2" / "exp_avg_sq.pt"
     if fault == "flipped":
         _flip(path, path.stat().st_size // 2)
+    elif fault == "counts":
+        path = folder / "ecdit_ds.json"
+        path.write_text(path.read_text().replace('"samples_seen": 24', '"samples_seen": 25'))
+    elif fault == "step":
+        path = folder / "zero" / "blocks.1.ffn.experts.w2" / "step.pt"
+        torch.save(torch.tensor(3.0), path)
     elif fault == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     else:
@@ -216,6 +222,12 @@ def test_a_tag_leads_nowhere_else(run: Run, folder: Path, tag: str, latest: str)
     (folder.parent / latest).write_text(tag)
     code, out, err = run("inspect", folder.parent)
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and latest in err
+
+
+def test_a_folder_that_lacks_a_parameter_is_refused(run: Run, folder: Path, given: list[str]) -> None:
+    (folder / "ecdit_ds.json").unlink()
+    shutil.rmtree(folder / "zero" / "final.linear.bias")
+    assert "has no final.linear.bias" in run("inspect", folder, *given)[2]
 
 
 def test_names_that_would_leave_the_folder_are_refused(run: Run, tmp_path: Path, recipe: Recipe) -> None:

@@ -9,6 +9,8 @@ thing the optimizer keeps. Ranks note where in their part a parameter begins. Fi
 may write as well, hold rounded copies and are not needed.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,33 +135,29 @@ class ZeroSource:
         self, parameter: str, local_shape: tuple[int, ...], groups: dict[tuple[int, int], _Group], facts: ModelFacts
     ) -> None:
         """Find all pieces of a parameter, of each kind, and prove that they tile it."""
-        ep = next(iter(groups.values())).ep
-        axes = facts.cut_axes(parameter)
-        cuts = {axes[way]: count for way, count in (("tp", self._tp), ("ep", ep)) if way in axes and count > 1}
-        shape = tuple(size * cuts.get(axis, 1) for axis, size in enumerate(local_shape))
-        is_replicated = "tp" not in axes or self._tp == 1
-        for kind, flat in next(iter(groups.values())).flats.items():
+        first = next(iter(groups.values()))
+        counts = {"tp": self._tp, "ep": first.ep}
+        axes = {way: axis for way, axis in facts.cut_axes(parameter).items() if counts[way] > 1}
+        shape = list(local_shape)
+        for way, axis in axes.items():
+            shape[axis] *= counts[way]
+        for kind, flat in first.flats.items():
             name = f"{kind}/{parameter}"
-            if facts.shape(name, torch.Size(shape).numel(), self.folder) != shape:
-                raise CheckpointError(f"{self.folder}: {parameter} has shape {list(shape)}, not what the recipe says")
-            by_tp: list[list[_Piece]] = []
-            for tp in range(self._tp):
-                pieces: list[_Piece] = []
-                for expert_rank in range(ep):
-                    index = {"tp": tp, "ep": expert_rank}
-                    offset = [0] * len(shape)
-                    for way in (way for way in index if way in axes and axes[way] in cuts):
-                        offset[axes[way]] = index[way] * local_shape[axes[way]]
-                    holders = [groups[tp, dp] for dp in range(expert_rank, self._dp, ep)]
-                    pieces += self._pieces(kind, parameter, local_shape, tuple(offset), holders)
-                by_tp.append(pieces)
-            copies = by_tp if is_replicated else [[piece for pieces in by_tp for piece in pieces]]
+            if facts.shape(name, math.prod(shape), self.folder) != tuple(shape):
+                raise CheckpointError(f"{self.folder}: {parameter} has shape {shape}, not what the recipe says")
+            by_tp: list[list[_Piece]] = [[] for _ in range(self._tp)]
+            for tp, ep in itertools.product(range(self._tp), range(first.ep)):
+                offset = _offset(local_shape, axes, {"tp": tp, "ep": ep})
+                # DeepSpeed deals experts out over neighbours: every EP-th data-parallel rank holds the same ones.
+                holders = [groups[tp, dp] for dp in range(ep, self._dp, first.ep)]
+                by_tp[tp] += self._pieces(kind, parameter, local_shape, offset, holders)
+            copies = [list(itertools.chain.from_iterable(by_tp))] if "tp" in axes else by_tp
             for pieces in copies:
                 try:
-                    check_cover(shape, (piece.box for piece in pieces))
+                    check_cover(tuple(shape), (piece.box for piece in pieces))
                 except CheckpointError as error:
                     raise CheckpointError(f"{self.folder}: {name} {error}") from None
-            self._copies[name], self.tensors[name] = copies, (flat.dtype, shape)
+            self._copies[name], self.tensors[name] = copies, (flat.dtype, tuple(shape))
 
     def _pieces(
         self, kind: str, parameter: str, local_shape: tuple[int, ...], offset: tuple[int, ...], holders: list[_Group]
@@ -172,7 +170,7 @@ class ZeroSource:
                 continue
             if kind not in group.flats or here.start + here.numel > group.flats[kind].numel:
                 raise CheckpointError(f"{group.file.path}: has no {kind} of {parameter} where it says; use another")
-            if begin + here.numel > torch.Size(local_shape).numel():
+            if begin + here.numel > math.prod(local_shape):
                 raise CheckpointError(f"{group.file.path}: has more of {parameter} than its shape {list(local_shape)}")
             for box, at in flat_range_boxes(local_shape, begin, begin + here.numel):
                 yield _Piece(file=group.file, flat=group.flats[kind], at=here.start + at, box=shifted(box, offset))
@@ -190,6 +188,18 @@ class ZeroSource:
                     f"{self._files[tp, dp].path}: has {len(ranks[tp, dp])} optimizer groups, {_MODEL_STATES} "
                     f"{num_groups}; the files are not of one checkpoint"
                 )
+        if surplus := sorted(ranks.keys() - set(itertools.product(range(self._tp), range(self._dp)))):
+            raise CheckpointError(
+                f"{self._files[surplus[0]].path}: is of a rank that {_MODEL_STATES} does not know; move it away"
+            )
+
+
+def _offset(local_shape: tuple[int, ...], axes: dict[str, int], index: dict[str, int]) -> tuple[int, ...]:
+    """Return where a rank's local tensor begins in the global one."""
+    offset = [0] * len(local_shape)
+    for way, axis in axes.items():
+        offset[axis] = index[way] * local_shape[axis]
+    return tuple(offset)
 
 
 def _optimizer_files(folder: Path) -> dict[tuple[int, int], Path]:

@@ -25,11 +25,18 @@ SETS = [*SMALL_MODEL, "optimizer.gradient_clipping=0.2"]
 RECIPE = ["--config", "demo", *(part for field in SETS for part in ("--set", field))]
 DENSE = ["model.ffn=dense", "train.precision=bf16"]
 DENSE_RECIPE = [*RECIPE, *(part for field in DENSE for part in ("--set", field))]
-LAYOUTS = {"serial": (1, 1, 1), "dp2": (2, 1, 1), "ep2": (2, 1, 2), "tp2": (2, 2, 1), "tp2xep2": (4, 2, 2)}
+LAYOUTS = {
+    "serial": (1, 1, 1),
+    "dp2": (2, 1, 1),
+    "ep2": (2, 1, 2),
+    "tp2": (2, 2, 1),
+    "tp2xep2": (4, 2, 2),
+    "ep2xdp2": (4, 1, 2),
+}
 """Name -> (ranks, tp, ep)."""
 CASES = [
     ("serial", 1, 2), ("serial", 2, 1), ("serial", 3, 2), ("dp2", 1, 1), ("ep2", 2, 1), ("ep2", 3, 1), ("tp2", 2, 2),
-    ("tp2xep2", 1, 1), ("tp2xep2", 3, 2),
+    ("tp2xep2", 1, 1), ("tp2xep2", 3, 2), ("ep2xdp2", 2, 1),
 ]  # fmt: skip
 """Layout, ZeRO stage, and for how many tensor-parallel ranks the folder was written, which does not matter."""
 SAVED = [(name, stage) for name, stage, _ in CASES if stage < 3]
@@ -137,7 +144,7 @@ def test_training_goes_on_from_what_deepspeed_saved_as_from_what_we_saved(runs: 
     assert [seen["ours"] for seen in theirs] == [seen["ours"] for seen in ours]
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "drifted"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "surplus", "drifted"])
 def test_what_is_wrong_with_a_folder_of_deepspeeds_is_named(
     runs: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +155,10 @@ def test_what_is_wrong_with_a_folder_of_deepspeeds_is_named(
     if fault == "missing":
         path.unlink()
         said = "data-parallel rank 0 of 1, tensor-parallel rank 1 of 2 is missing"
+    elif fault == "surplus":
+        surplus = path.with_name("zero_pp_rank_1_mp_rank_01_optim_states.pt")
+        shutil.copy(path, surplus)
+        said = f"{surplus.name}: is of a rank that"
     elif fault == "drifted":
         content = torch.load(path, weights_only=False)
         content["optimizer_state_dict"]["single_partition_of_fp32_groups"][1].data[7] += 1e-6

@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     convert.add_argument(
         "--to", choices=("ecdit", "safetensors", "universal"), required=True,
         help="ecdit: our format, to train on; safetensors: Hugging Face style, with index and config.json, to share; "
-        "universal: for DeepSpeed's load_checkpoint with load_universal, any layout and ZeRO stage (stage 3: Adam only, "
+        "universal: for DeepSpeed's load_checkpoint with load_universal, any layout and ZeRO stage (3: Adam only, "
         "and a repair after loading; docs/conversion.md)",
     )  # fmt: skip
     convert.add_argument(

@@ -9,12 +9,13 @@ PORT ?= 29500
 # Modules are compiled where they are first imported, once; an environment that forbids it would pay at every start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint soak clean
 
 help:
 	@echo "make demo   install, train the demo, leave pictures in $(OUTPUT)"
 	@echo "make test   install, run linters and tests"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make soak   kill a run 100 times at random moments; about half an hour"
 	@echo "make clean  remove the virtual environment and $(OUTPUT)"
 
 # The stamp changes with requirements.txt, so an old environment is brought up to date and a finished one is left alone.
@@ -34,6 +35,9 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/installed
+	$(BIN)/python tests/resume/soak.py --kills 100 --output runs/soak
 
 clean:
 	rm -rf $(VENV) $(OUTPUT)

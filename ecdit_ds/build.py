@@ -1,6 +1,7 @@
 """From a recipe to a run: everything is built here, once, in the order of `run`; nothing builds itself elsewhere."""
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 
 from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.storage import set_aside
+from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.evaluation.heldout import heldout_loss
+from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
@@ -38,13 +42,14 @@ from ecdit_ds.trainer import Surroundings, Trainer
 
 def run(
     recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], folder: RunFolder, resume: str,
-    stop: StopRequest,
+    stop: StopRequest, status: RunStatus,
 ) -> ExitCode:  # fmt: skip
     """Build everything and train; every rank calls this. Return DONE, or SAVED after a stop.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint or run.
         stop: asked at reports.
+        status: filled in, for the last line.
 
     Raises:
         EcditError: on all ranks, for what a user can mend.
@@ -52,14 +57,17 @@ def run(
     check_encodable(recipe)
     device = initialize_distributed()
     world = World()
+    faults = world.together(lambda: faults_from_environment(world.rank))
+    status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(own_seat())
+    attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
-    candidates = world.on_first(lambda: _claim(folder, recipe, resume, held_locks))
+    lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
     train_set, heldout_set = _open_data(recipe, world)
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
     engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
-    progress = _restore(candidates, folder.checkpoints, engine, recipe, world)
+    progress, resumed_from = _restore(candidates, folder.checkpoints, engine, recipe, world)
     if progress.step > recipe.train.max_steps:
         raise ConfigError(
             f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
@@ -67,16 +75,19 @@ def run(
         )
     world.on_first(lambda: folder.begin(recipe, progress.step))
 
-    dp_rank = topology.coordinates(world.rank).dp
-    surroundings = _surroundings(recipe, topology, dp_rank, device, folder, world, train_set, heldout_set, stop)
+    surroundings = Surroundings(
+        device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
+        status=status, stop=stop,
+        **_work(recipe, topology, topology.coordinates(world.rank).dp, device, world, train_set, heldout_set),
+    )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
-        trainer = Trainer(recipe, engine, world, surroundings, callbacks)
-        trainer.fit(progress)
-        return ExitCode.SAVED if trainer.was_stopped else ExitCode.DONE
+        was_stopped = Trainer(recipe, engine, world, surroundings, callbacks).fit(progress)
+        return ExitCode.SAVED if was_stopped else ExitCode.DONE
     finally:
         for callback in callbacks:
-            callback.close()
+            with suppress(OSError):  # what could not be written was told already
+                callback.close()
 
 
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
@@ -133,14 +144,17 @@ def share_cores(place: Place) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
 
 
-def _claim(folder: RunFolder, recipe: Recipe, resume: str, held_locks: list[IO[str]]) -> list[Path]:
-    """Lock the folder and return its candidates; asked before the lock too, so a refused folder stays untouched."""
+def _claim(
+    folder: RunFolder, recipe: Recipe, resume: str, attempt: str, held_locks: list[IO[str]]
+) -> tuple[Lease, list[Path]]:
+    """Lock and claim the folder, and return its candidates; a folder that is refused stays untouched."""
     if folder.path.is_dir():
         folder.check_recipe(recipe)
     folder.candidates(resume)
-    held_locks.append(folder.lock())
+    held_locks.append(folder.lock(attempt))
     folder.check_recipe(recipe)
-    return folder.candidates(resume)
+    lease = claim(folder.path, attempt)  # before looking, so that no old life can publish what was not seen
+    return lease, folder.candidates(resume)
 
 
 def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDataset]:
@@ -160,11 +174,15 @@ def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDatas
         )  # fmt: skip
 
     world.on_first(lambda: open_both() and None)
-    return open_both()
+    return world.together(open_both)
 
 
-def _restore(candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World) -> Progress:
+def _restore(
+    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World
+) -> tuple[Progress, Path | None]:
     """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
+
+    Return how far it is, and where from; (the beginning, None) without candidates.
 
     Raises:
         CheckpointError: there were candidates and none is valid, or the recipe changed.
@@ -177,7 +195,7 @@ def _restore(candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe:
             if world.all_ok(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
                 world.on_first(partial(_report_resume, folder, progress, rejections, own))
-                return progress
+                return progress, folder
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)
         rejections[folder] = fault
@@ -186,7 +204,7 @@ def _restore(candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe:
             f"none of {len(rejections)} checkpoints is valid ({' | '.join(rejections.values())}); "
             "restore one, or choose another --output to start afresh"
         )
-    return Progress(step=0, samples_seen=0, num_updates=0)
+    return Progress(step=0, samples_seen=0, num_updates=0), None
 
 
 def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str], own: Path) -> None:
@@ -216,10 +234,11 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
         return None, str(error)
 
 
-def _surroundings(
-    recipe: Recipe, topology: Topology, dp_rank: int, device: torch.device, folder: RunFolder, world: World,
-    train_set: LatentDataset, heldout_set: LatentDataset, stop: StopRequest,
-) -> Surroundings:  # fmt: skip
+def _work(
+    recipe: Recipe, topology: Topology, dp_rank: int, device: torch.device, world: World, train_set: LatentDataset,
+    heldout_set: LatentDataset,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the part of a run's surroundings that says what there is to do."""
     image_encoder, text_encoder = encoders_of(recipe)
     micro = recipe.micro_batch_size(topology.dp)
     transform = _Transform(recipe, text_encoder)
@@ -238,16 +257,13 @@ def _surroundings(
         )
 
     peak = peak_flops_per_s(device)
-    return Surroundings(
-        device=device,
-        checkpoints=folder.checkpoints,
-        batches=batches,
-        heldout_losses=heldout_losses,
-        draw=lambda model: _draw(model, recipe, image_encoder, text_encoder, device),
-        flops_per_image=training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
-        stop=stop,
-        peak_flops_per_s=peak * world.size if peak else None,
-    )
+    return {
+        "batches": batches,
+        "heldout_losses": heldout_losses,
+        "draw": lambda model: _draw(model, recipe, image_encoder, text_encoder, device),
+        "flops_per_image": training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
+        "peak_flops_per_s": peak * world.size if peak else None,
+    }
 
 
 class _Transform:

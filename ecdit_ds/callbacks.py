@@ -73,13 +73,13 @@ class JsonLines(Callback):
     """One line a step in metrics.jsonl, one an evaluation in evaluations.jsonl."""
 
     def __init__(self, metrics: Path, evaluations: Path) -> None:
-        self._metrics, self._evaluations = metrics, evaluations
+        self._metrics, self._evaluations = _LinesFile(metrics), _LinesFile(evaluations)
 
     def on_report(self, records: list[Record]) -> None:
-        _append(self._metrics, records)
+        self._metrics.append(records)
 
     def on_evaluation(self, record: Record) -> None:
-        _append(self._evaluations, [record])
+        self._evaluations.append([record])
 
 
 class TensorBoard(Callback):
@@ -123,6 +123,21 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _append(path: Path, records: list[Record]) -> None:
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+class _LinesFile:
+    """Takes whole lines or none: what a full disk refuses is kept and written with the next ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+
+    def append(self, records: list[Record]) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        self._waiting += lines.encode("ascii")
+        with open(self._path, "ab", buffering=0) as handle:
+            size, written = handle.tell(), 0
+            try:
+                while written < len(self._waiting):
+                    written += handle.write(self._waiting[written:])
+            except OSError:
+                handle.truncate(size)
+                raise
+        self._waiting = b""

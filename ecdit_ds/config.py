@@ -114,6 +114,13 @@ class TrainConfig:
     """Of parameters and activations; the optimizer always keeps fp32 weights."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    """The newest so many stay, not counting those that were never compared with their checksums."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it stay for ever; 0 for none."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory."""
+    save_timeout_minutes: float = 30.0
+    """Writing for longer counts as hanging storage and ends the run, so that it can be started again elsewhere."""
     log_every: int = 10
     """Steps between reports and between writes of metrics.jsonl."""
     evaluate_every: int = 500
@@ -133,6 +140,13 @@ class TrainConfig:
             require_positive("train", name, getattr(self, name))
         if self.keep_checkpoints < 2:
             raise ConfigError(f"train.keep_checkpoints: {self.keep_checkpoints}; keep 2 or more: one may prove damaged")
+        require_not_negative("train", "keep_every", self.keep_every)
+        require_positive("train", "save_timeout_minutes", self.save_timeout_minutes)
+        if self.keep_every % self.checkpoint_every:
+            raise ConfigError(
+                f"train.keep_every: {self.keep_every} is no multiple of train.checkpoint_every "
+                f"({self.checkpoint_every}), so some of these steps would never be saved"
+            )
         if self.recompute == "none" and self.recompute_every != 1:
             raise ConfigError(
                 f"train.recompute_every: {self.recompute_every} has no effect with train.recompute: none; use block or "
@@ -268,7 +282,8 @@ class Recipe:
 _CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")
 
 MAY_CHANGE_ON_RESUME = frozenset({
-    "train.max_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "train.max_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
+    "train.async_save", "train.save_timeout_minutes", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
     "data.num_heldout", "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
     "train.recompute_every", "sample.sampler", "sample.num_steps", "sample.guidance_scale", "sample.prompts",

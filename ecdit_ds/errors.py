@@ -7,15 +7,19 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How train.py ends; a batch script decides by these. Others, such as 1 of a traceback, may be tried again."""
+    """How train.py ends; a batch script decides by these."""
 
     DONE = 0
+    CRASHED = 1
+    """A defect or a broken machine, with a traceback; started again, it goes on from the newest valid checkpoint."""
     USER_ERROR = 2
     """Something to mend first: started again as it is, it ends the same way."""
     GAVE_UP = 3
-    """Training cannot go on from here (train.max_skipped_steps); started again, it would end the same way."""
+    """Training cannot go on from here (train.max_skipped_steps, or a newer attempt has taken over)."""
     SAVED = 42
     """A signal asked for a stop: saved, and the same command goes on."""
+    TRY_AGAIN = 75
+    """A rank was lost, or storage hung: nothing is wrong with the run, and the same command goes on."""
     INTERRUPTED = 130
 
 
@@ -39,9 +43,20 @@ class CheckpointError(EcditError):
     """A checkpoint that is missing, damaged, or does not fit the recipe."""
 
 
-class TrainingError(EcditError):
-    """A run that cannot go on, such as one whose logs cannot be written."""
+class StaleAttemptError(CheckpointError):
+    """A process of an earlier attempt of a run that a newer one has taken over: it may change nothing any more."""
 
 
-class GaveUpError(TrainingError):
+class LostRankError(EcditError):
+    """A run that another process ended by dying, or storage by hanging; started again, it goes on."""
+
+
+class GaveUpError(EcditError):
     """A run that would end the same way if it were started again, such as one whose gradients stay non-finite."""
+
+
+def exit_code_of(error: EcditError) -> ExitCode:
+    """Return how a run ends that ends with `error`."""
+    if isinstance(error, GaveUpError | StaleAttemptError):
+        return ExitCode.GAVE_UP
+    return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR

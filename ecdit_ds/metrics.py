@@ -5,6 +5,7 @@ So a step never waits for the device. Suffixes: B pools, S tokens of a pool, E e
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,17 +78,19 @@ class MetricLog:
         self._facts.append(facts)
         self._tensors.append(tensors)
 
-    def flush(self, world: World, *, wants_stop: bool = False) -> tuple[list[dict[str, Any]], bool]:
-        """Return the recorded steps as plain numbers, and whether any rank wants to stop; collective.
+    def flush(self, world: World, answers: Sequence[bool] = ()) -> tuple[list[dict[str, Any]], list[float]]:
+        """Return the recorded steps as plain numbers, and for each answer the share of ranks that say yes; collective.
 
-        Vectors become lists, and what is not finite None. The wish rides on the same reduction.
+        Vectors become lists, and what is not finite None. The answers ride on the same reduction. Without a recorded
+        step nobody is asked, and every share is 0.
         """
         if not self._facts:
-            return [], False
-        wish = self._tensors[0]["loss"].new_full((1,), float(wants_stop), dtype=torch.float64)
-        rows = [torch.cat([wish, *(t.detach().flatten().double() for t in step.values())]) for step in self._tensors]
-        wishes, *columns = world.mean(torch.stack(rows)).T.tolist()
-        table = list(zip(*columns, strict=True))
+            return [], [0.0] * len(answers)
+        said = torch.tensor(answers, dtype=torch.float64, device=self._tensors[0]["loss"].device)
+        rows = [torch.cat([said, *(t.detach().flatten().double() for t in step.values())]) for step in self._tensors]
+        columns = world.mean(torch.stack(rows)).T.tolist()
+        shares = [column[0] for column in columns[: len(answers)]]
+        table = list(zip(*columns[len(answers) :], strict=True))
         records = []
         for facts, tensors, row in zip(self._facts, self._tensors, table, strict=True):
             record, values = dict(facts), iter([finite_or_none(v) for v in row])
@@ -96,7 +99,7 @@ class MetricLog:
                 record[name] = cells if tensor.dim() else cells[0]
             records.append(record)
         self._facts, self._tensors = [], []
-        return records, max(wishes) > 0
+        return records, shares
 
 
 def finite_or_none(value: float) -> float | None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
-from ecdit_ds.checkpoint.storage import remove_stale_attempts
+from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError
@@ -26,7 +27,7 @@ from ecdit_ds.snapshot import check_same_recipe
 
 _LOCK_PATIENCE_S = 10.0
 _OWN_LOCK = ".lock"
-_OWN_NAMES = (_OWN_LOCK, "recipe.yaml.tmp")  # what a kill in the first moments leaves
+_OWN_NAMES = (_OWN_LOCK, LEASE_NAME, "recipe.yaml.tmp")  # what a kill in the first moments leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,14 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
-    def lock(self) -> IO[str]:
+    def lock(self, attempt: str) -> IO[str]:
         """Make the folder ours until the returned file is closed or the process ends.
+
+        A scheduler that gave up on a machine may start the job again while its old life still holds the lock: then the
+        lock is left to it, and the lease keeps it from publishing.
+
+        Args:
+            attempt: this start of the run.
 
         Raises:
             ConfigError: another live process holds it, or it cannot be made.
@@ -78,15 +85,18 @@ class RunFolder:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
+                handle.seek(0)
+                process, _, holder = handle.read().partition(" ")
+                if is_successor(attempt, of=holder):
+                    return handle
                 if time.monotonic() > deadline:
-                    handle.seek(0)
                     raise ConfigError(
-                        f"--output {self.path}: another run (process {handle.read().strip() or 'unknown'}) is writing "
-                        "there; stop it or choose another folder"
+                        f"--output {self.path}: another run (process {process or 'unknown'}) is writing there; stop it "
+                        "or choose another folder"
                     ) from None
                 time.sleep(0.2)
         handle.truncate(0)
-        handle.write(str(os.getpid()))
+        handle.write(f"{os.getpid()} {attempt}")
         handle.flush()
         return handle
 

@@ -5,17 +5,18 @@ layout wrote them and whatever layout reads them.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
-from ecdit_ds.checkpoint.peers import Peers
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.storage import Piece, remove_old, save_checkpoint
+from ecdit_ds.checkpoint.storage import Piece
 from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
 from ecdit_ds.engine import DeepSpeedEngine
-from ecdit_ds.errors import CheckpointError
+from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.recipe_file import recipe_from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +29,18 @@ class Progress:
     """The loader's whole state."""
     num_updates: int
     """Steps that were not skipped."""
+    skipped_in_a_row: int = 0
+    """Steps up to this one whose gradients were not finite."""
 
 
-def save_snapshot(
-    root: Path, engine: DeepSpeedEngine, progress: Progress, recipe: Recipe, keep: int, peers: Peers
-) -> Path:
-    """Write `root/step_N` and remove old checkpoints beyond `keep`; collective."""
-    meta = {
+def meta_of(progress: Progress, recipe: Recipe) -> dict[str, Any]:
+    """Return what a checkpoint keeps beside the tensors."""
+    return {
         "recipe": recipe.to_dict(),
         "samples_seen": progress.samples_seen,
         "num_updates": progress.num_updates,
+        "skipped_in_a_row": progress.skipped_in_a_row,
     }
-    folder = save_checkpoint(root, progress.step, _pieces(engine), meta, peers)
-    if peers.rank == 0:
-        try:
-            remove_old(root, keep)
-        except CheckpointError as error:  # the new one is safe, which is what counts
-            print(f"an old checkpoint stays: {error}", flush=True)
-    return folder
 
 
 def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
@@ -75,6 +70,7 @@ def progress_of(reader: Reader) -> Progress:
             step=reader.manifest.step,
             samples_seen=int(meta["samples_seen"]),
             num_updates=int(meta["num_updates"]),
+            skipped_in_a_row=int(meta.get("skipped_in_a_row", 0)),  # earlier checkpoints do not say
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{reader.folder}: its manifest lacks what a run needs: {error}") from None
@@ -86,6 +82,8 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
     Raises:
         CheckpointError: naming every changed field that may not change, with both values.
     """
+    with suppress(ConfigError):  # what is no recipe is compared as it is, and told
+        written = recipe_from_dict(written).to_dict()  # an older release did not know every field: defaults
     changes = {k: v for k, v in changed_fields(written, recipe.to_dict()).items() if k not in MAY_CHANGE_ON_RESUME}
     if changes:
         told = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
@@ -94,7 +92,8 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
         )
 
 
-def _pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
+def pieces_of(engine: DeepSpeedEngine) -> Iterator[Piece]:
+    """Yield what this rank writes: views of the engine's state, in global coordinates."""
     for fragment in engine.fragments():
         if not fragment.is_written_here:
             continue

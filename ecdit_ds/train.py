@@ -6,6 +6,7 @@ With no other flag this trains the demo. Every rank runs this file; `build.run` 
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,16 +14,17 @@ if __name__ == "__main__":
     # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
     sys.path[0] = str(ROOT)
     from ecdit_ds.lifeline import die_with_launcher
-
-    die_with_launcher()  # the imports below take seconds, in which a launcher may be killed
     from ecdit_ds.stopping import StopRequest
 
+    # The imports below take seconds, in which a launcher may be killed or a signal may come.
     _stop = StopRequest()
-    _stop.listen()  # or a signal may come
+    _stop.listen()
+    die_with_launcher(is_leaving=lambda: _stop.signal_name is not None)
 
 from ecdit_ds.build import describe, run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
-from ecdit_ds.errors import EcditError, ExitCode, GaveUpError
+from ecdit_ds.ending import RunStatus, last_line, let_go_of_closed_streams, say
+from ecdit_ds.errors import EcditError, ExitCode, exit_code_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     """Run, and turn what a user can get wrong into one line; return the exit code (see ExitCode)."""
     options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
+    stop, status, lost = stop or StopRequest(), RunStatus(), list[int]()
     try:
         recipe = load_recipe(options.config, options.set)
         if options.print_config:
@@ -76,13 +79,24 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
             return ExitCode.DONE
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
-        return run(recipe, topology, deepspeed_config, folder, options.resume, stop or StopRequest())
+        code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
+        cause = f"{stop.signal_name or 'a signal to another rank'}" if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
         if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.GAVE_UP if isinstance(error, GaveUpError) else ExitCode.USER_ERROR
+            say(f"error: {error}", sys.stderr)
+        code, cause = exit_code_of(error), str(error)
     except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
+        code, cause = ExitCode.INTERRUPTED, "interrupted from the keyboard"
+    except Exception as error:
+        if lost := status.lost_ranks():
+            code, cause = ExitCode.TRY_AGAIN, f"rank {', '.join(map(str, lost))} died"
+        else:
+            traceback.print_exc()
+            code, cause = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
+    if status.step is not None and status.speaks(lost):
+        say(last_line(status, code.name.lower().replace("_", " "), cause), sys.stderr)
+    let_go_of_closed_streams()
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The loop: when things happen. What a step is, the engine knows; what is shown to whom, the callbacks know."""
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ecdit_ds.callbacks import Callback
+from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.config import Recipe
+from ecdit_ds.ending import RunStatus, say
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
-from ecdit_ds.errors import CheckpointError, GaveUpError, TrainingError
+from ecdit_ds.errors import GaveUpError
+from ecdit_ds.faults import Faults
 from ecdit_ds.flow.objective import FlowBatch, flow_loss
 from ecdit_ds.metrics import MetricLog, RoutingProbe, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
-from ecdit_ds.snapshot import Progress, save_snapshot
+from ecdit_ds.saver import Saver
+from ecdit_ds.snapshot import Progress
 from ecdit_ds.stopping import StopRequest
 
 Batches = Callable[[int], Iterable[list[FlowBatch]]]
@@ -33,6 +38,11 @@ class Surroundings:
 
     device: torch.device
     checkpoints: Path
+    lease: Lease
+    """The right to publish there."""
+    resumed_from: Path | None
+    faults: Faults
+    status: RunStatus
     batches: Batches
     heldout_losses: Callable[[nn.Module], list[float]]
     """model -> held-out loss at each fixed time; collective."""
@@ -58,49 +68,60 @@ class Trainer:
         self.recipe, self.engine, self.world = recipe, engine, world
         self._given, self._callbacks = surroundings, callbacks
         self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
-        self._skipped_in_a_row = 0
-        self.was_stopped = False
+        given = surroundings
+        self._saver = Saver(
+            given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note
+        )
+        self._mute: set[str] = set()
 
-    def fit(self, progress: Progress) -> Progress:
-        """Train on from `progress` until train.max_steps, or until any rank was asked to stop.
+    def fit(self, progress: Progress) -> bool:
+        """Train on from `progress` until train.max_steps, or until any rank was asked to stop; return whether one was.
 
-        A stop is agreed at a report: all ranks save that step and leave. `was_stopped` tells which it was.
+        A stop is agreed at a report: all ranks save that step and leave.
 
         Raises:
             GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient.
-            CheckpointError: the last checkpoint could not be written.
+            CheckpointError: the last checkpoint could not be written, or a newer attempt has taken over.
+            LostRankError: a checkpoint was not written in time.
         """
         train = self.recipe.train
-        saved_step = progress.step
+        self._given.status.step = progress.step
         if progress.step == 0:
             self._evaluate(0)
         for micro_batches, seconds_waited in _timed(self._batches(progress)):
+            self._given.faults.at("step", progress.step + 1)
             started = time.perf_counter()
             result = self._step(micro_batches, progress.step)
             progress = Progress(
                 step=progress.step + 1,
                 samples_seen=progress.samples_seen + train.global_batch_size,
                 num_updates=self.engine.num_updates,
+                skipped_in_a_row=progress.skipped_in_a_row + 1 if result.is_skipped else 0,
             )
+            self._given.status.step = progress.step
             self._record(progress, result, seconds_waited + time.perf_counter() - started)
-            self._check_finite(progress, result)
+            self._saver.complain()
+            self._check_finite(progress)
             is_last = progress.step == train.max_steps
-            is_checkpoint = is_last or progress.step % train.checkpoint_every == 0
-            if is_checkpoint or progress.step % train.log_every == 0:
-                self.was_stopped = self._report() and not is_last
-            if self.was_stopped:
-                self._save(progress, must_succeed=True)  # first of all: whoever asked may not wait for the rest
+            is_checkpoint = progress.step % train.checkpoint_every == 0
+            is_report = is_last or is_checkpoint or progress.step % train.log_every == 0
+            was_stopped = is_report and self._report() and not is_last
+            if was_stopped:
+                self._saver.save_last(progress, read_back=False)  # first of all: whoever asked may not wait
             if is_last or progress.step % train.evaluate_every == 0:
                 self._evaluate(progress.step)
             if is_last or progress.step % train.sample_every == 0:
                 self._draw(progress.step)
-            if self.was_stopped:
+            if was_stopped:
                 self._note(self._farewell(progress))
-                return progress
-            if is_checkpoint and self._save(progress, must_succeed=is_last):
-                saved_step = progress.step
-        self._note(f"done at step {progress.step}; newest checkpoint is step_{saved_step}")
-        return progress
+                return True
+            if is_last:
+                self._saver.save_last(progress, read_back=True)
+            elif is_checkpoint:
+                self._saver.start(progress)
+        newest = self._saver.newest
+        self._note(f"done at step {progress.step}; newest checkpoint is {newest.name if newest else 'none'}")
+        return False
 
     def _batches(self, progress: Progress) -> Iterator[list[FlowBatch]]:
         if progress.step < self.recipe.train.max_steps:
@@ -142,29 +163,31 @@ class Trainer:
             tensors |= {name: values for name, values in routing.items() if name != "experts_per_token"}
         self._log.record(facts, tensors)
 
-    def _check_finite(self, progress: Progress, result: StepResult) -> None:
+    def _check_finite(self, progress: Progress) -> None:
         limit = self.recipe.train.max_skipped_steps
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.is_skipped else 0
-        if not result.is_skipped:
+        if not progress.skipped_in_a_row:
             return
         self._note(
             f"step {progress.step} skipped on every rank: a gradient is not finite "
-            f"({self._skipped_in_a_row} in a row, the run ends at {limit})"
+            f"({progress.skipped_in_a_row} in a row, the run ends at {limit})"
         )
-        if self._skipped_in_a_row >= limit:
+        if progress.skipped_in_a_row >= limit:
             self._report()
+            self._saver.finish()
             raise GaveUpError(
                 f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
                 "lower optimizer.learning_rate or inspect the data, and go on from a checkpoint that is from before"
             )
 
     def _report(self) -> bool:
-        """Tell of the steps since the last report; return whether any rank was asked to stop."""
+        """Tell of the steps since the last report, and publish what all have written; return whether any is to stop."""
         wants_stop = self._given.stop.signal_name is not None
-        records, is_asked_to_stop = self._log.flush(self.world, wants_stop=wants_stop)
+        records, (stops, written) = self._log.flush(self.world, (wants_stop, self._saver.is_written))
         if records:
             self._tell(lambda callback: callback.on_report(records))
-        return is_asked_to_stop
+        if written == 1:
+            self._saver.finish()
+        return stops > 0
 
     def _farewell(self, progress: Progress) -> str:
         names = self.world.gather(self._given.stop.signal_name) or []
@@ -194,33 +217,18 @@ class Trainer:
                 pictures = self._given.draw(model)
             self._tell(lambda callback: callback.on_samples(step, pictures, prompts))
 
-    def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
-        started = time.perf_counter()
-        try:
-            folder = save_snapshot(
-                self._given.checkpoints, self.engine, progress, self.recipe, self.recipe.train.keep_checkpoints,
-                self.world,
-            )  # fmt: skip
-        except CheckpointError as error:
-            if must_succeed:
-                raise
-            self._note(f"step {progress.step}: not saved, training goes on: {error}")
-            return False
-        self._note(f"step {progress.step} | saved {folder} in {time.perf_counter() - started:.2f} s")
-        return True
-
     def _note(self, text: str) -> None:
         self._tell(lambda callback: callback.on_note(text))
 
     def _tell(self, tell: Callable[[Callback], None]) -> None:
-        try:
-            for callback in self._callbacks:
+        for callback in self._callbacks:
+            try:
                 tell(callback)
-        except OSError as error:
-            raise TrainingError(
-                f"{self._given.checkpoints.parent}: cannot be written: {error.strerror or error}; make room and start "
-                "the same command again"
-            ) from None
+            except OSError as error:  # training goes on without; once is enough to know it
+                name = type(callback).__name__
+                if name not in self._mute:
+                    say(f"{name} cannot write: {error.strerror or error}; training goes on", sys.stderr)
+                self._mute.add(name)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Measure what a layer costs beside other people's layers of equal work, and what moving its tokens costs.
+"""Measure what things cost beside what others need for the same.
 
 `python tools/bench.py moe` times the expert-choice layer against the dense feed-forward layer of equal activated
 FLOPs and against other Mixture-of-Experts layers; `python tools/bench.py dispatch` the way to experts on other ranks
-against the bare collective. Sides run in one process and interleaved, so that a slow moment of the machine falls on
-all alike. Every figure that the project publishes about this layer comes from here.
+against the bare collective; `python tools/bench.py checkpoint` saving, loading and converting against moving the same
+bytes. Sides run in one process and interleaved, so that a slow moment of the machine falls on
+all alike. Every figure of speed that the project publishes comes from here.
 
 Suffixes: B images, S tokens of an image, D hidden_size.
 """
@@ -15,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path, as all to
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import parameter_generator
 from ecdit_ds.validation import divisors
+from tools.bench_checkpoint import run_checkpoint
 from tools.bench_dispatch import run_dispatch
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
 from tools.bench_report import compare, describe_run, times_text
@@ -39,6 +42,19 @@ _QUICK: dict[str, Any] = {"tokens": [64, 256], "experts": [8, 16], "call_tokens"
 
 _DISPATCH_FULL: dict[str, Any] = {"tokens": [256, 1024], "chunks": [1, 2, 4], "call_tokens": 8192, "rounds": 7}
 _DISPATCH_QUICK: dict[str, Any] = {"tokens": [64], "chunks": [1, 2], "call_tokens": 512, "rounds": 3}
+
+_CHECKPOINT_FULL: dict[str, Any] = {"gigabytes": 4.0, "rounds": 5}
+_CHECKPOINT_QUICK: dict[str, Any] = {"gigabytes": 0.2, "rounds": 1}
+
+_CHECKPOINT_HELP = """\
+Time a synthetic checkpoint (weights, average and both moments of many experts) on the disk of --folder:
+
+  save     against writing the same bytes with fsync, torch.save and torch's distributed checkpoint (DCP)
+  stall    what training waits for when the save runs in the background, against the whole save
+  load     against reading the same bytes; from the disk, and again from the page cache
+  convert  to other files, against copying the files; and the most memory it takes
+
+Checksums are on in all of ours. "x raw" is the median over rounds of raw time / own time within the round."""
 
 _DISPATCH_HELP = """\
 Time the way to experts on other ranks and back, forward and backward, 2 experts a token: our dispatcher with experts
@@ -204,10 +220,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a device that is not there, sizes that do not fit one another.
     """
-    parser = _OneLineParser(prog="bench.py", description="Measure a layer beside others of equal work.")
+    parser = _OneLineParser(prog="bench.py", description="Measure what things cost.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_moe(commands)
     _add_dispatch(commands)
+    _add_checkpoint(commands)
     options = parser.parse_args(arguments)
     for name, value in (options.quick_sizes if options.quick else options.full_sizes).items():
         if getattr(options, name) is None:
@@ -250,16 +267,35 @@ def _add_dispatch(commands: Any) -> None:
     )
 
 
+def _add_checkpoint(commands: Any) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", help="saving, loading, converting", description=_CHECKPOINT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_report(checkpoint, "of everything (default 5)")
+    checkpoint.add_argument("--gigabytes", type=_positive_number, help="size of the checkpoint (default 4)")
+    checkpoint.add_argument("--experts", type=_positive, default=32, help="default 32")
+    checkpoint.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
+    checkpoint.set_defaults(
+        run=run_checkpoint, check=_check_checkpoint, full_sizes=_CHECKPOINT_FULL, quick_sizes=_CHECKPOINT_QUICK,
+        tokens=[], device="cpu", dtype="fp32",
+    )  # fmt: skip
+
+
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quick", action="store_true", help="fewer, smaller cases and 3 rounds: some seconds")
-    command.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command"
-    )
-    command.add_argument("--rounds", type=_positive, help="timings of each side and case (default 7)")
+    _add_report(command, "of each side and case (default 7)")
     command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
     command.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and tokens (default fp32)"
     )
+
+
+def _add_report(command: argparse.ArgumentParser, what_rounds: str) -> None:
+    command.add_argument("--quick", action="store_true", help="fewer, smaller cases and rounds: some seconds")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command"
+    )
+    command.add_argument("--rounds", type=_positive, help=f"timings {what_rounds}")
 
 
 def _resolve(options: argparse.Namespace) -> None:
@@ -311,6 +347,21 @@ def _check_dispatch(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--tokens {tokens}: {CAPACITY_FACTOR} x {tokens} places do not divide over --experts {options.experts}"
             )
+
+
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    if not options.folder.is_dir() or not os.access(options.folder, os.W_OK):
+        raise ConfigError(f"--folder {options.folder}: is no folder that can be written")
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 def _positive(text: str) -> int:

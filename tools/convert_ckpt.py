@@ -9,12 +9,18 @@ CKPT is a checkpoint's folder or a run's, whose newest is then taken; or one of 
 with --config and --set for the recipe that it does not hold. Training and sampling read any layout's checkpoint as it
 is: converting is for sharing, for DeepSpeed, for one file a rank, for another number type, for giving a dense model
 experts. docs/conversion.md says what each format holds and loses.
+
+A conversion works in DST.partial, where only one may be at a time. Interrupted or killed, the same command goes on
+with the file it was at; another command with the same DST clears away what the first one wrote and begins anew.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,49 +28,49 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from ecdit_ds.checkpoint.convert import (
-    bytes_to_move,
-    convert_to_ecdit,
-    convert_to_safetensors,
-    plan_files,
-    plan_layout,
-)
+from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.derived import WithAverage
-from ecdit_ds.checkpoint.formats import deepspeed_folder, lacks_recipe, open_deepspeed
+from ecdit_ds.checkpoint.formats import lacks_recipe
 from ecdit_ds.checkpoint.inspection import describe, differences, total_bytes, verify
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.model_facts import ModelFacts
-from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, Source, open_source
-from ecdit_ds.checkpoint.universal import convert_to_universal
-from ecdit_ds.config import Recipe
-from ecdit_ds.errors import CheckpointError, ConfigError, EcditError
+from ecdit_ds.checkpoint.partial import partial_of
+from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
+from ecdit_ds.checkpoint.sources import SafetensorsSource, Source
+from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
+from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.sharding import cut_axes
-from ecdit_ds.recipe_file import recipe_from_dict
-from tools.convert_sources import model_facts, parameter_shapes, upcycled
+from tools.convert_sources import expected_shapes, model_facts, open_checkpoint, recipe_of, upcycled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"all": None, "weights": "weight", "ema": "ema"}
 MAX_FILE_BYTES = 5 * 10**9
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Answers a wrong flag with one line; `--help` tells the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = _OneLineParser(
         prog="tools/convert_ckpt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, help_text in (("inspect", _inspect, "what is in it"), ("verify", _verify, "is it whole?")):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("checkpoint", type=Path, metavar="CKPT")
+        command.add_argument("checkpoint", type=_path, metavar="CKPT")
         command.set_defaults(run=run)
     diff = commands.add_parser("diff", help="what differs")
-    diff.add_argument("first", type=Path, metavar="A")
-    diff.add_argument("second", type=Path, metavar="B")
+    diff.add_argument("first", type=_path, metavar="A")
+    diff.add_argument("second", type=_path, metavar="B")
     diff.set_defaults(run=_diff)
     convert = commands.add_parser("convert", help="the same tensors in other files")
-    convert.add_argument("source", type=Path, metavar="SRC")
-    convert.add_argument("destination", type=Path, metavar="DST", help="must not exist; DST.partial until it is whole")
+    convert.add_argument("source", type=_path, metavar="SRC")
+    convert.add_argument("destination", type=_path, metavar="DST", help="must not exist; DST.partial until it is whole")
     convert.add_argument(
         "--to", choices=("ecdit", "safetensors", "universal"), required=True,
         help="ecdit: our format, to train on; safetensors: Hugging Face style, with index and config.json, to share; "
@@ -74,7 +80,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     convert.add_argument(
         "--only", choices=KINDS, help="weights of the last step, or averaged ones (default: all, or ema)"
     )
-    convert.add_argument("--dtype", choices=DTYPES, help="cast (default: as it is, bitwise)")
+    convert.add_argument(
+        "--dtype", choices=DTYPES,
+        help="cast (default: as it is, bitwise); refused if a finite number became infinite, as beyond 65504 in fp16",
+    )  # fmt: skip
     convert.add_argument("--files", type=_positive, metavar="N", help="ecdit: about N files of equal size (default: 1)")
     convert.add_argument(
         "--tp", type=_positive, metavar="T",
@@ -107,70 +116,81 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and turn what a user can get wrong into one line; return the exit code."""
-    options = parse_arguments(arguments)
+    torch.set_num_threads(1)  # parts are small: several threads would wait for one another longer than they work
+    options = argparse.Namespace(command="")
     try:
+        options = parse_arguments(arguments)
         return int(options.run(options))
     except EcditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return 130
+        print(_one_line(f"error: {error}"), file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except OSError as error:
+        print(_one_line(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        return ExitCode.INTERRUPTED
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    folder, source = _open(options.checkpoint, _facts(options))
-    print("\n".join([f"checkpoint   {folder}", *describe(source)]))
+    folder, source = open_checkpoint(options.checkpoint, _facts(options))
+    for line in (f"checkpoint   {folder}", *describe(source)):
+        print(_one_line(line))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    folder, source = _open(options.checkpoint, _facts(options))
-    with _bar(total_bytes(source), "verify") as bar:
-        total = verify(source, _expected_shapes(source), bar.update)
+    folder, source = open_checkpoint(options.checkpoint, _facts(options))
+    with _told_of(folder), _bar(total_bytes(source), "verify") as bar:
+        total = verify(source, expected_shapes(source), bar.update)
     has_none = isinstance(source, SafetensorsSource)
     checked = "sizes hold; the format has no checksums" if has_none else "every checksum holds"
-    print(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}")
+    print(_one_line(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
     return 0
 
 
 def _diff(options: argparse.Namespace) -> int:
     facts, paths = _facts(options), (options.first, options.second)
     needy = [path for path in paths if lacks_recipe(path)] or paths
-    (_, first), (_, second) = (_open(path, facts if path in needy else None) for path in paths)
+    (_, first), (_, second) = (open_checkpoint(path, facts if path in needy else None) for path in paths)
     count = 0
     with _bar(total_bytes(first), "diff") as bar:
         for line in differences(first, second, bar.update):
             bar.clear()
-            print(line)
+            print(_one_line(line))
             count += 1
     print(f"{count} differences" if count else "the same, to the last bit")
     return 1 if count else 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    folder, source = _open(options.source, _facts(options))
-    if options.destination.resolve() == folder.resolve():
-        raise ConfigError(f"{options.destination}: is the source itself; choose another destination")
+    folder, source = open_checkpoint(options.source, _facts(options))
+    _check_apart(folder, options.destination)
     dtype = DTYPES[options.dtype] if options.dtype else None
     source = _derived(source, options)
     if options.to == "universal":
-        _require_universal(source, options)
-        with _bar(2 * total_bytes(source), "convert") as bar:
-            convert_to_universal(source, options.destination, cut_axes, options.tp or 1, bar.update)
+        if options.only or options.dtype or options.files or options.ep:
+            raise ConfigError("--to universal: takes --tp alone; it holds everything, in fp32, and serves any layout")
+        with _told_of(folder):
+            _require_state(source)
+            files = plan_universal(source, cut_axes, options.tp or 1)
+        with _bar(bytes_to_move(files), "convert") as bar:
+            convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
     elif options.to == "safetensors":
         if options.files or options.tp or options.ep or options.only == "all":
             raise ConfigError("--to safetensors: takes --only weights or ema, and --dtype; files are cut at 5 GB")
         kind = KINDS[options.only or "ema"] or "ema"
         _require_kind(source, kind)
-        names = [name for name in source.tensors if name.startswith(f"{kind}/")]
-        with _bar(bytes_to_move(plan_files(source, names, 1, dtype)), "convert") as bar:
-            convert_to_safetensors(source, options.destination, kind, dtype, MAX_FILE_BYTES, bar.update)
+        files = plan_safetensors(source, kind, MAX_FILE_BYTES, dtype)
+        with _bar(bytes_to_move(files), "convert") as bar:
+            convert_to_safetensors(source, options.destination, kind, files, bar.update)
     else:
         files = _ecdit_files(source, options, dtype)
         with _bar(bytes_to_move(files), "convert") as bar:
             convert_to_ecdit(source, options.destination, files, bar.update)
-    print(f"{folder} -> {options.destination}, read back and compared")
+    print(_one_line(f"{folder} -> {options.destination}, read back and compared"))
+    if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
+        print("note: there is no average (ema), which training needs; --ema-from-weights begins one")
     return 0
 
 
@@ -193,30 +213,39 @@ def _derived(source: Source, options: argparse.Namespace) -> Source:
         source = WithAverage(source)
     if options.upcycle:
         source = upcycled(source, options.upcycle, options.set)
-    if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
-        print("note: there is no average (ema), which training needs; --ema-from-weights begins one", file=sys.stderr)
     return source
 
 
-def _require_universal(source: Source, options: argparse.Namespace) -> None:
-    if options.only or options.dtype or options.files or options.ep:
-        raise ConfigError("--to universal: takes --tp alone; it holds everything, in fp32, and serves any layout")
-    for kind in ("weight", *STATE_NAMES[_recipe(source).optimizer.name]):
+def _require_state(source: Source) -> None:
+    for kind in ("weight", *STATE_NAMES[recipe_of(source).optimizer.name]):
         if not _has_kind(source, kind):
-            raise ConfigError(f"--to universal: the checkpoint holds no {kind}, without which DeepSpeed loads nothing")
+            raise CheckpointError(f"holds no {kind}, without which DeepSpeed loads nothing")
 
 
 def _has_kind(source: Source, kind: str) -> bool:
     return any(name.startswith(f"{kind}/") for name in source.tensors)
 
 
-def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype | None) -> list[Any]:
+def _check_apart(source: Path, destination: Path) -> None:
+    """Refuse to write into what is read, or to read from where is written."""
+    held, new = (Path(os.path.realpath(path)) for path in (source, destination))
+    if held == new:
+        raise ConfigError(f"{destination}: is the source itself; choose another destination")
+    if new.is_relative_to(held):
+        raise ConfigError(f"{destination}: lies in the source, {source}; choose a destination beside it")
+    if held.is_relative_to(partial_of(new)):
+        raise ConfigError(f"{source}: lies in {partial_of(destination)}, where the conversion would work; move it")
+
+
+def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype | None) -> list[FilePlan]:
     kind = KINDS[options.only or "all"]
     if dtype is not None and kind is None:
         raise ConfigError(f"--dtype {options.dtype}: would round the optimizer's state too; add --only weights or ema")
     if kind is not None:
         _require_kind(source, kind)
     names = [name for name in source.tensors if kind is None or name.startswith(f"{kind}/")]
+    if not names:
+        raise CheckpointError(f"{options.source}: holds no tensors; there is nothing to convert")
     if options.tp is None and options.ep is None:
         return plan_files(source, names, options.files or 1, dtype)
     if options.files:
@@ -236,35 +265,30 @@ def _require_kind(source: Source, kind: str) -> None:
         raise ConfigError(f"--only: the checkpoint holds no {kind}; it holds {kinds}")
 
 
-def _open(path: Path, facts: ModelFacts | None = None) -> tuple[Path, Source]:
-    """Open a checkpoint's folder, or the newest of a run's."""
-    if facts is not None and not lacks_recipe(path):
-        raise ConfigError(f"--config: {path} is no folder of DeepSpeed's own and has its recipe; leave the flag away")
-    if folder := deepspeed_folder(path):
-        return folder, open_deepspeed(folder, facts)
-    if (path / MANIFEST_NAME).exists() or (path / INDEX_NAME).exists():
-        return path, open_source(path)
-    for root in (path / "checkpoints", path):
-        if found := list_checkpoints(root):
-            return found[0], open_source(found[0])
-    raise CheckpointError(f"{path}: is neither a checkpoint nor a run with checkpoints")
-
-
-def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    return parameter_shapes(_recipe(source))
-
-
-def _recipe(source: Source) -> Recipe:
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """Begin what is said of a checkpoint with its folder, where it does not name a file there."""
     try:
-        return recipe_from_dict(dict(source.meta["recipe"]))
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"its recipe cannot be read, so its tensors cannot be compared with it: {error}"
+        yield
+    except EcditError as error:
+        raise (
+            error if str(error).startswith((f"{folder}/", f"{folder}:")) else CheckpointError(f"{folder}: {error}")
         ) from None
+
+
+def _one_line(text: str) -> str:
+    """Return text with what would break or hide a line, such as a newline in a file's name, written out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _bar(total: int, what: str) -> Any:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -75,6 +75,7 @@ class UpcycledSource:
             for kind in (*kinds, *upcycling.state_names)
             for parameter, shape in upcycling.shapes.items()
         }
+        self._whole: tuple[str, Tensor] | None = None  # the last that was turned or drawn; its parts come one by one
         for name in (f"{kind}/{parameter}" for kind in kinds for parameter in upcycling.shapes):
             self._check_origin(name)
 
@@ -87,14 +88,20 @@ class UpcycledSource:
         kind, parameter = name.split("/", 1)
         if kind in self._made.state_names:
             return torch.zeros(box.shape)
-        if _is_router(parameter):
-            return self._made.initial(parameter, self.tensors[name][1])[box.within((0,) * len(box.shape))]
-        origin = _dense_name(parameter)
-        if origin == parameter:
+        if not _is_router(parameter) and _dense_name(parameter) == parameter:
             return self._source.read(name, box).float()
-        # The same box of every expert, turned: (experts, in, out) is made of (out, in).
-        experts, turned = box.shape[0], Box(box.offset[:0:-1], box.shape[:0:-1])
-        return self._source.read(f"{kind}/{origin}", turned).float().T.expand(experts, *box.shape[1:])
+        if self._whole is None or self._whole[0] != name:
+            self._whole = name, self._make_whole(name)
+        return self._whole[1][box.within((0,) * len(box.shape))]
+
+    def _make_whole(self, name: str) -> Tensor:
+        kind, parameter = name.split("/", 1)
+        if _is_router(parameter):
+            return self._made.initial(parameter, self.tensors[name][1])
+        origin = f"{kind}/{_dense_name(parameter)}"
+        shape = self._source.tensors[origin][1]
+        # The same matrix for every expert, turned: (experts, in, out) is made of (out, in).
+        return self._source.read(origin, Box((0, 0), shape)).float().T.expand(self.tensors[name][1])
 
     def _check_origin(self, name: str) -> None:
         """Prove that the dense checkpoint has what tensor `name` is made of, in the right shape."""

@@ -1,19 +1,24 @@
 """What is in a checkpoint, whether it is whole, and how two differ."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of
+from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of, read_part
 from ecdit_ds.errors import CheckpointError
+
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes."""
 
 
 def describe(source: Source) -> list[str]:
     """Return lines: step, recipe, kinds with their sizes, files and slices."""
-    meta, recipe = source.meta, source.meta.get("recipe", {})
-    model, parallel = recipe.get("model", {}), recipe.get("parallel", {})
+    meta, recipe = source.meta, _section(source.meta, "recipe")
+    model, parallel = _section(recipe, "model"), _section(recipe, "parallel")
     lines = [
         f"step         {source.step}, {meta.get('samples_seen', '?')} samples seen",
         f"recipe       {recipe.get('name', '?')}: {model.get('num_layers', '?')} layers of "
@@ -45,9 +50,15 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
     Raises:
         CheckpointError: naming the file or tensor.
     """
-    for kind, names in _by_kind(source).items():
+    kinds = _by_kind(source)
+    if not kinds.keys() & {"weight", "ema"}:
+        raise CheckpointError(f"holds no weights, neither weight nor ema; its kinds: {', '.join(kinds) or 'none'}")
+    for kind, names in kinds.items():
         held = {name.removeprefix(f"{kind}/"): source.tensors[name][1] for name in names}
         _compare_names(kind, held, expected)
+    if isinstance(source, EcditSource):
+        for file in source.manifest.files:
+            source.open_file(file)
     total = 0
     for name in source.tensors:
         if isinstance(source, EcditSource):
@@ -57,7 +68,7 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
                 tick(cut.box.numel * source.tensors[name][0].itemsize)
         else:
             for part in _parts(source, name):
-                tick(source.read(name, part).nbytes)
+                tick(read_part(source, name, part).nbytes)
         total += _nbytes(source, name)
     return total
 
@@ -77,14 +88,13 @@ def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
             yield f"{name}: {dtype} and {other_dtype}"
         different, largest = 0, 0.0
         for part in _parts(first, name):
-            ours, theirs = first.read(name, part), second.read(name, part)
+            ours, theirs = read_part(first, name, part), read_part(second, name, part)
             tick(ours.nbytes)
-            if dtype != other_dtype or not _same_bits(ours, theirs):
-                distance = (ours.double() - theirs.double()).abs()
-                different += int((distance != 0).sum())
-                largest = max(largest, float(distance.max()))
+            found, distance = _compare(ours, theirs)
+            different, largest = different + found, max(largest, distance)
         if different:
-            yield f"{name}: {different:,} of {_numel(first, name):,} numbers differ, by up to {largest:.3g}"
+            by = f"by up to {largest:.6g}" if largest else "in bits that are no distance: NaN, infinity, sign of zero"
+            yield f"{name}: {different:,} of {_numel(first, name):,} numbers differ, {by}"
 
 
 def total_bytes(source: Source) -> int:
@@ -92,8 +102,36 @@ def total_bytes(source: Source) -> int:
     return sum(_nbytes(source, name) for name in source.tensors)
 
 
-def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return torch.equal(ours.contiguous().flatten().view(torch.uint8), theirs.contiguous().flatten().view(torch.uint8))
+def _compare(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
+    """Return how many numbers differ, and by how much at most where both are finite.
+
+    Numbers of one type differ if any bit does; of two types, if their values do, with NaN equal to NaN.
+    """
+    if ours.dtype == theirs.dtype:
+        differs = _bits(ours) != _bits(theirs)
+    else:
+        is_whole = not (ours.is_floating_point() or theirs.is_floating_point())
+        ours, theirs = (data.to(torch.int64 if is_whole else torch.float64) for data in (ours, theirs))
+        differs = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
+    if not differs.any():
+        return 0, 0.0
+    ours, theirs = ours[differs], theirs[differs]
+    if not ours.is_floating_point():
+        return len(ours), float(max(abs(a - b) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)))
+    distance = (ours.double() - theirs.double()).abs()
+    finite = distance[distance.isfinite()]
+    return len(ours), float(finite.max()) if len(finite) else 0.0
+
+
+def _bits(data: Tensor) -> Tensor:
+    """Return whole numbers that are equal where all bits are."""
+    return data.contiguous().view(_WHOLE_NUMBERS[data.itemsize])
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return what a checkpoint of ours holds under `key`; another's may hold anything there."""
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _by_kind(source: Source) -> dict[str, list[str]]:
@@ -119,7 +157,7 @@ def _parts(source: Source, name: str) -> Iterator[Box]:
 
 
 def _numel(source: Source, name: str) -> int:
-    return torch.Size(source.tensors[name][1]).numel()
+    return math.prod(source.tensors[name][1])
 
 
 def _nbytes(source: Source, name: str) -> int:

@@ -91,10 +91,17 @@ def shard_name(writer: int) -> str:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the folders named `step_<whole number>` in `root`, newest (largest step) first; [] without a root."""
-    if not root.is_dir():
-        return []
-    folders = [path for path in root.iterdir() if re.fullmatch(r"step_[0-9]+", path.name) and path.is_dir()]
+    """Return the folders named `step_<whole number>` in `root`, newest (largest step) first; [] without a root.
+
+    Raises:
+        CheckpointError: the root cannot be looked into.
+    """
+    try:
+        if not root.is_dir():
+            return []
+        folders = [path for path in root.iterdir() if re.fullmatch(r"step_[0-9]+", path.name) and path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read: {error.strerror}") from None
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
@@ -148,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: is missing, so {folder.name} is no checkpoint; use another") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    manifest = _decode_manifest(text, path)
+    manifest = decode_manifest(text, path)
     for name, file in manifest.files.items():
         _check_size(folder / name, file.size_bytes)
     return manifest
@@ -166,7 +173,12 @@ def _check_size(path: Path, size_bytes: int) -> None:
         )
 
 
-def _decode_manifest(text: bytes, path: Path) -> Manifest:
+def decode_manifest(text: bytes, path: Path) -> Manifest:
+    """Return what the bytes of a `manifest.json` at `path` say, all of it checked.
+
+    Raises:
+        CheckpointError: naming the path and what is wrong.
+    """
     with _named(path, "is not JSON"):
         data = json.loads(text.decode("ascii"))
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -204,7 +216,9 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
                 raise ValueError(f"tensor {name} has a slice in {stored.file}, which is not among the files")
     if not isinstance(data["meta"], dict):
         raise TypeError("meta is not a mapping")
-    return Manifest(step=operator.index(data["step"]), meta=data["meta"], files=files, tensors=tensors)
+    if type(data["step"]) is not int or data["step"] < 0:
+        raise ValueError(f"step {data['step']!r} is not a whole number from 0 on")
+    return Manifest(step=data["step"], meta=data["meta"], files=files, tensors=tensors)
 
 
 def _tensor_from_json(name: str, data: dict[str, Any]) -> StoredTensor:

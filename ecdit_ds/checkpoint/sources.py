@@ -5,34 +5,36 @@ Names are `kind/parameter`, as in our checkpoints: `weight/blocks.0...`, `ema/..
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
-from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.boxes import Box, shifted
 from ecdit_ds.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
     StoredSlice,
     StoredTensor,
-    header_xxh3,
+    encode_manifest,
     read_manifest,
-    tensor_xxh3,
 )
-from ecdit_ds.checkpoint.streams import TensorFile
+from ecdit_ds.checkpoint.ranges import reading
+from ecdit_ds.checkpoint.streams import TensorFile, check_shape
 from ecdit_ds.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
-PART_BYTES = 32 * 2**20
-"""What is read, compared, cast or written at once."""
+PART_BYTES = 4 * 2**20
+"""What is read, compared, cast or written at once: little enough to stay in a processor's cache on the way."""
+KIND = re.compile(r"[a-z][a-z0-9_]*")
+"""What tensors are of: `weight`, `ema`, or what an optimizer calls its own."""
 Tick = Callable[[int], object]
 """Called with the bytes that were just dealt with."""
-SMALL_BYTES = 64 * 2**20
-"""Slices up to this size are read once, verified and kept until the next; larger ones are read twice."""
 
 
 class Source(Protocol):
@@ -66,76 +68,57 @@ class EcditSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
+        self.step, self.meta = self.manifest.step, self.manifest.meta
+        self.tensors = {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self.manifest.tensors.items()}
         self._files: dict[str, TensorFile] = {}
         self._verified: set[tuple[str, str]] = set()
-        self._kept: tuple[tuple[str, str], Tensor] | None = None
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def meta(self) -> Mapping[str, Any]:
-        return self.manifest.meta
-
-    @property
-    def tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self.manifest.tensors.items()}
+        check_tensors(folder / MANIFEST_NAME, self.tensors)
 
     @property
     def identity(self) -> list[str]:
-        return [str(json.loads((self.folder / MANIFEST_NAME).read_bytes())["xxh3"])]
+        return [xxhash.xxh3_64_hexdigest(encode_manifest(self.manifest))]
 
     def read(self, name: str, box: Box) -> Tensor:
         """Return a box of a global tensor."""
         stored = self.manifest.tensors[name]
-        out = torch.empty(box.shape, dtype=DTYPES[stored.dtype])
+        out = None
         for cut in stored.slices:
             common = cut.box.intersect(box)
             if common is not None:
-                local = Box(tuple(a - b for a, b in zip(common.offset, cut.box.offset, strict=True)), common.shape)
-                out[common.within(box.offset)] = self._read_slice(stored, cut, local)
-        return out
+                self.verify_slice(stored, cut)
+                found = self._files[cut.file].read(cut.key, shifted(common, tuple(-start for start in cut.box.offset)))
+                if common == box:
+                    return found
+                out = torch.empty(box.shape, dtype=found.dtype) if out is None else out
+                out[common.within(box.offset)] = found
+        return torch.empty(box.shape, dtype=DTYPES[stored.dtype]) if out is None else out
 
     def verify_slice(self, stored: StoredTensor, cut: StoredSlice) -> None:
-        """Compare a slice with its checksum, without holding it."""
-        if (cut.file, cut.key) not in self._verified:
-            file = self._entry(stored, cut)
-            self._compare(cut, file.xxh3(cut.key))
-
-    def _read_slice(self, stored: StoredTensor, cut: StoredSlice, local: Box) -> Tensor:
-        place = (cut.file, cut.key)
-        file = self._entry(stored, cut)
-        if file.entries[cut.key].nbytes > SMALL_BYTES:
-            self.verify_slice(stored, cut)
-            return file.read(cut.key, local)
-        kept = self._kept  # several threads read: each looks at one pair only
-        if kept is None or kept[0] != place:
-            kept = place, file.read(cut.key, Box((0,) * len(cut.box.shape), cut.box.shape))
-            self._compare(cut, tensor_xxh3(kept[1]))
-            self._kept = kept
-        return kept[1][local.within((0,) * len(local.shape))]
-
-    def _compare(self, cut: StoredSlice, actual: str) -> None:
-        if actual != cut.xxh3:
-            raise CheckpointError(
-                f"{self.folder / cut.file}: {cut.key} has checksum {actual}, recorded {cut.xxh3}: damaged; use another "
-                "checkpoint"
-            )
-        self._verified.add((cut.file, cut.key))
-
-    def _entry(self, stored: StoredTensor, cut: StoredSlice) -> TensorFile:
-        path = self.folder / cut.file
-        if cut.file not in self._files:
-            actual, recorded = header_xxh3(path), self.manifest.files[cut.file].header_xxh3
-            if actual != recorded:
-                raise CheckpointError(f"{path}: header has checksum {actual}, recorded {recorded}: damaged")
-            self._files[cut.file] = TensorFile(path)
-        file = self._files[cut.file]
+        """Compare a slice with its checksum, once, without holding it."""
+        if (cut.file, cut.key) in self._verified:
+            return
+        path, file = self.folder / cut.file, self.open_file(cut.file)
         found = file.entries.get(cut.key)
         if found is None or (found.dtype, found.shape) != (DTYPES[stored.dtype], cut.box.shape):
             raise CheckpointError(f"{path}: {cut.key} is not what the manifest says; use another checkpoint")
-        return file
+        actual = file.xxh3(cut.key)
+        if actual != cut.xxh3:
+            raise CheckpointError(
+                f"{path}: {cut.key} has checksum {actual}, recorded {cut.xxh3}: damaged; use another checkpoint"
+            )
+        self._verified.add((cut.file, cut.key))
+
+    def open_file(self, name: str) -> TensorFile:
+        """Return one of the checkpoint's files, its header compared with its checksum."""
+        if name not in self._files:
+            file, recorded = TensorFile(self.folder / name), self.manifest.files[name].header_xxh3
+            if file.header_xxh3 != recorded:
+                raise CheckpointError(
+                    f"{file.path}: header has checksum {file.header_xxh3}, recorded {recorded}: damaged; "
+                    "use another checkpoint"
+                )
+            self._files[name] = file
+        return self._files[name]
 
 
 class SafetensorsSource:
@@ -146,45 +129,55 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config = _read_json(folder / CONFIG_NAME)
-        try:
-            self.step, self._kind = int(config["step"]), str(config["kind"])
-            self.meta: Mapping[str, Any] = dict(config["meta"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / CONFIG_NAME}: lacks what a checkpoint needs: {error}") from None
-        index = _read_json(folder / INDEX_NAME).get("weight_map")
+        config = read_json(folder / CONFIG_NAME)
+        self.step, self.meta = step_and_meta(folder / CONFIG_NAME, config)
+        kind = config.get("kind")
+        if not (isinstance(kind, str) and KIND.fullmatch(kind)):
+            raise CheckpointError(f"{folder / CONFIG_NAME}: kind is {kind!r}, not a name, such as ema")
+        index = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not all(_is_plain_name(name) for name in index.values()):
             raise CheckpointError(f"{folder / INDEX_NAME}: weight_map does not map names to files of this folder")
         self._files = {name: TensorFile(folder / name) for name in sorted(set(index.values()))}
-        self._where = {f"{self._kind}/{key}": (self._files[name], key) for key, name in index.items()}
-        for file, key in self._where.values():
-            if key not in file.entries:
-                raise CheckpointError(f"{file.path}: has no tensor {key}, which {INDEX_NAME} says it has")
-
-    @property
-    def tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        self._where = {f"{kind}/{key}": (self._files[name], key) for key, name in index.items()}
+        self._check_index(index)
         entries = {name: file.entries[key] for name, (file, key) in self._where.items()}
-        return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        self.tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        check_tensors(folder, self.tensors)
 
     @property
     def identity(self) -> list[str]:
-        return [f"{name} {header_xxh3(file.path)} {file.path.stat().st_mtime_ns}" for name, file in self._files.items()]
+        return [f"{name} {file.header_xxh3} {file.modified_ns}" for name, file in self._files.items()]
 
     def read(self, name: str, box: Box) -> Tensor:
         """Return a box of a tensor."""
         file, key = self._where[name]
         return file.read(key, box)
 
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        for key, name in index.items():
+            if key not in self._files[name].entries:
+                raise CheckpointError(f"{self.folder / name}: has no tensor {key}, which {INDEX_NAME} says it has")
+        for name, file in self._files.items():
+            for key in file.entries:
+                if index.get(key) != name:
+                    raise CheckpointError(f"{file.path}: tensor {key} is not in {INDEX_NAME}; add it or remove it")
+
 
 def parts_of(box: Box, itemsize: int) -> Iterator[Box]:
-    """Cut a box along its first axis into parts of at most PART_BYTES (or one row)."""
-    if not box.shape:
-        yield box
+    """Cut a box into parts of at most PART_BYTES that follow one another in its row-major data; none if it is empty."""
+    if box.numel * itemsize <= PART_BYTES:
+        if box.numel:
+            yield box
         return
     (first, *offset), (rows, *shape) = box.offset, box.shape
-    step = max(1, PART_BYTES // max(1, math.prod(shape) * itemsize))
-    for start in range(0, rows, step):
-        yield Box((first + start, *offset), (min(step, rows - start), *shape))
+    num_rows = PART_BYTES // (math.prod(shape) * itemsize)
+    if num_rows:
+        for start in range(0, rows, num_rows):
+            yield Box((first + start, *offset), (min(num_rows, rows - start), *shape))
+        return
+    for row in range(rows):
+        for part in parts_of(Box(tuple(offset), tuple(shape)), itemsize):
+            yield Box((first + row, *part.offset), (1, *part.shape))
 
 
 def open_source(path: Path) -> EcditSource | SafetensorsSource:
@@ -202,11 +195,28 @@ def open_source(path: Path) -> EcditSource | SafetensorsSource:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_part(source: Source, name: str, box: Box) -> Tensor:
+    """Return a box of a global tensor.
+
+    Raises:
+        CheckpointError: what the system refuses is told of the source, whoever asks.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return source.read(name, box)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none that could be written again.
+    """
+    try:
+        with reading(path):
+            content = json.loads(path.read_bytes())
+        json.dumps(content, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -214,5 +224,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def step_and_meta(path: Path, content: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return what a JSON file says of how far the run was, and with what recipe."""
+    step, meta = content.get("step"), content.get("meta")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(f"{path}: step is {step!r}, not a whole number from 0 on")
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: meta is {meta!r}, not an object")
+    return step, meta
+
+
+def check_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Refuse names that cannot be told or written in one line, and shapes that no tensor has."""
+    for name, (_, shape) in tensors.items():
+        kind, _, parameter = name.partition("/")
+        is_told = parameter.isprintable() and parameter not in ("", "__metadata__")
+        if not (is_told and KIND.fullmatch(kind)):
+            raise CheckpointError(f"{path}: tensor name {name!r} is not of the form kind/parameter, as ema/a.weight")
+        try:
+            check_shape(name, shape)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
 def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
+    if not isinstance(name, str) or not name.isprintable():
+        return False
+    return name == Path(name).name and name.endswith(".safetensors")

@@ -1,4 +1,4 @@
-"""Saving a checkpoint and tending the folder of checkpoints; reading is in `reader.py`, the format in `manifest.py`.
+"""Saving a checkpoint: begun together, written by each peer alone, published together, whole or not at all.
 
 Every writer puts its pieces of global tensors into one safetensors file of a temporary folder. Once all are on the
 disk the first writer checks that the pieces tile every tensor, adds the manifest and renames the folder to `step_N`.
@@ -7,20 +7,18 @@ So a folder with that name is whole, or was damaged later, and nothing on disk s
 
 import errno
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.lease import Lease, attempt_name
 from ecdit_ds.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -30,33 +28,19 @@ from ecdit_ds.checkpoint.manifest import (
     StoredTensor,
     check_tensor_cover,
     encode_manifest,
-    header_xxh3,
-    list_checkpoints,
-    read_manifest,
     shard_name,
-    tensor_xxh3,
 )
-from ecdit_ds.checkpoint.peers import Peers, SoloPeers
-from ecdit_ds.checkpoint.reader import Reader, newest_valid
+from ecdit_ds.checkpoint.peers import Peers
+from ecdit_ds.checkpoint.phases import Reached, go_on
+from ecdit_ds.checkpoint.streams import TensorFile, TensorFileWriter
+from ecdit_ds.checkpoint.tending import fault_of, write_latest
 from ecdit_ds.durable import put_on_disk, write_durably
-from ecdit_ds.errors import CheckpointError
-
-__all__ = [
-    "Manifest",
-    "Peers",
-    "Piece",
-    "Reader",
-    "SoloPeers",
-    "list_checkpoints",
-    "newest_valid",
-    "read_manifest",
-    "remove_old",
-    "remove_stale_attempts",
-    "save_checkpoint",
-]
+from ecdit_ds.errors import CheckpointError, StaleAttemptError
 
 _FREE_SPACE_FACTOR = 1.05  # headers, file system blocks, and whoever else writes meanwhile
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PART_NUMEL = 2**20
+"""Numbers that are checksummed and written at once: few enough to be in the cache the second time."""
 
 T = TypeVar("T")
 
@@ -81,151 +65,199 @@ class Piece:
             raise ValueError(f"{self.name}: data of shape {tuple(self.data.shape)} is not a contiguous {self.box}")
 
 
-def save_checkpoint(root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], peers: Peers) -> Path:
-    """Write `root/step_N` together with all peers, whole or not at all.
+class Save:
+    """A checkpoint on its way to `root/step_N`; made and published by all peers together, written by each alone.
 
     Args:
         root: folder of checkpoints, shared by all peers; made if missing.
         step: optimizer steps done.
         pieces: what this peer contributes; over all peers each element of each tensor exactly once (replicas are
-            written by one of their holders). Read to the end before writing; tensors on an accelerator are copied to
-            host memory, this peer's pieces at once.
+            written by one of their holders).
         meta: plain JSON to keep beside the tensors, such as the recipe and samples_seen; rank 0's is written.
         peers: who else writes.
-
-    Returns:
-        The folder, on every peer, once it is on the disk.
-
-    Raises:
-        CheckpointError: on every peer when any failed (disk full, step already saved, pieces that do not tile).
-            Nothing is published then, the temporary folder is removed, and older checkpoints are untouched.
-    """
-    attempt = peers.broadcast(_attempt_id() if peers.rank == 0 else None)
-    final, folder = root / f"step_{step}", root / f"step_{step}.tmp-{attempt}"
-    is_first = peers.rank == 0
-    try:
-        _together(peers, final, lambda: _prepare(folder, final, step, meta) if is_first else None)
-        shard = _together(peers, final, lambda: _write_shard(folder, peers.rank, pieces))
-        shards = peers.gather(shard)  # None but on rank 0
-        _together(peers, final, lambda: _publish(folder, final, _merge(shards, step, meta)) if shards else None)
-    except CheckpointError:
-        # Only here, where all peers have agreed to stop: after a lost peer someone may still be writing.
-        if is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return final
-
-
-def remove_old(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` valid checkpoints and return what was removed.
-
-    Whatever is not named `step_<number>`, is a link, or has no readable manifest is left alone: what this program
-    cannot prove to be its own whole checkpoint is evidence for a person, not waste. A folder is renamed before it is
-    deleted, so that a half-deleted one never looks like a checkpoint.
+        lease: without it anyone may publish.
+        reached: called with each of PHASES.
 
     Raises:
-        CheckpointError: keep is below 1, or a folder cannot be renamed.
+        CheckpointError: on every peer when any failed (too little room for all, step already saved, bad meta).
+            Nothing is left behind, and older checkpoints are untouched.
     """
-    if keep < 1:
-        raise CheckpointError(f"{root}: asked to keep {keep} checkpoints; keep 1 or more")
-    ours = [folder for folder in list_checkpoints(root) if not folder.is_symlink() and _fault(folder) is None]
-    for folder in ours[keep:]:
-        trash = root / f".trash-{folder.name}-{_attempt_id()}"
+
+    def __init__(
+        self, root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], peers: Peers,
+        lease: Lease | None = None, reached: Reached = go_on,
+    ) -> None:  # fmt: skip
+        self.step, self._meta, self._peers, self._lease, self._reached = step, meta, peers, lease, reached
+        attempt = peers.broadcast((lease.attempt if lease else attempt_name()) if peers.rank == 0 else None)
+        self.folder, self._writing = root / f"step_{step}", root / f"step_{step}.tmp-{attempt}"
+        self._shard: dict[str, Any] | None = None
+        self._failure: Exception | None = None
+        with self._all_or_nothing():
+            self.pieces = self._together(lambda: list(pieces))
+            """Read by `write`; whoever replaces them by copies may change the originals meanwhile."""
+            self.nbytes = sum(piece.data.nbytes for piece in self.pieces)
+            needs = peers.gather(self.nbytes)
+            self._together(lambda: self._prepare(sum(needs)) if needs else None)
+
+    def write(self, *, read_back: bool) -> None:
+        """Put this peer's pieces on the disk; asks no peer, so any thread may. What fails is told by `publish`.
+
+        Args:
+            read_back: also read the file again from the disk and compare every checksum.
+        """
+        path = self._writing / shard_name(self._peers.rank)
         try:
-            folder.rename(trash)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be removed: {error.strerror}; check its owner") from None
-        shutil.rmtree(trash, ignore_errors=True)
-    return ours[keep:]
+            with _explained(path, self.nbytes):
+                self._shard = _write_shard(path, self.pieces, self._reached)
+                if read_back:
+                    _read_back(path, self._shard)
+        except Exception as error:
+            self._failure = error
+
+    @property
+    def fault(self) -> str | None:
+        """Why this peer's part could not be written."""
+        return None if self._failure is None else _reason(self._failure)
+
+    def publish(self) -> Path:
+        """Make it `root/step_N`, once every peer has written, and return that folder when it is on the disk.
+
+        Raises:
+            CheckpointError: on every peer when any failed (disk full, pieces that do not tile). Nothing is published
+                then, and the temporary folder is removed.
+            StaleAttemptError: a newer attempt of the run has taken over.
+        """
+        with self._all_or_nothing():
+            shard = self._together(self._written)
+            shards = self._peers.gather(shard)  # None but on rank 0
+            self._together(lambda: self._rename(_merge(shards, self.step, self._meta)) if shards else None)
+        return self.folder
+
+    def _written(self) -> dict[str, Any]:
+        if self._failure is not None:
+            raise self._failure
+        if self._shard is None:
+            raise CheckpointError("the writer ended without a word")
+        return self._shard
+
+    def _prepare(self, need_bytes: int) -> None:
+        self._reached("before-mkdir")
+        _refuse_existing(self.folder)
+        # Bad meta shows before the long writing.
+        encode_manifest(Manifest(step=self.step, meta=self._meta, files={}, tensors={}))
+        with _explained(self._writing, need_bytes):
+            self._writing.mkdir(parents=True)
+            if shutil.disk_usage(self._writing).free < _FREE_SPACE_FACTOR * need_bytes:
+                raise OSError(errno.ENOSPC, "found before writing")
+
+    def _rename(self, manifest: Manifest) -> None:
+        self._reached("before-manifest")
+        path, text = self._writing / MANIFEST_NAME, encode_manifest(manifest)
+        with _explained(path, len(text)):
+            write_durably(path, text)
+            put_on_disk(self._writing)
+        self._reached("before-rename")
+        with self._lease.held() if self._lease else _nothing_held():
+            _refuse_existing(self.folder)
+            with _explained(self.folder, 0):
+                if self.folder.exists():
+                    self.folder.rename(self._writing.with_name(self._writing.name.replace(".tmp-", ".damaged-")))
+                # Fails if another run published the same step meanwhile: a non-empty folder is never replaced.
+                self._writing.rename(self.folder)
+                put_on_disk(self.folder.parent)
+        self._reached("after-rename")
+        self._reached("before-latest")
+        write_latest(self.folder.parent, self.folder)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            # Only here, where all peers have agreed to stop: after a lost peer someone may still be writing.
+            if self._peers.rank == 0:
+                shutil.rmtree(self._writing, ignore_errors=True)
+            raise
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do one part of a save; if it fails on any peer, raise the same CheckpointError on all."""
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        if self._peers.all_ok(failure is None):
+            return result
+        told = self._peers.gather(failure and (_reason(failure), isinstance(failure, StaleAttemptError)))
+        faults = [(writer, *fault) for writer, fault in enumerate(told or []) if fault]
+        text = "; ".join(f"writer {writer}: {reason}" for writer, reason, _ in faults)
+        text, is_stale = self._peers.broadcast((text, any(is_stale for *_, is_stale in faults)))
+        kind = StaleAttemptError if is_stale else CheckpointError
+        raise kind(f"{self.folder}: not saved: {text}") from failure
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged `step_N` to `step_N.damaged-...`, so that the step can be saved again; return its new path.
-
-    Raises:
-        CheckpointError: it cannot be renamed.
-    """
-    aside = folder.with_name(f"{folder.name}.damaged-{_attempt_id()}")
-    try:
-        return folder.rename(aside)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: is damaged and cannot be moved aside: {error.strerror}; move it") from None
-
-
-def remove_stale_attempts(root: Path) -> list[Path]:
-    """Remove what interrupted saves and removals left, `step_N.tmp-*` and `.trash-step_N*`; return what was removed.
-
-    Only for when no save is under way, such as at the start of a run.
-    """
-    left = [path for path in root.glob("*") if re.fullmatch(r"step_[0-9]+\.tmp-.+|\.trash-step_[0-9]+.*", path.name)]
-    stale = [path for path in left if path.is_dir() and not path.is_symlink()]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-    return stale
-
-
-def _together(peers: Peers, final: Path, work: Callable[[], T]) -> T:
-    """Do one part of a save; if it fails on any peer, raise the same CheckpointError on all."""
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    if peers.all_ok(failure is None):
-        return result
-    reasons = peers.gather(None if failure is None else _reason(failure))
-    text = peers.broadcast("; ".join(f"writer {i}: {reason}" for i, reason in enumerate(reasons or []) if reason))
-    raise CheckpointError(f"{final}: not saved: {text}") from failure
-
-
-def _prepare(folder: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
-    _refuse_existing(final)
-    encode_manifest(Manifest(step=step, meta=meta, files={}, tensors={}))  # bad meta shows before the long writing
-    with _explained(folder, 0):
-        folder.mkdir(parents=True)
+def save_checkpoint(
+    root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], peers: Peers, lease: Lease | None = None,
+    reached: Reached = go_on, *, read_back: bool = False,
+) -> Path:  # fmt: skip
+    """Write `root/step_N` together with all peers and return it; for arguments and errors see `Save`."""
+    save = Save(root, step, pieces, meta, peers, lease, reached)
+    save.write(read_back=read_back)
+    return save.publish()
 
 
 def _refuse_existing(final: Path) -> None:
-    if final.exists() and _fault(final) is None:
+    if final.exists() and fault_of(final) is None:
         raise CheckpointError(f"{final}: already holds a valid checkpoint; it is never overwritten, move it away first")
 
 
-def _fault(folder: Path) -> CheckpointError | None:
-    try:
-        read_manifest(folder)
-    except CheckpointError as error:
-        return error
-    return None
-
-
-def _write_shard(folder: Path, writer: int, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write this peer's pieces to the disk and return their part of the manifest as JSON."""
-    path = folder / shard_name(writer)
-    tensors: dict[str, Tensor] = {}
+def _write_shard(path: Path, pieces: list[Piece], reached: Reached) -> dict[str, Any]:
+    """Write pieces one after the other and return their part of the manifest as JSON."""
+    keys = [f"{piece.name}#{number}" for number, piece in enumerate(pieces)]
+    for piece in pieces:
+        if _dtype_name(piece) not in DTYPES:
+            raise CheckpointError(
+                f"tensor {piece.name} is {_dtype_name(piece)}; a checkpoint holds {', '.join(DTYPES)}"
+            )
+    kinds = [(key, piece.data.dtype, piece.box.shape) for key, piece in zip(keys, pieces, strict=True)]
+    writer = TensorFileWriter(path, kinds, {"format": "pt"})
     slices: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        key = f"{piece.name}#{number}"
-        tensors[key] = piece.data.detach().cpu()
+    for key, piece in zip(keys, pieces, strict=True):
+        if len(slices) == len(pieces) // 2:
+            reached("mid-shard")
+        digest = xxhash.xxh3_64()
+        for part in piece.data.detach().reshape(-1).cpu().split(_PART_NUMEL):
+            digest.update(writer.append(part))
         slices.append(
             {
                 "name": piece.name,
                 "global_shape": piece.global_shape,
-                "dtype": str(piece.data.dtype).split(".")[-1],
+                "dtype": _dtype_name(piece),
                 "key": key,
                 "offset": piece.box.offset,
                 "shape": piece.box.shape,
-                "xxh3": tensor_xxh3(tensors[key]),
+                "xxh3": digest.hexdigest(),
             }
         )
-    need_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with _explained(path, need_bytes):
-        if shutil.disk_usage(folder).free < _FREE_SPACE_FACTOR * need_bytes:
-            raise OSError(errno.ENOSPC, "found before writing")
-        save_file(tensors, path)
-        put_on_disk(path)
-        put_on_disk(folder)
-        file = {"file": path.name, "bytes": path.stat().st_size, "header_xxh3": header_xxh3(path)}
-    return file | {"slices": slices}
+    size_bytes = writer.close()
+    put_on_disk(path.parent)
+    return {"file": path.name, "bytes": size_bytes, "header_xxh3": writer.header_xxh3, "slices": slices}
+
+
+def _read_back(path: Path, shard: dict[str, Any]) -> None:
+    """Compare what the disk returns with what was written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # else the page cache would answer
+    finally:
+        os.close(descriptor)
+    file = TensorFile(path)
+    for cut in shard["slices"]:
+        if (actual := file.xxh3(cut["key"])) != cut["xxh3"]:
+            raise CheckpointError(
+                f"{path}: {cut['key']} reads back with checksum {actual}, written {cut['xxh3']}: the disk or the "
+                "memory may be failing"
+            )
 
 
 def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Manifest:
@@ -234,8 +266,6 @@ def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Man
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file, cut in ((shard["file"], cut) for shard in shards for cut in shard["slices"]):
         name, kind = cut["name"], (cut["dtype"], tuple(cut["global_shape"]))
-        if kind[0] not in DTYPES:
-            raise CheckpointError(f"tensor {name} is {kind[0]}; a checkpoint holds {', '.join(DTYPES)}")
         if kinds.setdefault(name, kind) != kind:
             raise CheckpointError(f"tensor {name} is {kinds[name]} for one writer and {kind} for another")
         box = Box(tuple(cut["offset"]), tuple(cut["shape"]))
@@ -251,29 +281,14 @@ def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Man
     return Manifest(step=step, meta=meta, files=files, tensors=tensors)
 
 
-def _publish(folder: Path, final: Path, manifest: Manifest) -> None:
-    path, text = folder / MANIFEST_NAME, encode_manifest(manifest)
-    with _explained(path, len(text)):
-        write_durably(path, text)
-        put_on_disk(folder)
-    _refuse_existing(final)
-    with _explained(final, 0):
-        if final.exists():
-            final.rename(folder.with_name(folder.name.replace(".tmp-", ".damaged-")))
-        # Fails if another run published the same step meanwhile: a non-empty folder is never replaced.
-        folder.rename(final)
-        put_on_disk(final.parent)
-
-
 @contextmanager
 def _explained(path: Path, need_bytes: int) -> Iterator[None]:
     """Turn failures of the file system into one line with the path, and a full disk into numbers."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # safetensors and torch pass the operating system's number on as text only.
+    except OSError as error:
         told = " ".join(str(error).split())
-        if getattr(error, "errno", None) in _DISK_FULL or any(f"(os error {code})" in told for code in _DISK_FULL):
+        if error.errno in _DISK_FULL:
             free_bytes = shutil.disk_usage(path.parent).free
             raise CheckpointError(
                 f"{path}: the disk is full: {need_bytes} bytes needed, {free_bytes} free ({told}); make room or "
@@ -282,10 +297,15 @@ def _explained(path: Path, need_bytes: int) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be written: {told}") from error
 
 
+@contextmanager
+def _nothing_held() -> Iterator[None]:
+    yield
+
+
+def _dtype_name(piece: Piece) -> str:
+    return str(piece.data.dtype).removeprefix("torch.")
+
+
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
-
-
-def _attempt_id() -> str:
-    return f"{time.time_ns():x}-{os.getpid():x}"

@@ -7,8 +7,9 @@ The library maps files, and mapped pages count as resident; a conversion of tera
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.ranges import RangedFile, bytes_of
+from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import CheckpointError
 
-CHUNK_BYTES = 16 * 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself accepts
+_WRITE_OUT_BYTES = 64 * 2**20
+"""After each, the disk is told to begin, so that it works while the next are read and little is left for the end."""
 _CODES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -28,7 +32,7 @@ _CODES = {
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One tensor of a file."""
 
@@ -42,104 +46,79 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile:
-    """A safetensors file, open for reading.
+class TensorFile(RangedFile):
+    """A safetensors file to read from, by any number of threads.
 
     Raises:
         CheckpointError: it cannot be read, or is no such file: the header is checked before any of it is believed.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = path.open("rb", buffering=0)
-            size_bytes = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-        try:
-            self.entries, self.metadata = self._read_header(size_bytes)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from None
-
-    def chunks(self, key: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes in order; each part is valid until the next is asked for."""
-        entry, buffer = self.entries[key], bytearray(min(CHUNK_BYTES, self.entries[key].nbytes))
-        for start in range(0, entry.nbytes, CHUNK_BYTES):
-            part = memoryview(buffer)[: min(CHUNK_BYTES, entry.nbytes - start)]
-            self._read_exactly(part, entry.begin + start)
-            yield part
+        super().__init__(path)
+        with self._open() as file:
+            status = os.fstat(file.fileno())
+            self.size_bytes, self.modified_ns = status.st_size, status.st_mtime_ns
+            try:
+                self._read_header(file)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from None
 
     def xxh3(self, key: str) -> str:
-        """Return the checksum of a tensor's bytes."""
-        digest = xxhash.xxh3_64()
-        for part in self.chunks(key):
-            digest.update(part)
-        return digest.hexdigest()
+        """Return the checksum of a tensor's bytes, read a chunk at a time."""
+        entry = self.entries[key]
+        with self._open() as file:
+            return self._xxh3(file, entry.begin, entry.nbytes)
 
     def read(self, key: str, box: Box) -> Tensor:
-        """Return a box of a tensor; reads the rows of the first axis that it spans and no others."""
+        """Return a box of a tensor."""
         entry = self.entries[key]
-        if not entry.shape:
-            return self._read_flat(entry, 0, 1).view(())
-        row_numel = math.prod(entry.shape[1:])
-        first, rows = box.offset[0], box.shape[0]
-        whole_rows = self._read_flat(entry, first * row_numel, rows * row_numel).view(rows, *entry.shape[1:])
-        return whole_rows[box.within((first, *[0] * (len(entry.shape) - 1)))]
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _read_flat(self, entry: Entry, start: int, numel: int) -> Tensor:
-        out = torch.empty(numel, dtype=entry.dtype)
-        if numel:
-            size = entry.dtype.itemsize
-            self._read_exactly(_bytes_of(out), entry.begin + start * size)
+        out = torch.empty(box.shape, dtype=entry.dtype)
+        if box.numel:
+            with self._open() as file:
+                self._read_box(file, entry.begin, entry.shape, box, out)
         return out
 
-    def _read_exactly(self, into: memoryview, position: int) -> None:
-        done = 0
-        while done < len(into):
-            try:
-                count = os.preadv(self._file.fileno(), [into[done:]], position + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-            if count == 0:
-                raise CheckpointError(f"{self.path}: ends early, at byte {position + done}; use another checkpoint")
-            done += count
-
-    def _read_header(self, size_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    def _read_header(self, file: FileIO) -> None:
+        size_bytes = self.size_bytes
         prefix = bytearray(min(8, size_bytes))
-        self._read_exactly(memoryview(prefix), 0)
+        self._read_exactly(file, memoryview(prefix), 0)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 0 < header_bytes <= min(_HEADER_LIMIT_BYTES, size_bytes - 8):
             raise ValueError(f"{size_bytes} bytes do not hold the header it announces")
         text = bytearray(header_bytes)
-        self._read_exactly(memoryview(text), 8)
+        self._read_exactly(file, memoryview(text), 8)
+        self.header_xxh3 = xxhash.xxh3_64_hexdigest(prefix + text)
         header = json.loads(text.decode("utf-8"))
-        metadata = header.pop("__metadata__", {})
-        entries = {key: _entry(key, value, 8 + header_bytes) for key, value in header.items()}
+        header.pop("__metadata__", None)
+        self.entries = {key: _entry(key, value, 8 + header_bytes) for key, value in header.items()}
         end = 8 + header_bytes
-        for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        for key, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
             if entry.begin != end:
                 raise ValueError(f"tensor {key} begins at byte {entry.begin}, not at {end}")
             end += entry.nbytes
         if end != size_bytes:
             raise ValueError(f"it has {size_bytes} bytes, its tensors end at {end}")
-        return entries, metadata
 
 
-def _bytes_of(flat: Tensor) -> memoryview:
-    """Return the bytes of a flat tensor, without a copy."""
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+def check_shape(name: str, shape: Sequence[Any]) -> None:
+    """Refuse a shape that no tensor can have, such as one with more elements than can be counted.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(max(1, size) for size in shape) >= 2**63:
+        raise ValueError(f"tensor {name} has shape {list(shape)}")
 
 
 def _entry(key: str, value: dict[str, Any], data_start: int) -> Entry:
-    shape = tuple(value["shape"])
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"tensor {key} has shape {list(shape)}")
-    begin, end = value["data_offsets"]
-    entry = Entry(dtype=_CODES[value["dtype"]], shape=shape, begin=data_start + begin)
-    if begin < 0 or end - begin != entry.nbytes:
+    shape, (begin, end) = value["shape"], value["data_offsets"]
+    if not isinstance(shape, list):
+        raise TypeError(f"tensor {key} has shape {shape!r}")
+    check_shape(key, shape)
+    if type(begin) is not int or type(end) is not int or begin < 0:
+        raise ValueError(f"tensor {key} lies at bytes {begin!r} to {end!r}")
+    entry = Entry(dtype=_CODES[value["dtype"]], shape=tuple(shape), begin=data_start + begin)
+    if end - begin != entry.nbytes:
         raise ValueError(f"tensor {key} has {end - begin} bytes, its shape needs {entry.nbytes}")
     return entry
 
@@ -148,7 +127,7 @@ class TensorFileWriter:
     """Writes a safetensors file front to back.
 
     Args:
-        path: overwritten.
+        path: what was there is unlinked.
         tensors: (key, dtype, shape) of all tensors, in the order in which their data will come.
         metadata: text by text, kept in the header.
     """
@@ -165,8 +144,8 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the library writes it
         self._head, self._left = len(text).to_bytes(8, "little") + text, begin
-        self._file = path.open("wb", buffering=0)
-        self._write(memoryview(self._head))
+        self._file, self._begun = open_new(path), 0
+        write_all(self._file, self._head)
 
     @property
     def header_xxh3(self) -> str:
@@ -174,10 +153,14 @@ class TensorFileWriter:
 
     def append(self, data: Tensor) -> memoryview:
         """Write the next tensor's, or part of a tensor's, values; return their bytes."""
-        flat = data.contiguous().reshape(-1)
-        values = _bytes_of(flat)
-        self._write(values)
+        values = bytes_of(data.contiguous())
+        write_all(self._file, values)
         self._left -= len(values)
+        position = self._file.tell()
+        if position - self._begun >= _WRITE_OUT_BYTES:
+            # The pages are not written yet, so Linux keeps them, and starts to write them.
+            os.posix_fadvise(self._file.fileno(), self._begun, position - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = position
         return values
 
     def close(self) -> int:
@@ -187,8 +170,3 @@ class TensorFileWriter:
         size_bytes = self._file.tell()
         self._file.close()
         return size_bytes
-
-    def _write(self, values: memoryview) -> None:
-        done = 0
-        while done < len(values):
-            done += self._file.write(values[done : done + 2**30]) or 0

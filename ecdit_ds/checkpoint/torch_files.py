@@ -6,15 +6,16 @@ refuses everything else, and on the `meta` device, which makes tensors without d
 This is the one module that may call `torch.load` and `torch.save`.
 """
 
-import errno
+import io
 import math
 import os
 import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.durable import put_on_disk
+from ecdit_ds.checkpoint.ranges import RangedFile, reading
+from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import CheckpointError
 
-_CHUNK_BYTES = 16 * 2**20
 _LOCAL_HEADER_BYTES = 30
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -57,7 +58,7 @@ class Skipped:
         pass
 
 
-class TorchFile:
+class TorchFile(RangedFile):
     """A `.pt` file: its content, with a StoredTensor in place of each tensor, and any range of their data.
 
     Args:
@@ -69,26 +70,25 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, stand_ins: Mapping[str, type] | None = None) -> None:
-        self.path, self._stand_ins = path, dict(stand_ins or {})
+        super().__init__(path)
+        self._stand_ins = dict(stand_ins or {})
         self._verified: set[str] = set()
-        try:
-            self._size_bytes = path.stat().st_size
-            with path.open("rb", buffering=0) as file:
-                self._records = self._read_directory(file)
-                for name in self._records:
-                    if "/data/" not in name:  # the pickle, and facts about the format: all small
-                        self._verify(file, name)
-                self._check_byte_order(file)
-            self._record_at = {begin: name for name, (_, begin) in self._records.items() if "/data/" in name}
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        with self._open() as file, reading(path):
+            status = os.fstat(file.fileno())
+            self.size_bytes, self._modified_ns = status.st_size, status.st_mtime_ns
+            self._records = self._read_directory(file)
+            for name in self._records:
+                if "/data/" not in name:  # the pickle, and facts about the format: all small
+                    self._verify(file, name)
+            self._check_byte_order(file)
+        self._record_at = {begin: name for name, (_, begin) in self._records.items() if "/data/" in name}
         self.content = self._described(self._load(), "", {})
 
     @property
     def identity(self) -> str:
         """Return what tells this content from another's."""
         crc = zlib.crc32(repr([(name, info.CRC) for name, (info, _) in self._records.items()]).encode())
-        return f"{self.path.name} {self._size_bytes} {self.path.stat().st_mtime_ns} {crc:08x}"
+        return f"{self.path.name} {self.size_bytes} {self._modified_ns} {crc:08x}"
 
     def read(self, tensor: StoredTensor, box: Box, *, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return a box of a tensor; all of its storage was compared with its checksum before.
@@ -99,35 +99,36 @@ class TorchFile:
         shape = tensor.shape if shape is None else shape
         if not tensor.is_contiguous or start + math.prod(shape) > tensor.numel:
             raise CheckpointError(f"{self.path}: a tensor of shape {list(tensor.shape)} is not stored in one piece")
-        row_numel = math.prod(shape[1:])
-        first, rows = (box.offset[0], box.shape[0]) if shape else (0, 1)
-        flat = self._read_flat(tensor, start + first * row_numel, rows * row_numel)
-        if not shape:
-            return flat.view(())
-        return flat.view(rows, *shape[1:])[box.within((first, *[0] * (len(shape) - 1)))]
-
-    def chunks(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        """Yield a contiguous tensor's bytes in order, verified; each part is valid until the next is asked for."""
-        size = tensor.dtype.itemsize
-        for start in range(0, tensor.numel, _CHUNK_BYTES // size):
-            part = self._read_flat(tensor, start, min(_CHUNK_BYTES // size, tensor.numel - start))
-            yield part.view(torch.uint8).numpy().data
-
-    def _read_flat(self, tensor: StoredTensor, start: int, numel: int) -> Tensor:
-        out = torch.empty(numel, dtype=tensor.dtype)
-        if not numel:
-            return out
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if tensor.record not in self._verified:
-                    self._verify(file, tensor.record)
-                begin = tensor.begin + start * tensor.dtype.itemsize
-                self._read_exactly(file, out.view(torch.uint8).numpy().data, begin)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        out = torch.empty(box.shape, dtype=tensor.dtype)
+        if box.numel:
+            with self._open() as file:
+                self._verify_once(file, tensor)
+                self._read_box(file, tensor.begin + start * out.itemsize, shape, box, out)
         return out
 
-    def _read_directory(self, file: Any) -> dict[str, tuple[zipfile.ZipInfo, int]]:
+    def xxh3(self, tensor: StoredTensor) -> str:
+        """Return the checksum of a contiguous tensor's bytes, read a chunk at a time."""
+        with self._open() as file:
+            self._verify_once(file, tensor)
+            return self._xxh3(file, tensor.begin, tensor.numel * tensor.dtype.itemsize)
+
+    def whole_number(self, value: Any) -> int:
+        """Return a whole number of the content, which may be kept as a tensor of one element.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if isinstance(value, StoredTensor) and value.numel == 1:
+            value = self.read(value, Box((0,) * len(value.shape), value.shape)).item()
+        if not isinstance(value, int | float) or not 0 <= value < 2**63:
+            raise CheckpointError(f"{self.path}: does not say how many steps were taken; use another checkpoint")
+        return int(value)
+
+    def _verify_once(self, file: FileIO, tensor: StoredTensor) -> None:
+        if tensor.numel and tensor.record not in self._verified:
+            self._verify(file, tensor.record)
+
+    def _read_directory(self, file: FileIO) -> dict[str, tuple[zipfile.ZipInfo, int]]:
         """Return each record with the place of its first byte."""
         try:
             with zipfile.ZipFile(file) as archive:
@@ -142,14 +143,14 @@ class TorchFile:
             self._read_exactly(file, memoryview(header), info.header_offset)
             name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             begin = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-            if header[:4] != b"PK\x03\x04" or begin + info.file_size > self._size_bytes:
+            if header[:4] != b"PK\x03\x04" or begin + info.file_size > self.size_bytes:
                 raise self._damaged(f"record {info.filename!r} is not where the directory says")
             records[info.filename] = info, begin
-        if sum(info.file_size for info, _ in records.values()) > self._size_bytes:
+        if sum(info.file_size for info, _ in records.values()) > self.size_bytes:
             raise self._damaged("its records overlap")
         return records
 
-    def _check_byte_order(self, file: Any) -> None:
+    def _check_byte_order(self, file: FileIO) -> None:
         for name, (info, begin) in self._records.items():
             if name.endswith("/byteorder") and info.file_size < 16:
                 order = bytearray(info.file_size)
@@ -157,25 +158,15 @@ class TorchFile:
                 if order != b"little":
                     raise CheckpointError(f"{self.path}: its byte order is {bytes(order)!r}; only little is read here")
 
-    def _verify(self, file: Any, name: str) -> None:
+    def _verify(self, file: FileIO, name: str) -> None:
         """Compare a record with its checksum; PyTorch writes zero where it was told to compute none."""
         info, begin = self._records[name]
-        actual, buffer = 0, bytearray(min(_CHUNK_BYTES, info.file_size))
-        for at in range(0, info.file_size if info.CRC else 0, _CHUNK_BYTES):
-            part = memoryview(buffer)[: min(_CHUNK_BYTES, info.file_size - at)]
-            self._read_exactly(file, part, begin + at)
+        actual = 0
+        for part in self._chunks(file, begin, info.file_size if info.CRC else 0):
             actual = zlib.crc32(part, actual)
         if actual != info.CRC:
             raise self._damaged(f"record {name!r} has CRC32 {actual:08x}, recorded {info.CRC:08x}")
         self._verified.add(name)
-
-    def _read_exactly(self, file: Any, into: memoryview, position: int) -> None:
-        done = 0
-        while done < len(into):
-            count = os.preadv(file.fileno(), [into[done:]], position + done)
-            if count == 0:
-                raise self._damaged(f"ends early, at byte {position + done}")
-            done += count
 
     def _load(self) -> Any:
         """Return the content with tensors that have no data."""
@@ -240,17 +231,48 @@ class TorchFile:
         return CheckpointError(f"{self.path}: {fault}: damaged, or not a checkpoint; use another")
 
 
-def write_torch_file(path: Path, content: Any) -> None:
-    """Write a `.pt` file and put it on the disk; after a crash it may be there in part.
+def write_torch_file(path: Path, content: Any) -> int:
+    """Write a new `.pt` file, put it on the disk and return its size; after a crash it may be there in part.
 
     Raises:
         OSError: it cannot be written.
     """
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # PyTorch passes a full disk on as text only
-        raise OSError(errno.EIO, _one_line(error), str(path)) from None
-    put_on_disk(path)
+    with open_new(path) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(content, sink)  # type: ignore[arg-type]
+        except Exception as error:  # PyTorch passes a full disk on as text only
+            raise sink.refusal or error from None
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def torch_bytes(content: Any) -> bytes:
+    """Return a small `.pt` file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+class _Sink:
+    """Takes what PyTorch writes, all of it, and keeps what the system said if it could not."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self.refusal: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of some bytes."""
+        view = memoryview(content).cast("B")
+        try:
+            write_all(self._file, view)
+        except OSError as error:
+            self.refusal = error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
 
 
 def _one_line(error: Exception) -> str:

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecdit_ds.checkpoint import universal
 from ecdit_ds.checkpoint.boxes import Box, check_cover, flat_range_boxes, shifted
 from ecdit_ds.checkpoint.model_facts import ModelFacts
-from ecdit_ds.checkpoint.torch_files import Skipped, StoredTensor, TorchFile
+from ecdit_ds.checkpoint.ranges import reading
+from ecdit_ds.checkpoint.sources import check_tensors
+from ecdit_ds.checkpoint.torch_files import StoredTensor, TorchFile
 from ecdit_ds.errors import CheckpointError
 
 LATEST = "latest"
@@ -38,11 +41,9 @@ class FragmentAddress:
     start: int
 
 
-_STAND_INS = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": Skipped,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": Skipped,
-    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
-}
+_STAND_INS: dict[str, type] = {
+    **universal.STAND_INS, "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
+}  # fmt: skip
 
 
 def is_zero_folder(folder: Path) -> bool:
@@ -85,12 +86,13 @@ class ZeroSource:
         if facts is None:
             raise CheckpointError(f"{folder}: holds no recipe; say which one it is of, with --config NAME|PATH [--set]")
         self._files = {place: TorchFile(path, _STAND_INS) for place, path in _optimizer_files(folder).items()}
-        model_states = TorchFile(folder / _MODEL_STATES, _STAND_INS).content
+        model_states_file = TorchFile(folder / _MODEL_STATES, _STAND_INS)
+        model_states = model_states_file.content
         ranks = {place: _groups_of(file) for place, file in self._files.items()}
         with _Named(folder / _MODEL_STATES):
             self._dp, self._tp = int(model_states["dp_world_size"]), int(model_states["mp_world_size"])
             local_shapes = [{n: tuple(map(int, s)) for n, s in g.items()} for g in model_states["param_shapes"]]
-            skipped_steps = int(model_states["skipped_steps"])
+            skipped_steps = model_states_file.whole_number(model_states["skipped_steps"])
             if min(self._dp, self._tp) < 1:
                 raise ValueError(f"{self._dp} data-parallel and {self._tp} tensor-parallel ranks")
         self._check_ranks_are_there(ranks, len(local_shapes))
@@ -103,8 +105,10 @@ class ZeroSource:
         for index, shapes in enumerate(local_shapes):
             groups = {place: ranks[place][index] for place in ranks}
             for parameter, local_shape in shapes.items():
-                self._add(parameter, local_shape, groups, facts)
+                with _Named(folder / _MODEL_STATES):
+                    self._add(parameter, local_shape, groups, facts)
         facts.check_complete((parameter for shapes in local_shapes for parameter in shapes), folder)
+        check_tensors(folder, self.tensors)
 
     @property
     def identity(self) -> list[str]:
@@ -137,6 +141,8 @@ class ZeroSource:
         """Find all pieces of a parameter, of each kind, and prove that they tile it."""
         first = next(iter(groups.values()))
         counts = {"tp": self._tp, "ep": first.ep}
+        if self._dp % first.ep:
+            raise ValueError(f"{first.ep} expert-parallel among {self._dp} data-parallel ranks")
         axes = {way: axis for way, axis in facts.cut_axes(parameter).items() if counts[way] > 1}
         shape = list(local_shape)
         for way, axis in axes.items():
@@ -208,8 +214,10 @@ def _optimizer_files(folder: Path) -> dict[tuple[int, int], Path]:
         raise CheckpointError(
             f"{folder}: is of ZeRO-3, which is not read here; make it a universal one with DeepSpeed's ds_to_universal"
         )
+    with reading(folder):
+        paths = sorted(folder.iterdir())
     found: dict[tuple[int, int], Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if match := _OPTIMIZER_FILE.fullmatch(path.name):
             place = int(match[2]), int(match[1])
             if place in found:
@@ -243,15 +251,8 @@ def _group(
     expert_group = _EXPERT_GROUP.fullmatch(str(group.get("name", ""))) if group.get("moe") else None
     return _Group(
         file=file, flats=flats, places=places, ep=int(expert_group[1]) if expert_group else 1,
-        num_updates=_number(file, kept.get("step", 0)),
+        num_updates=file.whole_number(kept.get("step", 0)),
     )  # fmt: skip
-
-
-def _number(file: TorchFile, value: Any) -> int:
-    """Return a whole number that may be kept as a scalar tensor."""
-    if isinstance(value, StoredTensor):
-        value = file.read(value, Box((), ())).item()
-    return int(value)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ class _Named:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, KeyError | TypeError | ValueError | AttributeError | IndexError):
+        if isinstance(error, KeyError | TypeError | ValueError | AttributeError | IndexError | OverflowError):
             raise CheckpointError(
                 f"{self._path}: is not as DeepSpeed 0.19.8 writes it ({type(error).__name__}: {error}); use another"
             ) from None

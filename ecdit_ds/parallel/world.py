@@ -78,10 +78,27 @@ class World:
         result: T = value
         return result
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """Return everybody's value on rank 0, None elsewhere."""
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; where it raises an EcditError on any, all raise the first."""
+        result, fault = None, None
+        try:
+            result = work()
+        except EcditError as error:
+            fault = error
+        faults = [found for found in self.share(fault) if found is not None]
+        if faults:
+            raise faults[0]
+        return result  # type: ignore[return-value]
+
+    def share(self, value: T) -> list[T]:
+        """Return everybody's value, by rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return everybody's value on rank 0, None elsewhere."""
+        values = self.share(value)
         return values if self.rank == 0 else None
 
     def broadcast(self, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Let DeepSpeed's own engine load and save, on freshly forked ranks beside our own loading and saving.
 
-    python tests/helpers/deepspeed_checkpoints.py PLAN.json      # waves of jobs: [[[ranks, {job}], ...], ...]
+    python tests/helpers/deepspeed_checkpoints.py PLAN.json      # waves of jobs, as `launch.run_plan` writes them
 
 `load_universal` is what a script must do that goes on from a Universal Checkpoint; docs/conversion.md explains it.
 """
@@ -22,6 +22,7 @@ from deepspeed.utils import groups
 
 from ecdit_ds.build import build_model
 from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.checkpoint.storage import save_checkpoint
 from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
@@ -30,7 +31,8 @@ from ecdit_ds.parallel.sharding import cut_axes, shard_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
 from ecdit_ds.recipe_file import load_recipe
-from ecdit_ds.snapshot import Progress, load_snapshot, save_snapshot
+from ecdit_ds.snapshot import Progress, load_snapshot, meta_of, pieces_of
+from ecdit_ds.stopping import StopRequest
 from tests.helpers.random_model import random_values
 from tools import convert_ckpt
 
@@ -39,7 +41,7 @@ STEPS = 3
 RATE = 1e-3
 
 
-def run_job(arguments: list[str]) -> int:
+def run_job(arguments: list[str], _: StopRequest) -> int:
     """Do one job on this rank, and write down what was seen.
 
     Its keys: `convert` (a command line) or `ds_to_universal` (source, destination) alone; or `recipe` (name,
@@ -72,7 +74,7 @@ def run_job(arguments: list[str]) -> int:
         progress = Progress(
             step=step, samples_seen=step * recipe.train.global_batch_size, num_updates=engine.num_updates
         )
-        save_snapshot(output / "ours", engine, progress, recipe, 1, World())
+        save_checkpoint(output / "ours", step, pieces_of(engine), meta_of(progress, recipe), World())
         engine._engine.skipped_steps = progress.step - progress.num_updates  # it would know, had it made them all
         save_natively(engine, output / "native")
     if "universal" in job:
@@ -168,6 +170,4 @@ def _train(engine: DeepSpeedEngine, recipe: Recipe, place: tuple[int, int]) -> l
 
 if __name__ == "__main__":
     many_runs.main = run_job  # type: ignore[assignment]
-    waves = json.loads(Path(sys.argv[1]).read_text())
-    codes = (many_runs.train_wave([(ranks, [json.dumps(job)]) for ranks, job in wave]) for wave in waves)
-    sys.exit(next(filter(None, codes), 0))
+    sys.exit(many_runs.run_waves(Path(sys.argv[1])))

@@ -7,6 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,7 @@ SECONDS_AT_MOST = 540
 
 def start(ranks: int, script: Path, arguments: list[str]) -> subprocess.Popen[str]:
     """Start `deepspeed --num_gpus ranks script arguments`, in a process group of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launcher = Path(sys.executable).with_name("deepspeed")
     flags = ["--num_gpus", str(ranks), "--master_port", str(port)]
     return _start([sys.executable, str(launcher), *flags, str(script), *arguments])
@@ -42,21 +43,62 @@ def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> 
     return process.returncode, output
 
 
-def train_many(folder: Path, *waves: list[tuple[int, list[str]]]) -> str:
-    """Train all runs, (ranks, arguments of train.py), from one warm process; return their output, or fail with it.
+@dataclass(frozen=True)
+class Planned:
+    """A run of `train_many`."""
+
+    ranks: int
+    arguments: list[str]
+    """Of train.py."""
+    environment: dict[str, str] = field(default_factory=dict)
+    codes: tuple[int, ...] = (0,)
+    """How its ranks may end; -N is by signal N."""
+
+
+def finish_group(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait until all that hold the output have ended, though the launcher may have died first; as `finish`."""
+    assert process.stdout is not None
+    output = process.stdout.read()  # ends when nobody can write any more
+    return process.wait(), output
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+Waves = Sequence[Sequence[Planned | tuple[int, list[str]]]]
+"""Wave by wave, runs that go side by side."""
+
+
+def train_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> str:
+    """Train all runs from one warm process; return their output, or fail with it.
 
     A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
     """
     return run_plan(folder, "many_runs.py", waves)
 
 
-def run_plan(folder: Path, script: str, plan: Any) -> str:
-    """Let a script of this folder do a plan, written to `folder`; return its output, or fail with it."""
-    path = folder / "plan.json"
-    path.write_text(json.dumps(plan))
-    code, output = finish(_start([sys.executable, str(ROOT / "tests" / "helpers" / script), str(path)]))
+def run_plan(folder: Path, script: str, waves: Waves) -> str:
+    """As `train_many`, with a script of this folder that does something else on each rank."""
+    code, output = finish(_start_plan(folder, script, waves))
     assert code == 0, output
     return output
+
+
+def start_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> subprocess.Popen[str]:
+    """Start what `train_many` waits for."""
+    return _start_plan(folder, "many_runs.py", waves)
+
+
+def _start_plan(folder: Path, script: str, waves: Waves) -> subprocess.Popen[str]:
+    plan = folder / f"plan-{time.monotonic_ns()}.json"
+    planned = [[run if isinstance(run, Planned) else Planned(*run) for run in wave] for wave in waves]
+    plan.write_text(json.dumps([[asdict(run) for run in wave] for wave in planned]))
+    return _start([sys.executable, str(ROOT / "tests" / "helpers" / script), str(plan)])
 
 
 def train(ranks: int, arguments: list[str]) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """Train every run of a plan, each on freshly forked ranks: a 2-rank run costs seconds, because imports are paid once.
 
-    python tests/helpers/many_runs.py PLAN.json      # waves of runs: [[[ranks, [argument, ...]], ...], ...]
+    python tests/helpers/many_runs.py PLAN.json      # waves of runs, as `launch.train_many` writes them
 
 A rank is a process with the environment that the `deepspeed` launcher gives it, and runs train.py's `main`. Besides
 what every run leaves, `OUTPUT/rank_R.json` tells what rank R saw.
@@ -9,10 +9,11 @@ what every run leaves, `OUTPUT/rank_R.json` tells what rank R saw.
 import json
 import os
 import signal
-import socket
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}  # a fork cannot take a thread pool along
@@ -21,40 +22,54 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's 
 import torch.utils.tensorboard  # noqa: F401
 
 import ecdit_ds.build
+import ecdit_ds.trainer
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
+from ecdit_ds.stopping import StopRequest
 from ecdit_ds.train import main
-from tests.helpers.witness import WitnessedTrainer
+from tests.helpers.launch import free_port
+from tests.helpers.witness import SAMPLES_FILE, WitnessedSaver, WitnessedTrainer, WitnessedTransform
 
 CORES = len(os.sched_getaffinity(0))
 
 
-def train_wave(waiting: list[tuple[int, list[str]]]) -> int:
-    """Train all runs, side by side while there are cores; return 0, or the first code that is not."""
-    running: dict[int, list[str]] = {}
+def run_waves(plan: Path) -> int:
+    """Do what `launch` wrote down; return 0, or the first code that was not planned."""
+    return next(filter(None, map(_run_wave, json.loads(plan.read_text()))), 0)
+
+
+def _run_wave(waiting: list[dict[str, Any]]) -> int:
+    """Train all runs, side by side while there are cores; return 0, or the first code that was not planned."""
+    running: dict[int, dict[str, Any]] = {}
     while waiting or running:
-        while waiting and (not running or len(running) + waiting[0][0] <= CORES):
-            ranks, arguments = waiting.pop(0)
-            port = _free_port()
-            running |= {_fork(rank, ranks, port, arguments): arguments for rank in range(ranks)}
+        while waiting and (not running or len(running) + waiting[0]["ranks"] <= CORES):
+            run, port = waiting.pop(0), free_port()
+            running |= {_fork(rank, run, port): run for rank in range(run["ranks"])}
         process, status = os.wait()
-        arguments = running.pop(process)
-        if code := os.waitstatus_to_exitcode(status):
-            print(f"exit code {code}: {' '.join(arguments)}", flush=True)
+        run, code = running.pop(process), os.waitstatus_to_exitcode(status)
+        if code or run["codes"] != [0]:
+            print(f"process {process} ended with {code} at {time.monotonic():.3f}", flush=True)
+        if code not in run["codes"]:
+            print(f"exit code {code}: {' '.join(run['arguments'])}", flush=True)
             for other in running:
                 os.kill(other, signal.SIGKILL)
             return code
     return 0
 
 
-def _fork(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
+def _fork(rank: int, run: dict[str, Any], port: int) -> int:
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run["ranks"], "LOCAL_SIZE": run["ranks"]}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
-        code = main(arguments)
+        os.environ |= run["environment"]
+        if SAMPLES_FILE in os.environ:
+            ecdit_ds.build._Transform = WitnessedTransform  # type: ignore[misc]
+        stop = StopRequest()
+        stop.listen()
+        code = main(run["arguments"], stop)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -62,13 +77,7 @@ def _fork(rank: int, ranks: int, port: int, arguments: list[str]) -> int:
         os._exit(code)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 if __name__ == "__main__":
     ecdit_ds.build.Trainer = WitnessedTrainer  # type: ignore[misc]
-    sys.exit(next(filter(None, map(train_wave, json.loads(Path(sys.argv[1]).read_text()))), 0))
+    ecdit_ds.trainer.Saver = WitnessedSaver  # type: ignore[misc]
+    sys.exit(run_waves(Path(sys.argv[1])))

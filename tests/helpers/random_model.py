@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.storage import Piece, SoloPeers, save_checkpoint
+from ecdit_ds.checkpoint.peers import SoloPeers
+from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
 from ecdit_ds.config import Recipe
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.layers import SerialLayers

@@ -1,12 +1,13 @@
 """A trainer that writes down what its own rank saw; metrics.jsonl has only what all ranks together saw."""
 
 import json
+import os
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -14,36 +15,81 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
+from ecdit_ds.build import _Transform
+from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.checkpoint.storage import save_checkpoint
+from ecdit_ds.data.encode import Samples
 from ecdit_ds.engine import StepResult
-from ecdit_ds.snapshot import Progress, save_snapshot
+from ecdit_ds.flow.objective import FlowBatch
+from ecdit_ds.saver import Saver
+from ecdit_ds.snapshot import Progress, load_snapshot, meta_of, pieces_of
 from ecdit_ds.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
 _ROOTS = {module.__name__: Path(module.__path__[0]) for module in (deepspeed, ecdit_ds)}
+SAMPLES_FILE = "WITNESS_SAMPLES"
+"""Environment variable: where the samples that are trained on are written down; unset, nowhere."""
+SOURCES = "WITNESS_SOURCES"
+"""Environment variable: JSON list of [name, checkpoint] to go on from, one after the other, in the same process."""
 HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 """Operators whose result the host must wait for."""
+
+
+class WitnessedSaver(Saver):
+    """Saves as ever, and notes what its collectives move."""
+
+    collective_dtypes: ClassVar[set[str]] = set()
+
+    def start(self, progress: Progress) -> None:
+        self._watched(lambda: super(WitnessedSaver, self).start(progress))
+
+    def finish(self) -> None:
+        self._watched(super().finish)
+
+    def save_last(self, progress: Progress, *, read_back: bool) -> None:
+        self._watched(lambda: super(WitnessedSaver, self).save_last(progress, read_back=read_back))
+
+    def _watched(self, save: Callable[[], None]) -> None:
+        with _Operators() as operators:
+            save()
+        WitnessedSaver.collective_dtypes |= operators.collective_dtypes
 
 
 class WitnessedTrainer(Trainer):
     """Trains as ever."""
 
-    def fit(self, progress: Progress) -> Progress:
-        """Also save what was loaded, under `loaded/`, and write `rank_R.json` at the end."""
+    def fit(self, progress: Progress) -> bool:
+        """Also go on from each checkpoint of SOURCES, and write `rank_R.json` at the end."""
         self._run = self._given.checkpoints.parent
         self._grad_norms: list[float] = []
         self._host_waits: list[Counter[str]] = []
-        self._save_dtypes: set[str] = set()
-        if progress.step:
-            save_snapshot(self._run / "loaded", self.engine, progress, self.recipe, 2, self.world)
-        progress = super().fit(progress)
+        was_stopped = super().fit(progress)
         seen = {
             "grad_norms": self._grad_norms,
             "uncut_weights": dict(self._uncut_weights()),
             "host_waits": self._host_waits,
-            "save_dtypes": sorted(self._save_dtypes),
+            "save_dtypes": sorted(WitnessedSaver.collective_dtypes),
+            "courses": {
+                name: self._course_from(name, Path(path)) for name, path in json.loads(os.environ.get(SOURCES, "[]"))
+            },
         }
         (self._run / f"rank_{self.world.rank}.json").write_text(json.dumps(seen))
-        return progress
+        return was_stopped
+
+    def _course_from(self, name: str, source: Path) -> dict[str, list[float]]:
+        """Load a checkpoint, save what was loaded under `loaded/NAME`, and train to the end from there."""
+        progress = load_snapshot(Reader(source), self.engine)
+        self.engine.restored(progress.num_updates)
+        meta = meta_of(progress, self.recipe)
+        save_checkpoint(self._run / "loaded" / name, progress.step, pieces_of(self.engine), meta, self.world)
+        results = [
+            Trainer._step(self, micro_batches, progress.step + done)
+            for done, micro_batches in enumerate(self._batches(progress))
+        ]
+        return {
+            "loss": [float(self.world.mean(result.loss)) for result in results],
+            "grad_norm": [float(result.grad_norm) for result in results],
+        }
 
     def _step(self, micro_batches: Any, step: int) -> StepResult:
         # Watching is slow, and ZeRO-3 compares notes in its first steps only.
@@ -61,17 +107,21 @@ class WitnessedTrainer(Trainer):
         if isinstance(seen, _Operators):
             self._host_waits[-1].update(seen.host_waits)
 
-    def _save(self, progress: Progress, *, must_succeed: bool) -> bool:
-        with _Operators() as operators:
-            saved = super()._save(progress, must_succeed=must_succeed)
-        self._save_dtypes |= operators.collective_dtypes
-        return saved
-
     def _uncut_weights(self) -> Iterator[tuple[str, str]]:
         for fragment in self.engine.fragments():
             if not fragment.shard.is_cut_by_tp:
                 weight = fragment.states["weight"]
                 yield f"{fragment.name} {fragment.start}", xxh3_64_hexdigest(weight.numpy().tobytes())
+
+
+class WitnessedTransform(_Transform):
+    """Makes batches as ever, and writes down which samples they are of."""
+
+    def __call__(self, samples: Samples) -> FlowBatch:
+        line = json.dumps([int(os.environ["RANK"]), samples.stream_index_B.tolist()])
+        with open(os.environ[SAMPLES_FILE], "a", encoding="ascii") as file:
+            file.write(f"{line}\n")
+        return super().__call__(samples)
 
 
 class _Operators(TorchDispatchMode):

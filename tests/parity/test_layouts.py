@@ -14,9 +14,11 @@ import torch
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.recipe_file import load_recipe
-from tests.helpers.launch import metrics_of, train_many
+from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments
+from tests.helpers.witness import SOURCES
+from tools import convert_ckpt
 
 RELATIVE = 1e-5
 RELATIVE_BF16 = 0.02
@@ -50,10 +52,10 @@ CLIPPED = (
 )  # fmt: skip
 """Every gradient norm is above 0.2, so clipping acts in each step."""
 
-MOVES = [("tp2xep2", 2, to, stage) for to, stage in (("serial", 1), ("tp2", 3), ("ep2", 2), ("dp2", 3))] + [
-    (source, stage, "tp2xep2", 2) for source, stage in (("serial", 2), ("tp2", 3), ("ep2", 1), ("dp2", 3))
-]
-"""(written under, stage, continued under, stage)."""
+WRITTEN_UNDER = {"serial": 1, "tp2": 3, "ep2": 2, "dp2": 1, "tp2xep2": 3, "ep4": 2, "tp2xep2xdp2": 2}
+CONTINUED_UNDER = {"serial": 3, "tp2": 1, "ep2": 3, "dp2": 2, "tp2xep2": 2, "ep4": 1, "tp2xep2xdp2": 3}
+"""Name -> ZeRO stage, when a checkpoint goes from one layout to another."""
+MOVES = list(itertools.permutations(LAYOUTS, 2))
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_random_model(root / f"start_{precision}", recipe, kinds=("weight", "ema", "exp_avg", "exp_avg_sq"))
     small = [_small(root, name, stage) for name, stage in [("serial", 2), *CASES]]
     small += [_small(root, name, stage, "bf16") for name, stage in [("serial", 2), *BF16_CASES]]
-    moves = [_small(root, to, to_stage, source=(name, stage)) for name, stage, to, to_stage in MOVES]
     demos = [_demo(root, name, stage) for name, stage in [("serial", 2), *DEMO_CASES]]
-    train_many(root, demos + small, moves)
+    train_many(root, demos + small)
+    for source, to in MOVES:
+        _, tp, ep = LAYOUTS[to]
+        written = _written(root, source)
+        cut = ("--to", "ecdit", "--tp", str(tp), "--ep", str(ep))
+        assert convert_ckpt.main(["convert", str(written), str(_converted(root, source, to)), *cut]) == 0
+    train_many(root, [_moved(root, to) for to in LAYOUTS])
     return root
+
+
+def _written(root: Path, source: str) -> Path:
+    return root / _folder(source, WRITTEN_UNDER[source]) / "checkpoints" / f"step_{HALFWAY}"
+
+
+def _converted(root: Path, source: str, to: str) -> Path:
+    return root / "converted" / f"{source}_for_{to}"
+
+
+def _moved(root: Path, to: str) -> Planned:
+    """Return a run of layout `to` that goes on from the converted checkpoint of every other layout."""
+    sources = [(source, str(_converted(root, source, to))) for source in LAYOUTS if source != to]
+    ranks, arguments = _small(root, to, CONTINUED_UNDER[to], "fp32", Path(sources[0][1]))
+    return Planned(ranks, arguments, {SOURCES: json.dumps(sources)})
 
 
 def _demo(root: Path, name: str, stage: int) -> tuple[int, list[str]]:
@@ -85,18 +107,17 @@ def _demo(root: Path, name: str, stage: int) -> tuple[int, list[str]]:
 
 
 def _small(
-    root: Path, name: str, stage: int, precision: str = "fp32", source: tuple[str, int] | None = None
+    root: Path, name: str, stage: int, precision: str = "fp32", source: Path | None = None
 ) -> tuple[int, list[str]]:
     ranks, tp, ep = LAYOUTS[name]
-    output, start = root / _folder(name, stage, precision, source), root / f"start_{precision}" / "step_1"
-    if source:
-        start = root / _folder(*source) / "checkpoints" / f"step_{HALFWAY}"
+    output = root / (f"{name}_moved" if source else _folder(name, stage, precision))
+    start = source or root / f"start_{precision}" / "step_1"
     overrides = (*CLIPPED, f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.precision={precision}")
     return ranks, arguments(output, root / "cache", *overrides, zero=stage, resume=str(start))
 
 
-def _folder(name: str, stage: int, precision: str = "fp32", source: tuple[str, int] | None = None) -> str:
-    return f"{name}_{stage}_{precision}" + (f"_from_{source[0]}_{source[1]}" if source else "")
+def _folder(name: str, stage: int, precision: str = "fp32") -> str:
+    return f"{name}_{stage}_{precision}"
 
 
 @pytest.mark.parametrize(("name", "stage"), DEMO_CASES)
@@ -150,19 +171,21 @@ def test_bf16_runs_stay_close_to_one_another_under_every_layout(runs: Path, name
     assert [m["loss"] for m in serial] != [m["loss"] for m in metrics_of(runs / _folder("serial", 2))]
 
 
-@pytest.mark.parametrize(("source", "stage", "to", "to_stage"), MOVES)
-def test_a_checkpoint_goes_on_under_another_layout_with_the_losses_of_the_uninterrupted_run(
-    runs: Path, source: str, stage: int, to: str, to_stage: int
+@pytest.mark.parametrize(("source", "to"), MOVES)
+def test_a_checkpoint_converted_for_any_other_layout_goes_on_there_with_the_losses_of_the_uninterrupted_run(
+    runs: Path, source: str, to: str
 ) -> None:
-    moved = metrics_of(runs / _folder(to, to_stage, source=(source, stage)))
-    assert [m["step"] for m in moved] == list(range(HALFWAY + 1, STEPS + 1))
-    _assert_same_course(moved, metrics_of(runs / _folder("serial", 2))[HALFWAY - 1 :])
+    uninterrupted = metrics_of(runs / _folder("serial", 2))[HALFWAY - 1 :]
+    for seen in _seen(runs / f"{to}_moved"):
+        for name in ("loss", "grad_norm"):
+            wanted = [m[name] for m in uninterrupted]
+            assert seen["courses"][source][name] == pytest.approx(wanted, rel=RELATIVE), name
 
 
-@pytest.mark.parametrize(("source", "stage", "to", "to_stage"), MOVES)
-def test_what_was_loaded_is_bitwise_what_was_saved(runs: Path, source: str, stage: int, to: str, to_stage: int) -> None:
-    written = Reader(runs / _folder(source, stage) / "checkpoints" / f"step_{HALFWAY}")
-    loaded = Reader(runs / _folder(to, to_stage, source=(source, stage)) / "loaded" / f"step_{HALFWAY}")
+@pytest.mark.parametrize(("source", "to"), MOVES)
+def test_what_another_layout_loads_is_bitwise_what_was_saved(runs: Path, source: str, to: str) -> None:
+    written = Reader(_written(runs, source))
+    loaded = Reader(runs / f"{to}_moved" / "loaded" / source / f"step_{HALFWAY}")
     assert written.manifest.tensors.keys() == loaded.manifest.tensors.keys()
     for name in written.manifest.tensors:
         assert torch.equal(_read(written, name), _read(loaded, name)), name

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from ecdit_ds.errors import ExitCode
-from tests.helpers.launch import ROOT, finish, metrics_of, start, train, train_many
+from tests.helpers.launch import ROOT, finish, finish_group, free_port, metrics_of, start, train, train_many
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
 STEPS = 30
@@ -81,6 +82,53 @@ def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command
     assert f"at step {steps}" in text
     assert [m["loss"] for m in metrics_of(output)] == [m["loss"] for m in metrics_of(uninterrupted)]
     assert _digest(output) == _digest(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_whole_job_of_which_launchers_die_still_saves(
+    uninterrupted: Path, cache: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "run"
+    life = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL))
+    _wait_for_step(life, output, 8)
+    os.killpg(life.pid, number)
+    _, text = finish_group(life)
+    newest = list_checkpoints(output / "checkpoints")[0]
+    step = int(newest.name.removeprefix("step_"))
+    assert 8 <= step == len(metrics_of(output)) < STEPS
+    assert re.search(rf"end: saved \| cause: {number.name} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
+    text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
+    assert f"at step {step}" in text
+    assert _digest(output) == _digest(uninterrupted)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_rank_killed_under_a_launcher_leaves_one_line_and_nothing_behind(
+    cache: Path, tmp_path: Path, launcher: str
+) -> None:
+    output, shared_memory, port = tmp_path / "run", set(Path("/dev/shm").iterdir()), free_port()
+    command = {
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(port)],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(port)],
+    }[launcher]
+    command = [sys.executable, str(Path(sys.executable).with_name(command[0])), *command[1:], "ecdit_ds/train.py"]
+    ended = subprocess.run(
+        [*command, *arguments(output, cache, *SMALL)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"ECDIT_FAULTS": "kill@step,step=14,rank=1"}, timeout=300,
+    )  # fmt: skip
+    said = ended.stdout + ended.stderr
+    assert ended.returncode != 0
+    [line] = [line for line in said.splitlines() if line.startswith("end: ")]
+    assert re.fullmatch(
+        rf"end: try again \| cause: rank 1 died \| rank 0 \| step 13 \| last valid checkpoint: {output}/.*/step_(6|12)",
+        line,
+    )
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or ())]
+    left = [path.name for path in set(Path("/dev/shm").iterdir()) - shared_memory]
+    assert not [name for name in left if (n := re.search("[0-9]+", name)) and not psutil.pid_exists(int(n[0]))]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections may linger, listeners not
+        probe.bind(("127.0.0.1", port))
 
 
 def test_a_signal_while_a_rank_still_imports_kills_nobody(cache: Path, tmp_path: Path) -> None:

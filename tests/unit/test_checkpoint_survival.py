@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.storage import (
-    Piece,
-    Reader,
-    SoloPeers,
-    newest_valid,
-    remove_old,
-    remove_stale_attempts,
-    save_checkpoint,
-)
+from ecdit_ds.checkpoint.peers import SoloPeers
+from ecdit_ds.checkpoint.phases import PHASES
+from ecdit_ds.checkpoint.reader import Reader, newest_valid
+from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
+from ecdit_ds.checkpoint.tending import remove_old, remove_stale_attempts
 from ecdit_ds.errors import CheckpointError
 
 
 def save(root: Path, step: int) -> Path:
     piece = Piece(name="w", global_shape=(6,), box=Box((0,), (6,)), data=torch.arange(6.0) + step)
     return save_checkpoint(root, step, [piece], {}, SoloPeers())
+
+
+def folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -36,22 +36,20 @@ import os, resource, signal, sys
 from pathlib import Path
 import torch
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.storage import Piece, SoloPeers, save_checkpoint
+from ecdit_ds.checkpoint.peers import SoloPeers
+from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
+from ecdit_ds.checkpoint.tending import remove_old
 
-class DyingPeers(SoloPeers):
-    def gather(self, obj):
+def reached(phase):
+    if phase == sys.argv[2]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-def pieces(is_deadly):
-    yield Piece(name="w", global_shape=(50000,), box=Box((0,), (50000,)), data=torch.ones(50000))
-    if is_deadly:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-root, fault = Path(sys.argv[1]), sys.argv[2]
-if fault == "disk full":
+root = Path(sys.argv[1])
+if sys.argv[2] == "disk full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-peers = DyingPeers() if fault == "killed before the manifest" else SoloPeers()
-save_checkpoint(root, 2, pieces(fault == "killed while reading pieces"), {}, peers)
+piece = Piece(name="w", global_shape=(50000,), box=Box((0,), (50000,)), data=torch.ones(50000))
+save_checkpoint(root, 3, [piece], {}, SoloPeers(), reached=reached)
+remove_old(root, 2, reached=reached)
 """
 
 
@@ -61,19 +59,25 @@ def save_in_another_process(root: Path, fault: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("fault", ["killed while reading pieces", "killed before the manifest"])
-def test_a_killed_save_leaves_the_older_checkpoint_and_a_folder_that_is_swept_up(tmp_path: Path, fault: str) -> None:
-    save(tmp_path, 1)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_save_killed_at_any_phase_leaves_the_newest_published_one_and_nothing_that_is_not_swept_up(
+    tmp_path: Path, phase: str
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
     before = contents(tmp_path)
-    assert save_in_another_process(tmp_path, fault).returncode == -signal.SIGKILL
-    [left] = [path for path in tmp_path.iterdir() if path.name != "step_1"]
-    assert left.name.startswith("step_2.tmp-")
-    reader, rejections = newest_valid(tmp_path)
+    assert save_in_another_process(tmp_path, phase).returncode == -signal.SIGKILL
+    is_published = phase in ("after-rename", "before-latest", "during-removal")
+    reader, rejections = newest_valid(tmp_path, thorough=True)
     assert reader is not None
-    assert (reader.manifest.step, rejections) == (1, [])
-    assert remove_stale_attempts(tmp_path) == [left]
-    assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    assert (reader.manifest.step, rejections) == (3 if is_published else 2, [])
+    half_done = [path.name for path in tmp_path.iterdir() if path.is_dir() and not re.fullmatch("step_.", path.name)]
+    assert len(half_done) == (phase in ("mid-shard", "before-manifest", "before-rename", "during-removal"))
+    assert {path.name for path in remove_stale_attempts(tmp_path)} == set(half_done)
+    kept = (2, 3) if phase == "during-removal" else (1, 2, 3) if is_published else (1, 2)
+    assert folders(tmp_path) == [f"step_{step}" for step in kept]
+    unchanged = {name: content for name, content in before.items() if name.startswith("step_2/")}
+    assert unchanged.items() <= contents(tmp_path).items()
 
 
 def test_a_write_that_hits_the_limit_of_the_disk_says_so_with_bytes_and_leaves_nothing(tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_a_write_that_hits_the_limit_of_the_disk_says_so_with_bytes_and_leaves_n
     stderr = save_in_another_process(tmp_path, "disk full").stderr
     assert re.search(r"CheckpointError: .*shard-00000.safetensors: the disk is full: 200000 bytes needed, \d+ ", stderr)
     assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    assert folders(tmp_path) == ["step_1"]
 
 
 @pytest.fixture
@@ -104,8 +108,29 @@ def test_removing_old_ones_keeps_the_newest_valid_and_touches_no_foreign_name(cr
     before = {path.name for path in crowded.iterdir()}
     assert remove_old(crowded, keep=2) == [crowded / "step_1"]
     assert {path.name for path in crowded.iterdir()} == before - {"step_1"}
-    assert remove_old(crowded, keep=1) == [crowded / "step_3"]
     Reader(crowded / "step_4").verify()
+
+
+def test_no_checkpoint_goes_before_enough_newer_ones_are_verified(tmp_path: Path) -> None:
+    root = tmp_path
+    for step in range(1, 6):
+        save(root, step)
+    for verified in ([], [5], [5, 2]):
+        assert remove_old(root, keep=3, verified=[root / f"step_{step}" for step in verified]) == []
+    shard = root / "step_5" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")  # the newest is damaged and was never read back
+    assert remove_old(root, keep=2, verified=[root / "step_4", root / "step_3"]) == [root / "step_2", root / "step_1"]
+    reader, _ = newest_valid(root, thorough=True)
+    assert reader is not None and reader.manifest.step == 4
+
+
+def test_anchors_stay_for_ever(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save(tmp_path, step)
+    assert [path.name for path in remove_old(tmp_path, keep=2, keep_every=4)] == [
+        f"step_{n}" for n in (7, 6, 5, 3, 2, 1)
+    ]
+    assert folders(tmp_path) == ["step_4", "step_8", "step_9"]
 
 
 def test_sweeping_up_takes_only_what_interrupted_saves_and_removals_left(crowded: Path) -> None:
@@ -116,6 +141,7 @@ def test_sweeping_up_takes_only_what_interrupted_saves_and_removals_left(crowded
     Reader(crowded / "step_4").verify()
 
 
-def test_keeping_no_checkpoint_is_refused(crowded: Path) -> None:
-    with pytest.raises(CheckpointError, match="keep 1 or more"):
-        remove_old(crowded, keep=0)
+@pytest.mark.parametrize("keep", [0, 1])
+def test_keeping_less_than_two_is_refused(crowded: Path, keep: int) -> None:
+    with pytest.raises(CheckpointError, match="keep 2 or more"):
+        remove_old(crowded, keep=keep)

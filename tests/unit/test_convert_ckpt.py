@@ -5,16 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ecdit_ds.checkpoint import convert as conversion
+from ecdit_ds.checkpoint import plans
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.checkpoint.partial import Workspace
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.sources import EcditSource
 from ecdit_ds.checkpoint.streams import TensorFile, TensorFileWriter
@@ -22,10 +22,10 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.pipeline import load_pipeline
 from ecdit_ds.recipe_file import load_recipe
+from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.random_model import save_random_model
 from tools import convert_ckpt
 
-Run = Callable[..., tuple[int, str, str]]
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 
 
@@ -41,15 +41,7 @@ def checkpoint(tmp_path: Path, recipe: Recipe) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return `run(argument, ...)`: the exit code and what the command printed on both streams."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = convert_ckpt.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return tool_runner(capsys)
 
 
 @pytest.mark.parametrize("flags", [[], ["--files", "4"], ["--tp", "2"], ["--ep", "4"], ["--tp", "2", "--ep", "2"]])
@@ -123,7 +115,7 @@ def test_an_interrupted_conversion_goes_on_with_the_file_it_was_at(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    original = conversion.TensorFileWriter
+    original = plans.TensorFileWriter
 
     class StopsAtTheThird(original):  # type: ignore[misc, valid-type]
         def __init__(self, path: Path, *rest: object) -> None:
@@ -132,7 +124,7 @@ def test_an_interrupted_conversion_goes_on_with_the_file_it_was_at(
                 raise KeyboardInterrupt
             super().__init__(path, *rest)
 
-    monkeypatch.setattr(conversion, "TensorFileWriter", StopsAtTheThird)
+    monkeypatch.setattr(plans, "TensorFileWriter", StopsAtTheThird)
     command = ("convert", checkpoint, tmp_path / "new", "--to", "ecdit", "--files", "4")
     assert run(*command)[0] == 130
     assert (tmp_path / "new.partial").is_dir() and not (tmp_path / "new").exists()
@@ -145,18 +137,17 @@ def test_an_interrupted_conversion_goes_on_with_the_file_it_was_at(
 def test_a_partial_conversion_of_another_source_or_with_a_damaged_file_is_written_anew(
     run: Run, checkpoint: Path, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_publishing(*_: object) -> None:
+    def no_publishing(_: object) -> None:
         raise KeyboardInterrupt
 
     command = ("convert", checkpoint, tmp_path / "new", "--to", "ecdit", "--files", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_finish", no_publishing)
+        patch.setattr(Workspace, "publish", no_publishing)
         other = save_random_model(tmp_path / "other", recipe, step=4, kinds=("weight",))
         assert run("convert", other, *command[2:])[0] == 130
         assert run(*command)[0] == 130
-    _flip(tmp_path / "new.partial" / "shard-00001.safetensors", -3)
-    code, _, err = run(*command)
-    assert code == 2 and "reads back other than written" in err and not (tmp_path / "new").exists()
+    _flip(tmp_path / "new.partial" / "files" / "shard-00000.safetensors", 9)
+    _flip(tmp_path / "new.partial" / "files" / "shard-00001.safetensors", -3)
     assert run(*command)[0] == 0
     assert run("diff", checkpoint, tmp_path / "new")[0] == 0
 
@@ -257,6 +248,14 @@ def test_a_streamed_file_is_read_by_the_library_and_the_other_way_round(tmp_path
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         '{"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [false, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 73786976294838206464]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": '
+        '{"dtype": "U8", "shape": [0, 9999999999999999999], "data_offsets": [4, 4]}}',
         '{"a": 3}', "[]", "{", "\\xff",
     ],
 )  # fmt: skip

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from ecdit_ds.checkpoint import universal
+from ecdit_ds.checkpoint import partial, torch_files, universal_writer
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.config import Recipe
 from ecdit_ds.recipe_file import load_recipe
 from tests.conftest import TINY_RECIPE
+from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.random_model import save_random_model
 from tools import convert_ckpt
 
-Run = Callable[..., tuple[int, str, str]]
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 
 
@@ -52,15 +52,7 @@ def checkpoint(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return `run(argument, ...)`: the exit code and what the command printed on both streams."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = convert_ckpt.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return tool_runner(capsys)
 
 
 @pytest.fixture
@@ -108,18 +100,18 @@ def test_an_interrupted_conversion_keeps_what_is_finished(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    original = universal.write_torch_file
+    original = universal_writer.write_torch_file
 
-    def stops_at_the_fifth(path: Path, content: Any) -> None:
+    def stops_at_the_fifth(path: Path, content: Any) -> int:
         if len(written) == 4:
             written.append(path)
             raise KeyboardInterrupt
-        original(path, content)
         written.append(path)
+        return original(path, content)
 
-    monkeypatch.setattr(universal, "write_torch_file", stops_at_the_fifth)
+    monkeypatch.setattr(universal_writer, "write_torch_file", stops_at_the_fifth)
     command = ("convert", checkpoint, tmp_path / "new", "--to", "universal")
-    assert run(*command)[0] == 130
+    assert run(*command)[::2] == (130, "interrupted; the same command goes on from there\n")
     assert not (tmp_path / "new").exists()
     assert run(*command)[0] == 0
     assert [path for path in set(written) if written.count(path) > 1] == [written[4]]
@@ -129,31 +121,77 @@ def test_an_interrupted_conversion_keeps_what_is_finished(
 def test_a_partial_conversion_of_another_source_or_with_a_damaged_file_is_written_anew(
     run: Run, checkpoint: Path, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_publishing(*_: object) -> None:
+    def no_publishing(_: object) -> None:
         raise KeyboardInterrupt
 
     command = ("convert", checkpoint, tmp_path / "new", "--to", "universal")
+    files = tmp_path / "new.partial" / "files"
     with monkeypatch.context() as patch:
-        patch.setattr(universal, "_write_counts", no_publishing)
+        patch.setattr(partial.Workspace, "publish", no_publishing)
         other = save_random_model(tmp_path / "other", recipe, step=7, kinds=KINDS)
         assert run("convert", other, *command[2:])[0] == 130
+        assert [path.name for path in files.glob("global_step*")] == ["global_step7_universal"]
         assert run(*command)[0] == 130
-    assert not list((tmp_path / "new.partial").rglob("global_step7*"))
-    (damaged,) = (tmp_path / "new.partial").rglob("blocks.1.ffn.experts.w1/exp_avg.pt")
+    assert [path.name for path in files.glob("global_step*")] == ["global_step3_universal"]
+    (damaged,) = files.rglob("blocks.1.ffn.experts.w1/exp_avg.pt")
     _flip(damaged, damaged.stat().st_size // 2)
-    code, _, err = run(*command)
-    assert code == 2 and str(damaged) in err and len(err.splitlines()) == 1 and not (tmp_path / "new").exists()
+    unmarked = damaged.with_name("exp_avg_sq.pt")
+    content = torch.load(unmarked, weights_only=True)
+    torch.save({"param": content["param"]}, unmarked)
     assert run(*command)[0] == 0
     assert run("diff", checkpoint, tmp_path / "new")[0] == 0
+    (marked,) = (tmp_path / "new").rglob("blocks.1.ffn.experts.w1/exp_avg_sq.pt")
+    assert "cat_dim" in torch.load(marked, weights_only=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other", "run"]
 
 
-def test_a_folder_of_somebody_else_is_not_taken_for_an_unfinished_conversion(
-    run: Run, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "letter.txt", "files/letter.txt", "files/global_step3_universal/letter.txt", "files/letters/",
+        "files/global_step3_universal/zero/a/b/", "files/global_step3_universal/zero/a/letter.txt",
+        "files/latest_universal/", "global_step3_universal~zero~a~letter.txt.note",
+    ],
+)  # fmt: skip
+def test_what_no_conversion_made_is_left_alone(run: Run, checkpoint: Path, tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / "new.partial" / foreign
+    path.parent.mkdir(parents=True)
+    (tmp_path / "new.partial" / "lock").touch()
+    path.mkdir() if foreign.endswith("/") else path.write_text("dear")
+    code, _, err = run("convert", checkpoint, tmp_path / "new", "--to", "universal")
+    assert code == 2 and "which is no conversion's; move the folder away" in err and len(err.splitlines()) == 1
+    assert path.is_dir() or path.read_text() == "dear"
+
+
+@pytest.mark.parametrize("planted", ["", "/zero", "/zero/final.linear.bias"])
+def test_a_planted_link_to_a_folder_is_refused_and_nothing_is_written_through_it(
+    run: Run, checkpoint: Path, tmp_path: Path, planted: str
 ) -> None:
-    (tmp_path / "new.partial").mkdir()
-    (tmp_path / "new.partial" / "letter.txt").write_text("dear")
-    assert "move it away" in run("convert", checkpoint, tmp_path / "new", "--to", "universal")[2]
-    assert (tmp_path / "new.partial" / "letter.txt").read_text() == "dear"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "fp32.pt").write_text("mine")
+    link = tmp_path / "new.partial" / "files" / f"global_step3_universal{planted}"
+    link.parent.mkdir(parents=True)
+    (tmp_path / "new.partial" / "lock").touch()
+    link.symlink_to(victim)
+    code, _, err = run("convert", checkpoint, tmp_path / "new", "--to", "universal")
+    assert code == 2 and "which is no conversion's" in err and len(err.splitlines()) == 1
+    assert [path.name for path in victim.iterdir()] == ["fp32.pt"] and (victim / "fp32.pt").read_text() == "mine"
+
+
+def test_a_planted_link_to_a_file_is_replaced(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, tag = tmp_path / "victim", tmp_path / "new.partial" / "files" / "global_step3_universal"
+    victim.write_text("mine")
+    (tag / "zero" / "final.linear.bias").mkdir(parents=True)
+    (tmp_path / "new.partial" / "lock").touch()
+    links = [tag / "zero" / "final.linear.bias" / "fp32.pt", tag / "ecdit_ds.json", tag.parent / "latest_universal"]
+    for link in (*links, tmp_path / "new.partial" / "global_step3_universal~zero~final.linear.bias~fp32.pt.note"):
+        link.symlink_to(victim)
+    assert run("convert", checkpoint, tmp_path / "new", "--to", "universal")[0] == 0
+    assert victim.read_text() == "mine" and not any(path.is_symlink() for path in (tmp_path / "new").rglob("*"))
+    assert run("diff", checkpoint, tmp_path / "new")[0] == 0
 
 
 def test_a_full_disk_is_told_with_numbers_or_by_its_name(
@@ -165,17 +203,17 @@ def test_a_full_disk_is_told_with_numbers_or_by_its_name(
         assert "bytes needed" in run(*command)[2]
 
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch_files, "write_all", full)
         code, _, err = run(*command)
-    assert code == 2 and "cannot be written" in err and len(err.splitlines()) == 1
+    assert code == 2 and "No space left on device; make room" in err and len(err.splitlines()) == 1
     assert run(*command)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["verify", "convert"])
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "counts", "step"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "all missing", "counts", "step"])
 def test_damage_is_named_with_its_file_and_nothing_is_published(
     run: Run, folder: Path, tmp_path: Path, command: str, fault: str
 ) -> None:
@@ -190,6 +228,9 @@ def test_damage_is_named_with_its_file_and_nothing_is_published(
         torch.save(torch.tensor(3.0), path)
     elif fault == "truncated":
         os.truncate(path, path.stat().st_size // 2)
+    elif fault == "all missing":
+        path = path.with_name("ema.pt")
+        shutil.rmtree(path.parent)
     else:
         path.unlink()
     code, out, err = run(command, folder, *([tmp_path / "new", "--to", "ecdit"] if command == "convert" else []))
@@ -257,6 +298,42 @@ def test_a_request_that_cannot_be_met_is_one_line(
     code, _, err = run("convert", checkpoint, tmp_path / "new", *flags)
     assert code == 2 and said in err and len(err.splitlines()) == 1
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.partial").exists()
+
+
+@pytest.mark.parametrize("tp", ["3", "1000000000000000"])
+def test_more_ranks_than_there_is_to_cut_are_refused_at_once(
+    run: Run, checkpoint: Path, tmp_path: Path, tp: str
+) -> None:
+    code, _, err = run("convert", checkpoint, tmp_path / "new", "--to", "universal", "--tp", tp)
+    assert code == 2 and f"{tp} slices do not divide" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "new.partial").exists()
+
+
+def test_a_source_that_fails_is_blamed(
+    run: Run, checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> Any:
+        raise OSError(5, "Input/output error", "/far/away")
+
+    monkeypatch.setattr(torch_files.TorchFile, "read", fails)
+    commands = (["verify", folder], ["diff", folder, folder], ["convert", folder, tmp_path / "new", "--to", "ecdit"])
+    with monkeypatch.context() as patch:
+        patch.setattr("ecdit_ds.checkpoint.universal._num_updates", lambda *_: 2)
+        for command in commands:
+            code, _, err = run(*command)
+            assert code == 2 and "/far/away: cannot be read: Input/output error" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_parts_cut_along_any_axis_read_little_and_are_the_same(
+    run: Run, checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecdit_ds.checkpoint.sources.PART_BYTES", 100)
+    monkeypatch.setattr("ecdit_ds.checkpoint.ranges.CHUNK_BYTES", 64)
+    assert run("convert", folder, tmp_path / "back", "--to", "ecdit", "--tp", "2", "--ep", "2")[0] == 0
+    assert run("diff", checkpoint, tmp_path / "back")[0] == 0
+    assert run("convert", checkpoint, tmp_path / "again", "--to", "universal")[0] == 0
+    assert run("diff", folder, tmp_path / "again")[0] == 0
 
 
 def test_weights_alone_make_no_universal_checkpoint(run: Run, tmp_path: Path, recipe: Recipe) -> None:

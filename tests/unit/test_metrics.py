@@ -212,8 +212,8 @@ def test_the_peak_of_an_unknown_device_is_unknown() -> None:
     assert peak_flops_per_s(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("wishes", "agreed"), [((False, False), False), ((False, True), True), ((True, True), True)])
-def test_one_rank_that_wants_to_stop_is_heard_by_all(wishes: tuple[bool, bool], agreed: bool) -> None:
+@pytest.mark.parametrize(("wishes", "share"), [((False, False), 0), ((False, True), 0.5), ((True, True), 1)])
+def test_what_one_rank_answers_is_heard_by_all(wishes: tuple[bool, bool], share: float) -> None:
     tables: list[Tensor] = []
 
     class Listening:
@@ -228,6 +228,6 @@ def test_one_rank_that_wants_to_stop_is_heard_by_all(wishes: tuple[bool, bool], 
     for world, wish in ((Listening(), wishes[0]), (Speaking(), wishes[1])):
         log = MetricLog()
         log.record({"step": 1}, {"loss": torch.tensor(2.0)})
-        records, heard = log.flush(world, wants_stop=wish)  # type: ignore[arg-type]
-    assert heard is agreed
+        records, heard = log.flush(world, (wish, True))  # type: ignore[arg-type]
+    assert heard == [share, 1]
     assert records == [{"step": 1, "loss": 2.0}]

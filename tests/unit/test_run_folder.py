@@ -45,7 +45,7 @@ def add_checkpoint(root: Path, step: int) -> Path:
 
 def hold_lock(path: Path, told: Connection) -> None:
     """Lock a folder, start a process as a loader starts its workers, and wait."""
-    handle = RunFolder(path=path).lock()
+    handle = RunFolder(path=path).lock("12.0")
     worker = multiprocessing.get_context("fork").Process(target=signal.pause)
     worker.start()
     told.send(worker.pid)
@@ -63,31 +63,32 @@ def test_a_second_process_is_refused_with_the_holders_number_until_the_holder_is
     assert here.poll(20), "the holder did not lock"
     worker = psutil.Process(here.recv())
     try:
-        message = refusal_of(folder.lock)
+        message = refusal_of(lambda: folder.lock("12.0"))
         assert message.startswith(f"--output {folder.path}: ")
         assert f"(process {holder.pid})" in message
 
+        folder.lock("12.1").close()  # unless the scheduler itself has given up on the holder
         os.kill(holder.pid or 0, signal.SIGKILL)
         holder.join()
         assert worker.is_running()
-        with folder.lock() as handle:
+        with folder.lock("12.1") as handle:
             handle.seek(0)
-            assert handle.read() == str(os.getpid())
+            assert handle.read() == f"{os.getpid()} 12.1"
     finally:
         holder.kill()
         worker.kill()
 
 
 def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: RunFolder) -> None:
-    folder.lock().close()
-    with folder.lock() as handle:
+    folder.lock("12.0").close()
+    with folder.lock("12.1") as handle:
         assert not handle.closed
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, refusal_of: RefusalOf, place: str) -> None:
     (tmp_path / "file").write_text("mine", encoding="ascii")
-    assert refusal_of(RunFolder(path=tmp_path / place).lock).startswith(f"--output {tmp_path / place}: ")
+    assert refusal_of(lambda: RunFolder(path=tmp_path / place).lock("a")).startswith(f"--output {tmp_path / place}: ")
     assert (tmp_path / "file").read_text(encoding="ascii") == "mine"
 
 
@@ -99,7 +100,7 @@ def test_a_folder_is_new_until_begun_and_then_the_recipes(folder: RunFolder, tin
 
 
 def test_a_lock_alone_makes_a_folder_no_ones(folder: RunFolder, tiny_recipe: Recipe) -> None:
-    folder.lock().close()
+    folder.lock("12.0").close()
     folder.check_recipe(tiny_recipe)
 
 

@@ -1,0 +1,97 @@
+"""Who may publish: the newest attempt of a run, and no process of an earlier one that did not die.
+
+A scheduler that loses sight of a machine starts the job again elsewhere, while the old ranks may still be saving. Each
+attempt writes its name into a file of the run's folder; whoever publishes must find its own name there. Claiming and
+publishing lock each other out where the file system has locks.
+"""
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ecdit_ds.errors import CheckpointError, StaleAttemptError
+
+LEASE_NAME = ".attempt"
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """One attempt's right to publish checkpoints of the run in `folder`, until another attempt claims it."""
+
+    folder: Path
+    attempt: str
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other attempts from claiming for as long as the context lasts.
+
+        Raises:
+            StaleAttemptError: one has claimed already.
+        """
+        with _locked(self.folder) as file:
+            if (newest := file.read().strip()) != self.attempt:
+                raise StaleAttemptError(
+                    f"{self.folder}: attempt {newest or 'unknown'} has taken over from this one, {self.attempt}; "
+                    "nothing was published, and this process has no more to do"
+                )
+            yield
+
+
+def attempt_name() -> str:
+    """Return a name for this start of a run: Slurm's job and restart count, or one of its own."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return f"{time.time_ns():x}-{os.getpid():x}"
+
+
+def claim(folder: Path, attempt: str) -> Lease:
+    """Make `attempt` the one that publishes checkpoints of the run in `folder`, which exists.
+
+    Raises:
+        StaleAttemptError: a later start of the same job has claimed it.
+        CheckpointError: the file cannot be written, or an earlier attempt is just publishing and does not end.
+    """
+    try:
+        with _locked(folder) as file:
+            held = file.read().strip()
+            if is_successor(held, of=attempt):
+                raise StaleAttemptError(f"{folder}: attempt {held} has taken over from this one, {attempt}")
+            file.seek(0)
+            file.truncate()
+            file.write(f"{attempt}\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{folder / LEASE_NAME}: cannot be written: {error.strerror or error}") from None
+    return Lease(folder=folder, attempt=attempt)
+
+
+def is_successor(attempt: str, *, of: str) -> bool:
+    """Return whether a scheduler started `attempt` after `of`, as a later life of the same job."""
+    later, earlier = (re.fullmatch(r"([0-9]+)\.([0-9]+)", name) for name in (attempt, of))
+    return bool(later and earlier and later[1] == earlier[1] and int(later[2]) > int(earlier[2]))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[IO[str]]:
+    with open(folder / LEASE_NAME, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{file.name}: is locked by another process for {_PATIENCE_S:.0f} s ({error.strerror}); stop it"
+                    ) from None
+                time.sleep(0.05)
+        file.seek(0)
+        yield file

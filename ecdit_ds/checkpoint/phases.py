@@ -1,0 +1,15 @@
+"""The moments of a save at which a crash leaves different things behind; tests and drills break it there."""
+
+from collections.abc import Callable
+
+PHASES = (
+    "before-mkdir", "mid-shard", "before-manifest", "before-rename", "after-rename", "before-latest", "during-removal",
+)  # fmt: skip
+"""In the order in which one save passes them: every writer `mid-shard`, the first writer the others."""
+
+Reached = Callable[[str], None]
+"""Called with each phase when it is reached."""
+
+
+def go_on(phase: str) -> None:
+    """Do nothing, as in every run without a drill."""

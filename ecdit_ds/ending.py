@@ -1,0 +1,94 @@
+"""How a run ended, in one line: why, on which rank, at which step, and what the next life can go on from."""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from ecdit_ds.checkpoint.manifest import list_checkpoints
+from ecdit_ds.checkpoint.tending import fault_of
+
+_PATIENCE_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where one rank runs."""
+
+    host: str
+    process: int
+    born: float
+    """When the process began: its number may be another's later."""
+
+    def is_empty(self) -> bool:
+        """Return whether the process is gone; only its own machine can tell."""
+        try:
+            process = psutil.Process(self.process)
+            return process.create_time() != self.born or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return True
+
+
+def own_seat() -> Seat:
+    """Return where this process runs."""
+    return Seat(host=socket.gethostname(), process=os.getpid(), born=psutil.Process().create_time())
+
+
+@dataclass
+class RunStatus:
+    """What this process knows of the run, for its last line; filled in as the run goes."""
+
+    rank: int = 0
+    checkpoints: Path = Path()
+    step: int | None = None
+    """None until training begins: before, a refusal says it all."""
+    seats: list[Seat] = field(default_factory=list)
+    """Of all ranks, by rank."""
+
+    def lost_ranks(self) -> list[int]:
+        """Return the ranks of this machine whose process died, after giving a dying one a moment to be gone."""
+        here = own_seat()
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            lost = [rank for rank, seat in enumerate(self.seats) if seat.host == here.host and seat.is_empty()]
+            if lost or time.monotonic() > deadline:
+                return lost
+            time.sleep(0.05)
+
+    def speaks(self, lost: list[int]) -> bool:
+        """Return whether it falls to this rank to speak: the first that is left on this machine."""
+        here = own_seat().host
+        left = [rank for rank, seat in enumerate(self.seats) if seat.host == here and rank not in lost]
+        return not left or self.rank == min(left)
+
+
+def last_line(status: RunStatus, verdict: str, cause: str) -> str:
+    """Return the summary, such as `end: crashed | cause: ... | rank 0 | step 7 | last valid checkpoint: ...`."""
+    whole = (folder for folder in list_checkpoints(status.checkpoints) if fault_of(folder) is None)
+    newest = next(whole, None)
+    return (
+        f"end: {verdict} | cause: {' '.join(cause.split())[:500]} | rank {status.rank} | step {status.step} | "
+        f"last valid checkpoint: {newest or 'none'}"
+    )
+
+
+def say(text: str, stream: IO[str]) -> None:
+    """Print, where that is possible: nobody may be reading any more, and a run does not end for that."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
+
+
+def let_go_of_closed_streams() -> None:
+    """Keep Python from failing at its end because nobody reads its output any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

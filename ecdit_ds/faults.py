@@ -1,0 +1,96 @@
+"""Faults on purpose, for drills and tests: what breaks, at which moment, on which rank, at which step.
+
+    ECDIT_FAULTS="kill@mid-shard,rank=1,step=6; delay=5@mid-shard; full@mid-shard,probability=0.2,seed=7"
+
+Off unless that variable is set. A moment is `step` (a step begins), one of checkpoint.phases.PHASES, or `any`.
+"""
+
+import errno
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+
+from ecdit_ds.checkpoint.phases import PHASES
+from ecdit_ds.errors import ConfigError
+
+VARIABLE = "ECDIT_FAULTS"
+MOMENTS = ("step", *PHASES, "any")
+_SIGNALS = {
+    "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "abort": signal.SIGABRT, "segfault": signal.SIGSEGV,
+    "sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1,
+}  # fmt: skip
+_ACTIONS = (*_SIGNALS, "exit", "delay", "full")
+"""exit=CODE ends the process at once, delay=SECONDS waits, full fails as a disk without room does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    action: str
+    argument: float = 0.0
+    moment: str
+    rank: int | None = None
+    step: int | None = None
+    probability: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.action not in _ACTIONS or self.moment not in MOMENTS:
+            raise ValueError(f"known are {', '.join(_ACTIONS)} at {', '.join(MOMENTS)}")
+
+
+@dataclass
+class Faults:
+    """What will go wrong on this rank."""
+
+    rank: int
+    faults: tuple[Fault, ...] = ()
+    _randoms: dict[Fault, random.Random] = field(default_factory=dict)
+
+    def at(self, moment: str, step: int) -> None:
+        """Let happen what was asked for.
+
+        Raises:
+            OSError: a full disk.
+        """
+        for fault in self.faults:
+            if fault.moment in (moment, "any") and fault.rank in (None, self.rank) and fault.step in (None, step):
+                draws = self._randoms.setdefault(fault, random.Random(f"{fault.seed} {self.rank}"))
+                if draws.random() < fault.probability:
+                    _happen(fault)
+
+
+def faults_from_environment(rank: int) -> Faults:
+    """Read ECDIT_FAULTS.
+
+    Raises:
+        ConfigError: it cannot be understood.
+    """
+    text = os.environ.get(VARIABLE, "")
+    try:
+        return Faults(rank=rank, faults=tuple(_parse(part) for part in text.split(";") if part.strip()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"environment variable {VARIABLE}: {text!r} cannot be understood: {error}") from None
+
+
+def _parse(text: str) -> Fault:
+    what, _, where = text.strip().partition("@")
+    action, _, argument = what.partition("=")
+    moment, *settings = where.split(",")
+    numbers = {name: float(value) for name, value in (setting.split("=") for setting in settings)}
+    whole = {name: int(value) for name, value in numbers.items() if name != "probability"}
+    return Fault(action=action, argument=float(argument or 0), moment=moment, **(numbers | whole))  # type: ignore[arg-type]
+
+
+def _happen(fault: Fault) -> None:
+    if fault.action in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[fault.action])
+    elif fault.action == "exit":
+        os._exit(int(fault.argument))
+    elif fault.action == "delay":
+        time.sleep(fault.argument)
+    else:
+        raise OSError(errno.ENOSPC, "a drill")

@@ -1,0 +1,202 @@
+"""What makes saving in the background safe: copies, leases, ordered faults, and a last line that anyone can act on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ecdit_ds.callbacks import JsonLines
+from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.host_copy import HostCopy
+from ecdit_ds.checkpoint.lease import LEASE_NAME, attempt_name, claim, is_successor
+from ecdit_ds.checkpoint.peers import SoloPeers
+from ecdit_ds.checkpoint.reader import Reader
+from ecdit_ds.checkpoint.storage import Piece, Save, save_checkpoint
+from ecdit_ds.ending import RunStatus, last_line, own_seat
+from ecdit_ds.errors import CheckpointError, ConfigError, StaleAttemptError
+from ecdit_ds.faults import Faults, faults_from_environment
+
+
+def pieces(tensor: torch.Tensor) -> list[Piece]:
+    shape = tuple(tensor.shape)
+    return [Piece(name="w", global_shape=shape, box=Box((0,) * len(shape), shape), data=tensor)]
+
+
+def read(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    out = torch.empty(shape)
+    Reader(folder).read_into("w", Box((0,) * len(shape), shape), out)
+    return out
+
+
+def test_a_save_holds_the_values_of_the_call_though_they_change_while_it_is_written(tmp_path: Path) -> None:
+    state, host = torch.arange(6.0), HostCopy(24, is_pinned=False)
+    save = Save(tmp_path, 1, pieces(state), {}, SoloPeers())
+    save.pieces = host.of(save.pieces)
+    state.fill_(-1.0)
+    writer = threading.Thread(target=save.write, kwargs={"read_back": True})
+    writer.start()
+    writer.join()
+    assert read(save.publish(), (6,)).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_copies_use_the_same_memory_again_and_grow_only_where_they_must() -> None:
+    host = HostCopy(1000, is_pinned=False)
+    addresses = {host.of(pieces(torch.ones(size)))[0].data.data_ptr() for size in (10, 200, 30)}
+    assert len(addresses) == 1
+    mixed = [*pieces(torch.ones(3)), *pieces(torch.arange(5)), *pieces(torch.tensor(2.5).bfloat16())]
+    for original, copy in zip(mixed, host.of(mixed), strict=True):
+        assert torch.equal(original.data, copy.data)
+    assert torch.equal(host.of(pieces(torch.full((1000,), 3.0)))[0].data, torch.full((1000,), 3.0))
+
+
+def test_reading_back_finds_what_the_disk_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaging(descriptor: int, *_: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+    monkeypatch.setattr(os, "posix_fadvise", damaging)
+    with pytest.raises(CheckpointError, match=r"shard-00000.safetensors: w#0 reads back with checksum"):
+        save_checkpoint(tmp_path, 1, pieces(torch.ones(5)), {}, SoloPeers(), read_back=True)
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_only_the_newest_attempt_publishes(tmp_path: Path) -> None:
+    old = claim(tmp_path, "12.0")
+    save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), old)
+    stopped = Save(tmp_path, 2, pieces(torch.zeros(2)), {}, SoloPeers(), old)
+    stopped.write(read_back=False)
+    new = claim(tmp_path, "12.1")
+    save_checkpoint(tmp_path, 2, pieces(torch.ones(2)), {}, SoloPeers(), new)
+    with pytest.raises(StaleAttemptError, match=r"attempt 12.1 has taken over from this one, 12.0"):
+        stopped.publish()
+    assert read(tmp_path / "step_2", (2,)).tolist() == [1, 1]
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_1", "step_2"]
+    with pytest.raises(StaleAttemptError, match=r"attempt 12.1 has taken over"):
+        claim(tmp_path, "12.0")
+
+
+def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from ecdit_ds.checkpoint.lease import claim\n"
+        "with claim(Path(sys.argv[1]), 'first').held():\n print('held', flush=True); time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ecdit_ds.checkpoint.lease._PATIENCE_S", 0.2)
+            with pytest.raises(CheckpointError, match="is locked by another process"):
+                claim(tmp_path, "second")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert claim(tmp_path, "second").attempt == (tmp_path / LEASE_NAME).read_text().strip() == "second"
+
+
+def test_a_later_life_of_the_same_job_is_its_successor_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_successor("12.1", of="12.0") and is_successor("12.10", of="12.9")
+    for attempt, of in (("12.0", "12.0"), ("12.0", "12.1"), ("13.1", "12.0"), ("12.1", ""), ("a", "b"), ("", "12.0")):
+        assert not is_successor(attempt, of=of)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert attempt_name() != attempt_name()
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert attempt_name() == "12.0"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert attempt_name() == "12.3"
+
+
+def test_faults_come_where_they_were_ordered_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECDIT_FAULTS", "full@mid-shard,rank=1,step=6; full@any,step=9")
+    ordered = {("mid-shard", 6), *((moment, 9) for moment in ("mid-shard", "step"))}
+    for rank in range(2):
+        faults = faults_from_environment(rank)
+        for moment, step in (("mid-shard", 6), ("mid-shard", 7), ("before-rename", 6), ("mid-shard", 9), ("step", 9)):
+            if (moment, step) in ordered and (rank == 1 or step == 9):
+                with pytest.raises(OSError, match="a drill"):
+                    faults.at(moment, step)
+            else:
+                faults.at(moment, step)
+
+
+def test_faults_of_a_seed_come_at_the_same_moments_and_about_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def course(rank: int, seed: int) -> list[bool]:
+        monkeypatch.setenv("ECDIT_FAULTS", f"full@step,probability=0.3,seed={seed}")
+        return [_fails(faults, step) for faults in [faults_from_environment(rank)] for step in range(400)]
+
+    def _fails(faults: Faults, step: int) -> bool:
+        try:
+            faults.at("step", step)
+        except OSError:
+            return True
+        return False
+
+    assert course(0, 1) == course(0, 1)
+    assert course(0, 1) != course(0, 2) and course(0, 1) != course(1, 1)
+    assert 80 < sum(course(0, 1)) < 160
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["explode@step", "kill@lunch", "kill", "kill@step,when=3", "kill@step,step=x", "delay=x@step", "kill@step,7"],
+)
+def test_an_order_that_cannot_be_understood_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ECDIT_FAULTS", text)
+    with pytest.raises(ConfigError, match="environment variable ECDIT_FAULTS"):
+        faults_from_environment(0)
+
+
+def test_the_last_line_names_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, pieces(torch.ones(2)), {}, SoloPeers())
+    status = RunStatus(rank=1, checkpoints=tmp_path, step=7)
+    assert last_line(status, "crashed", "a\nb") == (
+        f"end: crashed | cause: a b | rank 1 | step 7 | last valid checkpoint: {tmp_path / 'step_6'}"
+    )
+    (tmp_path / "step_6" / "shard-00000.safetensors").unlink()
+    assert last_line(status, "crashed", "a").endswith(str(tmp_path / "step_3"))
+    status.checkpoints = tmp_path / "none"
+    assert last_line(status, "crashed", "a").endswith("checkpoint: none")
+
+
+def test_the_first_rank_that_is_left_on_a_machine_speaks() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        seat, theirs = own_seat(), own_seat()
+        theirs = type(seat)(host=seat.host, process=other.pid, born=_born(other.pid))
+        status = RunStatus(rank=1, seats=[theirs, seat])
+        assert status.lost_ranks() == []
+        assert not status.speaks([])
+        other.send_signal(signal.SIGKILL)
+        assert status.lost_ranks() == [0]
+        assert status.speaks([0])
+
+
+def _born(process: int) -> float:
+    return float(psutil.Process(process).create_time())
+
+
+def test_lines_that_a_full_disk_refused_are_written_with_the_next_ones_and_none_is_cut(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path; from ecdit_ds.callbacks import JsonLines\n"
+        "lines = JsonLines(Path(sys.argv[1]), Path(sys.argv[1] + '.evaluations'))\n"
+        "lines.on_report([{'step': 1}])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
+        "for step in (2, 3):\n"
+        "    try:\n        lines.on_report([{'step': step}])\n"
+        "    except OSError as error:\n        print(error.errno)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "print(Path(sys.argv[1]).read_text().count('}'))\n"
+        "lines.on_report([{'step': 4}])\n"
+    )
+    log = tmp_path / "metrics.jsonl"
+    said = subprocess.run([sys.executable, "-c", script, str(log)], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["27", "27", "1"]
+    assert log.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+    JsonLines(log, log).on_report([])

@@ -360,6 +360,8 @@ def test_a_malicious_zero_folder_runs_nothing(run: Run, tmp_path: Path, given: l
         (lambda zero: zero["param_slice_mappings"].append({}), "ValueError"),
         (lambda zero: zero.update(single_partition_of_fp32_groups=[torch.zeros(3)]), "is not in the recipe's model"),
         (lambda zero: zero["base_optimizer_state"].update(param_groups=[{}]), "KeyError"),
+        (lambda zero: _group_of(zero).update(moe=True, name="ep_size_1000000000000"), "expert-parallel among 1"),
+        (lambda zero: zero["base_optimizer_state"].update(state={0: {"step": float("inf")}}), "how many steps"),
     ],
 )
 def test_a_zero_folder_of_another_make_is_one_line(
@@ -374,6 +376,11 @@ def test_a_zero_folder_of_another_make_is_one_line(
     torch.save(counts, tmp_path / "mp_rank_00_model_states.pt")
     code, _, err = run("inspect", tmp_path, *given)
     assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def _group_of(zero: dict[str, Any]) -> dict[str, Any]:
+    group: dict[str, Any] = zero["base_optimizer_state"]["param_groups"][0]
+    return group
 
 
 def _flip(path: Path, position: int) -> None:

@@ -47,6 +47,10 @@ USES_ONLY = {
 """Packages that know less than their row would allow."""
 
 IMPORTED_ONLY_BY = {
+    # A pickle is a program. One module reads such files as data, and writes them for others.
+    "torch.load": ("checkpoint.torch_files",),
+    "torch.save": ("checkpoint.torch_files",),
+    "torch.serialization": ("checkpoint.torch_files",),
     "deepspeed": ("engine", "parallel.deepspeed_moe", "tools/bench_layers.py"),
     "megatron": ("parallel",),
 }
@@ -65,7 +69,7 @@ NEVER_IN = {
 }
 NEVER_ANYWHERE = (
     "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "eval", "exec", "os.system", "os.popen",
-    "torch.load", "torch.save", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
+    "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
 )  # fmt: skip
 BESIDE_PEERS = {"tools/bench_checkpoint.py": ("torch.load", "torch.save")}
 """The benchmark may, since it measures torch's formats beside ours; what it reads it wrote itself."""
@@ -194,7 +198,20 @@ def fence_faults(source: Source) -> list[str]:
             faults.append(f"{source.name}:{node.lineno} has a global statement")
     if source.name.split(".")[-1].removesuffix(".py").split("/")[-1] in ("utils", "util", "helpers", "misc"):
         faults.append(f"{source.name}: says nothing about what it is for")
-    return faults
+    return faults + careless_loads(source)
+
+
+def careless_loads(source: Source) -> list[str]:
+    """Return mentions of torch.load other than calls that spell out `weights_only=True`."""
+    lines = [line for name, line in source.names if name == "torch.load"]
+    careful = [
+        node.lineno
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+        for given in node.keywords
+        if given.arg == "weights_only" and isinstance(given.value, ast.Constant) and given.value.value is True
+    ]
+    return [f"{source.name}:{line} loads without weights_only=True" for line in lines if line not in careful]
 
 
 def size_faults(source: Source) -> list[str]:
@@ -318,6 +335,13 @@ def test_a_file_stays_behind_its_fences_and_within_its_size_and_says_what_it_is_
         ("data.loader", "from torch import distributed as d"),
         ("metrics", "import pickle"),
         ("snapshot", "import torch as t\nt.load('x')"),
+        ("checkpoint.convert", "import torch\ntorch.save(1, 'x')"),
+        ("checkpoint.universal", "from torch.serialization import add_safe_globals"),
+        ("checkpoint.torch_files", "import torch\ntorch.load('x')"),
+        ("checkpoint.torch_files", "import torch\ntorch.load('x', weights_only=not False)"),
+        ("checkpoint.torch_files", "import torch\ntorch.load('x', weights_only=1)"),
+        ("checkpoint.torch_files", "from torch import load\nload('x', weights_only=True)"),
+        ("checkpoint.torch_files", "import torch\nf = torch.load\nf('x', weights_only=True)"),
         ("recipe_file", "from yaml import load"),
         ("optim", "eval('1')"),
         ("tools/plan.py", "import subprocess\nsubprocess.run('ls', shell=True)"),
@@ -328,6 +352,12 @@ def test_a_file_stays_behind_its_fences_and_within_its_size_and_says_what_it_is_
 )
 def test_a_name_beyond_a_fence_is_found(name: str, text: str) -> None:
     assert fence_faults(Source(name=name, text=text))
+
+
+def test_one_module_reads_and_writes_torch_files_and_only_as_data() -> None:
+    text = "import torch\ntorch.save(1, 'x')\ntorch.load('x', map_location='meta', weights_only=True)"
+    assert fence_faults(Source(name="checkpoint.torch_files", text=text)) == []
+    assert len(fence_faults(Source(name="checkpoint.reader", text=text))) == 2
 
 
 def test_a_method_called_eval_is_no_call_of_the_builtin() -> None:

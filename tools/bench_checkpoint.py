@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert import convert_to_ecdit, plan_files
+from ecdit_ds.checkpoint.convert import convert_to_ecdit
 from ecdit_ds.checkpoint.host_copy import HostCopy
 from ecdit_ds.checkpoint.peers import SoloPeers
+from ecdit_ds.checkpoint.plans import plan_files
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.sources import EcditSource
 from ecdit_ds.checkpoint.storage import Piece, Save, save_checkpoint

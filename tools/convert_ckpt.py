@@ -5,8 +5,10 @@
     diff A B                  what differs; exit code 0 only if nothing does
     convert SRC DST --to ...  the same tensors in other files; streams, resumes, verifies, overwrites nothing
 
-CKPT is a checkpoint's folder or a run's, whose newest is then taken. Training and sampling read any layout's
-checkpoint as it is: converting is for sharing, for one file a rank, for another number type.
+CKPT is a checkpoint's folder or a run's, whose newest is then taken; or one of DeepSpeed's own, universal or ZeRO-1/2,
+with --config and --set for the recipe that it does not hold. Training and sampling read any layout's checkpoint as it
+is: converting is for sharing, for DeepSpeed, for one file a rank, for another number type, for giving a dense model
+experts. docs/conversion.md says what each format holds and loses.
 
 A conversion works in DST.partial, where only one may be at a time. Interrupted or killed, the same command goes on
 with the file it was at; another command with the same DST clears away what the first one wrote and begins anew.
@@ -26,24 +28,19 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from ecdit_ds.checkpoint.convert import (
-    FilePlan,
-    bytes_to_move,
-    convert_to_ecdit,
-    convert_to_safetensors,
-    plan_files,
-    plan_layout,
-    plan_safetensors,
-)
+from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
+from ecdit_ds.checkpoint.derived import WithAverage
+from ecdit_ds.checkpoint.formats import lacks_recipe
 from ecdit_ds.checkpoint.inspection import describe, differences, total_bytes, verify
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
+from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.partial import partial_of
-from ecdit_ds.checkpoint.sources import INDEX_NAME, EcditSource, SafetensorsSource, Source, open_source
+from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
+from ecdit_ds.checkpoint.sources import SafetensorsSource, Source
+from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
-from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.sharding import cut_axes
-from ecdit_ds.recipe_file import recipe_from_dict
+from tools.convert_sources import expected_shapes, model_facts, open_checkpoint, recipe_of, upcycled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"all": None, "weights": "weight", "ema": "ema"}
@@ -75,8 +72,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     convert.add_argument("source", type=_path, metavar="SRC")
     convert.add_argument("destination", type=_path, metavar="DST", help="must not exist; DST.partial until it is whole")
     convert.add_argument(
-        "--to", choices=("ecdit", "safetensors"), required=True,
-        help="ecdit: our format, to train on; safetensors: Hugging Face style, with index and config.json, to share",
+        "--to", choices=("ecdit", "safetensors", "universal"), required=True,
+        help="ecdit: our format, to train on; safetensors: Hugging Face style, with index and config.json, to share; "
+        "universal: for DeepSpeed's load_checkpoint with load_universal, any layout and ZeRO stage (3: Adam only, "
+        "and a repair after loading; docs/conversion.md)",
     )  # fmt: skip
     convert.add_argument(
         "--only", choices=KINDS, help="weights of the last step, or averaged ones (default: all, or ema)"
@@ -87,10 +86,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     convert.add_argument("--files", type=_positive, metavar="N", help="ecdit: about N files of equal size (default: 1)")
     convert.add_argument(
-        "--tp", type=_positive, metavar="T", help="ecdit: a file a rank of this layout, and a shared one"
-    )
+        "--tp", type=_positive, metavar="T",
+        help="ecdit: a file a rank of this layout, and a shared one; universal: T files of counts (default: 1)",
+    )  # fmt: skip
     convert.add_argument("--ep", type=_positive, metavar="E", help="ecdit: as --tp")
+    convert.add_argument(
+        "--upcycle", metavar="RECIPE",
+        help="ecdit: make a dense checkpoint into one of this recipe, its feed-forward networks into equal experts",
+    )  # fmt: skip
+    convert.add_argument(
+        "--ema-from-weights",
+        action="store_true",
+        help="begin the average, which DeepSpeed's folders lack, at the weights",
+    )
     convert.set_defaults(run=_convert)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--config", metavar="NAME|PATH", help="recipe of a checkpoint that holds none: a folder of DeepSpeed's own"
+        )
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a field of that or of the upcycled recipe",
+        )
     return parser.parse_args(arguments)
 
 
@@ -113,23 +133,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    folder, source = _open(options.checkpoint)
+    folder, source = open_checkpoint(options.checkpoint, _facts(options))
     for line in (f"checkpoint   {folder}", *describe(source)):
         print(_one_line(line))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    folder, source = _open(options.checkpoint)
+    folder, source = open_checkpoint(options.checkpoint, _facts(options))
     with _told_of(folder), _bar(total_bytes(source), "verify") as bar:
-        total = verify(source, _expected_shapes(source), bar.update)
-    checked = "every checksum holds" if isinstance(source, EcditSource) else "sizes hold; the format has no checksums"
+        total = verify(source, expected_shapes(source), bar.update)
+    has_none = isinstance(source, SafetensorsSource)
+    checked = "sizes hold; the format has no checksums" if has_none else "every checksum holds"
     print(_one_line(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
     return 0
 
 
 def _diff(options: argparse.Namespace) -> int:
-    (_, first), (_, second) = _open(options.first), _open(options.second)
+    facts, paths = _facts(options), (options.first, options.second)
+    needy = [path for path in paths if lacks_recipe(path)] or paths
+    (_, first), (_, second) = (open_checkpoint(path, facts if path in needy else None) for path in paths)
     count = 0
     with _bar(total_bytes(first), "diff") as bar:
         for line in differences(first, second, bar.update):
@@ -141,10 +164,19 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    folder, source = _open(options.source)
+    folder, source = open_checkpoint(options.source, _facts(options))
     _check_apart(folder, options.destination)
     dtype = DTYPES[options.dtype] if options.dtype else None
-    if options.to == "safetensors":
+    source = _derived(source, options)
+    if options.to == "universal":
+        if options.only or options.dtype or options.files or options.ep:
+            raise ConfigError("--to universal: takes --tp alone; it holds everything, in fp32, and serves any layout")
+        with _told_of(folder):
+            _require_state(source)
+            files = plan_universal(source, cut_axes, options.tp or 1)
+        with _bar(bytes_to_move(files), "convert") as bar:
+            convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
+    elif options.to == "safetensors":
         if options.files or options.tp or options.ep or options.only == "all":
             raise ConfigError("--to safetensors: takes --only weights or ema, and --dtype; files are cut at 5 GB")
         kind = KINDS[options.only or "ema"] or "ema"
@@ -157,7 +189,41 @@ def _convert(options: argparse.Namespace) -> int:
         with _bar(bytes_to_move(files), "convert") as bar:
             convert_to_ecdit(source, options.destination, files, bar.update)
     print(_one_line(f"{folder} -> {options.destination}, read back and compared"))
+    if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
+        print("note: there is no average (ema), which training needs; --ema-from-weights begins one")
     return 0
+
+
+def _facts(options: argparse.Namespace) -> ModelFacts | None:
+    """Return what the command line says about a checkpoint that holds no recipe."""
+    if options.set and not options.config and not getattr(options, "upcycle", None):
+        raise ConfigError(f"--set {options.set[0]}: changes the recipe of --config or --upcycle; give one of them")
+    return model_facts(options.config, options.set) if options.config else None
+
+
+def _derived(source: Source, options: argparse.Namespace) -> Source:
+    """Return the source, with an average or with experts where that is asked for."""
+    if options.to != "ecdit" and (options.upcycle or options.ema_from_weights):
+        raise ConfigError(
+            f"--to {options.to}: --upcycle and --ema-from-weights make a checkpoint to train on: --to ecdit"
+        )
+    if options.upcycle and options.config:
+        raise ConfigError("--upcycle and --config: each has its own --set; convert first, then upcycle")
+    if options.ema_from_weights:
+        source = WithAverage(source)
+    if options.upcycle:
+        source = upcycled(source, options.upcycle, options.set)
+    return source
+
+
+def _require_state(source: Source) -> None:
+    for kind in ("weight", *STATE_NAMES[recipe_of(source).optimizer.name]):
+        if not _has_kind(source, kind):
+            raise CheckpointError(f"holds no {kind}, without which DeepSpeed loads nothing")
+
+
+def _has_kind(source: Source, kind: str) -> bool:
+    return any(name.startswith(f"{kind}/") for name in source.tensors)
 
 
 def _check_apart(source: Path, destination: Path) -> None:
@@ -194,22 +260,9 @@ def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype
 
 
 def _require_kind(source: Source, kind: str) -> None:
-    if not any(name.startswith(f"{kind}/") for name in source.tensors):
+    if not _has_kind(source, kind):
         kinds = ", ".join(sorted({name.split("/")[0] for name in source.tensors}))
         raise ConfigError(f"--only: the checkpoint holds no {kind}; it holds {kinds}")
-
-
-def _open(path: Path) -> tuple[Path, EcditSource | SafetensorsSource]:
-    """Open a checkpoint's folder, or the newest of a run's."""
-    try:
-        if (path / MANIFEST_NAME).exists() or (path / INDEX_NAME).exists():
-            return path, open_source(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    for root in (path / "checkpoints", path):
-        if found := list_checkpoints(root):
-            return found[0], open_source(found[0])
-    raise CheckpointError(f"{path}: is neither a checkpoint nor a run with checkpoints")
 
 
 @contextmanager
@@ -221,20 +274,6 @@ def _told_of(folder: Path) -> Iterator[None]:
         raise (
             error if str(error).startswith((f"{folder}/", f"{folder}:")) else CheckpointError(f"{folder}: {error}")
         ) from None
-
-
-def _expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    try:
-        recipe = recipe_from_dict(source.meta["recipe"])
-        if recipe.model.num_layers > len(source.tensors):
-            raise ConfigError(f"model.num_layers: {recipe.model.num_layers}, with {len(source.tensors)} tensors")
-        with torch.device("meta"):
-            model = ECDiT(recipe.model, SerialLayers())
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(
-            f"its recipe cannot be read, so its tensors cannot be compared with it: {error}"
-        ) from None
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of
+from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of, read_part
 from ecdit_ds.errors import CheckpointError
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,7 +68,7 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
                 tick(cut.box.numel * source.tensors[name][0].itemsize)
         else:
             for part in _parts(source, name):
-                tick(source.read(name, part).nbytes)
+                tick(read_part(source, name, part).nbytes)
         total += _nbytes(source, name)
     return total
 
@@ -88,7 +88,7 @@ def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
             yield f"{name}: {dtype} and {other_dtype}"
         different, largest = 0, 0.0
         for part in _parts(first, name):
-            ours, theirs = first.read(name, part), second.read(name, part)
+            ours, theirs = read_part(first, name, part), read_part(second, name, part)
             tick(ours.nbytes)
             found, distance = _compare(ours, theirs)
             different, largest = different + found, max(largest, distance)

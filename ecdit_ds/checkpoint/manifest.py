@@ -8,9 +8,8 @@ own, one for each file's header, one for each slice's data. Checksums find damag
 import json
 import operator
 import re
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, check_cover
+from ecdit_ds.checkpoint.ranges import require_plain_file
 from ecdit_ds.errors import CheckpointError
 
 FORMAT = "ecdit_ds"
@@ -161,17 +161,6 @@ def read_manifest(folder: Path) -> Manifest:
     for name, file in manifest.files.items():
         _check_size(folder / name, file.size_bytes)
     return manifest
-
-
-def require_plain_file(path: Path) -> None:
-    """Refuse a pipe or a device, from which reading might never end; what cannot be seen is found by opening it.
-
-    Raises:
-        CheckpointError: naming it.
-    """
-    with suppress(OSError):
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: is no plain file; use another checkpoint")
 
 
 def _check_size(path: Path, size_bytes: int) -> None:

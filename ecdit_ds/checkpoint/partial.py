@@ -1,7 +1,7 @@
 """`DST.partial`, where a conversion works until all of it is there: one at a time, and on nothing that is not its own.
 
 DST.partial/lock         held by the conversion at work; the system lets go of it when the process ends, however it ends
-DST.partial/NAME.note    what the file NAME holds, written once that file is on the disk
+DST.partial/NAME.note    what the file NAME holds, written once that file is on the disk; a `/` in NAME is `~` here
 DST.partial/files/       what becomes DST, and nothing else
 """
 
@@ -16,15 +16,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecdit_ds.checkpoint import universal
 from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
 from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME
 from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import CheckpointError
 
 _LOCK_NAME, _FILES_NAME = "lock", "files"
-_TENSOR_FILE = r"(shard-[0-9]{5,}|model-[0-9]{5,}-of-[0-9]{5,})\.safetensors"
-_OWN_FILE = re.compile("|".join([_TENSOR_FILE, *map(re.escape, (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME))]))
-_OWN_NOTE = re.compile(rf"{_TENSOR_FILE}\.note")
+_SHARD = r"(shard-[0-9]{5,}|model-[0-9]{5,}-of-[0-9]{5,})\.safetensors"
+_TEXTS = (MANIFEST_NAME, INDEX_NAME, CONFIG_NAME)
+_OWN_FILE = re.compile("|".join([_SHARD, *map(re.escape, _TEXTS), universal.OWN_FILE]))
+_OWN_FOLDER = re.compile(universal.OWN_FOLDER)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -44,18 +46,25 @@ class Workspace:
 
     def note(self, name: str) -> Path:
         """Return the path of the note on a file."""
-        return self.folder / f"{name}.note"
+        return self.folder / _note_name(name)
+
+    def place(self, name: str) -> Path:
+        """Return where a file is written; the folders that are in its name are made."""
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def require_space(self, need_bytes: int) -> None:
         """Refuse to begin what the disk cannot hold; what is overwritten counts as free."""
-        held = sum(path.stat().st_size for path in self.files.iterdir())
+        held = sum(os.lstat(path).st_size for path in _entries(self.files) if not _is_folder(path))
         free = shutil.disk_usage(self.files).free + held
         if free < need_bytes:
             raise CheckpointError(f"{self.folder}: the disk is full: {need_bytes} bytes needed, {free} free; make room")
 
     def publish(self) -> None:
         """Make the files the destination, in one step, and clear the rest away."""
-        put_on_disk(self.files)
+        for folder in (*filter(_is_folder, _entries(self.files)), self.files):
+            put_on_disk(folder)
         _refuse_existing(self.destination)
         self.files.rename(self.destination)
         put_on_disk(self.destination.parent)
@@ -119,23 +128,51 @@ def _make_folder(path: Path) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Refuse a folder with anything in it that no conversion made: it may be someone's, and would be lost."""
-    found = os.listdir(folder)
-    foreign = [name for name in found if name not in (_LOCK_NAME, _FILES_NAME) and not _OWN_NOTE.fullmatch(name)]
+    found, files = os.listdir(folder), folder / _FILES_NAME
+    foreign = [name for name in found if name not in (_LOCK_NAME, _FILES_NAME) and not _is_own_note(name)]
     if found and _LOCK_NAME not in found:
         foreign = found
-    elif (files := folder / _FILES_NAME).is_dir():
-        foreign += [f"{_FILES_NAME}/{name}" for name in os.listdir(files) if not _OWN_FILE.fullmatch(name)]
+    elif _is_folder(files):
+        for path in _entries(files):
+            name = path.relative_to(files).as_posix()
+            if not (_OWN_FOLDER if _is_folder(path) else _OWN_FILE).fullmatch(name):
+                foreign.append(f"{_FILES_NAME}/{name}")
     if foreign:
         raise CheckpointError(f"{folder}: holds {min(foreign)}, which is no conversion's; move the folder away")
 
 
 def _clear(space: Workspace, names: Collection[str]) -> None:
-    for path in space.files.iterdir():
-        if path.name not in names or path.is_symlink():
-            path.unlink()
+    kept = {space.files / name for name in names}
+    kept |= {folder for path in kept for folder in path.parents}
+    for path in _entries(space.files):
+        if path.is_symlink() or path not in kept:
+            path.rmdir() if _is_folder(path) else path.unlink()
+    notes = set(map(_note_name, names))
     for path in space.folder.glob("*.note"):
-        if path.name.removesuffix(".note") not in names:
+        if path.name not in notes:
             path.unlink()
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Yield all that is in a folder, what is in a folder before that folder; a link is what it is, not followed."""
+    with os.scandir(folder) as found:
+        paths = [Path(entry.path) for entry in found]
+    for path in paths:
+        if _is_folder(path):
+            yield from _entries(path)
+        yield path
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _note_name(name: str) -> str:
+    return f"{name.replace('/', '~')}.note"
+
+
+def _is_own_note(name: str) -> bool:
+    return name.endswith(".note") and bool(_OWN_FILE.fullmatch(name.removesuffix(".note").replace("~", "/")))
 
 
 @contextmanager
@@ -156,7 +193,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _remove_if_empty(space: Workspace) -> None:
     """Leave nothing behind where nothing was begun."""
-    if sorted(os.listdir(space.folder)) == [_FILES_NAME, _LOCK_NAME] and not os.listdir(space.files):
+    has_files = any(not _is_folder(path) for path in _entries(space.files))
+    if sorted(os.listdir(space.folder)) == [_FILES_NAME, _LOCK_NAME] and not has_files:
+        _clear(space, ())
         space.files.rmdir()
         _remove(space.folder)
 

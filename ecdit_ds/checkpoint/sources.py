@@ -19,8 +19,8 @@ from ecdit_ds.checkpoint.manifest import (
     DTYPES,
     MANIFEST_NAME,
     encode_manifest,
-    require_plain_file,
 )
+from ecdit_ds.checkpoint.ranges import reading, require_plain_file
 from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.checkpoint.streams import TensorFile, check_shape
 from ecdit_ds.errors import CheckpointError
@@ -29,7 +29,8 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 PART_BYTES = 4 * 2**20
 """What is read, compared, cast or written at once: little enough to stay in a processor's cache on the way."""
-_KIND = re.compile(r"[a-z][a-z0-9_]*")
+KIND = re.compile(r"[a-z][a-z0-9_]*")
+"""What tensors are of: `weight`, `ema`, or what an optimizer calls its own."""
 Tick = Callable[[int], object]
 """Called with the bytes that were just dealt with."""
 
@@ -63,7 +64,7 @@ class EcditSource(CheckedSlices):
         super().__init__(folder)
         self.step, self.meta = self.manifest.step, self.manifest.meta
         self.tensors = {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self.manifest.tensors.items()}
-        _check_tensors(folder / MANIFEST_NAME, self.tensors)
+        check_tensors(folder / MANIFEST_NAME, self.tensors)
 
     @property
     def identity(self) -> list[str]:
@@ -92,20 +93,12 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config = _read_json(folder / CONFIG_NAME)
-        step: Any = config.get("step")
-        meta: Any = config.get("meta")
+        config = read_json(folder / CONFIG_NAME)
+        self.step, self.meta = step_and_meta(folder / CONFIG_NAME, config)
         kind = config.get("kind")
-        for key, is_right, wanted in (
-            ("step", type(step) is int and 0 <= step < 2**63, "a whole number from 0 on"),
-            ("meta", isinstance(meta, dict), "an object"),
-            ("kind", isinstance(kind, str) and _KIND.fullmatch(kind), "a name, such as ema"),
-        ):
-            if not is_right:
-                raise CheckpointError(f"{folder / CONFIG_NAME}: {key} is {config.get(key)!r}, not {wanted}")
-        self.step: int = step
-        self.meta: Mapping[str, Any] = meta
-        index = _read_json(folder / INDEX_NAME).get("weight_map")
+        if not (isinstance(kind, str) and KIND.fullmatch(kind)):
+            raise CheckpointError(f"{folder / CONFIG_NAME}: kind is {kind!r}, not a name, such as ema")
+        index = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not all(_is_plain_name(name) for name in index.values()):
             raise CheckpointError(f"{folder / INDEX_NAME}: weight_map does not map names to files of this folder")
         self._files = {name: TensorFile(folder / name) for name in sorted(set(index.values()))}
@@ -113,7 +106,7 @@ class SafetensorsSource:
         self._check_index(index)
         entries = {name: file.entries[key] for name, (file, key) in self._where.items()}
         self.tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        _check_tensors(folder, self.tensors)
+        check_tensors(folder, self.tensors)
 
     @property
     def identity(self) -> list[str]:
@@ -166,13 +159,29 @@ def open_source(path: Path) -> EcditSource | SafetensorsSource:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_part(source: Source, name: str, box: Box) -> Tensor:
+    """Return a box of a global tensor.
+
+    Raises:
+        CheckpointError: what the system refuses is told of the source, whoever asks.
+    """
+    try:
+        return source.read(name, box)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none that could be written again.
+    """
     require_plain_file(path)
     try:
-        content = json.loads(path.read_bytes())
+        with reading(path):
+            content = json.loads(path.read_bytes())
         json.dumps(content, allow_nan=False)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -180,12 +189,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def step_and_meta(path: Path, content: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return what a JSON file says of how far the run was, and with what recipe."""
+    step, meta = content.get("step"), content.get("meta")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise CheckpointError(f"{path}: step is {step!r}, not a whole number from 0 on")
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: meta is {meta!r}, not an object")
+    return step, meta
+
+
+def check_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     """Refuse names that cannot be told or written in one line, and shapes that no tensor has."""
     for name, (_, shape) in tensors.items():
         kind, _, parameter = name.partition("/")
         is_told = parameter.isprintable() and parameter not in ("", "__metadata__")
-        if not (is_told and _KIND.fullmatch(kind)):
+        if not (is_told and KIND.fullmatch(kind)):
             raise CheckpointError(f"{path}: tensor name {name!r} is not of the form kind/parameter, as ema/a.weight")
         try:
             check_shape(name, shape)

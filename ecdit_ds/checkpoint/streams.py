@@ -2,7 +2,6 @@
 
 The library maps files, and mapped pages count as resident; a conversion of terabytes must not. The format is small:
 8 bytes of header length, a JSON header with dtype, shape and place of each tensor, then the data without gaps.
-A file is open only while something is read from it: a checkpoint may have more files than a process may open.
 """
 
 import json
@@ -19,11 +18,10 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import require_plain_file
+from ecdit_ds.checkpoint.ranges import RangedFile, bytes_of
 from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import CheckpointError
 
-CHUNK_BYTES = 4 * 2**20
 READ_BYTES = 2**20
 _HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself accepts
 _WRITE_OUT_BYTES = 64 * 2**20
@@ -49,7 +47,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile:
+class TensorFile(RangedFile):
     """A safetensors file to read from, by any number of threads.
 
     Raises:
@@ -57,8 +55,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        require_plain_file(path)
+        super().__init__(path)
         with self._open() as file:
             status = os.fstat(file.fileno())
             self.size_bytes, self.modified_ns = status.st_size, status.st_mtime_ns
@@ -69,19 +66,14 @@ class TensorFile:
 
     def xxh3(self, key: str) -> str:
         """Return the checksum of a tensor's bytes, read a chunk at a time."""
-        entry, digest = self.entries[key], xxhash.xxh3_64()
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.nbytes)))
+        entry = self.entries[key]
         with self._open() as file:
-            for start in range(0, entry.nbytes, CHUNK_BYTES):
-                part = buffer[: entry.nbytes - start]
-                self._read_exactly(file, part, entry.begin + start)
-                digest.update(part)
-        return digest.hexdigest()
+            return self._xxh3(file, entry.begin, entry.nbytes)
 
     def read_into(self, key: str, out: Tensor) -> str:
         """Fill a contiguous tensor of the same dtype and size on the host; return the checksum of the bytes."""
         entry, digest = self.entries[key], xxhash.xxh3_64()
-        into = _bytes_of(out)
+        into = bytes_of(out)
         with self._open() as file:
             for start in range(0, len(into), READ_BYTES):
                 part = into[start : start + READ_BYTES]
@@ -90,48 +82,13 @@ class TensorFile:
         return digest.hexdigest()
 
     def read(self, key: str, box: Box) -> Tensor:
-        """Return a box of a tensor; of what is not in it, at most a chunk is held."""
+        """Return a box of a tensor."""
         entry = self.entries[key]
         out = torch.empty(box.shape, dtype=entry.dtype)
         if box.numel:
             with self._open() as file:
                 self._read_box(file, entry.begin, entry.shape, box, out)
         return out
-
-    def _read_box(self, file: FileIO, begin: int, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
-        """Fill `out` with a box of the tensor of `shape` that begins at byte `begin`."""
-        first, row_bytes = sum(box.offset[:1]), math.prod(shape[1:]) * out.itemsize
-        if box.shape[1:] == shape[1:]:
-            self._read_exactly(file, _bytes_of(out), begin + first * row_bytes)
-            return
-        inner = Box(box.offset[1:], box.shape[1:])
-        if row_bytes > CHUNK_BYTES:
-            for row, into in enumerate(out, start=first):
-                self._read_box(file, begin + row * row_bytes, shape[1:], inner, into)
-            return
-        for rows in out.split(CHUNK_BYTES // row_bytes):
-            # Whole rows, then what is wanted of them: many small reads would take longer.
-            whole = torch.empty((len(rows), *shape[1:]), dtype=out.dtype)
-            self._read_exactly(file, _bytes_of(whole), begin + first * row_bytes)
-            rows.copy_(whole[:, *inner.within((0,) * len(inner.shape))])
-            first += len(rows)
-
-    def _open(self) -> FileIO:
-        try:
-            return self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-
-    def _read_exactly(self, file: FileIO, into: memoryview, position: int) -> None:
-        done = 0
-        while done < len(into):
-            try:
-                count = os.preadv(file.fileno(), [into[done:]], position + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-            if count == 0:
-                raise CheckpointError(f"{self.path}: ends early, at byte {position + done}; use another checkpoint")
-            done += count
 
     def _read_header(self, file: FileIO) -> None:
         size_bytes = self.size_bytes
@@ -163,11 +120,6 @@ def check_shape(name: str, shape: Sequence[Any]) -> None:
     """
     if not all(type(size) is int and size >= 0 for size in shape) or math.prod(max(1, size) for size in shape) >= 2**63:
         raise ValueError(f"tensor {name} has shape {list(shape)}")
-
-
-def _bytes_of(data: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor, without a copy."""
-    return data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
 
 
 def _entry(key: str, value: dict[str, Any], data_start: int) -> Entry:
@@ -213,7 +165,7 @@ class TensorFileWriter:
 
     def append(self, data: Tensor) -> memoryview:
         """Write the next tensor's, or part of a tensor's, values; return their bytes."""
-        values = _bytes_of(data.contiguous())
+        values = bytes_of(data.contiguous())
         write_all(self._file, values)
         self._left -= len(values)
         position = self._file.tell()

@@ -19,30 +19,35 @@ _ZERO = ("modulation", "final.linear", "cross_attention.out")
 _ROUTER_STD = 0.02
 
 
-@torch.no_grad()
 def initialize_by_name(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` in place.
+    """Fill every parameter of `model` in place."""
+    for name, parameter in model.named_parameters():
+        initialize_parameter(name, parameter, seed)
+
+
+@torch.no_grad()
+def initialize_parameter(name: str, parameter: nn.Parameter, seed: int) -> None:
+    """Fill the parameter of that name in place.
 
     A cut parameter takes its box of the global tensor. Experts draw from `(seed, name, global expert index)`, so an
     expert has the same weights on whatever rank it is.
     """
-    for name, parameter in model.named_parameters():
-        shard = shard_of(parameter)
-        if parameter.dim() == 3:  # experts: (experts, in, out)
-            for local, weight in enumerate(parameter):
-                shape, expert = shard.global_shape[:0:-1], shard.offset[0] + local
-                whole = _xavier(shape[0], shape[1], seed, name, expert).T
-                weight.copy_(_box(whole, shard.offset[1:], weight.shape))
-        elif any(part in name for part in _ZERO) or name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        elif "router" in name or "gate.wg" in name:
-            generator = parameter_generator(seed, name)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _ROUTER_STD)
-        else:
-            whole = _xavier(shard.global_shape[0], shard.global_shape[1], seed, name)
-            parameter.copy_(_box(whole, shard.offset, parameter.shape))
+    shard = shard_of(parameter)
+    if parameter.dim() == 3:  # experts: (experts, in, out)
+        for local, weight in enumerate(parameter):
+            shape, expert = shard.global_shape[:0:-1], shard.offset[0] + local
+            whole = _xavier(shape[0], shape[1], seed, name, expert).T
+            weight.copy_(_box(whole, shard.offset[1:], weight.shape))
+    elif any(part in name for part in _ZERO) or name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    elif "router" in name or "gate.wg" in name:
+        generator = parameter_generator(seed, name)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * _ROUTER_STD)
+    else:
+        whole = _xavier(shard.global_shape[0], shard.global_shape[1], seed, name)
+        parameter.copy_(_box(whole, shard.offset, parameter.shape))
 
 
 def _box(whole: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

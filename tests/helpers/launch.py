@@ -70,22 +70,35 @@ def free_port() -> int:
         return port
 
 
+Waves = Sequence[Sequence[Planned | tuple[int, list[str]]]]
+"""Wave by wave, runs that go side by side."""
+
+
 def train_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> str:
     """Train all runs from one warm process; return their output, or fail with it.
 
     A wave starts when the one before it has ended, so its runs may go on from that one's checkpoints.
     """
-    code, output = finish(start_many(folder, *waves))
+    return run_plan(folder, "many_runs.py", waves)
+
+
+def run_plan(folder: Path, script: str, waves: Waves) -> str:
+    """As `train_many`, with a script of this folder that does something else on each rank."""
+    code, output = finish(_start_plan(folder, script, waves))
     assert code == 0, output
     return output
 
 
 def start_many(folder: Path, *waves: Sequence[Planned | tuple[int, list[str]]]) -> subprocess.Popen[str]:
     """Start what `train_many` waits for."""
+    return _start_plan(folder, "many_runs.py", waves)
+
+
+def _start_plan(folder: Path, script: str, waves: Waves) -> subprocess.Popen[str]:
     plan = folder / f"plan-{time.monotonic_ns()}.json"
     planned = [[run if isinstance(run, Planned) else Planned(*run) for run in wave] for wave in waves]
     plan.write_text(json.dumps([[asdict(run) for run in wave] for wave in planned]))
-    return _start([sys.executable, str(ROOT / "tests" / "helpers" / "many_runs.py"), str(plan)])
+    return _start([sys.executable, str(ROOT / "tests" / "helpers" / script), str(plan)])
 
 
 def train(ranks: int, arguments: list[str]) -> tuple[int, str]:

@@ -32,7 +32,12 @@ from tests.helpers.witness import SAMPLES_FILE, WitnessedSaver, WitnessedTrainer
 CORES = len(os.sched_getaffinity(0))
 
 
-def train_wave(waiting: list[dict[str, Any]]) -> int:
+def run_waves(plan: Path) -> int:
+    """Do what `launch` wrote down; return 0, or the first code that was not planned."""
+    return next(filter(None, map(_run_wave, json.loads(plan.read_text()))), 0)
+
+
+def _run_wave(waiting: list[dict[str, Any]]) -> int:
     """Train all runs, side by side while there are cores; return 0, or the first code that was not planned."""
     running: dict[int, dict[str, Any]] = {}
     while waiting or running:
@@ -76,4 +81,4 @@ def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
 if __name__ == "__main__":
     ecdit_ds.build.Trainer = WitnessedTrainer  # type: ignore[misc]
     ecdit_ds.trainer.Saver = WitnessedSaver  # type: ignore[misc]
-    sys.exit(next(filter(None, map(train_wave, json.loads(Path(sys.argv[1]).read_text()))), 0))
+    sys.exit(run_waves(Path(sys.argv[1])))

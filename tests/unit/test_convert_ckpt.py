@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ecdit_ds.checkpoint import convert as conversion
+from ecdit_ds.checkpoint import plans
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.partial import Workspace
@@ -115,7 +115,7 @@ def test_an_interrupted_conversion_goes_on_with_the_file_it_was_at(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    original = conversion.TensorFileWriter
+    original = plans.TensorFileWriter
 
     class StopsAtTheThird(original):  # type: ignore[misc, valid-type]
         def __init__(self, path: Path, *rest: object) -> None:
@@ -124,7 +124,7 @@ def test_an_interrupted_conversion_goes_on_with_the_file_it_was_at(
                 raise KeyboardInterrupt
             super().__init__(path, *rest)
 
-    monkeypatch.setattr(conversion, "TensorFileWriter", StopsAtTheThird)
+    monkeypatch.setattr(plans, "TensorFileWriter", StopsAtTheThird)
     command = ("convert", checkpoint, tmp_path / "new", "--to", "ecdit", "--files", "4")
     assert run(*command)[0] == 130
     assert (tmp_path / "new.partial").is_dir() and not (tmp_path / "new").exists()

@@ -123,7 +123,7 @@ def test_parts_follow_one_another_and_none_is_larger_than_asked(
 
 def test_any_cut_of_the_source_converts_to_any_other(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PART_BYTES", 100)
-    monkeypatch.setattr("ecdit_ds.checkpoint.streams.CHUNK_BYTES", 64)
+    monkeypatch.setattr("ecdit_ds.checkpoint.ranges.CHUNK_BYTES", 64)
     name = "weight/blocks.0.ffn.experts.w1"
     data = torch.randn(4, 6, 8)
     ragged = [
@@ -181,7 +181,7 @@ def test_a_checkpoint_without_weights_is_not_whole(
     refused: Callable[..., str], tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save_tensors(tmp_path, tensors)
-    monkeypatch.setattr("tools.convert_ckpt._expected_shapes", lambda _: {"a": (2,)})
+    monkeypatch.setattr("tools.convert_ckpt.expected_shapes", lambda _: {"a": (2,)})
     line = refused("verify", checkpoint)
     assert "holds no weights" in line and str(checkpoint) in line
     if not tensors:

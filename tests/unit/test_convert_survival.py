@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecdit_ds.checkpoint import convert as conversion
+from ecdit_ds.checkpoint import plans
 from ecdit_ds.checkpoint.partial import Workspace, workspace
 from tests.helpers.convert_tool import Run, save_shared, save_tensors, tool_runner
 
@@ -186,12 +186,12 @@ def test_a_folder_is_only_said_to_go_on_if_it_does(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "TensorFileWriter", stop)
+    monkeypatch.setattr(plans, "TensorFileWriter", stop)
     assert run("convert", checkpoint, tmp_path / "new", "--to", "ecdit")[::2] == (130, "interrupted\n")
     assert not (tmp_path / "new.partial").exists()
     monkeypatch.setattr("tools.convert_ckpt.verify", stop)
     shared = save_shared(tmp_path / "shared", {"a": torch.ones(2)}, meta={"recipe": {}})
-    monkeypatch.setattr("tools.convert_ckpt._expected_shapes", lambda _: {})
+    monkeypatch.setattr("tools.convert_ckpt.expected_shapes", lambda _: {})
     assert run("verify", shared)[::2] == (130, "interrupted\n")
 
 

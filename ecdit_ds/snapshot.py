@@ -5,7 +5,6 @@ layout wrote them and whatever layout reads them.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
 from ecdit_ds.engine import DeepSpeedEngine
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import recipe_from_dict
-
-_READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +54,7 @@ def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
     pieces = list(_pieces_held(engine, of_others=True))
     for piece in pieces:
         reader.expect(piece.name, piece.global_shape)
-    with ThreadPoolExecutor(_READERS) as readers:  # a disk is fastest with some requests waiting
-        for _ in readers.map(lambda piece: reader.read_into(piece.name, piece.box, piece.data), pieces):
-            pass
+    reader.read_all_into((piece.name, piece.box, piece.data) for piece in pieces)
     return progress_of(reader)
 
 

@@ -168,9 +168,8 @@ def load_all(bench: Bench, turn: int) -> None:
     out = {name: torch.zeros_like(tensor) for name, tensor in bench.state.items()}
 
     def ours() -> None:
-        reader = Reader(root)
-        for name, tensor in out.items():
-            reader.read_into(name, Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)
+        whole = ((name, Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor) for name, tensor in out.items())
+        Reader(root).read_all_into(whole)
 
     sides: dict[str, Callable[[], object]] = {
         RAW: lambda: read_raw(bench.folder / "raw", out),

@@ -36,10 +36,11 @@ class Lease:
             StaleAttemptError: one has claimed already.
         """
         with _locked(self.folder) as file:
-            if (newest := file.read().strip()) != self.attempt:
+            newest = file.read().strip()
+            if newest not in ("", self.attempt):  # empty where somebody tidied up: nobody has taken over
                 raise StaleAttemptError(
-                    f"{self.folder}: attempt {newest or 'unknown'} has taken over from this one, {self.attempt}; "
-                    "nothing was published, and this process has no more to do"
+                    f"{self.folder}: attempt {newest} has taken over from this one, {self.attempt}; nothing was "
+                    "published, and this process has no more to do"
                 )
             yield
 

@@ -81,6 +81,12 @@ def test_only_the_newest_attempt_publishes(tmp_path: Path) -> None:
         claim(tmp_path, "12.0")
 
 
+def test_a_lease_that_was_tidied_away_is_no_takeover(tmp_path: Path) -> None:
+    lease = claim(tmp_path, "12.0")
+    (tmp_path / LEASE_NAME).unlink()
+    assert save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), lease).is_dir()
+
+
 def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from ecdit_ds.checkpoint.lease import claim\n"

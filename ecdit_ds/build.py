@@ -59,6 +59,7 @@ def run(
     world = World()
     faults = world.together(lambda: faults_from_environment(world.rank))
     status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(own_seat())
+    status.watch_peers()
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
@@ -83,11 +84,12 @@ def run(
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
         was_stopped = Trainer(recipe, engine, world, surroundings, callbacks).fit(progress)
-        return ExitCode.SAVED if was_stopped else ExitCode.DONE
     finally:
         for callback in callbacks:
             with suppress(OSError):  # what could not be written was told already
                 callback.close()
+    world.all_ok(True)  # no rank leaves while another one may still need it
+    return ExitCode.SAVED if was_stopped else ExitCode.DONE
 
 
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:

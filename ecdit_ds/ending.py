@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,10 @@ import psutil
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints
 from ecdit_ds.checkpoint.tending import fault_of
+from ecdit_ds.errors import ExitCode
 
 _PATIENCE_S = 3.0
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,30 @@ class RunStatus:
     """None until training begins: before, a refusal says it all."""
     seats: list[Seat] = field(default_factory=list)
     """Of all ranks, by rank."""
+    is_over: bool = False
+    """Whether this rank leaves of its own accord, so that nobody need end it."""
+
+    def watch_peers(self) -> None:
+        """End this process soon after a rank of this machine has died.
+
+        Usually a collective fails at once and tells more. But one that waits for the dead to connect, or NCCL's, may
+        wait for minutes.
+        """
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def _watch(self) -> None:
+        here = own_seat().host
+        peers = {rank: seat for rank, seat in enumerate(self.seats) if seat.host == here and rank != self.rank}
+        while not self.is_over:
+            lost = [rank for rank, seat in peers.items() if seat.is_empty()]
+            if not lost:
+                time.sleep(_LOOK_EVERY_S)
+                continue
+            time.sleep(_PATIENCE_S)
+            if not self.is_over:
+                if self.speaks(lost):
+                    say(last_line(self, "try again", f"rank {', '.join(map(str, lost))} died"), sys.stderr)
+                os._exit(ExitCode.TRY_AGAIN)
 
     def lost_ranks(self) -> list[int]:
         """Return the ranks of this machine whose process died, after giving a dying one a moment to be gone."""

@@ -89,11 +89,14 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     except KeyboardInterrupt:
         code, cause = ExitCode.INTERRUPTED, "interrupted from the keyboard"
     except Exception as error:
+        status.is_over = True
         if lost := status.lost_ranks():
             code, cause = ExitCode.TRY_AGAIN, f"rank {', '.join(map(str, lost))} died"
         else:
             traceback.print_exc()
             code, cause = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
+    finally:
+        status.is_over = True
     if status.step is not None and status.speaks(lost):
         say(last_line(status, code.name.lower().replace("_", " "), cause), sys.stderr)
     let_go_of_closed_streams()
@@ -101,4 +104,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main(stop=_stop))
+    _code = main(stop=_stop)
+    if _code in (ExitCode.CRASHED, ExitCode.TRY_AGAIN):
+        os._exit(_code)  # all is said; process groups might wait for the dead in their destructors
+    sys.exit(_code)

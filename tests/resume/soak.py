@@ -109,6 +109,7 @@ def live(output: Path, moment: float | None, is_real: bool, draws: random.Random
 
     Return who was killed, or None where the run came to its end first.
     """
+    began = time.time()
     run_arguments = arguments(output, output.parent / "cache", *SMALL)
     processes = _start_real(run_arguments) if is_real else _start_forked(run_arguments)
     _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S if moment is None else moment)
@@ -126,10 +127,18 @@ def live(output: Path, moment: float | None, is_real: bool, draws: random.Random
     for process in struck[victim] or processes[:1]:
         with suppress(psutil.Error):
             process.kill()
-    _, left = psutil.wait_procs(everyone, timeout=60)
-    if left:
-        raise SoakError(f"{output}: processes {[process.pid for process in left]} outlived the kill of {victim}")
+    _, left = psutil.wait_procs(everyone, timeout=15)
+    for process in left:
+        # Before ranks know one another only a launcher can end those that are left.
+        if is_real or _have_met(output, began):
+            raise SoakError(f"{output}: process {process.pid} outlived the kill of {victim}")
+        process.kill()
+    psutil.wait_procs(left, timeout=15)
     return victim
+
+
+def _have_met(output: Path, since: float) -> bool:
+    return (output / ".lock").exists() and (output / ".lock").stat().st_mtime > since
 
 
 def _start_forked(run_arguments: list[str]) -> list[psutil.Process]:

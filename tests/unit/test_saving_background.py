@@ -184,6 +184,24 @@ def test_the_first_rank_that_is_left_on_a_machine_speaks() -> None:
         assert status.speaks([0])
 
 
+def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from ecdit_ds.ending import RunStatus, Seat, own_seat\n"
+        "born = float(sys.argv[2]); here = own_seat()\n"
+        "peer = Seat(host=here.host, process=int(sys.argv[1]), born=born)\n"
+        "status = RunStatus(rank=0, checkpoints=Path(sys.argv[3]), step=5, seats=[here, peer])\n"
+        "status.watch_peers()\nprint('waits', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as peer:
+        command = [sys.executable, "-c", script, str(peer.pid), str(_born(peer.pid)), str(tmp_path)]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
+        peer.kill()
+        _, said = waiting.communicate(timeout=30)
+    assert waiting.returncode == 75
+    assert said == "end: try again | cause: rank 1 died | rank 0 | step 5 | last valid checkpoint: none\n"
+
+
 def _born(process: int) -> float:
     return float(psutil.Process(process).create_time())
 

@@ -33,7 +33,7 @@ from tests.helpers.launch import ROOT, free_port, metrics_of
 from tests.helpers.many_runs import fork_rank
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
-RANKS, STEPS = 2, 24
+RANKS, STEPS = 2, 60
 SMALL = (
     *SMALL_MODEL, "parallel.ep=2", f"train.max_steps={STEPS}", "train.checkpoint_every=2", "train.log_every=1",
     "data.num_workers=1",
@@ -80,7 +80,7 @@ def soak(root: Path, kills: int, draws: random.Random) -> dict[str, object]:
     with tqdm(total=kills, unit="kill", disable=None) as bar:
         while bar.n < kills:
             output, is_real = root / f"round_{rounds}", lives % REAL_EVERY == 0
-            victim = live(output, draws.uniform(0, whole_life[is_real] / 2), is_real, draws)
+            victim = live(output, draws.uniform(0, whole_life[is_real] / 3), is_real, draws)
             published = check_newest(output, published)
             lives += 1
             if victim is None:

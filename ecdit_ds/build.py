@@ -35,7 +35,7 @@ from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid, to_uint8
 from ecdit_ds.pipeline import TextToImage, check_encodable, encoders_of
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot
+from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.trainer import Surroundings, Trainer
 
@@ -220,12 +220,14 @@ def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]
 def _fault_of(folder: Path, recipe: Recipe) -> str | None:
     """Return what is wrong with a checkpoint's manifest; a changed recipe is no damage and raises."""
     try:
-        written = Reader(folder).manifest.meta["recipe"]
+        reader = Reader(folder)
+        progress_of(reader)
     except CheckpointError as error:
         return str(error)
-    except KeyError:
+    written = reader.manifest.meta.get("recipe")
+    if not isinstance(written, dict):
         return f"{folder}: its manifest has no recipe"
-    check_same_recipe(dict(written), recipe, folder)
+    check_same_recipe(written, recipe, folder)
     return None
 
 

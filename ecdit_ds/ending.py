@@ -14,7 +14,7 @@ import psutil
 
 from ecdit_ds.checkpoint.manifest import list_checkpoints
 from ecdit_ds.checkpoint.tending import fault_of
-from ecdit_ds.errors import ExitCode
+from ecdit_ds.errors import CheckpointError, ExitCode
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.5
@@ -97,8 +97,9 @@ class RunStatus:
 
 def last_line(status: RunStatus, verdict: str, cause: str) -> str:
     """Return the summary, such as `end: crashed | cause: ... | rank 0 | step 7 | last valid checkpoint: ...`."""
-    whole = (folder for folder in list_checkpoints(status.checkpoints) if fault_of(folder) is None)
-    newest = next(whole, None)
+    newest = None
+    with contextlib.suppress(CheckpointError):
+        newest = next((folder for folder in list_checkpoints(status.checkpoints) if fault_of(folder) is None), None)
     return (
         f"end: {verdict} | cause: {' '.join(cause.split())[:500]} | rank {status.rank} | step {status.step} | "
         f"last valid checkpoint: {newest or 'none'}"

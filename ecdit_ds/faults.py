@@ -40,6 +40,10 @@ class Fault:
     def __post_init__(self) -> None:
         if self.action not in _ACTIONS or self.moment not in MOMENTS:
             raise ValueError(f"known are {', '.join(_ACTIONS)} at {', '.join(MOMENTS)}")
+        if self.action == "exit" and self.argument not in range(1, 256):
+            raise ValueError("exit needs a code from 1 to 255, as exit=137")
+        if not (0 <= self.argument < 1e9 and 0 < self.probability <= 1):
+            raise ValueError("a delay is 0 or more seconds, a probability above 0 and at most 1")
 
 
 @dataclass
@@ -80,9 +84,11 @@ def _parse(text: str) -> Fault:
     what, _, where = text.strip().partition("@")
     action, _, argument = what.partition("=")
     moment, *settings = where.split(",")
-    numbers = {name: float(value) for name, value in (setting.split("=") for setting in settings)}
-    whole = {name: int(value) for name, value in numbers.items() if name != "probability"}
-    return Fault(action=action, argument=float(argument or 0), moment=moment, **(numbers | whole))  # type: ignore[arg-type]
+    pairs = [setting.split("=") for setting in settings]
+    numbers = {name: float(value) if name == "probability" else int(value) for name, value in pairs}
+    if len(numbers) < len(pairs):
+        raise ValueError(f"{text.strip()!r} says something twice")
+    return Fault(action=action, argument=float(argument or 0), moment=moment, **numbers)  # type: ignore[arg-type]
 
 
 def _happen(fault: Fault) -> None:

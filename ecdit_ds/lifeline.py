@@ -1,8 +1,8 @@
 """No rank outlives its launcher.
 
 `deepspeed` starts a launcher, which starts the ranks. Kill one of the upper two with SIGKILL and the ranks would train
-on, unseen, and hold the run's folder. So each rank watches those above it and dies with them. But a signal to the whole
-job, of which the launcher dies, also asks the ranks to save and leave: they are given the time for it.
+on, unseen, and hold the run's folder. So each rank watches those above it and dies with them, after it was given the
+time to save: most who end a run signal the launcher only, and it may die of that without a word to its ranks.
 """
 
 import os
@@ -15,31 +15,31 @@ from collections.abc import Callable
 import psutil
 
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_UNTIL_SIGNALS_ARRIVED = 0.5
 _MINUTES_TO_LEAVE = 10
 
 
-def die_with_launcher(is_leaving: Callable[[], bool] = lambda: False) -> None:
+def die_with_launcher(ask_to_leave: Callable[[], object] | None = None) -> None:
     """Start watching the launchers above this process; a process started by hand has none and is left alone.
 
     Call it first of all, before slow imports: a launcher that is killed meanwhile is not seen any more. A rank that
     `deepspeed` started but that has lost its launcher already ends here.
 
     Args:
-        is_leaving: whether this process was asked to save and leave, and may do so before it dies.
+        ask_to_leave: called when a launcher died; this process then has some minutes to save and leave. Without, it
+            dies at once.
     """
     launchers = [process for process in psutil.Process().parents() if _is_launcher(process)]
     if launchers:
-        threading.Thread(target=_watch, args=(launchers, is_leaving), name="lifeline", daemon=True).start()
+        threading.Thread(target=_watch, args=(launchers, ask_to_leave), name="lifeline", daemon=True).start()
     elif "--local_rank=" in " ".join(sys.argv) and {"RANK", "LOCAL_SIZE"} <= os.environ.keys():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(launchers: list[psutil.Process], is_leaving: Callable[[], bool]) -> None:
+def _watch(launchers: list[psutil.Process], ask_to_leave: Callable[[], object] | None) -> None:
     while all(_is_alive(process) for process in launchers):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    time.sleep(_SECONDS_UNTIL_SIGNALS_ARRIVED)
-    if is_leaving():
+    if ask_to_leave is not None:
+        ask_to_leave()
         time.sleep(60 * _MINUTES_TO_LEAVE)  # this thread ends with the process
     os.kill(os.getpid(), signal.SIGKILL)
 

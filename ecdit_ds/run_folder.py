@@ -8,9 +8,11 @@ OUTPUT/tensorboard/         the same numbers, and sample grids
 OUTPUT/samples/             sample grids as PNG
 """
 
+import errno
 import fcntl
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.snapshot import check_same_recipe
 
-_LOCK_PATIENCE_S = 10.0
+_LOCK_PATIENCE_S = 60.0
 _OWN_LOCK = ".lock"
 _OWN_NAMES = (_OWN_LOCK, LEASE_NAME, "recipe.yaml.tmp")  # what a kill in the first moments leaves
 
@@ -77,14 +79,19 @@ class RunFolder:
             handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- stays open with the run
         except OSError as error:
             raise ConfigError(f"--output {self.path}: {error.strerror}; choose a folder that can be written") from None
-        # Just after a kill, the old life may take a moment to end.
+        # Just after its launcher was killed, the old life may still be saving.
+        is_told = False
         deadline = time.monotonic() + _LOCK_PATIENCE_S
         while True:
             try:
                 # A record lock, unlike flock, is not inherited by loader workers.
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ConfigError(
+                        f"--output {self.path}: its file system cannot lock ({error.strerror}); choose one that can"
+                    ) from None
                 handle.seek(0)
                 process, _, holder = handle.read().partition(" ")
                 if is_successor(attempt, of=holder):
@@ -94,6 +101,9 @@ class RunFolder:
                         f"--output {self.path}: another run (process {process or 'unknown'}) is writing there; stop it "
                         "or choose another folder"
                     ) from None
+                if not is_told:
+                    print(f"waits for process {process or 'unknown'} to leave {self.path}", flush=True)
+                    is_told = True
                 time.sleep(0.2)
         handle.truncate(0)
         handle.write(f"{os.getpid()} {attempt}")
@@ -131,7 +141,7 @@ class RunFolder:
         Raises:
             CheckpointError: the request cannot be met without overwriting something.
         """
-        own = list_checkpoints(self.checkpoints)
+        own = self._own_checkpoints()
         if resume == "auto":
             return own
         if resume == "never":
@@ -151,8 +161,45 @@ class RunFolder:
             )
         return own or found
 
+    def _own_checkpoints(self) -> list[Path]:
+        """Return this run's checkpoints, newest first.
+
+        Raises:
+            CheckpointError: there were some, and they are lost from sight.
+        """
+        if not self.checkpoints.is_dir() and os.path.lexists(self.checkpoints):
+            raise CheckpointError(f"{self.checkpoints}: is no folder, or a link to one that is not there; mount it")
+        own = list_checkpoints(self.checkpoints)
+        damaged = [] if own else sorted(path.name for path in self.checkpoints.glob("step_*.damaged-*"))
+        if damaged:
+            raise CheckpointError(
+                f"{self.checkpoints}: holds only damaged checkpoints, such as {damaged[-1]}; restore one, or choose "
+                "another --output to start afresh"
+            )
+        return own
+
+    def _check_not_lost(self, recipe: Recipe) -> None:
+        """Refuse to begin at the beginning where a run has come so far that it must have left a checkpoint.
+
+        The first one is published before the step after the second is due.
+        """
+        lines = _lines_up_to(self.metrics, sys.maxsize) if self.metrics.exists() else []
+        last_step = json.loads(lines[-1])["step"] if lines else 0
+        if last_step > 2 * recipe.train.checkpoint_every:
+            raise CheckpointError(
+                f"{self.path}: had come to step {last_step}, and {self.checkpoints} holds nothing to go on from; "
+                f"restore a checkpoint, or move {self.metrics.name} away to start afresh"
+            )
+
     def begin(self, recipe: Recipe, step: int) -> None:
-        """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again."""
+        """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again.
+
+        Raises:
+            CheckpointError: the run begins at step 0 where an earlier life had come far.
+            ConfigError: the folder cannot be written.
+        """
+        if step == 0:
+            self._check_not_lost(recipe)
         kept = {log: _lines_up_to(log, step) for log in (self.metrics, self.evaluations) if log.exists()}
         try:
             replace_durably(self.recipe, dump_recipe(recipe).encode("utf-8"))

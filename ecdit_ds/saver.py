@@ -1,14 +1,15 @@
 """When and how a run saves: one checkpoint at a time, written behind the training's back, none removed too early.
 
 A save begins by copying the state to host memory, for which training stands still; a thread writes the copy. At a
-report, where ranks talk anyway, they learn that all have written, and publish. What must be there before the process
-ends (the last step, a stop) is written at once.
+report, where ranks talk anyway, they learn that all have written, and publish. For what must be there before the
+process ends (the last step, a stop) training waits.
 """
 
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class _InFlight:
 
     save: Save
     thread: threading.Thread
-    stall_seconds: float
     started: float
+    stall_seconds: float | None
+    """For which training stood still; None where it waits for the whole save."""
+    is_read_back: bool
     is_told: bool = False
 
 
@@ -60,8 +63,7 @@ class Saver:
         self._in_flight: _InFlight | None = None
         self._host: HostCopy | None = None
         if recipe.train.async_save:
-            nbytes = sum(piece.data.nbytes for piece in pieces_of(engine))
-            self._host = HostCopy(nbytes, is_pinned=torch.cuda.is_available())
+            self._host = HostCopy(pieces_of(engine), is_pinned=torch.cuda.is_available())
 
     @property
     def newest(self) -> Path | None:
@@ -84,73 +86,80 @@ class Saver:
     def start(self, progress: Progress) -> None:
         """Save in the background where the recipe says so; what cannot be saved is noted, and training goes on."""
         self.finish()
+        with self._noted(progress.step):
+            self._launch(progress, self._host, read_back=True)
         if self._host is None:
-            self._save_now(progress, must_succeed=False, read_back=True)
-            return
-        began = time.perf_counter()
-        try:
-            save = self._begin(progress)
-        except StaleAttemptError:
-            raise
-        except CheckpointError as error:
-            self._not_saved(progress.step, error)
-            return
-        save.pieces = self._host.of(save.pieces)
-        thread = threading.Thread(target=save.write, kwargs={"read_back": True}, name="checkpoint", daemon=True)
-        self._in_flight = _InFlight(
-            save=save, thread=thread, started=began, stall_seconds=time.perf_counter() - began
-        )  # fmt: skip
-        thread.start()
+            self.finish()
 
     def finish(self) -> None:
-        """Publish what is in flight, once every rank has written it.
+        """Publish what is in flight, once every rank has written it; what cannot be published is noted.
 
         Raises:
             LostRankError: on every rank, when one has not written it within train.save_timeout_minutes.
         """
-        flying = self._in_flight
-        if flying is None:
-            return
-        self._await_writers(flying)
-        self.complain()
-        self._in_flight = None
-        try:
-            folder = flying.save.publish()
-        except StaleAttemptError:
-            raise
-        except CheckpointError as error:
-            self._not_saved(flying.save.step, error)
-            return
-        total = time.perf_counter() - flying.started
-        self._published(folder, f"held up training for {flying.stall_seconds:.2f} s, published after {total:.2f} s")
+        if self._in_flight is not None:
+            with self._noted(self._in_flight.save.step):
+                self._publish(self._in_flight)
 
     def save_last(self, progress: Progress, *, read_back: bool) -> None:
         """Save at once, because nothing comes after it.
 
         Raises:
             CheckpointError: it could not be saved.
+            LostRankError: as `finish`.
         """
         self.finish()
-        self._save_now(progress, must_succeed=True, read_back=read_back)
+        self._publish(self._launch(progress, None, read_back=read_back))
 
-    def _save_now(self, progress: Progress, *, must_succeed: bool, read_back: bool) -> None:
+    def _launch(self, progress: Progress, host: HostCopy | None, *, read_back: bool) -> _InFlight:
+        """Let a thread write the state: a copy of it, or itself where nobody changes it meanwhile."""
         began = time.perf_counter()
-        try:
-            save = self._begin(progress)
-            save.write(read_back=read_back)
-            folder = save.publish()
-        except CheckpointError as error:
-            if must_succeed or isinstance(error, StaleAttemptError):
-                raise
-            self._not_saved(progress.step, error)
-            return
-        self._published(folder, f"held up training for {time.perf_counter() - began:.2f} s", is_verified=read_back)
-
-    def _begin(self, progress: Progress) -> Save:
-        return Save(
+        save = Save(
             self._root, progress.step, pieces_of(self._engine), meta_of(progress, self._recipe), self._world,
             self._lease, lambda phase: self._faults.at(phase, progress.step),
         )  # fmt: skip
+        if host is not None:
+            save.pieces = host.of(save.pieces)
+        thread = threading.Thread(target=save.write, kwargs={"read_back": read_back}, name="checkpoint", daemon=True)
+        stall_seconds = None if host is None else time.perf_counter() - began
+        self._in_flight = _InFlight(
+            save=save, thread=thread, started=began, stall_seconds=stall_seconds, is_read_back=read_back
+        )
+        thread.start()
+        return self._in_flight
+
+    def _publish(self, flying: _InFlight) -> None:
+        self._await_writers(flying)
+        self.complain()
+        self._in_flight = None
+        folder = flying.save.publish()
+        total = time.perf_counter() - flying.started
+        stall = total if flying.stall_seconds is None else flying.stall_seconds
+        self._note(f"saved {folder}: held up training for {stall:.2f} s, published after {total:.2f} s")
+        if flying.is_read_back:
+            self._verified.append(folder)
+        if self._world.rank == 0:
+            self._remove_old(folder)
+
+    def _remove_old(self, newest: Path) -> None:
+        train = self._recipe.train
+        try:
+            remove_old(
+                self._root, train.keep_checkpoints, keep_every=train.keep_every, verified=self._verified,
+                reached=lambda phase: self._faults.at(phase, int(newest.name.removeprefix("step_"))),
+            )  # fmt: skip
+        except (CheckpointError, OSError) as error:  # the new one is safe, which is what counts
+            self._note(f"an old checkpoint stays: {error}")
+
+    @contextmanager
+    def _noted(self, step: int) -> Iterator[None]:
+        """Let training go on without a save that failed; a stale attempt may not go on."""
+        try:
+            yield
+        except StaleAttemptError:
+            raise
+        except CheckpointError as error:
+            self._note(f"step {step}: not saved, training goes on: {error}")
 
     def _await_writers(self, flying: _InFlight) -> None:
         """Wait together, in rounds, so that no rank sits in a collective longer than its time limit."""
@@ -159,26 +168,10 @@ class Saver:
             flying.thread.join(_LOOK_EVERY_S)
             if self._world.all_ok(not flying.thread.is_alive()):
                 return
-        alive = self._world.gather(flying.thread.is_alive()) or []
-        slow = self._world.broadcast([rank for rank, is_alive in enumerate(alive) if is_alive])
+        slow = [rank for rank, is_alive in enumerate(self._world.share(flying.thread.is_alive())) if is_alive]
+        if not slow:
+            return
         raise LostRankError(
             f"{flying.save.folder}: ranks {', '.join(map(str, slow))} have not written their part within "
             f"{self._recipe.train.save_timeout_minutes:g} minutes (train.save_timeout_minutes); the storage may hang"
         )
-
-    def _published(self, folder: Path, how: str, *, is_verified: bool = True) -> None:
-        self._note(f"saved {folder}: {how}")
-        if is_verified:
-            self._verified.append(folder)
-        if self._world.rank == 0:
-            try:
-                keep, keep_every = self._recipe.train.keep_checkpoints, self._recipe.train.keep_every
-                remove_old(
-                    folder.parent, keep, keep_every=keep_every, verified=self._verified,
-                    reached=lambda phase: self._faults.at(phase, int(folder.name.removeprefix("step_"))),
-                )  # fmt: skip
-            except CheckpointError as error:  # the new one is safe, which is what counts
-                self._note(f"an old checkpoint stays: {error}")
-
-    def _not_saved(self, step: int, error: CheckpointError) -> None:
-        self._note(f"step {step}: not saved, training goes on: {error}")

@@ -59,17 +59,17 @@ def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
 
 
 def progress_of(reader: Reader) -> Progress:
-    """Return how far the run was that wrote the checkpoint."""
-    try:
-        meta = reader.manifest.meta
-        return Progress(
-            step=reader.manifest.step,
-            samples_seen=int(meta["samples_seen"]),
-            num_updates=int(meta["num_updates"]),
-            skipped_in_a_row=int(meta.get("skipped_in_a_row", 0)),  # earlier checkpoints do not say
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{reader.folder}: its manifest lacks what a run needs: {error}") from None
+    """Return how far the run was that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: it does not say so, in whole numbers from 0 on.
+    """
+    written = {"skipped_in_a_row": 0} | dict(reader.manifest.meta)  # the first checkpoints did not count these
+    counts: dict[str, Any] = {name: written.get(name) for name in ("samples_seen", "num_updates", "skipped_in_a_row")}
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise CheckpointError(f"{reader.folder}: its manifest says {name}: {count!r}, not a whole number from 0 on")
+    return Progress(step=reader.manifest.step, **counts)
 
 
 def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> None:

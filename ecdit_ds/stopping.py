@@ -12,13 +12,17 @@ class StopRequest:
     """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
-        """The first signal that asked; later ones change nothing."""
+        self.reason: str | None = None
+        """What asked first, such as SIGTERM; what asks later changes nothing."""
 
     def listen(self) -> None:
         """Take over both signals; until then their default kills, so call this before slow imports."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
+    def launcher_died(self) -> None:
+        """Take the end of the launcher for a wish to stop."""
+        self.reason = self.reason or "the launcher died"
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     _stop.listen()
     from ecdit_ds.lifeline import die_with_launcher
 
-    die_with_launcher(is_leaving=lambda: _stop.signal_name is not None)
+    die_with_launcher(ask_to_leave=_stop.launcher_died)
 
 from ecdit_ds.build import describe, run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
         code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
-        cause = f"{stop.signal_name or 'a signal to another rank'}" if code == ExitCode.SAVED else "all steps are done"
+        cause = stop.reason or "another rank was asked to stop" if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
         if is_first:
             say(f"error: {error}", sys.stderr)
@@ -104,7 +104,5 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 
 if __name__ == "__main__":
-    _code = main(stop=_stop)
-    if _code in (ExitCode.CRASHED, ExitCode.TRY_AGAIN):
-        os._exit(_code)  # all is said; process groups might wait for the dead in their destructors
-    sys.exit(_code)
+    # All is said and on the disk. Process groups that Python takes down may wait for the dead, or abort.
+    os._exit(main(stop=_stop))

@@ -181,7 +181,7 @@ class Trainer:
 
     def _report(self) -> bool:
         """Tell of the steps since the last report, and publish what all have written; return whether any is to stop."""
-        wants_stop = self._given.stop.signal_name is not None
+        wants_stop = self._given.stop.reason is not None
         records, (stops, written) = self._log.flush(self.world, (wants_stop, self._saver.is_written))
         if records:
             self._tell(lambda callback: callback.on_report(records))
@@ -190,7 +190,7 @@ class Trainer:
         return stops > 0
 
     def _farewell(self, progress: Progress) -> str:
-        names = self.world.gather(self._given.stop.signal_name) or []
+        names = self.world.gather(self._given.stop.reason) or []
         asked = "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(names) if name)
         return f"stopped at step {progress.step} ({asked}): saved; the same command goes on from there"
 

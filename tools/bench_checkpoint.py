@@ -57,10 +57,7 @@ class Bench:
         return sum(tensor.nbytes for tensor in self.state.values())
 
     def pieces(self) -> list[Piece]:
-        return [
-            Piece(name=name, global_shape=tuple(t.shape), box=Box((0,) * t.dim(), tuple(t.shape)), data=t)
-            for name, t in self.state.items()
-        ]
+        return pieces_of(self.state)
 
     def time(self, case: str, side: str, work: Callable[[], object]) -> None:
         began = time.perf_counter()
@@ -84,7 +81,7 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     folder.mkdir()
     try:
         state = synthetic_state(options.gigabytes, options.experts)
-        bench = Bench(folder=folder, state=state, host=HostCopy(sum(t.nbytes for t in state.values()), is_pinned=False))
+        bench = Bench(folder=folder, state=state, host=HostCopy(pieces_of(state), is_pinned=False))
         steps = [save_all, load_all, convert_all]
         with tqdm(total=len(steps) * options.rounds, unit="part", disable=None) as bar:
             for turn in range(options.rounds):
@@ -119,6 +116,14 @@ def synthetic_state(gigabytes: float, num_experts: int) -> dict[str, Tensor]:
         for layer in range(layers)
         for name, shape in shapes.items()
     }
+
+
+def pieces_of(state: dict[str, Tensor]) -> list[Piece]:
+    """Return each tensor as one piece."""
+    return [
+        Piece(name=name, global_shape=tuple(t.shape), box=Box((0,) * t.dim(), tuple(t.shape)), data=t)
+        for name, t in state.items()
+    ]
 
 
 def save_all(bench: Bench, turn: int) -> None:

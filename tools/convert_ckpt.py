@@ -40,7 +40,7 @@ from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_univ
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.sharding import cut_axes
-from tools.convert_sources import expected_shapes, model_facts, open_checkpoint, recipe_of, upcycled
+from tools.convert_sources import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"all": None, "weights": "weight", "ema": "ema"}
@@ -124,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     except EcditError as error:
         print(_one_line(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
     except OSError as error:
         print(_one_line(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
@@ -142,10 +145,12 @@ def _inspect(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     folder, source = open_checkpoint(options.checkpoint, _facts(options))
     with _told_of(folder), _bar(total_bytes(source), "verify") as bar:
-        total = verify(source, expected_shapes(source), bar.update)
+        total = verify(source, *expected_of(source), bar.update)
     has_none = isinstance(source, SafetensorsSource)
     checked = "sizes hold; the format has no checksums" if has_none else "every checksum holds"
     print(_one_line(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
+    if not any(_has_kind(source, name) for names in STATE_NAMES.values() for name in names):
+        print("note: there is no optimizer state, so training cannot go on from it")
     return 0
 
 

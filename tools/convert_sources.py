@@ -68,11 +68,11 @@ def recipe_of(source: Source) -> Recipe:
         return recipe
 
 
-def expected_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """Return what a checkpoint must hold by its own recipe."""
+def expected_of(source: Source) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Return what a checkpoint must hold by its own recipe: parameters with shapes, and what the optimizer keeps."""
     recipe = recipe_of(source)
     with _told_of_recipe():
-        return parameter_shapes(recipe)
+        return parameter_shapes(recipe), STATE_NAMES[recipe.optimizer.name]
 
 
 @contextmanager

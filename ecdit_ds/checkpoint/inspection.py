@@ -1,7 +1,7 @@
 """What is in a checkpoint, whether it is whole, and how two differ."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of, read_part
+from ecdit_ds.checkpoint.universal import UniversalSource
+from ecdit_ds.config import changed_fields
 from ecdit_ds.errors import CheckpointError
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,7 +40,7 @@ def describe(source: Source) -> list[str]:
     return lines
 
 
-def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) -> int:
+def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names: Collection[str], tick: Tick) -> int:
     """Check everything there is to check and return the bytes of tensors that were read.
 
     That slices tile each tensor, without gap or overlap, every expert's included, was proven when the manifest was
@@ -46,11 +48,14 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
 
     Args:
         expected: parameter -> global shape, from the recipe's model.
+        state_names: what the recipe's optimizer keeps; where any of it is there, all must be.
 
     Raises:
         CheckpointError: naming the file or tensor.
     """
     kinds = _by_kind(source)
+    if kinds.keys() & set(state_names):
+        _require_all_kinds(source, kinds, state_names)
     if not kinds.keys() & {"weight", "ema"}:
         raise CheckpointError(f"holds no weights, neither weight nor ema; its kinds: {', '.join(kinds) or 'none'}")
     for kind, names in kinds.items():
@@ -59,6 +64,8 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
     if isinstance(source, EcditSource):
         for file in source.manifest.files:
             source.open_file(file)
+    if isinstance(source, UniversalSource):
+        source.verify_counts()
     total = 0
     for name in source.tensors:
         if isinstance(source, EcditSource):
@@ -73,10 +80,18 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], tick: Tick) 
     return total
 
 
+def _require_all_kinds(source: Source, held: Collection[str], state_names: Collection[str]) -> None:
+    needed = ["weight", *state_names, *(["ema"] if isinstance(source, EcditSource) else [])]
+    if lacking := [kind for kind in needed if kind not in held]:
+        raise CheckpointError(f"holds {', '.join(held)}, but no {lacking[0]}; training cannot go on from it")
+
+
 def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
     """Yield a line for each way in which two checkpoints differ; none if they hold the same."""
     if first.step != second.step:
         yield f"step: {first.step} and {second.step}"
+    for field, (ours, theirs) in changed_fields(dict(first.meta), dict(second.meta)).items():
+        yield f"meta.{field}: {ours!r} and {theirs!r}"
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         yield f"{name}: only in the {'first' if name in first.tensors else 'second'}"
     for name in sorted(first.tensors.keys() & second.tensors.keys()):

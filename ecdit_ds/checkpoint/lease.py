@@ -5,6 +5,7 @@ attempt writes its name into a file of the run's folder; whoever publishes must 
 publishing lock each other out where the file system has locks.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -46,10 +47,10 @@ class Lease:
 
 
 def attempt_name() -> str:
-    """Return a name for this start of a run: Slurm's job and restart count, or one of its own."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return f"{time.time_ns():x}-{os.getpid():x}"
+    """Return a new name for this start of a run; under Slurm it begins with the job and its restart count."""
+    own = f"{time.time_ns():x}-{os.getpid():x}"
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}.{own}" if job else own
 
 
 def claim(folder: Path, attempt: str) -> Lease:
@@ -76,7 +77,7 @@ def claim(folder: Path, attempt: str) -> Lease:
 
 def is_successor(attempt: str, *, of: str) -> bool:
     """Return whether a scheduler started `attempt` after `of`, as a later life of the same job."""
-    later, earlier = (re.fullmatch(r"([0-9]+)\.([0-9]+)", name) for name in (attempt, of))
+    later, earlier = (re.fullmatch(r"([0-9]+)\.([0-9]+)\.\S+", name) for name in (attempt, of))
     return bool(later and earlier and later[1] == earlier[1] and int(later[2]) > int(earlier[2]))
 
 
@@ -89,9 +90,10 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if time.monotonic() > deadline:
+                if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"{file.name}: is locked by another process for {_PATIENCE_S:.0f} s ({error.strerror}); stop it"
+                        f"{file.name}: cannot be locked within {_PATIENCE_S:.0f} s ({error.strerror}); another process "
+                        "may be publishing"
                     ) from None
                 time.sleep(0.05)
         file.seek(0)

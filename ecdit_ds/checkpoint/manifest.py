@@ -158,6 +158,11 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     manifest = decode_manifest(text, path)
+    named = re.fullmatch(r"step_([0-9]+)", folder.name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            f"{path}: is of step {manifest.step}, so its folder is misnamed; name it step_{manifest.step}"
+        )
     for name, file in manifest.files.items():
         _check_size(folder / name, file.size_bytes)
     return manifest
@@ -219,7 +224,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
                 raise ValueError(f"tensor {name} has a slice in {stored.file}, which is not among the files")
     if not isinstance(data["meta"], dict):
         raise TypeError("meta is not a mapping")
-    if type(data["step"]) is not int or data["step"] < 0:
+    if type(data["step"]) is not int or not 0 <= data["step"] < 2**63:
         raise ValueError(f"step {data['step']!r} is not a whole number from 0 on")
     return Manifest(step=data["step"], meta=data["meta"], files=files, tensors=tensors)
 

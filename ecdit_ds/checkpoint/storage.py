@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,7 +91,8 @@ class Save:
         attempt = peers.broadcast((lease.attempt if lease else attempt_name()) if peers.rank == 0 else None)
         self.folder, self._writing = root / f"step_{step}", root / f"step_{step}.tmp-{attempt}"
         self._shard: dict[str, Any] | None = None
-        self._failure: Exception | None = None
+        self.fault: str | None = None
+        """Why this peer's part could not be written."""
         with self._all_or_nothing():
             self.pieces = self._together(lambda: list(pieces))
             """Read by `write`; whoever replaces them by copies may change the originals meanwhile."""
@@ -112,12 +113,7 @@ class Save:
                 if read_back:
                     _read_back(path, self._shard)
         except Exception as error:
-            self._failure = error
-
-    @property
-    def fault(self) -> str | None:
-        """Why this peer's part could not be written."""
-        return None if self._failure is None else _reason(self._failure)
+            self.fault = _reason(error)  # not the error, which would keep the file open, and its space taken
 
     def publish(self) -> Path:
         """Make it `root/step_N`, once every peer has written, and return that folder when it is on the disk.
@@ -134,8 +130,8 @@ class Save:
         return self.folder
 
     def _written(self) -> dict[str, Any]:
-        if self._failure is not None:
-            raise self._failure
+        if self.fault is not None:
+            raise CheckpointError(self.fault)
         if self._shard is None:
             raise CheckpointError("the writer ended without a word")
         return self._shard
@@ -164,10 +160,11 @@ class Save:
                     self.folder.rename(self._writing.with_name(self._writing.name.replace(".tmp-", ".damaged-")))
                 # Fails if another run published the same step meanwhile: a non-empty folder is never replaced.
                 self._writing.rename(self.folder)
-                put_on_disk(self.folder.parent)
-        self._reached("after-rename")
-        self._reached("before-latest")
-        write_latest(self.folder.parent, self.folder)
+        with suppress(OSError):  # it is there now, whatever comes
+            self._reached("after-rename")
+            put_on_disk(self.folder.parent)
+            self._reached("before-latest")
+            write_latest(self.folder.parent, self.folder)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -207,6 +204,8 @@ def save_checkpoint(
 
 
 def _refuse_existing(final: Path) -> None:
+    if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
+        raise CheckpointError(f"{final}: is there already and is no folder; move it away")
     if final.exists() and fault_of(final) is None:
         raise CheckpointError(f"{final}: already holds a valid checkpoint; it is never overwritten, move it away first")
 

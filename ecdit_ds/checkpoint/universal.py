@@ -87,6 +87,24 @@ class UniversalSource:
         """Return a box of a global tensor."""
         return self._files[name].read(self._stored[name], box, shape=self.tensors[name][1])
 
+    def verify_counts(self) -> None:
+        """Check the files that DeepSpeed's loader reads besides the parameters': all there, and whole.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        TorchFile(self.folder / "zero" / OPTIMIZER_STATE, STAND_INS)
+        with reading(self.folder):
+            files = {path.name: TorchFile(path, STAND_INS) for path in self.folder.iterdir() if is_counts(path.name)}
+        contents = [file.content for file in files.values() if isinstance(file.content, dict)]
+        ranks = max((n for c in contents if type(n := c.get("mp_world_size")) is int), default=1)
+        prefixes = {name.split("mp_rank_")[0] for name in files} or {""}
+        if holds_recipe(self.folder):
+            prefixes = {"", "zero_pp_rank_0_"}
+        for name in (f"{prefix}mp_rank_{rank:02d}_model_states.pt" for prefix in prefixes for rank in range(ranks)):
+            if name not in files:
+                raise CheckpointError(f"{self.folder / name}: is missing; copy the folder again")
+
     def _read_ours(self, path: Path) -> None:
         content = read_json(path)
         recorded = content.pop("xxh3", None)
@@ -94,6 +112,11 @@ class UniversalSource:
             raise CheckpointError(f"{path}: has checksum {actual}, recorded {recorded}: damaged; use another")
         self.step, self.meta = step_and_meta(path, content)
         _check_all_there(self.folder, self._files, set(map(str, content.get("tensors", ()))))
+
+
+def is_counts(name: str) -> bool:
+    """Return whether a file of this name holds counts for a tensor-parallel rank."""
+    return re.fullmatch(_COUNTS, name) is not None
 
 
 def holds_recipe(folder: Path) -> bool:

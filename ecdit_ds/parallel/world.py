@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ecdit_ds.errors import EcditError, TopologyError
+from ecdit_ds.errors import EcditError, LostRankError, TopologyError
 
 T = TypeVar("T")
 
@@ -65,14 +65,22 @@ class World:
         return dist.get_world_size()
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 and return its value everywhere; where it raises an EcditError, all raise it."""
+        """Do `work` on rank 0 and return its value everywhere; where it raises an EcditError, all raise it.
+
+        Where it raises anything else, which is a defect, the others raise that rank 0 was lost.
+        """
         outcome: tuple[Any, EcditError | None] = (None, None)
+        defect: Exception | None = None
         if self.rank == 0:
             try:
                 outcome = (work(), None)
             except EcditError as error:
                 outcome = (None, error)
+            except Exception as error:
+                defect, outcome = error, (None, LostRankError(f"rank 0 failed: {type(error).__name__}: {error}"))
         value, fault = self.broadcast(outcome)
+        if defect is not None:
+            raise defect
         if fault is not None:
             raise fault
         result: T = value

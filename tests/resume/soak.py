@@ -127,7 +127,7 @@ def live(output: Path, moment: float | None, is_real: bool, draws: random.Random
     for process in struck[victim] or processes[:1]:
         with suppress(psutil.Error):
             process.kill()
-    _, left = psutil.wait_procs(everyone, timeout=15)
+    _, left = psutil.wait_procs(everyone, timeout=60 if is_real else 15)  # `deepspeed` is patient with the others
     for process in left:
         # Before ranks know one another only a launcher can end those that are left.
         if is_real or _have_met(output, began):

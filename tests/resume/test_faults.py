@@ -105,6 +105,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         lives.life("full disk", "full@mid-shard,rank=1,step=6"),
         lives.life("hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,),
                    "train.save_timeout_minutes=0.03"),
+        lives.life("hanging at once", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,),
+                   "train.save_timeout_minutes=0.03", "train.async_save=false"),
+        lives.life("stuck removal", "full@during-removal,step=9; full@after-rename,step=6"),
         lives.life("back to back", "delay=0.1@mid-shard", (0,), "train.checkpoint_every=1"),
         Planned(2, golden_arguments(root)),
         lives.life("anchored", "", (0,), "train.keep_every=6"),
@@ -167,11 +170,22 @@ def test_a_disk_full_for_one_rank_costs_one_save_and_nothing_else(story: tuple[P
 
 def test_a_writer_that_hangs_is_named_in_time_and_nothing_is_published(story: tuple[Path, str]) -> None:
     root, said = story
-    assert re.search(
-        rf"error: {root}/hanging/checkpoints/step_6: ranks 1 have not written their part within 0.03", said
-    )
+    for name in ("hanging", "hanging at once"):
+        told = rf"error: {root}/{name}/checkpoints/step_6: ranks 1 have not written their part within 0.03"
+        assert re.search(told, said)
+    assert not (root / "hanging at once" / "checkpoints" / "step_6").exists()
     assert f"goes on from {root}/hanging/checkpoints/step_3" in said
     assert_same(root / "hanging", root / "reference")
+
+
+def test_what_fails_after_publishing_costs_nothing(story: tuple[Path, str]) -> None:
+    root, said = story
+    assert re.search(rf"saved {root}/stuck removal/checkpoints/step_6: ", said)
+    assert "an old checkpoint stays: [Errno 28] a drill" in said
+    for name in SAME:
+        wanted = [m[name] for m in metrics_of(root / "reference")]
+        assert [m[name] for m in metrics_of(root / "stuck removal")] == wanted, name
+    assert digest(root / "stuck removal", STEPS) == digest(root / "reference", STEPS)
 
 
 def test_saves_back_to_back_are_in_flight_one_at_a_time(story: tuple[Path, str]) -> None:
@@ -253,7 +267,7 @@ def test_an_old_life_that_did_not_die_cannot_publish_over_the_new_one(story: tup
     holder.send_signal(signal.SIGCONT)
     code, told = finish(old)
     assert code == 0, told  # both ranks ended with GAVE_UP, as planned
-    assert "attempt 7.1 has taken over from this one, 7.0" in told
+    assert re.search(r"attempt 7\.1\.\S+ has taken over from this one, 7\.0\.", told)
     assert {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")} == before
     assert_same(output, root / "reference")
 

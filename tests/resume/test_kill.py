@@ -84,19 +84,22 @@ def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command
     assert _digest(output) == _digest(uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_the_whole_job_of_which_launchers_die_still_saves(
-    uninterrupted: Path, cache: Path, tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize(
+    ("number", "is_to_all"), [(signal.SIGUSR1, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_of_which_launchers_die_still_lets_ranks_save(
+    uninterrupted: Path, cache: Path, tmp_path: Path, number: signal.Signals, is_to_all: bool
 ) -> None:
     output = tmp_path / "run"
     life = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL))
     _wait_for_step(life, output, 8)
-    os.killpg(life.pid, number)
+    (os.killpg if is_to_all else os.kill)(life.pid, number)
     _, text = finish_group(life)
     newest = list_checkpoints(output / "checkpoints")[0]
     step = int(newest.name.removeprefix("step_"))
     assert 8 <= step == len(metrics_of(output)) < STEPS
-    assert re.search(rf"end: saved \| cause: {number.name} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
+    cause = number.name if is_to_all else "the launcher died"
+    assert re.search(rf"end: saved \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
     text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
     assert f"at step {step}" in text
     assert _digest(output) == _digest(uninterrupted)

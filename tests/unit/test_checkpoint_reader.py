@@ -155,6 +155,15 @@ def test_a_pickle_planted_in_a_checkpoint_is_never_opened(root: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_folder_whose_name_says_another_step_is_no_checkpoint(root: Path, is_link: bool) -> None:
+    misnamed = root / "step_1000000"
+    misnamed.symlink_to("step_1") if is_link else (root / "step_1").rename(misnamed)
+    reader, rejections = newest_valid(root)
+    assert reader is not None and reader.manifest.step == 2
+    assert len(rejections) == 1 and "is of step 1, so its folder is misnamed; name it step_1" in rejections[0]
+
+
 def test_a_search_among_whole_checkpoints_takes_the_newest_and_rejects_none(root: Path) -> None:
     reader, rejections = newest_valid(root, thorough=True)
     assert reader is not None

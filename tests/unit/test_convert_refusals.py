@@ -181,7 +181,7 @@ def test_a_checkpoint_without_weights_is_not_whole(
     refused: Callable[..., str], tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save_tensors(tmp_path, tensors)
-    monkeypatch.setattr("tools.convert_ckpt.expected_shapes", lambda _: {"a": (2,)})
+    monkeypatch.setattr("tools.convert_ckpt.expected_of", lambda _: ({"a": (2,)}, ()))
     line = refused("verify", checkpoint)
     assert "holds no weights" in line and str(checkpoint) in line
     if not tensors:

@@ -191,7 +191,7 @@ def test_a_folder_is_only_said_to_go_on_if_it_does(
     assert not (tmp_path / "new.partial").exists()
     monkeypatch.setattr("tools.convert_ckpt.verify", stop)
     shared = save_shared(tmp_path / "shared", {"a": torch.ones(2)}, meta={"recipe": {}})
-    monkeypatch.setattr("tools.convert_ckpt.expected_shapes", lambda _: {})
+    monkeypatch.setattr("tools.convert_ckpt.expected_of", lambda _: ({}, ()))
     assert run("verify", shared)[::2] == (130, "interrupted\n")
 
 

@@ -45,7 +45,7 @@ def add_checkpoint(root: Path, step: int) -> Path:
 
 def hold_lock(path: Path, told: Connection) -> None:
     """Lock a folder, start a process as a loader starts its workers, and wait."""
-    handle = RunFolder(path=path).lock("12.0")
+    handle = RunFolder(path=path).lock("12.0.a")
     worker = multiprocessing.get_context("fork").Process(target=signal.pause)
     worker.start()
     told.send(worker.pid)
@@ -63,25 +63,25 @@ def test_a_second_process_is_refused_with_the_holders_number_until_the_holder_is
     assert here.poll(20), "the holder did not lock"
     worker = psutil.Process(here.recv())
     try:
-        message = refusal_of(lambda: folder.lock("12.0"))
+        message = refusal_of(lambda: folder.lock("12.0.a"))
         assert message.startswith(f"--output {folder.path}: ")
         assert f"(process {holder.pid})" in message
 
-        folder.lock("12.1").close()  # unless the scheduler itself has given up on the holder
+        folder.lock("12.1.b").close()  # unless the scheduler itself has given up on the holder
         os.kill(holder.pid or 0, signal.SIGKILL)
         holder.join()
         assert worker.is_running()
-        with folder.lock("12.1") as handle:
+        with folder.lock("12.1.b") as handle:
             handle.seek(0)
-            assert handle.read() == f"{os.getpid()} 12.1"
+            assert handle.read() == f"{os.getpid()} 12.1.b"
     finally:
         holder.kill()
         worker.kill()
 
 
 def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: RunFolder) -> None:
-    folder.lock("12.0").close()
-    with folder.lock("12.1") as handle:
+    folder.lock("12.0.a").close()
+    with folder.lock("12.1.b") as handle:
         assert not handle.closed
 
 
@@ -100,7 +100,7 @@ def test_a_folder_is_new_until_begun_and_then_the_recipes(folder: RunFolder, tin
 
 
 def test_a_lock_alone_makes_a_folder_no_ones(folder: RunFolder, tiny_recipe: Recipe) -> None:
-    folder.lock("12.0").close()
+    folder.lock("12.0.a").close()
     folder.check_recipe(tiny_recipe)
 
 
@@ -233,6 +233,30 @@ def test_a_fresh_start_keeps_no_line_of_a_life_that_left_no_checkpoint(folder: R
         log.write_text('{"step": 0}\n{"step": 1}\n', encoding="ascii")
     folder.begin(tiny_recipe, step=0)
     assert [log.read_text(encoding="ascii") for log in (folder.metrics, folder.evaluations)] == ["", ""]
+
+
+@pytest.mark.parametrize("lost", ["removed", "unmounted", "file", "damaged"])
+def test_a_run_whose_checkpoints_are_lost_from_sight_is_never_begun_again_in_silence(
+    folder: RunFolder, tiny_recipe: Recipe, lost: str
+) -> None:
+    folder.begin(tiny_recipe, step=0)
+    steps = range(1, 2 * tiny_recipe.train.checkpoint_every + 2)
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in steps)
+    folder.metrics.write_text(lines)
+    if lost == "unmounted":
+        folder.checkpoints.symlink_to(folder.path / "not-mounted")
+    elif lost == "file":
+        folder.checkpoints.touch()
+    elif lost == "damaged":
+        (folder.checkpoints / "step_5.damaged-1f").mkdir(parents=True)
+
+    def start() -> None:
+        folder.candidates("auto")
+        folder.begin(tiny_recipe, step=0)
+
+    with pytest.raises(CheckpointError, match=str(folder.path)):
+        start()
+    assert folder.metrics.read_text() == lines
 
 
 def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder, tiny_recipe: Recipe) -> None:

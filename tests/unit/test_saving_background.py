@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,8 @@ def read(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_a_save_holds_the_values_of_the_call_though_they_change_while_it_is_written(tmp_path: Path) -> None:
-    state, host = torch.arange(6.0), HostCopy(24, is_pinned=False)
+    state = torch.arange(6.0)
+    host = HostCopy(pieces(state), is_pinned=False)
     save = Save(tmp_path, 1, pieces(state), {}, SoloPeers())
     save.pieces = host.of(save.pieces)
     state.fill_(-1.0)
@@ -46,9 +48,10 @@ def test_a_save_holds_the_values_of_the_call_though_they_change_while_it_is_writ
 
 
 def test_copies_use_the_same_memory_again_and_grow_only_where_they_must() -> None:
-    host = HostCopy(1000, is_pinned=False)
-    addresses = {host.of(pieces(torch.ones(size)))[0].data.data_ptr() for size in (10, 200, 30)}
-    assert len(addresses) == 1
+    host = HostCopy([*pieces(torch.ones(201)), *pieces(torch.ones(7))], is_pinned=False)
+    held = host._buffer.data_ptr()
+    for sizes in ((201, 7), (10,), (7, 201)):  # the first needs all of it
+        assert host.of([piece for size in sizes for piece in pieces(torch.ones(size))])[0].data.data_ptr() == held
     mixed = [*pieces(torch.ones(3)), *pieces(torch.arange(5)), *pieces(torch.tensor(2.5).bfloat16())]
     for original, copy in zip(mixed, host.of(mixed), strict=True):
         assert torch.equal(original.data, copy.data)
@@ -67,22 +70,57 @@ def test_reading_back_finds_what_the_disk_changed(tmp_path: Path, monkeypatch: p
 
 
 def test_only_the_newest_attempt_publishes(tmp_path: Path) -> None:
-    old = claim(tmp_path, "12.0")
+    old = claim(tmp_path, "12.0.a")
     save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), old)
     stopped = Save(tmp_path, 2, pieces(torch.zeros(2)), {}, SoloPeers(), old)
     stopped.write(read_back=False)
-    new = claim(tmp_path, "12.1")
+    new = claim(tmp_path, "12.1.b")
     save_checkpoint(tmp_path, 2, pieces(torch.ones(2)), {}, SoloPeers(), new)
-    with pytest.raises(StaleAttemptError, match=r"attempt 12.1 has taken over from this one, 12.0"):
+    with pytest.raises(StaleAttemptError, match=r"attempt 12.1.b has taken over from this one, 12.0.a"):
         stopped.publish()
     assert read(tmp_path / "step_2", (2,)).tolist() == [1, 1]
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_1", "step_2"]
-    with pytest.raises(StaleAttemptError, match=r"attempt 12.1 has taken over"):
-        claim(tmp_path, "12.0")
+    with pytest.raises(StaleAttemptError, match=r"attempt 12.1.b has taken over"):
+        claim(tmp_path, "12.0.a")
+
+
+def test_a_second_start_within_the_same_life_of_a_job_takes_over_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first, second = (claim(tmp_path, attempt_name()) for _ in range(2))
+    with pytest.raises(StaleAttemptError), first.held():
+        pass
+    with second.held():
+        pass
+
+
+def test_a_save_that_failed_keeps_no_file_open_whose_space_would_stay_taken(tmp_path: Path) -> None:
+    def fail(phase: str) -> None:
+        if phase == "mid-shard":
+            raise OSError(28, "No space left on device")
+
+    save = Save(tmp_path, 1, [*pieces(torch.ones(9)), *pieces(torch.ones(9))], {}, SoloPeers(), reached=fail)
+    save.write(read_back=False)
+    assert save.fault is not None and "the disk is full: 72 bytes needed" in save.fault
+    open_files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [name for name in open_files if "shard-00000" in name]
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save.publish()
+    assert not list(tmp_path.glob("step_*"))
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "dangling link"])
+def test_what_is_no_folder_of_ours_is_not_moved_away_by_a_save(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "step_1")
+    with pytest.raises(CheckpointError, match="step_1: is there already and is no folder"):
+        save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers())
+    assert os.path.lexists(tmp_path / "step_1")
+    assert {path.name for path in tmp_path.iterdir()} == {"step_1"}
 
 
 def test_a_lease_that_was_tidied_away_is_no_takeover(tmp_path: Path) -> None:
-    lease = claim(tmp_path, "12.0")
+    lease = claim(tmp_path, "12.0.a")
     (tmp_path / LEASE_NAME).unlink()
     assert save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), lease).is_dir()
 
@@ -97,7 +135,7 @@ def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ecdit_ds.checkpoint.lease._PATIENCE_S", 0.2)
-            with pytest.raises(CheckpointError, match="is locked by another process"):
+            with pytest.raises(CheckpointError, match="another process may be publishing"):
                 claim(tmp_path, "second")
     finally:
         holder.kill()
@@ -106,15 +144,23 @@ def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
 
 
 def test_a_later_life_of_the_same_job_is_its_successor_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_successor("12.1", of="12.0") and is_successor("12.10", of="12.9")
-    for attempt, of in (("12.0", "12.0"), ("12.0", "12.1"), ("13.1", "12.0"), ("12.1", ""), ("a", "b"), ("", "12.0")):
+    assert is_successor("12.1.b", of="12.0.a") and is_successor("12.10.a", of="12.9.a")
+    for attempt, of in (
+        ("12.0.a", "12.0.a"),
+        ("12.0.b", "12.0.a"),
+        ("12.0.a", "12.1.b"),
+        ("13.1.a", "12.0.a"),
+        ("12.1.b", ""),
+        ("a", "b"),
+        ("", "12.0.a"),
+    ):
         assert not is_successor(attempt, of=of)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert attempt_name() != attempt_name()
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert attempt_name() == "12.0"
+    assert attempt_name().startswith("12.0.") and attempt_name() != attempt_name()  # a batch script may start twice
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert attempt_name() == "12.3"
+    assert attempt_name().startswith("12.3.")
 
 
 def test_faults_come_where_they_were_ordered_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +197,22 @@ def test_faults_of_a_seed_come_at_the_same_moments_and_about_as_often_as_asked(
 
 @pytest.mark.parametrize(
     "text",
-    ["explode@step", "kill@lunch", "kill", "kill@step,when=3", "kill@step,step=x", "delay=x@step", "kill@step,7"],
+    [
+        "explode@step",
+        "kill@lunch",
+        "kill",
+        "kill@step,when=3",
+        "kill@step,step=x",
+        "delay=x@step",
+        "kill@step,7",
+        "kill@step,rank=inf",
+        "exit@step",
+        "exit=0@step",
+        "delay=-1@step",
+        "kill@step,probability=2",
+        "kill@step,rank=0.5",
+        "kill@step,step=3,step=4",
+    ],
 )
 def test_an_order_that_cannot_be_understood_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ECDIT_FAULTS", text)

@@ -122,7 +122,7 @@ def live(output: Path, moment: float | None, is_real: bool, draws: random.Random
         return None
     victim = draws.choice(("a rank", "everything", *(["the launcher"] if is_real else [])))
     everyone = [process for top in processes for process in (top, *_below(top))]
-    ranks = [process for process in everyone if _is_rank(process)] if is_real else everyone
+    ranks = [process for process in everyone if _is_rank(process)] if is_real else processes
     struck = {"a rank": ranks[:1] if draws.random() < 0.5 else ranks[-1:], "everything": everyone, "the launcher": []}
     for process in struck[victim] or processes[:1]:
         with suppress(psutil.Error):

@@ -18,6 +18,7 @@ from ecdit_ds.errors import CheckpointError, ExitCode
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.5
+_SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class RunStatus:
     """Of all ranks, by rank."""
     is_over: bool = False
     """Whether this rank leaves of its own accord, so that nobody need end it."""
+    has_left: bool = False
+    """Whether it has: there is nothing more that could keep it."""
 
     def watch_peers(self) -> None:
         """End this process soon after a rank of this machine has died.
@@ -77,6 +80,9 @@ class RunStatus:
                 if self.speaks(lost):
                     say(last_line(self, "try again", f"rank {', '.join(map(str, lost))} died"), sys.stderr)
                 os._exit(ExitCode.TRY_AGAIN)
+        time.sleep(_SECONDS_TO_LEAVE)
+        if not self.has_left:  # such as where a killed loader worker held a lock: its peers still wait
+            os._exit(ExitCode.TRY_AGAIN)
 
     def lost_ranks(self) -> list[int]:
         """Return the ranks of this machine whose process died, after giving a dying one a moment to be gone."""

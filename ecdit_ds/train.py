@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     if status.step is not None and status.speaks(lost):
         say(last_line(status, code.name.lower().replace("_", " "), cause), sys.stderr)
     let_go_of_closed_streams()
+    status.has_left = True
     return code
 
 

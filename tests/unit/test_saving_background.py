@@ -263,6 +263,16 @@ def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_pa
     assert said == "end: try again | cause: rank 1 died | rank 0 | step 5 | last valid checkpoint: none\n"
 
 
+@pytest.mark.parametrize("has_left", [False, True])
+def test_a_rank_that_cannot_leave_is_ended(has_left: bool) -> None:
+    script = (
+        "import time; from ecdit_ds import ending\n"
+        "ending._SECONDS_TO_LEAVE = 0.5\nstatus = ending.RunStatus(seats=[ending.own_seat()])\n"
+        f"status.watch_peers()\nstatus.is_over = True\nstatus.has_left = {has_left}\ntime.sleep(4)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == (0 if has_left else 75)
+
+
 def _born(process: int) -> float:
     return float(psutil.Process(process).create_time())
 

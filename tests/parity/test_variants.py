@@ -141,7 +141,7 @@ def test_only_token_choice_has_an_auxiliary_loss_and_drops_tokens_over_capacity(
 
 def test_the_run_folder_holds_everything_the_readme_names(runs: Path) -> None:
     run = runs / "base_2"
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step_5", "step_10"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step_5", "step_10", "latest"}
     assert (run / "recipe.yaml").is_file()
     assert list((run / "tensorboard").glob("events.*"))
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ OUTPUT/evaluations.jsonl    one line a held-out evaluation
 OUTPUT/checkpoints/step_N   layout-free checkpoints
 OUTPUT/tensorboard/         the same numbers, and sample grids
 OUTPUT/samples/             sample grids as PNG
+OUTPUT/.lock, .attempt      which process writes there, and which start of the run may publish
 """
 
 import errno

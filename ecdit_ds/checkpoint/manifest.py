@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, check_cover
 from ecdit_ds.checkpoint.ranges import require_plain_file
@@ -42,7 +41,6 @@ DTYPES = {
 }
 """Types a checkpoint may hold, by the name they have in the manifest."""
 
-_HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself accepts
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.safetensors")
 
 
@@ -104,26 +102,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be read: {error.strerror}") from None
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
-def tensor_xxh3(tensor: Tensor) -> str:
-    """Return the checksum of a contiguous CPU tensor's bytes, without copying them."""
-    return xxhash.xxh3_64_hexdigest(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def header_xxh3(path: Path) -> str:
-    """Return the checksum of a safetensors file's header.
-
-    Raises:
-        CheckpointError: the file does not start like a safetensors file.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or header_bytes > _HEADER_LIMIT_BYTES:
-            raise CheckpointError(f"{path}: is not a safetensors file; resume from an older checkpoint")
-        return xxhash.xxh3_64_hexdigest(prefix + file.read(header_bytes))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

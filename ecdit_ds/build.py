@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.drawing import TextToImage, check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
@@ -26,14 +27,13 @@ from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
 from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid, to_uint8
-from ecdit_ds.pipeline import TextToImage, check_encodable, encoders_of
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
@@ -94,13 +94,8 @@ def run(
 
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
     """Return the model on `device`, its weights a function of the seed and of their names."""
-    with torch.device("meta"):
-        recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
-        model = ECDiT(recipe.model, layers, recompute)
-    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
-    model.to_empty(device=device)  # makes new parameters, without the marks that say what is an expert
-    for name, parameter in model.named_parameters():
-        vars(parameter).update(marks[name])
+    recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
+    model = empty_model(recipe.model, layers, device, recompute=recompute)
     initialize_by_name(model, recipe.train.seed)
     return model
 
@@ -293,9 +288,11 @@ def _draw(
     model: nn.Module, recipe: Recipe, image_encoder: ImageEncoder, text_encoder: TextEncoder, device: torch.device
 ) -> np.ndarray:
     pipeline = TextToImage(
-        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
+        model=cast(ECDiT, model), recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
     )
-    return to_uint8(pipeline.draw(recipe.sample.prompts, seed=recipe.train.seed, sample=recipe.sample))
+    prompts = recipe.sample.prompts
+    seeds = range(recipe.train.seed, recipe.train.seed + len(prompts))
+    return to_uint8(pipeline.draw(prompts, seeds=seeds, sample=recipe.sample))
 
 
 class _SampleFiles(Callback):

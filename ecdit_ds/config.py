@@ -177,18 +177,43 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What sample grids draw, in training and in tools/sample.py."""
+    """What sample grids draw, and how pictures are drawn in training and by the tools."""
 
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"] = "euler"
     num_steps: int = 24
     """Intervals of the time grid."""
+    eta: float = 1.0
+    """Share of the noise that euler_ancestral renews; 0 is euler."""
     guidance_scale: float = 2.0
     """1 is none."""
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    """Times from and to which guidance acts; outside, the velocity under the prompt is used as it is."""
+    capacity_factor: float | None = None
+    """Mean number of experts per token while drawing; none for the model's own, with which it was trained."""
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_positive("sample", "num_steps", self.num_steps)
         require_not_negative("sample", "guidance_scale", self.guidance_scale)
+        require_fraction("sample.eta", self.eta)
+        if self.eta != 1.0 and self.sampler != "euler_ancestral":
+            raise ConfigError(
+                f"sample.eta: {self.eta} has no effect with sample.sampler: {self.sampler}; leave it at 1.0 or use "
+                "euler_ancestral"
+            )
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0.0 <= interval[0] < interval[1] <= 1.0:
+            raise ConfigError(
+                f"sample.guidance_interval: {list(interval)} are not two rising times within [0, 1]; 0 is the picture, "
+                "1 is noise"
+            )
+        if self.guidance_scale == 1.0 and interval != (0.0, 1.0):
+            raise ConfigError(
+                f"sample.guidance_interval: {list(interval)} has no effect with sample.guidance_scale: 1.0; leave it "
+                "at [0.0, 1.0] or guide"
+            )
+        if self.capacity_factor is not None:
+            require_positive("sample", "capacity_factor", self.capacity_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +238,7 @@ class Recipe:
             raise ConfigError(f"parallel.ep: {self.parallel.ep} has no effect with model.ffn: dense; use 1")
         self._check_tensor_parallel()
         self._check_exchanges()
+        self.model.check_capacity_factor("sample.capacity_factor", self.sample.capacity_factor)
 
     def _check_tensor_parallel(self) -> None:
         tp, model = self.parallel.tp, self.model
@@ -254,8 +280,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, ready for YAML and JSON."""
-        sample = dataclasses.asdict(self.sample) | {"prompts": list(self.sample.prompts)}
-        return dataclasses.asdict(self) | {"sample": sample}
+        sample = dataclasses.asdict(self.sample)
+        lists = {name: list(value) for name, value in sample.items() if isinstance(value, tuple)}
+        return dataclasses.asdict(self) | {"sample": sample | lists}
 
     def micro_batch_size(self, dp_size: int) -> int:
         """Return the images a rank sees in one forward.
@@ -286,7 +313,7 @@ MAY_CHANGE_ON_RESUME = frozenset({
     "train.async_save", "train.save_timeout_minutes", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
     "data.num_heldout", "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
-    "train.recompute_every", "sample.sampler", "sample.num_steps", "sample.guidance_scale", "sample.prompts",
+    "train.recompute_every", *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
 })  # fmt: skip
 """Recipe fields that a run may change between its lives; any other change is another experiment."""
 

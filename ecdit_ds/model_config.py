@@ -95,11 +95,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
             )
-        if self.is_sparse and not 0.0 < self.capacity_factor <= self.num_experts:
-            raise ConfigError(
-                f"model.capacity_factor: {self.capacity_factor} is outside (0, num_experts={self.num_experts}]; "
-                "it is the mean number of experts per token"
-            )
+        self._check_factor("model.capacity_factor", self.capacity_factor)
         if self.is_sparse and self.num_layers < 2:
             raise ConfigError(
                 f"model.num_layers: {self.num_layers} has no second layer, which would hold the experts; "
@@ -133,9 +129,38 @@ class ModelConfig:
                         f"leave it at {default!r} or use model.ffn: {kind}"
                     )
 
-    def expert_capacity(self, pool_tokens: int) -> int:
-        """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6)."""
-        exact = Fraction(str(self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11, not more
+    def check_capacity_factor(self, key: str, factor: float | None) -> None:
+        """Refuse a factor for drawing that this model cannot use; None is its own.
+
+        Raises:
+            ConfigError: naming `key`.
+        """
+        if factor is None:
+            return
+        if self.ffn != "expert_choice":
+            raise ConfigError(f"{key}: {factor} has no effect with model.ffn: {self.ffn}; leave it out")
+        self._check_factor(key, factor)
+        if self.expert_capacity(self.num_tokens * self.routing_group, factor) < 1:
+            raise ConfigError(
+                f"{key}: {factor} x tokens({self.num_tokens * self.routing_group}) / num_experts({self.num_experts}), "
+                f"rounded by {self.capacity_rounding}, is 0 tokens an expert; raise it"
+            )
+
+    def _check_factor(self, key: str, factor: float) -> None:
+        if self.is_sparse and not 0.0 < factor <= self.num_experts:
+            raise ConfigError(
+                f"{key}: {factor} is outside (0, num_experts={self.num_experts}]; it is the mean number of experts per "
+                "token"
+            )
+
+    def expert_capacity(self, pool_tokens: int, factor: float | None = None) -> int:
+        """Return C, the tokens each expert takes from a pool: f * S / E, rounded, at most S (paper eq. 6).
+
+        Args:
+            pool_tokens: S.
+            factor: f, where it shall not be the model's own.
+        """
+        exact = Fraction(str(factor or self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11
         rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
         return min(rounded[self.capacity_rounding], pool_tokens)
 

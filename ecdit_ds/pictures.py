@@ -15,7 +15,6 @@ from torch import Tensor
 
 _INCHES_PER_PICTURE = 1.6
 _CAPTION_WIDTH = 22
-_SMALLEST_SIDE = 256
 
 
 def to_uint8(images_B3HW: Tensor) -> np.ndarray:
@@ -24,13 +23,14 @@ def to_uint8(images_B3HW: Tensor) -> np.ndarray:
     return rearrange(pixels, "b c h w -> b h w c").byte().cpu().numpy()
 
 
-def save_picture(image_HWC: np.ndarray, path: Path) -> None:
-    """Write one picture, enlarged by a whole factor so that a small canvas can be seen."""
-    factor = max(1, _SMALLEST_SIDE // min(image_HWC.shape[:2]))
-    _write(path, _png(Image.fromarray(image_HWC.repeat(factor, axis=0).repeat(factor, axis=1))))
+def save_png(image_HWC: np.ndarray, path: Path) -> None:
+    """Write one picture as it is, whole or not at all."""
+    _write(path, _png(Image.fromarray(image_HWC)))
 
 
-def save_grid(images_BHWC: np.ndarray, captions: Sequence[str], columns: int, path: Path) -> None:
+def save_grid(
+    images_BHWC: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int, path: Path
+) -> None:
     """Write the pictures with their captions, `columns` a row."""
     rows = -(-len(captions) // columns)
     figure = Figure(figsize=(columns * _INCHES_PER_PICTURE, rows * _INCHES_PER_PICTURE * 1.35), layout="constrained")

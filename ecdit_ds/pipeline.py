@@ -1,136 +1,220 @@
-"""From prompts to pictures."""
+"""Text-to-image for Python users, in the conventions of `diffusers`.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+pipe = TextToImagePipeline.from_pretrained("runs/demo")
+image = pipe("a red seven to the left of a blue two", generator=torch.Generator().manual_seed(0)).images[0]
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
-from ecdit_ds.checkpoint.reader import Reader, newest_valid
-from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.encode import check_digit_scenes
-from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
-from ecdit_ds.errors import CheckpointError, ConfigError
-from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.objective import Predicted, draw_noise
-from ecdit_ds.flow.samplers import StepCallback, VelocityFn, sampler_named, time_grid
-from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.layers import SerialLayers
-from ecdit_ds.recipe_file import recipe_from_dict
+from ecdit_ds.drawing import TextToImage
+from ecdit_ds.errors import ConfigError, DataError
+from ecdit_ds.flow.samplers import NoiseFn
+from ecdit_ds.loading import Spread, load_drawer, load_spread_drawer
+from ecdit_ds.pictures import to_uint8
 
-
-def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
-    """Return the frozen encoders that a recipe's data goes through."""
-    text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
-    return PixelCodec(), text
+OutputType = Literal["pil", "np", "pt", "latent"]
+StepEnd = Callable[["TextToImagePipeline", int, float, dict[str, Tensor]], dict[str, Tensor]]
+"""(pipeline, step from 0, time it ended at, {"latents": ...}) -> latents to go on with, under the same name."""
 
 
-def check_encodable(recipe: Recipe) -> None:
-    """Check, before anything is trained, that the encoders fit the model and the recipe's prompts fit the encoder.
+class TextToImagePipeline:
+    """A loaded model, ready for prompts."""
 
-    Raises:
-        DataError: naming the fields, or the prompt that is too long.
-    """
-    image_encoder, text_encoder = encoders_of(recipe)
-    check_digit_scenes(recipe.model, image_encoder, text_encoder)
-    if recipe.sample.prompts:
-        text_encoder.encode(recipe.sample.prompts)
+    def __init__(self, drawer: TextToImage) -> None:
+        self.drawer = drawer
+        self._progress_bar_config: dict[str, Any] = {}
 
-
-@dataclass(frozen=True, kw_only=True)
-class TextToImage:
-    """A model with its encoders."""
-
-    model: nn.Module
-    """As `flow.objective.VelocityModel`."""
-    recipe: Recipe
-    image_encoder: ImageEncoder
-    text_encoder: TextEncoder
-    device: torch.device
-
-    @torch.no_grad()
-    def draw(
-        self, prompts: Sequence[str], *, seed: int, sample: SampleConfig, callback: StepCallback | None = None
-    ) -> Tensor:
-        """Return images_B3HW in [-1, 1], one a prompt; prompt i starts from noise of (seed, i).
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_path: str | Path,
+        *,
+        weights: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
+    ) -> "TextToImagePipeline":
+        """Load a run's newest checkpoint, one checkpoint, or safetensors exported by tools/convert_ckpt.py.
 
         Args:
-            sample: sampler, number of steps and guidance.
-            callback: told the latents at the start of each interval.
+            pretrained_model_path: a local folder.
+            weights: `ema` or `weight`; by default the average, or what an export holds.
+            torch_dtype: such as torch.bfloat16.
+            device: where the whole model goes; the first GPU by default, else the CPU.
+            device_map: `auto`, or module name -> device: for a model larger than one device, by accelerate.
+            max_memory: with device_map, device -> most memory, such as {0: "70GiB", "cpu": "100GiB"}.
+            offload_folder: with device_map, where layers wait that fit nowhere else.
 
         Raises:
-            DataError: a prompt is longer than the text encoder takes.
+            CheckpointError: no model there, or damaged.
+            ConfigError: settings that exclude one another.
         """
-        config, count = self.recipe.model, len(prompts)
-        # A pool of several images must be full: repeat the last prompt, draw it, and drop it.
-        group = config.routing_group
-        padded = list(prompts) + [prompts[-1]] * (-count % group)
-        shape = (config.in_channels, config.latent_height, config.latent_width)
-        latents = draw_noise(shape, torch.arange(len(padded)), seed, "sample").to(self.device)
-        velocity = guided(
-            self.velocity(self.text_encoder.encode(padded)),
-            self.velocity(self.text_encoder.null()),
-            sample.guidance_scale,
+        path = Path(pretrained_model_path)
+        if device_map is None:
+            if max_memory is not None or offload_folder is not None:
+                raise ConfigError("max_memory and offload_folder have no effect without device_map; add one")
+            where = None if device is None else torch.device(device)
+            return cls(load_drawer(path, kind=weights, dtype=torch_dtype, device=where))
+        if device is not None:
+            raise ConfigError(f"device: {device} and device_map exclude one another; give one")
+        spread = Spread(
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=None if offload_folder is None else Path(offload_folder),
         )
-        times = time_grid(sample.num_steps, self.recipe.flow.timestep_shift)
-        latents = sampler_named(sample.sampler)(velocity, latents, times, callback)
-        return self.image_encoder.decode(latents)[:count]
+        return cls(load_spread_drawer(path, spread, kind=weights, dtype=torch_dtype))
 
-    def velocity(self, text: TextEmbeddings) -> VelocityFn:
-        """Return the velocity under `text`, one caption for each image or one for all."""
-        embeds, mask, pooled = (t.to(self.device) for t in (text.embeds_BTD, text.mask_BT, text.pooled_BD))
+    @property
+    def device(self) -> torch.device:
+        """Where latents live."""
+        return self.drawer.device
 
-        def velocity(latents: Tensor, timesteps_B: Tensor) -> Tensor:
-            texts = (t.expand(len(latents), *t.shape[1:]) for t in (embeds, mask, pooled))
-            prediction: Predicted = self.model(latents, timesteps_B.to(self.device), *texts)
-            return prediction.velocity_BCHW
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.drawer.model.patches.linear.weight.dtype
 
-        return velocity
+    def to(self, device: str | torch.device) -> "TextToImagePipeline":
+        """Move the model, and return this pipeline."""
+        where = torch.device(device)
+        self.drawer = dataclasses.replace(self.drawer, model=self.drawer.model.to(where), device=where)
+        return self
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Set what tqdm is called with, such as disable=True."""
+        self._progress_bar_config = config
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEnd | None = None,
+        *,
+        sampler: str | None = None,
+        eta: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        capacity_factor: float | None = None,
+    ) -> Any:
+        """Draw; what is left out is as the recipe's section `sample` says.
+
+        Args:
+            height, width: image pixels, multiples of what a patch covers; other sizes than the recipe's shift times.
+            negative_prompt: one for all or one a prompt: what guidance leads away from.
+            generator: of the noise, one for all or one an image; torch's global one without.
+            latents: noise to start from, (images, C, H, W), instead of the generator's.
+            output_type: `pil`, `np` (B, H, W, 3) in [0, 1], `pt` (B, 3, H, W) in [0, 1], or `latent`.
+            return_dict: False gives (images,) instead of ImagePipelineOutput.
+            callback_on_step_end: may look at latents and replace them.
+            sampler, eta, guidance_interval, capacity_factor: as in `SampleConfig`.
+
+        Raises:
+            DataError: a prompt that is too long, counts or sizes that do not fit.
+            ConfigError: a setting that cannot work.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        _check_request(prompts, num_images_per_prompt, output_type)
+        sample = self.drawer.settings(
+            num_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler, eta=eta,
+            guidance_interval=guidance_interval, capacity_factor=capacity_factor,
+        )  # fmt: skip
+        negative = _negatives(negative_prompt, len(prompts))
+        repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
+        shape = (len(repeated), *self.drawer.latent_shape(height, width))
+        noise = self._noise(shape, generator, latents)
+        with tqdm(total=sample.num_steps, **self._progress_bar_config) as bar:
+            tell = _Teller(self, bar, callback_on_step_end)
+            drawn = self.drawer.denoise(
+                repeated,
+                noise=noise,
+                sample=sample,
+                negative_prompts=negative and [text for text in negative for _ in range(num_images_per_prompt)],
+                callback=tell,
+            )
+            drawn = tell.ended(sample.num_steps - 1, 0.0, drawn)
+        images = self._as(output_type, drawn)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _noise(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        start: Tensor | None,
+    ) -> NoiseFn:
+        generators = list(generator) if isinstance(generator, Sequence) else generator
+        if isinstance(generators, list) and len(generators) != shape[0]:
+            raise DataError(f"generator: {len(generators)} generators for {shape[0]} images; give one, or one an image")
+        if start is not None and tuple(start.shape) != shape:
+            raise DataError(f"latents: shape {list(start.shape)}, but these images need {list(shape)}")
+        first = [] if start is None else [start.float()]
+
+        def draw() -> Tensor:
+            return first.pop() if first else randn_tensor(shape, generators, self.device, torch.float32)
+
+        return draw
+
+    def _as(self, output_type: OutputType, latents: Tensor) -> Any:
+        if output_type == "latent":
+            return latents
+        images = self.drawer.image_encoder.decode(latents)
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in to_uint8(images)]
+        unit = (images.float() + 1) / 2
+        return unit if output_type == "pt" else rearrange(unit, "b c h w -> b h w c").cpu().numpy()
 
 
-def open_checkpoint(path: Path) -> Reader:
-    """Open a checkpoint folder, or the newest valid checkpoint of a run's folder.
-
-    Raises:
-        CheckpointError: neither, or damaged.
-    """
-    if (path / MANIFEST_NAME).is_file():
-        return Reader(path)
-    for root in (path / "checkpoints", path):
-        reader, rejections = newest_valid(root)
-        for rejection in rejections:
-            print(f"skipped {rejection}")
-        if reader is not None:
-            return reader
-    raise CheckpointError(f"--checkpoint {path}: is neither a checkpoint nor a run with checkpoints")
+def _check_request(prompts: Sequence[str], num_images_per_prompt: int, output_type: str) -> None:
+    if not prompts or num_images_per_prompt < 1:
+        raise DataError(f"prompt: {len(prompts)} prompts x {num_images_per_prompt} images are none; give one")
+    known = typing.get_args(OutputType)
+    if output_type not in known:
+        raise ConfigError(f"output_type: {output_type!r} is not known; choose from {', '.join(known)}")
 
 
-def load_pipeline(path: Path, *, weights: str = "ema", device: torch.device | None = None) -> TextToImage:
-    """Load a model for sampling, from any layout's checkpoint, in one process.
+def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str] | None:
+    if negative_prompt is None:
+        return None
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    if len(negative_prompt) != count:
+        raise DataError(f"negative_prompt: {len(negative_prompt)} for {count} prompts; give one, or one a prompt")
+    return list(negative_prompt)
 
-    Args:
-        path: a checkpoint or a run's folder.
-        weights: `ema` for the average, `weight` for the last step's.
 
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    reader = open_checkpoint(path)
-    try:
-        recipe = recipe_from_dict(dict(reader.manifest.meta["recipe"]))
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{reader.folder}: its recipe cannot be used: {error}") from None
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = ECDiT(recipe.model, SerialLayers()).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shape = tuple(parameter.shape)
-            reader.expect(f"{weights}/{name}", shape)
-            reader.read_into(f"{weights}/{name}", Box((0,) * len(shape), shape), parameter)
-    image_encoder, text_encoder = encoders_of(recipe)
-    return TextToImage(
-        model=model.to(device), recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
-    )
+class _Teller:
+    """Turns what samplers tell at the start of an interval into what diffusers tells at the end of one."""
+
+    def __init__(self, pipeline: TextToImagePipeline, bar: "tqdm[Any]", on_step_end: StepEnd | None) -> None:
+        self._pipeline, self._bar, self._on_step_end = pipeline, bar, on_step_end
+
+    def __call__(self, step: int, time: float, latents: Tensor, /) -> Tensor | None:
+        return self.ended(step - 1, time, latents) if step else None
+
+    def ended(self, step: int, time: float, latents: Tensor) -> Tensor:
+        """Tell that interval `step` ended at `time`, and return the latents to go on with."""
+        self._bar.update()
+        if self._on_step_end is None:
+            return latents
+        return self._on_step_end(self._pipeline, step, time, {"latents": latents}).get("latents", latents)

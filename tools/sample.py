@@ -1,26 +1,37 @@
 """Draw pictures from a checkpoint:  python tools/sample.py --checkpoint runs/demo --prompt "a red seven"
 
-Leaves in the output folder samples.png (a captioned grid), pictures/ (one PNG a prompt) and, for expert choice,
-routing.png: how many experts each patch of the first picture got, by layer, early, in the middle and late.
+Leaves in the output folder pictures/ (PNGs), pictures.jsonl (a line a picture: index, file, prompt, seed),
+settings.json, samples.png (a captioned grid of the first ones) and, for expert choice, routing.png: how many experts
+each patch of the first picture got, by layer, early, in the middle and late. Killed and run again, it goes on.
+
+On several processes:  deepspeed --num_gpus 4 tools/sample.py --tp 2 --checkpoint ... (pictures are shared out over what
+--tp leaves; --ep spreads the experts over these).
 """
 
 import argparse
-import dataclasses
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from torch import Tensor
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from ecdit_ds.config import Recipe, SampleConfig
+from ecdit_ds.crew import Crew, join_crew
+from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.gallery import Brush, Job, Picture, clear, fill, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
-from ecdit_ds.pictures import save_grid, save_picture, to_uint8
-from ecdit_ds.pipeline import load_pipeline
+from ecdit_ds.loading import KINDS, Spread, StoredModel, load_drawer, load_spread_drawer, open_model
+from ecdit_ds.pictures import save_grid
+from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COLUMNS = 4
 
 
@@ -28,25 +39,76 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = argparse.ArgumentParser(
         prog="tools/sample.py", description="Draw pictures from a checkpoint.",
-        epilog="Steps, guidance, sampler and prompts not given are the recipe's (its section `sample`).",
+        epilog="Prompts and settings that are not given are the recipe's (its section `sample`). "
+        "Picture i has seed S + i, unless a prompt file says otherwise. Run again to go on after an interruption.",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint, or a run's folder for its newest"
+    add_model_arguments(parser)
+    what = parser.add_argument_group("what to draw (one of the first three)")
+    what.add_argument("--prompt", action="append", nargs="+", default=[], metavar="TEXT", help="may be repeated")
+    what.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='a prompt a line, or .jsonl lines {"prompt": ..., "seed": ...}'
     )
-    parser.add_argument("--prompt", action="append", nargs="+", default=[], metavar="TEXT", help="may be repeated")
-    parser.add_argument("--steps", type=int, metavar="N", help="intervals of the time grid")
-    parser.add_argument("--guidance", type=float, metavar="S", help="1 is none")
-    parser.add_argument("--sampler", metavar="NAME", help="euler or heun")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the starting noise (default: %(default)s)")
-    parser.add_argument("--weights", choices=("ema", "weight"), default="ema", help="averaged or last (default: ema)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("samples"),
-        metavar="DIR",
-        help="pictures of the same name are replaced (default: samples)",
+    what.add_argument(
+        "--dataset", metavar="DIR|FILE|NAME", help="prompts from a column: a datasets folder, parquet, csv or json file"
     )
+    what.add_argument("--column", default="caption", metavar="NAME", help="of --dataset (default: %(default)s)")
+    what.add_argument("--split", default="train", metavar="NAME", help="of --dataset (default: %(default)s)")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    what.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (default: %(default)s)")
+    what.add_argument(
+        "--images-per-prompt", type=int, default=1, metavar="N", help="of successive seeds (default: %(default)s)"
+    )
+    add_drawing_arguments(parser)
+    out = parser.add_argument_group("where to")
+    out.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
+    out.add_argument("--overwrite", action="store_true", help="remove the pictures that --output holds, and draw anew")
+    out.add_argument("--grid", type=int, default=32, metavar="N", help="pictures in samples.png (default: %(default)s)")
     return parser.parse_args(arguments)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model draws, on what."""
+    model = parser.add_argument_group("which model")
+    model.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR",
+        help="a checkpoint, a run's folder for its newest, or exported safetensors",
+    )  # fmt: skip
+    model.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
+    model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: %(default)s)")
+    model.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
+    model.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks (default: %(default)s)")
+    model.add_argument(
+        "--device-map",
+        choices=("auto",),
+        help="let accelerate spread a model that is larger than one device; 1 process",
+    )
+    model.add_argument(
+        "--max-memory", action="append", default=[], metavar="DEVICE=SIZE",
+        help="with --device-map, such as 0=70GiB or cpu=100GiB; may be repeated",
+    )  # fmt: skip
+    model.add_argument("--offload-folder", type=Path, metavar="DIR", help="with --device-map, for what fits nowhere")
+    model.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how pictures are drawn."""
+    how = parser.add_argument_group("how to draw")
+    how.add_argument("--steps", type=int, metavar="N", help="intervals of the time grid")
+    how.add_argument("--sampler", metavar="NAME", help="euler, heun, dpmpp_2m or euler_ancestral (stochastic)")
+    how.add_argument("--eta", type=float, metavar="X", help="share of noise that euler_ancestral renews")
+    how.add_argument("--guidance", type=float, metavar="S", help="1 is none")
+    how.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("T", "T"), help="times within which guidance acts, 0 to 1"
+    )
+    how.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: no text)")
+    how.add_argument(
+        "--capacity-factor", type=float, metavar="F", help="mean experts per token (default: as it was trained)"
+    )
+    how.add_argument("--height", type=int, metavar="PIXELS", help="of the picture (default: the recipe's)")
+    how.add_argument("--width", type=int, metavar="PIXELS", help="of the picture (default: the recipe's)")
+    how.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="pictures at a time (default: %(default)s)"
+    )
 
 
 def main() -> int:
@@ -55,47 +117,118 @@ def main() -> int:
     try:
         draw(options)
     except EcditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {options.output}: {error.strerror or error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def draw(options: argparse.Namespace) -> None:
     """Draw what the command line asks for."""
-    pipeline = load_pipeline(options.checkpoint, weights=options.weights)
-    sample = _sample_config(pipeline.recipe, options)
-    prompts = [text for group in options.prompt for text in group] or list(sample.prompts)
+    stored = open_model(options.checkpoint, options.weights)
+    jobs = _jobs(options, stored.recipe)
+    crew = join_crew(options.tp, options.ep)
+    drawer = load_for(crew, options)
+    brush = brush_for(drawer, options)
+    if options.overwrite and crew.is_first:
+        clear(options.output)
+    with tqdm(total=len(jobs), unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
+        pictures = fill(options.output, jobs, brush, facts_of(stored, options), crew, bar.update)
+    if crew.is_first:
+        _show(options, pictures, drawer, brush.sample)
+
+
+def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
+    """Return this process's model.
+
+    Raises:
+        CheckpointError: as `load_drawer`.
+        ConfigError: flags that exclude one another.
+    """
+    dtype = DTYPES[options.dtype]
+    if options.device_map is None:
+        if options.max_memory or options.offload_folder is not None:
+            raise ConfigError("--max-memory and --offload-folder have no effect without --device-map auto; add it")
+        return crew.world.together(
+            lambda: load_drawer(
+                options.checkpoint, kind=options.weights, dtype=dtype, device=crew.device, layers=crew.layers
+            )
+        )
+    if crew.world.size > 1:
+        raise ConfigError(f"--device-map: is for one process, but {crew.world.size} were started; use --tp and --ep")
+    spread = Spread(max_memory=_memory(options.max_memory), offload_folder=options.offload_folder)
+    return load_spread_drawer(options.checkpoint, spread, kind=options.weights, dtype=dtype)
+
+
+def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
+    """Return how the command line wants pictures drawn.
+
+    Raises:
+        EcditError: a setting or size that cannot work.
+    """
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size: {options.batch_size} pictures at a time are none; give 1 or more")
+    sample = drawer.settings(
+        num_steps=options.steps, sampler=options.sampler, eta=options.eta, guidance_scale=options.guidance,
+        guidance_interval=options.guidance_interval, capacity_factor=options.capacity_factor,
+    )  # fmt: skip
+    drawer.latent_shape(options.height, options.width)
+    return Brush(
+        drawer=drawer, sample=sample, batch_size=options.batch_size, negative_prompt=options.negative_prompt,
+        height=options.height, width=options.width,
+    )  # fmt: skip
+
+
+def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
+    """Return what besides drawing settings decides how a picture looks."""
+    return {
+        "checkpoint": str(stored.folder.resolve()), "recipe": stored.recipe.name, "step": stored.step,
+        "weights": stored.kind, "dtype": options.dtype,
+    }  # fmt: skip
+
+
+def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
+    typed = [text for group in options.prompt for text in group]
+    if sum(map(bool, (typed, options.prompts, options.dataset))) > 1:
+        raise ConfigError("--prompt, --prompts and --dataset exclude one another; give one")
+    if options.prompts is not None:
+        prompts: Sequence[tuple[str, int | None]] = read_prompt_file(options.prompts)
+    elif options.dataset is not None:
+        prompts = [(text, None) for text in read_dataset_prompts(options.dataset, options.column, options.split)]
+    else:
+        prompts = [(text, None) for text in typed or recipe.sample.prompts]
+    count = options.images_per_prompt
+    if count < 1 or (options.limit is not None and options.limit < 1):
+        raise ConfigError(f"--images-per-prompt {count}, --limit {options.limit}: draw nothing; give 1 or more")
     if not prompts:
         raise ConfigError("--prompt: none given, and the recipe's sample.prompts is empty; give one")
-    with tqdm(total=sample.num_steps, unit="step", desc="drawing", disable=not sys.stderr.isatty()) as bar:
+    jobs = []
+    for i, (prompt, seed) in enumerate(prompts[: options.limit]):
+        first = options.seed + i * count if seed is None else seed
+        jobs += [Job(prompt=prompt, seed=first + n) for n in range(count)]
+    return jobs
 
-        def advance(_step: int, _time: float, _latents: Tensor) -> None:
-            bar.update()
 
-        images = to_uint8(pipeline.draw(prompts, seed=options.seed, sample=sample, callback=advance))
-    save_grid(images, prompts, min(_COLUMNS, len(prompts)), options.output / "samples.png")
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        save_picture(image, options.output / "pictures" / f"{i:03d}_{_slug(prompt)}.png")
-    print(f"{len(prompts)} pictures in {options.output}/pictures, grid in {options.output / 'samples.png'}")
-    if pipeline.recipe.model.ffn == "expert_choice":
-        maps = compute_maps(pipeline, prompts[0], seed=options.seed, sample=sample)
-        save_compute_maps(maps, prompts[0], options.output / "routing.png")
+def _memory(given: Sequence[str]) -> dict[int | str, int | str] | None:
+    memory: dict[int | str, int | str] = {}
+    for text in given:
+        device, separator, size = text.partition("=")
+        if not (separator and device and size):
+            raise ConfigError(f"--max-memory {text}: write DEVICE=SIZE, such as 0=70GiB or cpu=100GiB")
+        memory[int(device) if device.isdecimal() else device] = int(size) if size.isdecimal() else size
+    return memory or None
+
+
+def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: TextToImage, sample: SampleConfig) -> None:
+    """Write what people look at."""
+    shown = pictures[: max(options.grid, 1)]
+    images = [np.asarray(read_picture(options.output, picture)) for picture in shown]
+    save_grid(images, [picture.prompt for picture in shown], min(_COLUMNS, len(shown)), options.output / "samples.png")
+    print(f"{len(pictures)} pictures in {options.output}/pictures, grid in {options.output / 'samples.png'}")
+    if drawer.recipe.model.ffn == "expert_choice" and options.tp == options.ep == 1:
+        maps = compute_maps(drawer, pictures[0].prompt, seed=pictures[0].seed, sample=sample)
+        save_compute_maps(maps, pictures[0].prompt, options.output / "routing.png")
         print(f"experts per patch in {options.output / 'routing.png'}")
-
-
-def _sample_config(recipe: Recipe, options: argparse.Namespace) -> SampleConfig:
-    if options.sampler not in (None, "euler", "heun"):
-        raise ConfigError(f"--sampler {options.sampler}: is not known; choose from euler, heun")
-    given = {"num_steps": options.steps, "guidance_scale": options.guidance, "sampler": options.sampler}
-    return dataclasses.replace(recipe.sample, **{k: v for k, v in given.items() if v is not None})
-
-
-def _slug(prompt: str) -> str:
-    words = "".join(c if c.isalnum() else "_" for c in prompt.lower())
-    return "_".join(filter(None, words.split("_")))[:60]
 
 
 if __name__ == "__main__":

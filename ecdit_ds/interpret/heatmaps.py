@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ecdit_ds.config import SampleConfig
+from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
 from ecdit_ds.pictures import save_figure, to_uint8
-from ecdit_ds.pipeline import TextToImage
 
 _MOMENTS = (("early", 0.1), ("middle", 0.5), ("late", 0.9))
 
@@ -49,16 +49,18 @@ def compute_maps(pipeline: TextToImage, prompt: str, *, seed: int, sample: Sampl
     if config.ffn != "expert_choice":
         raise ConfigError(f"model.ffn: {config.ffn} has no expert-choice layers, so there is no routing to show")
     passed: list[tuple[float, Tensor]] = []
+
+    def watch(_step: int, time: float, latents: Tensor, /) -> None:
+        passed.append((time, latents))
+
     prompts = [prompt] * config.routing_group  # a full pool
-    image = pipeline.draw(
-        prompts, seed=seed, sample=sample, callback=lambda _step, time, latents: passed.append((time, latents))
-    )
+    image = pipeline.draw(prompts, seeds=[seed] * len(prompts), sample=sample, callback=watch)
     velocity = pipeline.velocity(pipeline.text_encoder.encode(prompts))
     moments, counts = [], []
     steps = {round(share * (len(passed) - 1)): name for name, share in _MOMENTS}  # fewer when there are few steps
     for step, name in steps.items():
         time, latents = passed[step]
-        by_layer = _experts_per_patch(pipeline, lambda: velocity(latents, torch.full((len(latents),), time)))  # noqa: B023
+        by_layer = _experts_per_patch(pipeline, lambda: velocity(latents, time))  # noqa: B023
         moments.append((name, time))
         counts.append(torch.stack(list(by_layer.values())))
     pool = config.num_tokens * config.routing_group

@@ -1,8 +1,13 @@
 """Self-attention over image tokens and cross-attention to the text.
 
+A text's keys and values depend on neither the image nor the time: `CrossAttention.remember` computes them once, and
+forward takes them in place of the text.
+
 Suffixes: B micro-batch, S image tokens, T text tokens, D hidden_size, H heads, K head_dim. Heads are inferred from
 the layer's width, so a factory may cut them.
 """
+
+from typing import NamedTuple
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -39,6 +44,17 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(y_BHSK, "b h s k -> b s (h k)"))
 
 
+class TextMemory(NamedTuple):
+    """Keys and values of a text in one layer. ZeRO-3 looks for tensors in tuples only."""
+
+    key_BHTK: Tensor
+    value_BHTK: Tensor
+
+    def expand(self, count: int) -> "TextMemory":
+        """Return views for `count` images of a memory of one text, or the memory of `count` texts as it is."""
+        return TextMemory(*(t.expand(count, -1, -1, -1) for t in self))
+
+
 class CrossAttention(nn.Module):
     """Image tokens read the text; masked text tokens are never read (paper eq. 2-3)."""
 
@@ -54,13 +70,19 @@ class CrossAttention(nn.Module):
         self.query_norm = layers.head_norm(config.cross_head_dim)
         self.key_norm = layers.head_norm(config.cross_head_dim)
 
-    def forward(self, x_BSD: Tensor, text_embeds_BTD: Tensor, text_mask_BT: Tensor) -> Tensor:
-        query = rearrange(self.query(self.entrance(x_BSD)), "b s (h k) -> b h s k", k=self.head_dim)
+    def remember(self, text_embeds_BTD: Tensor) -> TextMemory:
+        """Return the text's keys and values."""
         key, value = (
             rearrange(project(text_embeds_BTD), "b t (h k) -> b h t k", k=self.head_dim)
             for project in (self.key, self.value)
         )
+        return TextMemory(key_BHTK=self.key_norm(key), value_BHTK=value)
+
+    def forward(self, x_BSD: Tensor, text: Tensor | TextMemory, text_mask_BT: Tensor) -> Tensor:
+        """Return what the tokens read; `text` is text_embeds_BTD, or what `remember` made of it."""
+        query = rearrange(self.query(self.entrance(x_BSD)), "b s (h k) -> b h s k", k=self.head_dim)
+        key, value = text if isinstance(text, TextMemory) else self.remember(text)
         y_BHSK = F.scaled_dot_product_attention(
-            self.query_norm(query), self.key_norm(key), value, attn_mask=rearrange(text_mask_BT, "b t -> b 1 1 t")
+            self.query_norm(query), key, value, attn_mask=rearrange(text_mask_BT, "b t -> b 1 1 t")
         )
         return self.out(rearrange(y_BHSK, "b h s k -> b s (h k)"))

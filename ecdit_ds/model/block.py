@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ecdit_ds.model.attention import CrossAttention, SelfAttention
+from ecdit_ds.model.attention import CrossAttention, SelfAttention, TextMemory
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import LayerFactory
@@ -51,16 +51,22 @@ class DiTBlock(nn.Module):
         self.is_moe = config.is_moe_layer(layer)
 
     def forward(
-        self, x_BSD: Tensor, modulation_BMD: Tensor, angles_SK: Tensor, text_embeds_BTD: Tensor, text_mask_BT: Tensor
+        self,
+        x_BSD: Tensor,
+        modulation_BMD: Tensor,
+        angles_SK: Tensor,
+        text: Tensor | TextMemory,
+        text_mask_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the tokens and the auxiliary loss (zero but for token choice).
 
         Args:
             modulation_BMD: the shared 6 modulation vectors.
+            text: text_embeds_BTD, or this layer's memory of it.
         """
         attention, ffn = self._modulations(modulation_BMD)
         x_BSD = x_BSD + attention.gate * self.self_attention(attention.apply(normalize(x_BSD)), angles_SK)
-        x_BSD = x_BSD + self.cross_attention(normalize(x_BSD), text_embeds_BTD, text_mask_BT)
+        x_BSD = x_BSD + self.cross_attention(normalize(x_BSD), text, text_mask_BT)
         update_BSD, auxiliary_loss = self._feed_forward(normalize(x_BSD), ffn)
         return x_BSD + ffn.gate * update_BSD, auxiliary_loss
 

@@ -4,13 +4,15 @@ Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens
 vectors.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecdit_ds.model.attention import TextMemory
 from ecdit_ds.model.block import DiTBlock, FinalLayer
 from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
 from ecdit_ds.model.recompute import Recompute
@@ -40,11 +42,16 @@ class ECDiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(layers, config, layer) for layer in range(config.num_layers))
         self.final = FinalLayer(config)
 
+    def remember(self, text_embeds_BTD: Tensor) -> list[TextMemory]:
+        """Return each layer's keys and values of a text, to be used at every time."""
+        text_embeds_BTD = text_embeds_BTD.to(self.patches.linear.weight.dtype)
+        return [cast(DiTBlock, block).cross_attention.remember(text_embeds_BTD) for block in self.blocks]
+
     def forward(
         self,
         noisy_latents_BCHW: Tensor,
         timesteps_B: Tensor,
-        text_embeds_BTD: Tensor,
+        text: Tensor | Sequence[TextMemory],
         text_mask_BT: Tensor,
         text_pooled_BD: Tensor,
     ) -> Prediction:
@@ -53,6 +60,7 @@ class ECDiT(nn.Module):
         Args:
             noisy_latents_BCHW: height and width multiples of patch_size; not necessarily those of training.
             timesteps_B: in [0, 1]; 0 is data, 1 is noise.
+            text: text_embeds_BTD, or what `remember` made of it.
             text_mask_BT: bool, True for a real token; at least one a row.
         """
         dtype, p = self.patches.linear.weight.dtype, self.config.patch_size
@@ -65,10 +73,10 @@ class ECDiT(nn.Module):
         condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
         modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
         auxiliary_loss = torch.zeros((), device=x_BSD.device)
-        text_embeds_BTD = text_embeds_BTD.to(dtype)
+        texts = [text.to(dtype)] * len(self.blocks) if isinstance(text, Tensor) else text
         for layer, block in enumerate(self.blocks):
             x_BSD, block_loss = self.recompute.run(
-                layer, block, x_BSD, modulation_BMD, angles_SK, text_embeds_BTD, text_mask_BT
+                layer, block, x_BSD, modulation_BMD, angles_SK, texts[layer], text_mask_BT
             )
             auxiliary_loss = auxiliary_loss + block_loss
         patches = self.final(x_BSD, condition_BD)

@@ -1,4 +1,4 @@
-"""Initial weights by name: a parameter's values depend on the seed and its name, never on the layout.
+"""Making a model, and its initial weights by name: they depend on the seed and the name, never on the layout.
 
 0                        biases, all modulation (adaLN-Zero: a block starts as the identity, DiT), the output
                          projection, and cross-attention's output matrix, which has no gate (PixArt-alpha)
@@ -12,11 +12,29 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.recompute import Recompute
+from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.parallel.layers import LayerFactory
 from ecdit_ds.parallel.sharding import shard_of
 from ecdit_ds.seeding import parameter_generator
 
 _ZERO = ("modulation", "final.linear", "cross_attention.out")
 _ROUTER_STD = 0.02
+
+
+def empty_model(
+    config: ModelConfig, layers: LayerFactory, device: torch.device, *, recompute: Recompute | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ECDiT:  # fmt: skip
+    """Return the model on `device` with memory for its parameters, and nothing in it."""
+    with torch.device("meta"):
+        model = ECDiT(config, layers, recompute).to(dtype)
+    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+    model.to_empty(device=device)  # makes new parameters, without the marks that say what is an expert
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(marks[name])
+    return model
 
 
 def initialize_by_name(model: nn.Module, seed: int) -> None:

@@ -16,6 +16,8 @@ Suffixes: B pools, S tokens of a pool, D hidden_size, E experts, C expert capaci
 Source: arXiv 2410.02098 sec. 3 and alg. 1; Zhou et al. 2022 (2202.09368) sec. 3.2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -76,16 +78,31 @@ class ExpertChoiceRouter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.capacity_factor = config.capacity_factor
+        """What `with_capacity_factor` turns."""
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_BSD: Tensor) -> Routing:
         logits_BSE = torch.nn.functional.linear(x_BSD.float(), self.weight.float())
         return choose_tokens(
             logits_BSE,
-            self.config.expert_capacity(x_BSD.shape[1]),
+            self.config.expert_capacity(x_BSD.shape[1], self.capacity_factor),
             scores=self.config.router_scores,
             gate_normalization=self.config.gate_normalization,
         )
+
+
+@contextmanager
+def with_capacity_factor(model: nn.Module, factor: float | None) -> Iterator[None]:
+    """Let every expert of `model` take f = `factor` instead of the model's own; None changes nothing."""
+    routers = [module for module in model.modules() if isinstance(module, ExpertChoiceRouter)]
+    for router in routers:
+        router.capacity_factor = factor or router.config.capacity_factor
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.capacity_factor = router.config.capacity_factor
 
 
 class ExpertChoiceFFN(nn.Module):

@@ -44,3 +44,12 @@ def random_values(name: str, shape: tuple[int, ...]) -> Tensor:
     if name.startswith(("exp_avg/", "momentum_buffer/")):
         return 1e-3 * normal
     return (1.0 if "norm" in name else 0.0) + 0.2 * normal
+
+
+def damage_average(checkpoint: Path) -> Path:
+    """Flip one bit of the averaged weights and return the file."""
+    (shard,) = checkpoint.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # the last tensor's last byte; `ema/` comes after `weight/`
+    shard.write_bytes(bytes(data))
+    return shard

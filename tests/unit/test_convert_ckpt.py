@@ -20,7 +20,7 @@ from ecdit_ds.checkpoint.sources import EcditSource
 from ecdit_ds.checkpoint.streams import TensorFile, TensorFileWriter
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
-from ecdit_ds.pipeline import load_pipeline
+from ecdit_ds.loading import load_drawer
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.random_model import save_random_model
@@ -95,7 +95,7 @@ def test_safetensors_hold_plain_parameter_names_and_come_back_bitwise(
     assert run("verify", tmp_path / "shared")[0] == 0
     assert run("convert", tmp_path / "shared", tmp_path / "back", "--to", "ecdit")[0] == 0
     assert run("diff", tmp_path / "shared", tmp_path / "back")[0] == 0
-    load_pipeline(tmp_path / "back", weights=kind)
+    load_drawer(tmp_path / "back", kind=kind)
 
 
 def test_a_cast_rounds_and_nothing_else_does(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.interpret.heatmaps import ComputeMaps, compute_maps, save_compute_maps
+from ecdit_ds.loading import load_drawer
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
 from ecdit_ds.pictures import to_uint8
-from ecdit_ds.pipeline import TextToImage, load_pipeline
 
 MakeMaps = Callable[..., tuple[ComputeMaps, TextToImage]]
 
@@ -25,7 +26,7 @@ def make_maps(tmp_path: Path, make_recipe: Callable[..., Recipe], save_model: Ca
 
     def make(*overrides: str) -> tuple[ComputeMaps, TextToImage]:
         recipe = make_recipe("sample.num_steps=11", *overrides)
-        pipeline = load_pipeline(save_model(tmp_path / "checkpoints", recipe))
+        pipeline = load_drawer(save_model(tmp_path / "checkpoints", recipe))
         return compute_maps(pipeline, "a red seven", seed=5, sample=recipe.sample), pipeline
 
     return make
@@ -64,11 +65,11 @@ def test_the_counts_are_those_of_the_conditional_model_at_that_time(make_maps: M
     for module in model.modules():
         if isinstance(module, ExpertChoiceRouter):
             module.register_forward_hook(_keep_counts(seen))
-    pipeline.draw(["a red seven"], seed=5, sample=pipeline.recipe.sample)
-    # Eleven intervals, in each first the null text and then the prompt, each through two sparse layers.
+    pipeline.draw(["a red seven"], seeds=[5], sample=pipeline.recipe.sample)
+    # Eleven intervals, in each first the prompt and then the null text, each through two sparse layers.
     by_interval = np.stack(seen).reshape(11, 2, 2, 4, 4)
-    assert (maps.counts == by_interval[[1, 5, 9], 1]).all()
-    assert (maps.counts != by_interval[[1, 5, 9], 0]).any()
+    assert (maps.counts == by_interval[[1, 5, 9], 0]).all()
+    assert (maps.counts != by_interval[[1, 5, 9], 1]).any()
 
 
 def _keep_counts(seen: list[np.ndarray]) -> Callable[[object, object, Routing], None]:
@@ -80,7 +81,7 @@ def _keep_counts(seen: list[np.ndarray]) -> Callable[[object, object, Routing], 
 
 def test_the_drawing_is_the_one_that_the_pipeline_draws(make_maps: MakeMaps) -> None:
     maps, pipeline = make_maps()
-    drawn = pipeline.draw(["a red seven"], seed=5, sample=pipeline.recipe.sample)
+    drawn = pipeline.draw(["a red seven"], seeds=[5], sample=pipeline.recipe.sample)
     assert (maps.image_HWC == to_uint8(drawn)[0]).all()
 
 

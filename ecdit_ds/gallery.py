@@ -1,0 +1,267 @@
+"""A folder of pictures: each drawn once, whoever is killed on the way, and told in one JSON line.
+
+    settings.json       what all its pictures were drawn with
+    pictures.jsonl      one line a picture: index, file, prompt, seed
+    pictures/           the PNGs, in the size they were drawn
+
+Pictures are drawn in fixed parts of the list, and a part that lacks one is drawn again as a whole, so neither the
+number of processes nor an interruption changes a picture.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ecdit_ds.config import SampleConfig
+from ecdit_ds.crew import Crew
+from ecdit_ds.drawing import TextToImage
+from ecdit_ds.durable import replace_durably
+from ecdit_ds.errors import DataError
+from ecdit_ds.pictures import save_png, to_uint8
+
+SETTINGS_NAME = "settings.json"
+LINES_NAME = "pictures.jsonl"
+PICTURES_NAME = "pictures"
+_PART_LINES = "pictures.rank_*.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A picture to draw."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture that was drawn; a line of pictures.jsonl."""
+
+    index: int
+    """Its job's place in the list."""
+    file: str
+    """Relative to the folder."""
+    prompt: str
+    seed: int
+
+    def job(self) -> Job:
+        """Return what it was drawn for."""
+        return Job(prompt=self.prompt, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brush:
+    """How a gallery is drawn."""
+
+    drawer: TextToImage
+    sample: SampleConfig
+    batch_size: int
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def draw(self, jobs: Sequence[Job]) -> np.ndarray:
+        """Return (B, H, W, 3) uint8 pictures."""
+        images = self.drawer.draw(
+            [job.prompt for job in jobs],
+            seeds=[job.seed for job in jobs],
+            sample=self.sample,
+            negative_prompts=None if self.negative_prompt is None else [self.negative_prompt] * len(jobs),
+            height=self.height,
+            width=self.width,
+        )
+        return to_uint8(images)
+
+
+def fill(
+    folder: Path, jobs: Sequence[Job], brush: Brush, facts: dict[str, Any], crew: Crew,
+    advance: Callable[[int], object] = lambda _count: None,
+) -> list[Picture]:  # fmt: skip
+    """Draw what the folder lacks, and return all its pictures in the order of `jobs`; every process calls this.
+
+    Args:
+        folder: made where missing; may hold an earlier, interrupted or finished part of the same work.
+        jobs: what shall be in it.
+        brush: how to draw.
+        facts: what else decides how a picture looks, such as which weights; JSON values.
+        crew: the processes that share the work.
+        advance: told how many pictures of `jobs` are there, at the start and after each part.
+
+    Raises:
+        DataError: the folder holds pictures of other prompts, seeds or settings, or cannot be written.
+    """
+    told = facts | asdict(brush.sample) | {
+        "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
+    }  # fmt: skip
+    told = json.loads(json.dumps({name: value for name, value in told.items() if name != "prompts"}))
+    _check_prompts(jobs, brush, crew)
+    done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, jobs, told)))
+    faults: list[DataError] = []
+    parts = [range(start, min(start + brush.batch_size, len(jobs))) for start in range(0, len(jobs), brush.batch_size)]
+    missing = [part for part in parts if any(index not in done for index in part)]
+    advance(len(jobs) - sum(map(len, missing)))
+    for start in range(0, len(missing), crew.dp.count):
+        # All draw each round, also who has nothing left: experts on other ranks wait for everybody's tokens.
+        turn = missing[min(start + crew.dp.index, len(missing) - 1)]
+        chosen = [jobs[index] for index in turn]
+        chosen += [chosen[-1]] * (min(brush.batch_size, len(jobs)) - len(chosen))
+        images = brush.draw(chosen)
+        if crew.is_speaker and start + crew.dp.index < len(missing):
+            lines = folder / _PART_LINES.replace("*", str(crew.world.rank))
+            try:
+                _writing(folder, partial(_write, folder, lines, turn, jobs, images))
+            except DataError as fault:  # told below: who leaves now would leave the others waiting
+                faults.append(fault)
+        advance(sum(map(len, missing[start : start + crew.dp.count])))
+    crew.world.together(lambda: _raise_first(faults))
+    crew.world.on_first(lambda: _writing(folder, lambda: _merge(folder)))
+    return read_gallery(folder)
+
+
+def read_gallery(folder: Path) -> list[Picture]:
+    """Return the pictures of a folder in their order.
+
+    Raises:
+        DataError: it is no such folder, a line is no picture's, or a picture is not there.
+    """
+    path = folder / LINES_NAME
+    pictures = _read_lines(path)
+    if not pictures:
+        raise DataError(f"{path}: holds no pictures; draw some with tools/sample.py --output {folder}")
+    for picture in pictures:
+        if not (folder / picture.file).is_file():
+            raise DataError(f"{path}: picture {picture.index} is not there ({picture.file}); draw the folder again")
+    return sorted(pictures, key=lambda picture: picture.index)
+
+
+def read_picture(folder: Path, picture: Picture) -> Image.Image:
+    """Return a picture of the folder, RGB.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = folder / picture.file
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: is no picture that can be read ({error}); delete it and draw the folder again"
+        ) from None
+
+
+def clear(folder: Path) -> None:
+    """Remove what `fill` made; other files stay."""
+    for name in (SETTINGS_NAME, LINES_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(_PART_LINES):
+        path.unlink()
+    shutil.rmtree(folder / PICTURES_NAME, ignore_errors=True)
+
+
+def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
+    """Refuse on all ranks what one of them could not encode."""
+    encoder = brush.drawer.text_encoder
+
+    def check() -> None:
+        own = [job.prompt for job in jobs[crew.dp.index :: crew.dp.count]]
+        for start in range(0, len(own), brush.batch_size):
+            encoder.encode(own[start : start + brush.batch_size])
+        if brush.negative_prompt is not None:
+            encoder.encode([brush.negative_prompt])
+
+    crew.world.together(check)
+
+
+def _raise_first(faults: Sequence[DataError]) -> None:
+    if faults:
+        raise faults[0]
+
+
+def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
+    """Return the indices that are drawn already, after checking that the folder is of the same work."""
+    settings = folder / SETTINGS_NAME
+    if not settings.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_durably(settings, (json.dumps(told, indent=2) + "\n").encode())
+    held = _json(settings.read_text(encoding="utf-8"), settings)
+    if changed := [name for name in told if held.get(name, told[name]) != told[name]]:
+        raise DataError(
+            f"{folder}: its pictures have {changed[0]} {held[changed[0]]!r}, now it is {told[changed[0]]!r}; "
+            "choose another --output, or replace them with --overwrite"
+        )
+    pictures = _merge(folder)
+    for picture in pictures:
+        if picture.index >= len(jobs) or picture.job() != jobs[picture.index]:
+            wanted = "none" if picture.index >= len(jobs) else f"{jobs[picture.index]}"
+            raise DataError(
+                f"{folder}: picture {picture.index} is of {picture.job()}, now {wanted} is asked for; choose another "
+                "--output, or replace them with --overwrite"
+            )
+    return {picture.index for picture in pictures if (folder / picture.file).is_file()}
+
+
+def _merge(folder: Path) -> list[Picture]:
+    """Put the lines of all processes into one file, in order, and return them."""
+    parts = sorted(folder.glob(_PART_LINES))
+    lines = {picture.index: picture for path in (folder / LINES_NAME, *parts) for picture in _read_lines(path)}
+    pictures = [lines[index] for index in sorted(lines)]
+    if parts:
+        lines_of_all = "".join(json.dumps(asdict(picture)) + "\n" for picture in pictures)
+        replace_durably(folder / LINES_NAME, lines_of_all.encode())
+        for path in parts:
+            path.unlink()
+    return pictures
+
+
+def _write(folder: Path, lines: Path, turn: range, jobs: Sequence[Job], images: np.ndarray) -> None:
+    with lines.open("a", encoding="utf-8") as file:
+        for index, image in zip(turn, images, strict=False):
+            name = f"{PICTURES_NAME}/{index:06d}_{_slug(jobs[index].prompt)}.png"
+            save_png(image, folder / name)
+            file.write(json.dumps(asdict(Picture(index=index, file=name, **asdict(jobs[index])))) + "\n")
+
+
+def _read_lines(path: Path) -> list[Picture]:
+    if not path.is_file():
+        return []
+    types = {field.name: int if field.name in ("index", "seed") else str for field in fields(Picture)}
+    pictures = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break  # a process was killed while it wrote this
+        data = _json(line, f"{path} line {number}")
+        is_whole = all(type(data.get(name)) is kind for name, kind in types.items())
+        if not is_whole or Path(data["file"]).is_absolute() or ".." in Path(data["file"]).parts:
+            raise DataError(f"{path} line {number}: is not a picture's line with {', '.join(types)}")
+        pictures.append(Picture(**{name: data[name] for name in types}))
+    return pictures
+
+
+def _json(text: str, where: object) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where}: holds {type(data).__name__}, not an object")
+    return data
+
+
+def _writing(folder: Path, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _slug(prompt: str) -> str:
+    words = "".join(c if c.isascii() and c.isalnum() else "_" for c in prompt.lower())
+    return "_".join(filter(None, words.split("_")))[:60]

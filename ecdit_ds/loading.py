@@ -1,0 +1,220 @@
+"""From a checkpoint's folder to a model that draws: on one device, cut by a layout, or spread by accelerate."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
+from ecdit_ds.checkpoint.reader import Reader, newest_valid
+from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, read_part
+from ecdit_ds.config import Recipe
+from ecdit_ds.drawing import TextToImage, encoders_of
+from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.init import empty_model
+from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
+from ecdit_ds.parallel.sharding import shard_of
+from ecdit_ds.recipe_file import recipe_from_dict
+
+KINDS = ("ema", "weight")
+"""Averaged weights, and those of the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model on disk, whatever layout or tool wrote it."""
+
+    folder: Path
+    step: int
+    kind: str
+    """`ema` or `weight`."""
+    recipe: Recipe
+    read_into: Callable[[str, tuple[int, ...], Box, Tensor], None]
+    """(parameter, global shape, box of it, where to): raises CheckpointError for what is missing or damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How accelerate shall place a model that is larger than one device."""
+
+    device_map: str | Mapping[str, Any] = "auto"
+    """`auto`, or module name -> device."""
+    max_memory: Mapping[int | str, int | str] | None = None
+    """Device -> bytes or text such as 10GiB; by default what is free."""
+    offload_folder: Path | None = None
+    """Where weights wait that fit neither devices nor host memory."""
+
+
+def open_model(path: Path, kind: str | None = None) -> StoredModel:
+    """Open a checkpoint, the newest valid one of a run's folder, or a folder of safetensors that was exported.
+
+    Args:
+        path: any of these.
+        kind: of weights; by default the average, or the one kind that an export holds.
+
+    Raises:
+        CheckpointError: it is none of these, damaged, without a usable recipe, or lacks that kind.
+    """
+    if kind not in (None, *KINDS):
+        raise CheckpointError(f"weights: {kind!r} is not known; choose from {', '.join(KINDS)}")
+    if (path / INDEX_NAME).is_file() and not (path / MANIFEST_NAME).is_file():
+        return _open_export(path, kind)
+    reader = _open_checkpoint(path)
+
+    def read_into(name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+        reader.expect(f"{kind or 'ema'}/{name}", shape)
+        reader.read_into(f"{kind or 'ema'}/{name}", box, out)
+
+    recipe = _recipe_in(reader.manifest.meta, reader.folder)
+    return StoredModel(
+        folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", recipe=recipe, read_into=read_into
+    )
+
+
+def load_drawer(
+    path: Path,
+    *,
+    kind: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    layers: LayerFactory | None = None,
+) -> TextToImage:
+    """Load a model for drawing, from any layout's checkpoint.
+
+    Args:
+        path: as `open_model`.
+        kind: as `open_model`.
+        dtype: of weights and activations; scores of routers stay fp32.
+        device: the first GPU by default, else the CPU.
+        layers: this rank's, where a layout cuts the model; each rank reads what it holds.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model than its recipe says.
+    """
+    stored = open_model(path, kind)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        shard = shard_of(parameter)
+        stored.read_into(name, shard.global_shape, Box(shard.offset, tuple(parameter.shape)), parameter.detach())
+    return _drawer(model, stored.recipe, device)
+
+
+def load_spread_drawer(
+    path: Path, spread: Spread, *, kind: str | None = None, dtype: torch.dtype = torch.float32
+) -> TextToImage:
+    """Load a model that is larger than one device, its blocks placed by accelerate's device map.
+
+    Weights that wait in host memory or on disk come to a device for their layer's forward and go again. No more than
+    one tensor is held besides.
+
+    Raises:
+        CheckpointError: as `load_drawer`.
+        ConfigError: the map or its memory cannot be used.
+    """
+    from accelerate import dispatch_model
+    from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
+
+    stored = open_model(path, kind)
+    with torch.device("meta"):
+        model = ECDiT(stored.recipe.model, SerialLayers()).eval().to(dtype)
+    device_map = _device_map(model, spread, dtype)
+    index: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        values = torch.empty(shape, dtype=dtype)
+        stored.read_into(name, shape, Box((0,) * len(shape), shape), values)
+        place = _place_of(name, device_map)
+        if place == "disk":
+            offload_weight(values, name, str(spread.offload_folder), index=index)
+        else:
+            set_module_tensor_to_device(model, name, place, value=values)
+    if index:
+        save_offload_index(index, str(spread.offload_folder))
+    model = dispatch_model(model, device_map, offload_dir=spread.offload_folder, force_hooks=True)
+    first = _place_of("patches", device_map)
+    device = torch.device("cpu") if first in ("cpu", "disk") else torch.device(first)
+    return _drawer(model, stored.recipe, device)
+
+
+def _drawer(model: ECDiT, recipe: Recipe, device: torch.device) -> TextToImage:
+    image_encoder, text_encoder = encoders_of(recipe)
+    return TextToImage(
+        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
+    )
+
+
+def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[str, Any]:
+    from accelerate import infer_auto_device_map
+
+    if not isinstance(spread.device_map, str):
+        device_map = dict(spread.device_map)
+    elif spread.device_map != "auto":
+        raise ConfigError(f"device_map: {spread.device_map!r} is not known; give auto or a map of modules to devices")
+    else:
+        memory = None if spread.max_memory is None else dict(spread.max_memory)
+        try:
+            device_map = dict(infer_auto_device_map(model, memory, no_split_module_classes=["DiTBlock"], dtype=dtype))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"max_memory: {spread.max_memory}: {error}") from None
+    if "disk" in device_map.values() and spread.offload_folder is None:
+        raise ConfigError(
+            "device_map: some layers fit neither the devices nor host memory; give an offload_folder on a fast disk, "
+            "or raise max_memory"
+        )
+    return device_map
+
+
+def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    if name not in device_map:
+        raise ConfigError(f"device_map: has no device for every module; modules are {', '.join(device_map)}")
+    return device_map[name]
+
+
+def _open_export(folder: Path, kind: str | None) -> StoredModel:
+    source = SafetensorsSource(folder)
+    held = sorted({name.split("/", 1)[0] for name in source.tensors})
+    if len(held) != 1 or kind not in (None, *held):
+        raise CheckpointError(f"{folder}: holds {', '.join(held) or 'nothing'}, not {kind or 'one kind of weights'}")
+
+    def read_into(name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+        stored = source.tensors.get(f"{held[0]}/{name}")
+        if stored is None or stored[1] != shape:
+            found = "none" if stored is None else f"one of shape {list(stored[1])}"
+            raise CheckpointError(
+                f"{folder}: its recipe's model needs {name} of shape {list(shape)}, but it holds {found}; export again"
+            )
+        out.copy_(read_part(source, f"{held[0]}/{name}", box))
+
+    return StoredModel(
+        folder=folder, step=source.step, kind=held[0], recipe=_recipe_in(source.meta, folder), read_into=read_into
+    )
+
+
+def _open_checkpoint(path: Path) -> Reader:
+    if (path / MANIFEST_NAME).is_file():
+        return Reader(path)
+    for root in (path / "checkpoints", path):
+        reader, rejections = newest_valid(root)
+        for rejection in rejections:
+            print(f"skipped {rejection}")
+        if reader is not None:
+            return reader
+    raise CheckpointError(
+        f"{path}: is neither a checkpoint, nor a run with checkpoints, nor a folder with {INDEX_NAME}; other formats "
+        "become one of these by tools/convert_ckpt.py"
+    )
+
+
+def _recipe_in(meta: Mapping[str, Any], where: Path) -> Recipe:
+    try:
+        return recipe_from_dict(dict(meta["recipe"]))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{where}: its recipe cannot be used: {error}") from None

@@ -1,0 +1,80 @@
+"""Where prompts come from: files and columns of data sets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ecdit_ds.errors import DataError
+
+_LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def read_prompt_file(path: Path) -> list[tuple[str, int | None]]:
+    """Return (prompt, seed or None) of each line: a prompt a line, or JSON lines where the name ends in .jsonl.
+
+    Empty lines of a text file are skipped.
+
+    Raises:
+        DataError: the file cannot be read, holds nothing, or has a bad line (named).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path}: holds no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return [(line, None) for _, line in numbered]
+    return [_from_json(line, f"{path} line {number}") for number, line in numbered]
+
+
+def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
+    """Return a column of texts of a data set.
+
+    Args:
+        name: a folder that `datasets` saved, a parquet, csv or json file, or a name on the hub.
+        column: of texts.
+        split: such as train; a saved folder of one split has none.
+
+    Raises:
+        DataError: no such data set, split or column, or a column of other things.
+    """
+    import datasets  # takes seconds, and few prompts come from one
+
+    path = Path(name)
+    try:
+        if path.is_dir():
+            found: Any = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            found = datasets.load_dataset(_LOADERS.get(path.suffix, "parquet"), data_files={split: str(path)})
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # each kind of file has errors of its own
+        raise DataError(f"--dataset {name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(found, dict):
+        if split not in found:
+            raise DataError(f"--dataset {name}: has no split {split}; choose from {', '.join(map(str, found))}")
+        found = found[split]
+    if column not in found.column_names:
+        raise DataError(f"--dataset {name}: has no column {column}; choose from {', '.join(found.column_names)}")
+    texts = list(found[column])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"--dataset {name}: row {row} of column {column} is {type(text).__name__}, not text")
+    if not texts:
+        raise DataError(f"--dataset {name}: has no rows")
+    return texts
+
+
+def _from_json(line: str, where: str) -> tuple[str, int | None]:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON: {error}") from None
+    prompt, seed = (data.get("prompt"), data.get("seed")) if isinstance(data, dict) else (None, None)
+    if not isinstance(prompt, str):
+        raise DataError(f'{where}: has no "prompt" with a text')
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise DataError(f"{where}: seed is {seed!r}, not a whole number from 0 on")
+    return prompt, seed

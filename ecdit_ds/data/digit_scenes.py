@@ -312,7 +312,7 @@ def _draw_cells(claim: Claim, rows: int, columns: int, rng: np.random.Generator)
 
 
 @functools.cache
-def _enlargement(scale: int) -> npt.NDArray[np.float32]:
+def enlargement(scale: int) -> npt.NDArray[np.float32]:
     """Return the (8 * scale, 8) matrix of linear interpolation between pixel centres; the identity for scale 1."""
     centres = (np.arange(DIGIT_PIXELS * scale) + 0.5) / scale - 0.5
     distances = np.abs(np.clip(centres, 0, DIGIT_PIXELS - 1)[:, None] - np.arange(DIGIT_PIXELS))
@@ -323,7 +323,7 @@ def _render(objects: tuple[SceneObject, ...], canvas_height: int, canvas_width: 
     uci_ink_NHW, _ = _uci_digits()
     image_HWC = np.zeros((canvas_height, canvas_width, 3), dtype=np.uint8)
     for thing in objects:
-        enlarge = _enlargement(thing.scale)
+        enlarge = enlargement(thing.scale)
         ink_HW = enlarge @ uci_ink_NHW[thing.glyph] @ enlarge.T
         rgb_C = np.array(PALETTE[thing.colour], dtype=np.float32)
         image_HWC[thing.box] = np.rint(ink_HW[:, :, None] * rgb_C)

@@ -68,7 +68,7 @@ class Claim:
         """The words; `parse_caption` reads them back."""
         if self.kind == "counting":
             colour = f"{self.colours[0]} " if self.colours[0] else ""
-            return f"{DIGIT_NAMES[len(self.digits)]} {colour}{_plural(self.digits[0])}"
+            return f"{DIGIT_NAMES[len(self.digits)]} {colour}{plural(self.digits[0])}"
         things = [_thing(digit, colour) for digit, colour in zip(self.digits, self.colours, strict=True)]
         return f" {self.relation or 'and'} ".join(things)
 
@@ -288,7 +288,8 @@ def is_held_out(claim: Claim) -> bool:
     return stable_seed("digit_scenes caption 1", *claim.meaning) % 8 == 0
 
 
-def _plural(digit: int) -> str:
+def plural(digit: int) -> str:
+    """Return the word for several of a digit."""
     return f"{DIGIT_NAMES[digit]}es" if digit == 6 else f"{DIGIT_NAMES[digit]}s"
 
 

@@ -74,7 +74,7 @@ def find_objects(images_BHWC: npt.NDArray[np.uint8]) -> list[tuple[FoundObject, 
 
 def _find_at_best_scale(images_BHWC: npt.NDArray[np.uint8]) -> list[tuple[FoundObject, ...]]:
     num_pictures, height, width, _ = images_BHWC.shape
-    pixels_BHWC = images_BHWC.astype(np.float32) / 255
+    pixels_BHWC = images_BHWC.astype(np.float32) / np.float32(255)
     best: list[tuple[FoundObject, ...]] = [()] * num_pictures
     best_weight_B = np.zeros(num_pictures)
     for scale in range(1, min(height, width) // MIN_CANVAS_PIXELS + 1):
@@ -134,12 +134,12 @@ def _name_windows(windows_NCHW: Floats, scale: int) -> tuple[npt.NDArray[np.int6
     ink_NHW = np.einsum("nchw,nc->nhw", windows_NCHW, rgb_NC / np.square(rgb_NC).sum(axis=1, keepdims=True))
     reduce = np.linalg.pinv(enlargement(scale))  # the least squares fit of 8 x 8 pixels to what was enlarged from them
     ink_NHW = np.clip(reduce @ ink_NHW @ reduce.T, 0, 1)
-    score_ND = digit_classifier().predict(ink_NHW.reshape(len(ink_NHW), -1)) if len(ink_NHW) else np.zeros((0, 10))
+    score_ND = _digit_classifier().predict(ink_NHW.reshape(len(ink_NHW), -1)) if len(ink_NHW) else np.zeros((0, 10))
     return colour_N, score_ND.argmax(axis=1), score_ND.max(axis=1)
 
 
 @functools.cache
-def digit_classifier() -> KernelRidge:
+def _digit_classifier() -> KernelRidge:
     """Return the classifier of (N, 64) ink: ten scores, near 1 for the digit it is and near 0 where it is none.
 
     Kernel ridge regression to one-hot targets. A Gaussian kernel vanishes far from all it has seen, so an unknown shape

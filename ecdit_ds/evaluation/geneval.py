@@ -77,6 +77,9 @@ class GenevalRules:
     """Share of both objects' sizes by which their centres may differ without being beside one another."""
 
 
+PUBLISHED = GenevalRules()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """Whether a picture shows what its prompt asks for."""
@@ -94,7 +97,7 @@ def judge(
     detections: Sequence[DetectedObject],
     colours_of: NameColours,
     prompt: GenevalPrompt,
-    rules: GenevalRules = GenevalRules(),
+    rules: GenevalRules = PUBLISHED,
 ) -> Verdict:
     """Decide whether a picture shows what its prompt asks for.
 
@@ -175,7 +178,7 @@ def _fault_of(
         for target in targets:
             true = relations_of(one.box, target.box, threshold=rules.position_threshold)
             if relation not in true:
-                return f"expected {name} {relation} target, found {' and '.join(true) or 'neither side'}"
+                return f"expected {name} {relation} target, found {' and '.join(true) or 'neither side of'} target"
     return None
 
 

@@ -24,6 +24,7 @@ from ecdit_ds.errors import EvaluationError
 from ecdit_ds.evaluation.clip import Clip
 from ecdit_ds.evaluation.geneval import (
     COLOURS,
+    PUBLISHED,
     DetectedObject,
     GenevalPrompt,
     GenevalRules,
@@ -180,7 +181,7 @@ def judge_pictures(
     namer: ColourNamer,
     *,
     batch_size: int,
-    rules: GenevalRules = GenevalRules(),
+    rules: GenevalRules = PUBLISHED,
 ) -> Iterator[JudgedPicture]:
     """Yield the verdict on each picture, in order; what ranks find in their parts is put together by chaining."""
     confidence = min(rules.confidence, rules.counting_confidence)

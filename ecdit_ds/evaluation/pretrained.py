@@ -56,8 +56,13 @@ def load_image_processor(name: str, *, purpose: str) -> Any:
 
 def load_tokenizer(name: str, *, purpose: str) -> Any:
     """Return what turns captions into a model's input; raise EvaluationError where the model has none."""
-    with _explained(f"{purpose} {name}: has no tokenizer (tokenizer.json), so it cannot read captions"):
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    message = f"{purpose} {name}: has no tokenizer (tokenizer.json), so it cannot read captions"
+    with _explained(message):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
+    if not set(tokenizer("a")["input_ids"]) - set(tokenizer.all_special_ids):
+        raise EvaluationError(message)
+    return tokenizer
 
 
 def load_model(
@@ -82,14 +87,16 @@ def load_model(
     """
     with _explained(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
         model, found = auto_class.from_pretrained(
-            name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    missing = frozenset(found["missing_keys"]) & {name for name, _ in model.named_parameters()}
+            name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
+    missing = frozenset(absent & {name for name, _ in model.named_parameters()})
     needed = sorted(parameter for parameter in missing if not may_lack(parameter))
     if needed:
         raise EvaluationError(
-            f"{purpose} {name}: {len(needed)} weights of {type(model).__name__} are not in its files, such as "
-            f"{needed[0]}; they would be random"
+            f"{purpose} {name}: {len(needed)} weights of {type(model).__name__} are not in its files, or of another "
+            f"shape, such as {needed[0]}; they would be random"
         )
     return model.eval().requires_grad_(False).to(device), missing
 

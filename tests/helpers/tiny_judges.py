@@ -35,7 +35,7 @@ _SMALL: dict[str, Any] = {
     "num_attention_heads": 2,
 }
 _SQUARE = {"height": 32, "width": 32}
-LABELS = {0: "cat", 1: "mouse", 2: "tvmonitor", 3: "N/A"}
+LABELS = {0: "mouse", 1: "cat", 2: "tvmonitor", 3: "N/A"}
 
 
 def pictures(count: int, purpose: str = "pictures", *, width: int = 40, height: int = 30) -> list[Image.Image]:

@@ -117,6 +117,12 @@ def test_overlapping_boxes_of_a_class_are_one_object_where_the_rules_say_so() ->
     assert len(objects_in_view([first, first], "two_object", PUBLISHED)["cat"]) == 2
 
 
+def test_an_overlap_at_the_limit_is_one_too_many() -> None:
+    half = [seen("cat", 0.9, (0, 0, 9, 9)), seen("cat", 0.8, (0, 0, 9, 19))]
+    assert len(objects_in_view(half, "colors", GenevalRules(max_overlap=0.5))["cat"]) == 1
+    assert len(objects_in_view(half, "colors", GenevalRules(max_overlap=0.51))["cat"]) == 2
+
+
 def test_a_dropped_box_does_not_drop_others() -> None:
     # The second overlaps the first and goes; the third overlaps only the second, and stays.
     boxes: list[Box] = [(0, 0, 9, 9), (5, 0, 14, 9), (10, 0, 19, 9)]
@@ -228,6 +234,14 @@ def test_only_the_surest_pair_has_a_position() -> None:
     right = seen("cat", 0.8, (90, 50, 100, 60))
     assert not verdict_on(CAT_LEFT_OF_DOG, left, right, dog).is_correct
     assert verdict_on(CAT_LEFT_OF_DOG, seen("cat", 0.9, left.box), right, dog).is_correct
+
+
+def test_an_object_of_the_wrong_colour_is_no_target() -> None:
+    prompt = prompt_of("position", one("dog", colour="red"), one("cat", position=("left of", 0)))
+    placed = [seen("cat", box=(0, 50, 10, 60)), seen("dog", box=(50, 50, 60, 60))]
+    assert judge(placed, lambda objects: ["red"], prompt).is_correct
+    wrong = judge(placed, lambda objects: ["blue"], prompt)
+    assert wrong.reason == "expected red dog>=1, found 0; and 1 blue; no target for cat to be left of"
 
 
 def test_every_pair_of_those_asked_for_must_be_placed_right() -> None:

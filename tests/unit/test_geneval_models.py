@@ -48,13 +48,15 @@ def found_in(detector: Detector, shown: list[Image.Image], batch_size: int = 8) 
 
 
 def test_objects_have_names_scores_and_boxes_in_their_pictures(detector: Detector) -> None:
-    assert detector.class_names == ("cat", "computer mouse", "tv")
+    assert detector.class_names == ("computer mouse", "cat", "tv")
     found = found_in(detector, MIXED)
     assert len(found) == len(MIXED)
     assert sum(map(len, found)) > 8
+    assert {"computer mouse", "tv"} & {one.class_name for objects in found for one in objects}
     for picture, objects in zip(MIXED, found, strict=True):
         for one in objects:
             assert 0.0 <= one.score <= 1.0
+            assert one.class_name in (*detector.class_names, "N/A")
             left, top, right, bottom = one.box
             assert left <= right
             assert top <= bottom
@@ -131,6 +133,15 @@ def test_a_colour_is_that_of_the_closest_mean_of_three_captions(clip: Clip) -> N
     assert len(set(names)) > 1
 
 
+def test_the_name_of_the_class_is_part_of_the_captions(clip: Clip) -> None:
+    (picture,) = pictures(1)
+    names = ["cat", "zebra", "tv", "a0", "wine glass", "Q~~~"]
+    objects = [DetectedObject(class_name=name, score=1.0, box=(0, 0, 40, 30)) for name in names]
+    one_by_one = [ColourNamer(clip=clip).colours_of(picture, [one])[0] for one in objects]
+    assert ColourNamer(clip=clip).colours_of(picture, objects) == one_by_one
+    assert len(set(one_by_one)) > 1
+
+
 def test_more_objects_than_fit_a_batch_get_their_own_colours(clip: Clip) -> None:
     (picture,) = pictures(1)
     objects = [DetectedObject(class_name="cat", score=1.0, box=(i, i, i + 12, i + 9)) for i in range(18)]
@@ -156,7 +167,7 @@ def test_pictures_are_judged_from_end_to_end_and_alike_in_any_batches(detector: 
             ("color_attr", 1, next(other for other in COLOURS if other != colour)),
         )
     ]
-    rules = GenevalRules(confidence=0.0, counting_confidence=0.0)
+    rules = GenevalRules(confidence=0.0, counting_confidence=0.99)
     judged = list(judge_pictures([(first, p) for p in prompts], detector, namer, batch_size=3, rules=rules))
     assert [one.verdict.is_correct for one in judged] == [True, False, True, False]
     assert summarize(judged).score == 0.5

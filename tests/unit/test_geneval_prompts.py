@@ -77,6 +77,15 @@ def test_the_words_say_what_is_required(drawn: list[GenevalPrompt]) -> None:
         assert len(set(colours)) == (1 if None in colours else len(colours))
 
 
+def test_persons_have_no_colour() -> None:
+    few = draw_prompts(["person", "cat", "dog"], seed=0, numbers={"colors": 20, "color_attr": 100, "counting": 9})
+    assert {wanted.class_name for prompt in few if prompt.tag != "counting" for wanted in prompt.include} == {
+        "cat",
+        "dog",
+    }
+    assert "person" in {prompt.include[0].class_name for prompt in of_task(few, "counting")}
+
+
 def test_draws_leave_nothing_out(drawn: list[GenevalPrompt]) -> None:
     assert {wanted.colour for p in of_task(drawn, "colors") for wanted in p.include} == set(COLOURS)
     assert {p.include[1].position[0] for p in of_task(drawn, "position") if p.include[1].position} == set(RELATIONS)

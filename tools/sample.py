@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
-from ecdit_ds.pictures import save_grid, save_picture, to_uint8
+from ecdit_ds.pictures import name_for_file, save_grid, save_picture, to_uint8
 from ecdit_ds.pipeline import load_pipeline
 
 _COLUMNS = 4
@@ -78,7 +78,7 @@ def draw(options: argparse.Namespace) -> None:
         images = to_uint8(pipeline.draw(prompts, seed=options.seed, sample=sample, callback=advance))
     save_grid(images, prompts, min(_COLUMNS, len(prompts)), options.output / "samples.png")
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        save_picture(image, options.output / "pictures" / f"{i:03d}_{_slug(prompt)}.png")
+        save_picture(image, options.output / "pictures" / f"{i:03d}_{name_for_file(prompt)}.png")
     print(f"{len(prompts)} pictures in {options.output}/pictures, grid in {options.output / 'samples.png'}")
     if pipeline.recipe.model.ffn == "expert_choice":
         maps = compute_maps(pipeline, prompts[0], seed=options.seed, sample=sample)
@@ -91,11 +91,6 @@ def _sample_config(recipe: Recipe, options: argparse.Namespace) -> SampleConfig:
         raise ConfigError(f"--sampler {options.sampler}: is not known; choose from euler, heun")
     given = {"num_steps": options.steps, "guidance_scale": options.guidance, "sampler": options.sampler}
     return dataclasses.replace(recipe.sample, **{k: v for k, v in given.items() if v is not None})
-
-
-def _slug(prompt: str) -> str:
-    words = "".join(c if c.isalnum() else "_" for c in prompt.lower())
-    return "_".join(filter(None, words.split("_")))[:60]
 
 
 if __name__ == "__main__":

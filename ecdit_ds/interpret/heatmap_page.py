@@ -124,7 +124,7 @@ def trace_page(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> str:
         "layers": trace.layers,
         "colours": [to_hex(colormaps["inferno"](count / max(top, 1))) for count in range(top + 1)],
         # Bit by bit: steps, layers, experts, patches.
-        "taken": base64.b64encode(np.packbits(trace.taken_TLEHW)).decode("ascii"),
+        "taken": base64.b64encode(np.packbits(trace.taken_TLEHW).tobytes()).decode("ascii"),
         "picture": _data_url(trace.image_HWC, _PICTURE_SIDE),
         "states": [_data_url(state_HWC, _STATE_SIDE) for state_HWC in trace.states_THWC],
         "measures": [
@@ -134,7 +134,7 @@ def trace_page(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> str:
     }
     facts = (
         f"{drawing.num_steps} steps of {drawing.sampler}, guidance {drawing.guidance_scale:g}, seed {drawing.seed} · "
-        f"{drawing.recipe}: {experts} experts in each of {len(trace.layers)} layers, {rows} × {columns} patches"
+        f"{drawing.recipe}: {experts} experts in each of {len(trace.layers)} layers, {rows} x {columns} patches"
     )
     return _Page(_PAGE.read_text(encoding="utf-8")).substitute(
         prompt=html.escape(drawing.prompt), facts=html.escape(facts), data=_json_in_script(data)

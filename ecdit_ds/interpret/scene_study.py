@@ -59,6 +59,13 @@ class Estimate:
     mean_TL: Floats
     deviation_TL: Floats
     """Standard deviation of one of what was averaged."""
+    number_TL: npt.NDArray[np.int64]
+    """How many were averaged: those with a value."""
+
+    @property
+    def error_TL(self) -> Floats:
+        """Standard error of the mean."""
+        return self.deviation_TL / np.sqrt(np.maximum(self.number_TL, 1))
 
 
 def count_scenes(pipeline: TextToImage, num_scenes: int, *, seed: int = 0) -> SceneCounts:
@@ -130,8 +137,8 @@ def estimates(counts: SceneCounts) -> dict[str, Estimate]:
     """Return the mean and the spread over scenes of each measure.
 
     `cell_ratio` and `ink_ratio` are ratios of two means, since a scene's own ratio may be infinite; their deviation is
-    that of the jackknife's pseudo-values, so that over the root of the number of scenes it is a standard error, as the
-    others' is. Scenes without background do not take part.
+    that of the jackknife's pseudo-values, so that it makes a standard error as the others' does. Scenes without
+    background, or without an object, do not take part in what compares the two.
     """
     counts_NTLP = counts.counts_NTLP
     by_scene = {
@@ -150,8 +157,7 @@ def _object_estimates(name: str, counts_NTLP: npt.NDArray[np.int64], mask_NP: Bo
     has_both_N = mask_NP.any(axis=1) & ~mask_NP.all(axis=1)
     shares = [object_share(c, m) for c, m in zip(counts_NTLP[has_both_N], mask_NP[has_both_N], strict=True)]
     if not shares:
-        nothing = Estimate(mean_TL=np.full(counts_NTLP.shape[1:3], np.nan),
-                           deviation_TL=np.full(counts_NTLP.shape[1:3], np.nan))  # fmt: skip
+        nothing = _over_first(np.full((1, *counts_NTLP.shape[1:3]), np.nan))
         return {f"{name}_{what}": nothing for what in ("experts", "background", "ratio", "rank_correlation")}
     on_object, on_background = (np.stack([getattr(s, f) for s in shares]) for f in ("on_object", "on_background"))
     return {
@@ -176,7 +182,8 @@ def _over_first(values_NTL: Floats) -> Estimate:
     size, filled = known.sum(axis=0), np.where(known, values_NTL, 0.0)
     mean = np.where(size > 0, filled.sum(axis=0) / np.maximum(size, 1), np.nan)
     squares = np.where(known, (values_NTL - mean) ** 2, 0.0).sum(axis=0)
-    return Estimate(mean_TL=mean, deviation_TL=np.where(size > 1, np.sqrt(squares / np.maximum(size - 1, 1)), np.nan))
+    deviation = np.where(size > 1, np.sqrt(squares / np.maximum(size - 1, 1)), np.nan)
+    return Estimate(mean_TL=mean, deviation_TL=deviation, number_TL=size)
 
 
 def _ratio_of_means(above_NTL: Floats, below_NTL: Floats) -> Estimate:
@@ -185,5 +192,4 @@ def _ratio_of_means(above_NTL: Floats, below_NTL: Floats) -> Estimate:
         ratio = above / below
         without_one = (above - above_NTL) / (below - below_NTL)
         pseudo_values = size * ratio - (size - 1) * without_one
-    spread = _over_first(pseudo_values)
-    return Estimate(mean_TL=np.where(np.isfinite(ratio), ratio, np.nan), deviation_TL=spread.deviation_TL)
+    return replace(_over_first(pseudo_values), mean_TL=np.where(np.isfinite(ratio), ratio, np.nan))

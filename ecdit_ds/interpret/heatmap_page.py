@@ -137,7 +137,7 @@ def trace_page(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> str:
         f"{drawing.recipe}: {experts} experts in each of {len(trace.layers)} layers, {rows} x {columns} patches"
     )
     return _Page(_PAGE.read_text(encoding="utf-8")).substitute(
-        prompt=html.escape(drawing.prompt), facts=html.escape(facts), data=_json_in_script(data)
+        prompt=html.escape(drawing.prompt), facts=html.escape(facts), data=json_in_script(data)
     )
 
 
@@ -148,7 +148,7 @@ def plain(values: npt.NDArray[np.float64]) -> Any:
     return [plain(inner) for inner in values]
 
 
-def _json_in_script(data: dict[str, Any]) -> str:
+def json_in_script(data: dict[str, Any]) -> str:
     """Return JSON that a script element can hold: no angle bracket, so no end of the element and no comment."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

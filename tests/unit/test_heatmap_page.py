@@ -21,7 +21,7 @@ from PIL import Image
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.interpret.concentration import gini
-from ecdit_ds.interpret.heatmap_page import Drawing, trace_numbers, trace_page
+from ecdit_ds.interpret.heatmap_page import Drawing, json_in_script, trace_numbers, trace_page
 from ecdit_ds.interpret.routing_trace import RoutingTrace, trace_routing
 from tests.helpers.random_model import random_pipeline, save_random_model
 
@@ -184,6 +184,13 @@ def test_the_page_refers_to_nothing_outside_itself(trace: RoutingTrace, prompt: 
     assert "default-src 'none'" in page
     assert parsed.texts["h1"].strip() == f"“{prompt}”"
     assert "@@" not in page.replace("@@data $data", "")
+
+
+def test_json_cannot_end_the_script_it_stands_in() -> None:
+    data = {"recipe": " ".join(HOSTILE)}
+    text = json_in_script(data)
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == data
 
 
 def page_data(page: str) -> dict[str, Any]:

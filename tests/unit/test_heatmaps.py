@@ -15,6 +15,7 @@ from ecdit_ds.flow.objective import draw_noise
 from ecdit_ds.interpret.heatmaps import (
     ComputeMaps,
     compute_maps,
+    maps_of,
     save_compute_maps,
     save_concentration,
     save_expert_maps,
@@ -164,6 +165,14 @@ def test_of_a_shared_pool_the_first_image_is_traced(make_pipeline: MakePipeline)
     assert first.sum() + second.sum() == 2 * 32
     assert (trace.counts_TLHW[-1, 0].reshape(-1) == first).all()
     assert (first != second).any()
+
+
+def test_maps_of_a_whole_trace_are_those_of_its_three_moments(make_maps: MakeMaps) -> None:
+    maps, pipeline = make_maps()
+    trace = trace_routing(pipeline, "a red seven", seed=5, sample=pipeline.recipe.sample)
+    found = maps_of(trace, 11)
+    assert (found.counts == maps.counts).all()
+    assert (found.moments, found.layers) == (maps.moments, maps.layers)
 
 
 def test_only_the_steps_asked_for_are_traced(make_pipeline: MakePipeline) -> None:

@@ -49,17 +49,18 @@ def hand_made(counts: list[list[int]], in_cell: list[list[bool]]) -> SceneCounts
                        in_cell_NP=mask, on_ink_NP=~mask)  # fmt: skip
 
 
-def test_scenes_are_noised_as_for_the_held_out_loss(make_pipeline: MakePipeline) -> None:
-    pipeline = make_pipeline()
+@pytest.mark.parametrize(("pool", "forwards"), [("image", 8), ("batch", 24)])
+def test_scenes_are_noised_as_for_the_held_out_loss(make_pipeline: MakePipeline, pool: str, forwards: int) -> None:
+    pipeline = make_pipeline(f"model.routing_pool={pool}")
     recorder = Recorder(pipeline.model)
     count_scenes(replace(pipeline, model=recorder), 3)
-    assert [float(inputs[1][0]) for inputs in recorder.inputs] == [(i + 0.5) / 8 for i in range(8)]
+    assert [float(inputs[1][0]) for inputs in recorder.inputs] == [(i % 8 + 0.5) / 8 for i in range(forwards)]
     scene = draw_scene(seed=0, split="heldout", index=2, canvas_height=16, canvas_width=16)
     image = rearrange(torch.from_numpy(scene.image_HWC), "h w c -> 1 c h w") / 127.5 - 1.0
     noise = draw_noise((3, 16, 16), torch.tensor([2]), 0, "heldout noise")
     noisy = 0.8125 * pipeline.image_encoder.encode(image) + 0.1875 * noise
-    torch.testing.assert_close(recorder.inputs[1][0][2:], noisy)
-    assert torch.equal(recorder.inputs[1][2][2:], pipeline.text_encoder.encode([scene.caption]).embeds_BTD)
+    torch.testing.assert_close(recorder.inputs[-7][0][-1:], noisy)
+    assert torch.equal(recorder.inputs[-7][2][-1:], pipeline.text_encoder.encode([scene.caption]).embeds_BTD)
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.routing_pool=group", "model.routing_group=4"),

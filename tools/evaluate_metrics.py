@@ -107,17 +107,15 @@ def scenes(options: argparse.Namespace) -> None:
 
 def scenes_table(results: Mapping[str, Any]) -> str:
     """Return scores by kind as text: model, exact, ceiling, chance, in per cent."""
-    columns = [
-        ("model", "share"),
-        ("model", "exact_share"),
-        *((n, "share") for n in ("ceiling", "chance") if n in results),
-    ]
-    lines = [f"{'kind':>12}  {'shown':>6}  {'exact':>6}" + "".join(f"  {name:>7}" for name, _ in columns[2:])]
+    beside = [name for name in ("ceiling", "chance") if name in results]
+    columns = [("model", "correct"), ("model", "exact"), *((name, "correct") for name in beside)]
+    lines = [f"{'kind':>12}  {'shown':>6}  {'exact':>6}" + "".join(f"  {name:>7}" for name in beside)]
     for kind, score in results["model"]["kinds"].items():
-        shares = [results[name]["kinds"][kind][what] for name, what in columns]
+        counts = [(results[name]["kinds"][kind], what) for name, what in columns]
+        shares = [each[what] / each["count"] for each, what in counts]
         lines.append(f"{kind:>12}" + "".join(f"  {100 * x:6.1f}" for x in shares[:2])
                      + "".join(f"  {100 * x:7.1f}" for x in shares[2:]) + f"   of {score['count']}")  # fmt: skip
-    overall = [results["model"]["overall"], results["model"]["exact"], *(results[n]["overall"] for n, _ in columns[2:])]
+    overall = [results["model"]["overall"], results["model"]["exact"], *(results[name]["overall"] for name in beside)]
     lines.append(f"{'mean':>12}" + "".join(f"  {100 * x:6.1f}" for x in overall[:2])
                  + "".join(f"  {100 * x:7.1f}" for x in overall[2:])
                  + f"   +- {100 * results['model']['standard_error']:.1f} (standard error of shown)")  # fmt: skip
@@ -126,7 +124,8 @@ def scenes_table(results: Mapping[str, Any]) -> str:
 
 def _show_scenes(folder: Path, rows: Iterable[Row], path: Path) -> None:
     """Write a grid of the first pictures of each kind, a row a kind, with verdicts; nothing is picked."""
-    shown = [row for kind in KINDS for row in list(filter(lambda row: row["kind"] == kind, rows))[:_COLUMNS]]
+    by_kind = [[row for row in rows if row["kind"] == kind] for kind in KINDS]
+    shown = [row for of_kind in by_kind for row in of_kind[:_COLUMNS]]
     images = []
     for row in shown:
         with Image.open(folder / row["file"]) as image:

@@ -122,7 +122,7 @@ def browse(tmp_path: Path) -> Browse:
         command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}",
                    "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom",
                    f"file://{path}{address}"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
         shown = Shown(done.stdout)
         assert shown.root.get("data-fault") is None

@@ -372,39 +372,3 @@ def test_settings_that_exclude_one_another_are_refused(
     checkpoint: Path, refusal_of: RefusalOf, settings: dict[str, Any], told: str
 ) -> None:
     assert told in refusal_of(lambda: load(checkpoint, **settings))
-
-
-def test_the_texts_keys_and_values_are_computed_once_a_prompt_whatever_the_steps(
-    pipeline: TextToImagePipeline,
-) -> None:
-    calls: list[str] = []
-    parts = [
-        (name, module)
-        for name, module in pipeline.drawer.model.named_modules()
-        if name.endswith(("cross_attention.key", "cross_attention.value"))
-    ]
-    handles = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts]
-    assert len(parts) == 2 * pipeline.drawer.recipe.model.num_layers
-    for steps in (1, 5):
-        calls.clear()
-        draw(pipeline, num_inference_steps=steps, sampler="heun")
-        assert sorted(calls) == sorted(2 * [name for name, _ in parts])  # for the prompts, and for no text
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_remembered_keys_and_values_predict_bit_for_bit_what_the_text_does(
-    checkpoint: Path, dtype: torch.dtype
-) -> None:
-    drawer = load(checkpoint, torch_dtype=dtype).drawer
-    texts, latents, times = drawer.text_encoder.encode(PROMPTS), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8])
-    with torch.no_grad():
-        anew = drawer.model(latents, times, texts.embeds_BTD, texts.mask_BT, texts.pooled_BD)
-        memories = drawer.model.remember(texts.embeds_BTD)
-        remembered = drawer.model(latents, times, memories, texts.mask_BT, texts.pooled_BD)
-        null = drawer.text_encoder.null()
-        one = [memory.expand(2) for memory in drawer.model.remember(null.embeds_BTD)]
-        for_all = drawer.model(latents, times, one, null.mask_BT.expand(2, -1), null.pooled_BD.expand(2, -1))
-    assert torch.equal(anew.velocity_BCHW, remembered.velocity_BCHW)
-    assert not torch.allclose(for_all.velocity_BCHW, anew.velocity_BCHW, atol=1e-3)

@@ -114,6 +114,11 @@ class TextToImage:
             return torch.cat([tensor, tensor[-1:].expand(lacking, *tensor.shape[1:])]) if lacking else tensor
 
         latents = full_pools(noise()).to(self.device)
+
+        def tell(step: int, time: float, latents: Tensor, /) -> Tensor | None:
+            replaced = None if callback is None else callback(step, time, latents[: len(prompts)])
+            return None if replaced is None else torch.cat([replaced.to(latents), latents[len(prompts) :]])
+
         velocity = guided(
             self.velocity(_each(full_pools, texts)),
             self.velocity(_each(full_pools, opposite) if negative_prompts else opposite),
@@ -123,7 +128,7 @@ class TextToImage:
         step = rule_of(sample, lambda: full_pools(noise()).to(self.device))(velocity)
         times = time_grid(sample.num_steps, self.timestep_shift(latents.shape))
         with with_capacity_factor(self.model, sample.capacity_factor):
-            return follow(step, latents, times, callback)[: len(prompts)]
+            return follow(step, latents, times, tell)[: len(prompts)]
 
     def velocity(self, text: TextEmbeddings) -> VelocityFn:
         """Return the velocity under `text`, one caption for each image or one for all, which is read once."""

@@ -9,7 +9,6 @@ number of processes nor an interruption changes a picture.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -30,6 +29,8 @@ SETTINGS_NAME = "settings.json"
 LINES_NAME = "pictures.jsonl"
 PICTURES_NAME = "pictures"
 _PART_LINES = "pictures.rank_*.jsonl"
+_PICTURE_FILES = "[0-9]" * 6 + "*_*.png*"
+"""Also those that a kill left half written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class Brush:
 
 def fill(
     folder: Path, jobs: Sequence[Job], brush: Brush, facts: dict[str, Any], crew: Crew,
-    advance: Callable[[int], object] = lambda _count: None,
+    advance: Callable[[int], object] = lambda _count: None, *, overwrite: bool = False,
 ) -> list[Picture]:  # fmt: skip
     """Draw what the folder lacks, and return all its pictures in the order of `jobs`; every process calls this.
 
@@ -93,17 +94,17 @@ def fill(
         facts: what else decides how a picture looks, such as which weights; JSON values.
         crew: the processes that share the work.
         advance: told how many pictures of `jobs` are there, at the start and after each part.
+        overwrite: remove what the folder holds, once the prompts are known to be usable.
 
     Raises:
         DataError: the folder holds pictures of other prompts, seeds or settings, or cannot be written.
     """
-    told = facts | asdict(brush.sample) | {
-        "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
-    }  # fmt: skip
-    told = json.loads(json.dumps({name: value for name, value in told.items() if name != "prompts"}))
+    told = _settings(brush, facts)
     _check_prompts(jobs, brush, crew)
+    if overwrite:
+        crew.world.on_first(lambda: _writing(folder, lambda: clear(folder)))
     done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, jobs, told)))
-    faults: list[DataError] = []
+    lines = folder / _PART_LINES.replace("*", str(crew.world.rank))
     parts = [range(start, min(start + brush.batch_size, len(jobs))) for start in range(0, len(jobs), brush.batch_size)]
     missing = [part for part in parts if any(index not in done for index in part)]
     advance(len(jobs) - sum(map(len, missing)))
@@ -113,14 +114,11 @@ def fill(
         chosen = [jobs[index] for index in turn]
         chosen += [chosen[-1]] * (min(brush.batch_size, len(jobs)) - len(chosen))
         images = brush.draw(chosen)
-        if crew.is_speaker and start + crew.dp.index < len(missing):
-            lines = folder / _PART_LINES.replace("*", str(crew.world.rank))
-            try:
-                _writing(folder, partial(_write, folder, lines, turn, jobs, images))
-            except DataError as fault:  # told below: who leaves now would leave the others waiting
-                faults.append(fault)
+        is_mine = crew.is_speaker and start + crew.dp.index < len(missing)
+        # Together: who left alone would leave the others waiting.
+        write = partial(_write, folder, lines, turn if is_mine else range(0), jobs, images)
+        crew.world.together(partial(_writing, folder, write))
         advance(sum(map(len, missing[start : start + crew.dp.count])))
-    crew.world.together(lambda: _raise_first(faults))
     crew.world.on_first(lambda: _writing(folder, lambda: _merge(folder)))
     return read_gallery(folder)
 
@@ -158,12 +156,22 @@ def read_picture(folder: Path, picture: Picture) -> Image.Image:
 
 
 def clear(folder: Path) -> None:
-    """Remove what `fill` made; other files stay."""
-    for name in (SETTINGS_NAME, LINES_NAME):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob(_PART_LINES):
-        path.unlink()
-    shutil.rmtree(folder / PICTURES_NAME, ignore_errors=True)
+    """Remove what `fill` made; other files stay. The settings go last: nothing is ever taken for a newer drawing's."""
+    for pattern in (LINES_NAME, _PART_LINES, f"{PICTURES_NAME}/{_PICTURE_FILES}", SETTINGS_NAME):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return all that decides how a picture looks, as JSON gives it back."""
+    told = facts | asdict(brush.sample) | {
+        "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
+    }  # fmt: skip
+    model = brush.drawer.recipe.model
+    if model.ffn == "token_choice" or model.routing_pool != "image":
+        told["batch_size"] = brush.batch_size  # pictures of a part compete for the experts
+    settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name != "prompts"}))
+    return settings
 
 
 def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
@@ -180,15 +188,15 @@ def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
     crew.world.together(check)
 
 
-def _raise_first(faults: Sequence[DataError]) -> None:
-    if faults:
-        raise faults[0]
-
-
 def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
     """Return the indices that are drawn already, after checking that the folder is of the same work."""
     settings = folder / SETTINGS_NAME
     if not settings.exists():
+        if any(path for pattern in (LINES_NAME, _PART_LINES) for path in folder.glob(pattern)):
+            raise DataError(
+                f"{folder}: holds pictures, but no {SETTINGS_NAME} that says how they were drawn; choose another "
+                "--output, or replace them with --overwrite"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         replace_durably(settings, (json.dumps(told, indent=2) + "\n").encode())
     held = _json(settings.read_text(encoding="utf-8"), settings)
@@ -233,12 +241,14 @@ def _read_lines(path: Path) -> list[Picture]:
     if not path.is_file():
         return []
     types = {field.name: int if field.name in ("index", "seed") else str for field in fields(Picture)}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
     pictures = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break  # a process was killed while it wrote this
+    for number, line in enumerate(lines[:-1], 1):  # what stands behind the last end of a line was cut off by a kill
         data = _json(line, f"{path} line {number}")
-        is_whole = all(type(data.get(name)) is kind for name, kind in types.items())
+        is_whole = all(type(data.get(name)) is kind for name, kind in types.items()) and data["index"] >= 0
         if not is_whole or Path(data["file"]).is_absolute() or ".." in Path(data["file"]).parts:
             raise DataError(f"{path} line {number}: is not a picture's line with {', '.join(types)}")
         pictures.append(Picture(**{name: data[name] for name in types}))
@@ -259,7 +269,8 @@ def _writing(folder: Path, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder}: {getattr(error, 'strerror', None) or error}") from None
+        where = getattr(error, "filename", None) or folder
+        raise DataError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _slug(prompt: str) -> str:

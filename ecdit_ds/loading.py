@@ -47,7 +47,7 @@ class Spread:
     max_memory: Mapping[int | str, int | str] | None = None
     """Device -> bytes or text such as 10GiB; by default what is free."""
     offload_folder: Path | None = None
-    """Where weights wait that fit neither devices nor host memory."""
+    """Where weights wait that fit neither devices nor host memory; for one loaded model at a time."""
 
 
 def open_model(path: Path, kind: str | None = None) -> StoredModel:
@@ -115,31 +115,51 @@ def load_spread_drawer(
 
     Raises:
         CheckpointError: as `load_drawer`.
-        ConfigError: the map or its memory cannot be used.
+        ConfigError: the map, its memory or its folder cannot be used.
     """
     from accelerate import dispatch_model
-    from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
+    from accelerate.utils import set_module_tensor_to_device
 
     stored = open_model(path, kind)
     with torch.device("meta"):
         model = ECDiT(stored.recipe.model, SerialLayers()).eval().to(dtype)
     device_map = _device_map(model, spread, dtype)
-    index: dict[str, Any] = {}
+    waiting = _Offloaded(spread.offload_folder)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         values = torch.empty(shape, dtype=dtype)
         stored.read_into(name, shape, Box((0,) * len(shape), shape), values)
         place = _place_of(name, device_map)
         if place == "disk":
-            offload_weight(values, name, str(spread.offload_folder), index=index)
+            waiting.put(name, values)
         else:
             set_module_tensor_to_device(model, name, place, value=values)
-    if index:
-        save_offload_index(index, str(spread.offload_folder))
-    model = dispatch_model(model, device_map, offload_dir=spread.offload_folder, force_hooks=True)
-    first = _place_of("patches", device_map)
-    device = torch.device("cpu") if first in ("cpu", "disk") else torch.device(first)
-    return _drawer(model, stored.recipe, device)
+    main = next((place for place in device_map.values() if place not in ("cpu", "disk")), "cpu")
+    try:
+        model = dispatch_model(
+            model, device_map, main, offload_dir=spread.offload_folder, offload_index=waiting.index, force_hooks=True
+        )
+    except ValueError as error:
+        raise ConfigError(f"device_map: {device_map} cannot be used: {error}") from None
+    return _drawer(model, stored.recipe, torch.device(main))
+
+
+class _Offloaded:
+    """Weights that wait in a folder, and accelerate's index of them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.index: dict[str, Any] | None = None
+
+    def put(self, name: str, values: Tensor) -> None:
+        from accelerate.utils import offload_weight
+
+        assert self._folder is not None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.index = offload_weight(values, name, str(self._folder), index=self.index or {})
+        except OSError as error:
+            raise ConfigError(f"offload_folder: {self._folder} cannot be written: {error.strerror}") from None
 
 
 def _drawer(model: ECDiT, recipe: Recipe, device: torch.device) -> TextToImage:
@@ -153,7 +173,7 @@ def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[st
     from accelerate import infer_auto_device_map
 
     if not isinstance(spread.device_map, str):
-        device_map = dict(spread.device_map)
+        device_map = {name: str(at) if isinstance(at, torch.device) else at for name, at in spread.device_map.items()}
     elif spread.device_map != "auto":
         raise ConfigError(f"device_map: {spread.device_map!r} is not known; give auto or a map of modules to devices")
     else:
@@ -162,6 +182,10 @@ def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[st
             device_map = dict(infer_auto_device_map(model, memory, no_split_module_classes=["DiTBlock"], dtype=dtype))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"max_memory: {spread.max_memory}: {error}") from None
+    for name, _ in model.named_parameters():
+        _place_of(name, device_map)
+    for module, place in device_map.items():
+        _check_place(module, place)
     if "disk" in device_map.values() and spread.offload_folder is None:
         raise ConfigError(
             "device_map: some layers fit neither the devices nor host memory; give an offload_folder on a fast disk, "
@@ -171,11 +195,27 @@ def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[st
 
 
 def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
-    while name and name not in device_map:
-        name = name.rpartition(".")[0]
-    if name not in device_map:
-        raise ConfigError(f"device_map: has no device for every module; modules are {', '.join(device_map)}")
-    return device_map[name]
+    module = name
+    while module and module not in device_map:
+        module = module.rpartition(".")[0]
+    if module not in device_map:
+        raise ConfigError(f"device_map: has no device for {name}; it has {', '.join(device_map)}")
+    return device_map[module]
+
+
+def _check_place(module: str, place: Any) -> None:
+    if place == "disk":
+        return
+    try:
+        usable = not torch.empty(0, device=torch.device(place)).is_meta
+        reason = "which holds no numbers"
+    except (RuntimeError, AssertionError, TypeError) as error:
+        usable, reason = False, str(error).splitlines()[0]
+    if not usable:
+        raise ConfigError(
+            f"device_map: {module or 'the model'} cannot be on {place!r}: {reason}; this machine has cpu, disk and "
+            f"{torch.cuda.device_count()} GPUs"
+        )
 
 
 def _open_export(folder: Path, kind: str | None) -> StoredModel:

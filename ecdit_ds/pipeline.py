@@ -25,8 +25,8 @@ from ecdit_ds.loading import Spread, load_drawer, load_spread_drawer
 from ecdit_ds.pictures import to_uint8
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-StepEnd = Callable[["TextToImagePipeline", int, float, dict[str, Tensor]], dict[str, Tensor]]
-"""(pipeline, step from 0, time it ended at, {"latents": ...}) -> latents to go on with, under the same name."""
+StepEnd = Callable[["TextToImagePipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+"""(pipeline, step from 0, time it ended at, {"latents": ...}) -> latents to go on with, under the same name, if any."""
 
 
 class TextToImagePipeline:
@@ -89,8 +89,14 @@ class TextToImagePipeline:
         return self.drawer.model.patches.linear.weight.dtype
 
     def to(self, device: str | torch.device) -> "TextToImagePipeline":
-        """Move the model, and return this pipeline."""
+        """Move the model, and return this pipeline.
+
+        Raises:
+            ConfigError: the model is placed by a device map.
+        """
         where = torch.device(device)
+        if hasattr(self.drawer.model, "hf_device_map"):
+            raise ConfigError(f"device: {where}: a device_map has placed the model; load it without one to move it")
         self.drawer = dataclasses.replace(self.drawer, model=self.drawer.model.to(where), device=where)
         return self
 
@@ -217,4 +223,5 @@ class _Teller:
         self._bar.update()
         if self._on_step_end is None:
             return latents
-        return self._on_step_end(self._pipeline, step, time, {"latents": latents}).get("latents", latents)
+        told = self._on_step_end(self._pipeline, step, time, {"latents": latents}) or {}
+        return told.get("latents", latents)

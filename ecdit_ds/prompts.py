@@ -18,7 +18,7 @@ def read_prompt_file(path: Path) -> list[tuple[str, int | None]]:
         DataError: the file cannot be read, holds nothing, or has a bad line (named).
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -43,11 +43,14 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     import datasets  # takes seconds, and few prompts come from one
 
     path = Path(name)
+    if path.is_file() and path.suffix not in _LOADERS:
+        raise DataError(f"--dataset {name}: is none of {', '.join(_LOADERS)}; name its kind, or use --prompts")
+    datasets.disable_progress_bars()
     try:
         if path.is_dir():
             found: Any = datasets.load_from_disk(str(path))
         elif path.is_file():
-            found = datasets.load_dataset(_LOADERS.get(path.suffix, "parquet"), data_files={split: str(path)})
+            found = datasets.load_dataset(_LOADERS[path.suffix], data_files={split: str(path)})
         else:
             found = datasets.load_dataset(name)
     except Exception as error:  # each kind of file has errors of its own

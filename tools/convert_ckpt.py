@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -40,6 +40,7 @@ from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_univ
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.sharding import cut_axes
+from tools.command_line import OneLineParser
 from tools.convert_sources import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,16 +48,9 @@ KINDS = {"all": None, "weights": "weight", "ema": "ema"}
 MAX_FILE_BYTES = 5 * 10**9
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Answers a wrong flag with one line; `--help` tells the rest."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="tools/convert_ckpt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

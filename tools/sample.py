@@ -1,8 +1,9 @@
 """Draw pictures from a checkpoint:  python tools/sample.py --checkpoint runs/demo --prompt "a red seven"
 
 Leaves in the output folder pictures/ (PNGs), pictures.jsonl (a line a picture: index, file, prompt, seed),
-settings.json, samples.png (a captioned grid of the first ones) and, for expert choice, routing.png: how many experts
-each patch of the first picture got, by layer, early, in the middle and late. Killed and run again, it goes on.
+settings.json, samples.png (a captioned grid of the first ones) and, for expert choice without --height, --width and
+--negative-prompt, routing.png: how many experts each patch of the first picture got, by layer, early, in the middle and
+late. Killed and run again, it goes on.
 
 On several processes:  deepspeed --num_gpus 4 tools/sample.py --tp 2 --checkpoint ... (pictures are shared out over what
 --tp leaves; --ep spreads the experts over these).
@@ -24,12 +25,13 @@ from tqdm import tqdm
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.crew import Crew, join_crew
 from ecdit_ds.drawing import TextToImage
-from ecdit_ds.errors import ConfigError, EcditError
-from ecdit_ds.gallery import Brush, Job, Picture, clear, fill, read_picture
+from ecdit_ds.errors import ConfigError, DataError, EcditError
+from ecdit_ds.gallery import Brush, Job, Picture, fill, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.loading import KINDS, Spread, StoredModel, load_drawer, load_spread_drawer, open_model
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
+from tools.command_line import OneLineParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COLUMNS = 4
@@ -37,7 +39,7 @@ _COLUMNS = 4
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="tools/sample.py", description="Draw pictures from a checkpoint.",
         epilog="Prompts and settings that are not given are the recipe's (its section `sample`). "
         "Picture i has seed S + i, unless a prompt file says otherwise. Run again to go on after an interruption.",
@@ -118,9 +120,8 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Draw, and turn what a user can get wrong into one line; return the exit code."""
-    options = parse_arguments()
     try:
-        draw(options)
+        draw(parse_arguments())
     except EcditError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -133,12 +134,12 @@ def draw(options: argparse.Namespace) -> None:
     stored = open_model(options.checkpoint, options.weights)
     jobs = _jobs(options, stored.recipe)
     crew = join_crew(options.tp, options.ep)
+    options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
     drawer = load_for(crew, options)
     brush = brush_for(drawer, options)
-    if options.overwrite and crew.is_first:
-        clear(options.output)
+    facts = facts_of(stored, options)
     with tqdm(total=len(jobs), unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
-        pictures = fill(options.output, jobs, brush, facts_of(stored, options), crew, bar.update)
+        pictures = fill(options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite)
     if crew.is_first:
         _show(options, pictures, drawer, brush.sample)
 
@@ -177,6 +178,8 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
         num_steps=options.steps, sampler=options.sampler, eta=options.eta, guidance_scale=options.guidance,
         guidance_interval=options.guidance_interval, capacity_factor=options.capacity_factor,
     )  # fmt: skip
+    if options.negative_prompt is not None and sample.guidance_scale == 1.0:
+        raise ConfigError("--negative-prompt: has no effect with a guidance of 1.0; leave it out or raise --guidance")
     drawer.latent_shape(options.height, options.width)
     return Brush(
         drawer=drawer, sample=sample, batch_size=options.batch_size, negative_prompt=options.negative_prompt,
@@ -205,8 +208,13 @@ def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
     count = options.images_per_prompt
     if count < 1 or (options.limit is not None and options.limit < 1):
         raise ConfigError(f"--images-per-prompt {count}, --limit {options.limit}: draw nothing; give 1 or more")
+    if options.grid < 1:
+        raise ConfigError(f"--grid: {options.grid} pictures are none; give 1 or more")
     if not prompts:
         raise ConfigError("--prompt: none given, and the recipe's sample.prompts is empty; give one")
+    for prompt, _ in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError(f"prompt {prompt!a}: has halves of characters, so it is not UTF-8 text; correct it")
     jobs = []
     for i, (prompt, seed) in enumerate(prompts[: options.limit]):
         first = options.seed + i * count if seed is None else seed
@@ -226,11 +234,15 @@ def _memory(given: Sequence[str]) -> dict[int | str, int | str] | None:
 
 def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: TextToImage, sample: SampleConfig) -> None:
     """Write what people look at."""
-    shown = pictures[: max(options.grid, 1)]
+    if options.overwrite:
+        (options.output / "routing.png").unlink(missing_ok=True)
+    shown = pictures[: options.grid]
     images = [np.asarray(read_picture(options.output, picture)) for picture in shown]
     save_grid(images, [picture.prompt for picture in shown], min(_COLUMNS, len(shown)), options.output / "samples.png")
     print(f"{len(pictures)} pictures in {options.output}/pictures, grid in {options.output / 'samples.png'}")
-    if drawer.recipe.model.ffn == "expert_choice" and options.tp == options.ep == 1:
+    # Maps are of a drawing in the recipe's size and away from no text.
+    is_mapped = options.height is options.width is options.negative_prompt is None
+    if drawer.recipe.model.ffn == "expert_choice" and options.tp == options.ep == 1 and is_mapped:
         maps = compute_maps(drawer, pictures[0].prompt, seed=pictures[0].seed, sample=sample)
         save_compute_maps(maps, pictures[0].prompt, options.output / "routing.png")
         print(f"experts per patch in {options.output / 'routing.png'}")

@@ -78,7 +78,7 @@ class ECDiT(nn.Module):
             x_BSD, block_loss = self.recompute.run(
                 layer, block, x_BSD, modulation_BMD, angles_SK, texts[layer], text_mask_BT
             )
-            auxiliary_loss = auxiliary_loss + block_loss
+            auxiliary_loss = auxiliary_loss + block_loss.to(auxiliary_loss.device)  # a device map may spread blocks
         patches = self.final(x_BSD, condition_BD)
         velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
         return Prediction(velocity_BCHW=velocity.to(noisy_latents_BCHW.dtype), auxiliary_loss=auxiliary_loss)

@@ -96,13 +96,14 @@ class ExpertChoiceRouter(nn.Module):
 def with_capacity_factor(model: nn.Module, factor: float | None) -> Iterator[None]:
     """Let every expert of `model` take f = `factor` instead of the model's own; None changes nothing."""
     routers = [module for module in model.modules() if isinstance(module, ExpertChoiceRouter)]
+    before = [router.capacity_factor for router in routers]
     for router in routers:
-        router.capacity_factor = factor or router.config.capacity_factor
+        router.capacity_factor = router.capacity_factor if factor is None else factor
     try:
         yield
     finally:
-        for router in routers:
-            router.capacity_factor = router.config.capacity_factor
+        for router, own in zip(routers, before, strict=True):
+            router.capacity_factor = own
 
 
 class ExpertChoiceFFN(nn.Module):

@@ -163,3 +163,38 @@ def test_a_checkpoint_without_a_usable_recipe_is_named(
     with pytest.raises(CheckpointError, match="its recipe cannot be used") as refused:
         load_drawer(checkpoint)
     assert str(checkpoint) in str(refused.value)
+
+
+def test_the_texts_keys_and_values_are_computed_once_a_prompt_whatever_the_steps(pipeline: TextToImage) -> None:
+    calls: list[str] = []
+    parts = [
+        (name, module)
+        for name, module in pipeline.model.named_modules()
+        if name.endswith(("cross_attention.key", "cross_attention.value"))
+    ]
+    for name, part in parts:
+        part.register_forward_hook(lambda *_, name=name: calls.append(name))
+    assert len(parts) == 2 * pipeline.recipe.model.num_layers
+    for steps in (1, 5):
+        calls.clear()
+        pipeline.draw(PROMPTS, seeds=[0, 1, 2], sample=pipeline.settings(num_steps=steps, sampler="heun"))
+        assert sorted(calls) == sorted(2 * [name for name, _ in parts])  # for the prompts, and for no text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_remembered_keys_and_values_predict_bit_for_bit_what_the_text_does(
+    checkpoint: Path, dtype: torch.dtype
+) -> None:
+    drawer = load_drawer(checkpoint, dtype=dtype)
+    texts, latents = drawer.text_encoder.encode(PROMPTS), torch.randn(3, 3, 16, 16)
+    times = torch.tensor([0.3, 0.8, 1.0])
+    anew = drawer.model(latents, times, texts.embeds_BTD, texts.mask_BT, texts.pooled_BD)
+    for _ in range(2):
+        memories = drawer.model.remember(texts.embeds_BTD)
+        remembered = drawer.model(latents, times, memories, texts.mask_BT, texts.pooled_BD)
+        assert torch.equal(remembered.velocity_BCHW, anew.velocity_BCHW)
+    assert torch.equal(drawer.velocity(texts)(latents, 0.3)[0], anew.velocity_BCHW[0])
+    one, null = drawer.velocity(drawer.text_encoder.null()), drawer.velocity(drawer.text_encoder.encode(["", "", ""]))
+    torch.testing.assert_close(one(latents, 0.3), null(latents, 0.3), rtol=0, atol=1e-5 if dtype.itemsize == 4 else 0.1)
+    assert not torch.allclose(one(latents, 0.3)[0], anew.velocity_BCHW[0], atol=1e-2)

@@ -102,7 +102,10 @@ def task_of(options: argparse.Namespace) -> Task:
     name = f"{stored.recipe.name}_step_{stored.step}" if stored else Path(pictures).resolve().name
     folder = options.output or Path("evaluation") / name / options.metric
     require_counts(("--batch-size", options.batch_size))
-    return Task(options=options, crew=join_crew(options.tp, options.ep), stored=stored, folder=folder)
+    crew = join_crew(options.tp, options.ep)
+    if stored is not None:
+        options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
+    return Task(options=options, crew=crew, stored=stored, folder=folder)
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

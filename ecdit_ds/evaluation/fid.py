@@ -84,7 +84,7 @@ def feature_statistics(
     """
     metric = FrechetInceptionDistance(feature=_AsGiven(dim)).to(device or torch.device("cpu"))
     for features_BD in batches:
-        metric.update(features_BD.double(), real=True)
+        metric.update(features_BD, real=True)  # in float64, whatever is given
     return FeatureStatistics(
         sum_D=metric.real_features_sum.cpu(),
         outer_DD=metric.real_features_cov_sum.cpu(),

@@ -98,14 +98,13 @@ def work_through(
             advance(len(indices))
     except EcditError as fault:  # the others still have work to do, and rows to keep
         faults.append(fault)
-    crew.world.on_first(ledger.merge)
 
     def raise_own() -> None:
         if faults:
             raise faults[0]
 
-    crew.world.together(raise_own)
-    return ledger.rows()
+    crew.world.together(raise_own)  # nobody merges before all have written
+    return crew.world.on_first(ledger.merge)
 
 
 def _read_lines(path: Path) -> list[Row]:

@@ -13,7 +13,8 @@ Suffixes: B images, S tokens of an image, D hidden_size.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path, as all tools are
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json

@@ -161,7 +161,8 @@ def summarize(rows: list[dict[str, Any]]) -> str:
     low, high = twin["overhead_quartiles"]
     return (
         f"overhead beside the dense twin {twin['overhead']:.3f} [{low:.3f}, {high:.3f}] (aim {AIM}): "
-        f"time x {twin['ratio']:.3f}, FLOPs x {twin['flops_ratio']:.3f}; reusing the text takes {saved['ratio']:.3f} of its time"
+        f"time x {twin['ratio']:.3f}, FLOPs x {twin['flops_ratio']:.3f}; "
+        f"reusing the text takes {saved['ratio']:.3f} of its time"
     )
 
 

@@ -44,10 +44,10 @@ def text_flops(config: ModelConfig) -> int:
 def picture_flops(config: ModelConfig, *, batch_size: int, num_steps: int, is_guided: bool, reuses_text: bool) -> float:
     """Return the FLOPs of a picture drawn beside `batch_size - 1` others, one evaluation a step or, guided, two.
 
-    With reuse all pictures share the keys and values of the null text.
+    With reuse all pictures share the keys and values of the null text, which are had also where nothing is guided.
     """
     evaluations = num_steps * (2 if is_guided else 1)
-    texts = (1 + is_guided / batch_size) if reuses_text else evaluations
+    texts = (1 + 1 / batch_size) if reuses_text else evaluations
     return evaluations * image_flops(config, config.pool_images(batch_size)) + texts * text_flops(config)
 
 

@@ -73,10 +73,9 @@ def test_the_formula_of_a_forward_is_what_torch_counts(
     assert 3 * (image_flops(config, pool) + text_flops(config)) == training_flops_per_image(config, pool)
 
 
-@pytest.mark.parametrize("name", ["plain", "group", "shared"])
+@pytest.mark.parametrize(("name", "is_dense"), [("plain", False), ("group", False), ("plain", True)])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("kind", [TextToImage, RepeatingTextToImage])
-@pytest.mark.parametrize("is_dense", [False, True], ids=["experts", "dense"])
 def test_the_formula_of_a_picture_is_what_torch_counts_while_one_is_drawn(
     tiny_recipe: Recipe, randomize: Fill, draw: Callable[..., Tensor], name: str, guidance: float,
     kind: type[TextToImage], is_dense: bool,

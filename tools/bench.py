@@ -36,10 +36,11 @@ from ecdit_ds.seeding import parameter_generator
 from ecdit_ds.validation import divisors
 from tools.bench_checkpoint import run_checkpoint
 from tools.bench_dispatch import run_dispatch
-from tools.bench_flags import OneLineParser, add_common, add_report, positive, positive_number
+from tools.bench_flags import add_common, add_report, positive, positive_number
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
 from tools.bench_report import compare, describe_run, rotated, times_text
 from tools.bench_sample import check_sample, run_sample
+from tools.command_line import OneLineParser
 
 _FULL: dict[str, Any] = {"tokens": [64, 256, 1024, 4096], "experts": [8, 16, 32, 64], "call_tokens": 8192, "rounds": 7}
 _QUICK: dict[str, Any] = {"tokens": [64, 256], "experts": [8, 16], "call_tokens": 1024, "rounds": 3}

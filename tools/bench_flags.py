@@ -1,16 +1,8 @@
-"""Flags that benchmarks share, and how they refuse: with one line."""
+"""Flags that benchmarks share."""
 
 import argparse
 import math
 from pathlib import Path
-from typing import NoReturn
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Answers a wrong flag with one line; `--help` tells the rest."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def add_common(command: argparse.ArgumentParser, what_rounds: str = "of each side and case (default 7)") -> None:

@@ -34,11 +34,12 @@ from ecdit_ds.interpret.routing_trace import require_expert_choice, trace_routin
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
 from ecdit_ds.loading import KINDS, load_drawer
 from ecdit_ds.pictures import name_for_file, save_text
+from tools.command_line import OneLineParser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="tools/heatmaps.py", description="Show which experts take which patches while a picture is drawn.",
         epilog="Steps and guidance not given are the recipe's (its section `sample`).",
     )  # fmt: skip
@@ -65,14 +66,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Draw, and turn what a user can get wrong into one line; return the exit code."""
-    options = parse_arguments()
     try:
-        show(options)
+        show(parse_arguments())
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {options.output}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 
@@ -85,11 +82,14 @@ def show(options: argparse.Namespace) -> None:
     pipeline = load_drawer(options.checkpoint, kind=options.weights)
     require_expert_choice(pipeline.recipe.model)
     sample = pipeline.settings(num_steps=options.steps, guidance_scale=options.guidance)
-    for i, prompt in enumerate(prompts):
-        name = f"{i:03d}_{name_for_file(prompt)}".rstrip("_") if len(prompts) > 1 else ""
-        _show_prompt(pipeline, prompt, sample, options.seed, options.output / name)
-    if options.scenes is not None:
-        _show_scenes(pipeline, options.scenes, options.seed, options.output)
+    try:
+        for i, prompt in enumerate(prompts):
+            name = f"{i:03d}_{name_for_file(prompt)}".rstrip("_") if len(prompts) > 1 else ""
+            _show_prompt(pipeline, prompt, sample, options.seed, options.output / name)
+        if options.scenes is not None:
+            _show_scenes(pipeline, options.scenes, options.seed, options.output)
+    except OSError as error:
+        raise ConfigError(f"--output {options.output}: cannot be written: {error.strerror or error}") from None
 
 
 def _show_prompt(pipeline: TextToImage, prompt: str, sample: SampleConfig, seed: int, folder: Path) -> None:

@@ -50,19 +50,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (ranks, flags) in LAYOUTS.items():
         batch = () if "--batch-size" in flags else ("--batch-size", "4")
         sample = ["--checkpoint", str(checkpoint), "--prompts", str(root / "prompts.txt"), "--limit", "9",
-                  "--sampler", "euler_ancestral", "--output", str(root / name / "pictures"), *flags, *batch]  # fmt: skip
+                  "--sampler", "euler_ancestral", "--output", str(root / name / "pictures"),
+                  *flags, *batch]  # fmt: skip
         runs.append(Planned(ranks, sample, tool="sample.py"))
         for metric, what in (("loss", ("--samples", "7")), ("scenes", ("--per-kind", "2", "--steps", "1"))):
-            score = [
-                metric,
-                "--checkpoint",
-                str(checkpoint),
-                "--output",
-                str(root / name / metric),
-                *what,
-                *flags,
-                *batch,
-            ]
+            score = [metric, "--checkpoint", str(checkpoint), "--output", str(root / name / metric),
+                     *what, *flags, *batch]  # fmt: skip
             runs += [Planned(ranks, score, tool="evaluate.py")] if name in SCORED else []
     output = train_many(root, runs)
     assert "Traceback" not in output

@@ -25,6 +25,8 @@ class Ledger:
 
     path: Path
     """NAME.jsonl."""
+    is_whole: Callable[[Row], bool] = lambda _row: True
+    """Says of a row whether all is there that its reader will want."""
 
     def rows(self) -> dict[int, Row]:
         """Return all rows by index.
@@ -34,17 +36,20 @@ class Ledger:
         """
         found = {}
         for path in (self.path, *self._parts()):
-            for row in _read_lines(path):
+            for row in self._read(path):
                 found[row["index"]] = row
         return {index: found[index] for index in sorted(found)}
 
     def append(self, rank: int, rows: Iterable[Row]) -> None:
         """Add rows that process `rank` worked out; raise DataError where they cannot be written."""
         path = self.path.with_suffix(f".rank_{rank}.jsonl")
+        lines = _lines_of(rows)
+        if not lines:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            with path.open("ab") as file:
+                file.write(lines)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -53,7 +58,7 @@ class Ledger:
         rows, parts = self.rows(), self._parts()
         if parts:
             try:
-                replace_durably(self.path, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+                replace_durably(self.path, _lines_of(rows.values()))
                 for path in parts:
                     path.unlink()
             except OSError as error:
@@ -65,8 +70,33 @@ class Ledger:
         for path in (self.path, *self._parts()):
             path.unlink(missing_ok=True)
 
+    def is_there(self) -> bool:
+        """Return whether somebody has written to it."""
+        return self.path.exists() or bool(self._parts())
+
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.rank_*.jsonl"))
+
+    def _read(self, path: Path) -> list[Row]:
+        """Return the rows of one file; what stands behind the last end of a line was cut off by a kill."""
+        if not path.exists():
+            return []
+        try:
+            text = path.read_bytes().rpartition(b"\n")[0].decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        rows = []
+        for number, line in enumerate(text.split("\n") if text else [], 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} line {number}: is not JSON: {error}") from None
+            if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
+                raise DataError(f"{path} line {number}: has no index, a whole number from 0 on")
+            if not self.is_whole(row):
+                raise DataError(f"{path} line {number}: is none of the rows that belong here; delete the line")
+            rows.append(row)
+        return rows
 
 
 def work_through(
@@ -84,7 +114,7 @@ def work_through(
         advance: told of this process's rows, those that were there first.
 
     Raises:
-        EcditError: of any process's `work`, on all; rows worked out so far stay.
+        EcditError: of any process's `work`, on all; whole batches that are worked out stay.
     """
     done = crew.world.on_first(ledger.merge)
     missing = [index for index in range(count) if index not in done]
@@ -104,24 +134,9 @@ def work_through(
             raise faults[0]
 
     crew.world.together(raise_own)  # nobody merges before all have written
-    return crew.world.on_first(ledger.merge)
+    rows = crew.world.on_first(ledger.merge)
+    return {index: rows[index] for index in range(count)}
 
 
-def _read_lines(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    whole, _, _torn = text.rpartition("\n")
-    rows = []
-    for number, line in enumerate(whole.split("\n") if whole else [], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number}: is not JSON: {error}") from None
-        if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
-            raise DataError(f"{path} line {number}: has no index, a whole number from 0 on")
-        rows.append(row)
-    return rows
+def _lines_of(rows: Iterable[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from PIL import Image
 
 from ecdit_ds.config import Recipe
@@ -194,6 +195,7 @@ def clip(options: argparse.Namespace) -> None:
     """CLIP score of pictures and their prompts."""
     from ecdit_ds.evaluation.clip import load_clip
     from ecdit_ds.evaluation.clip_score import clip_scores, mean_clip_score
+    from ecdit_ds.evaluation.pretrained import fingerprint
 
     task = task_of(options)
     judge = task.crew.world.together(partial(load_clip, options.clip, device=task.crew.device))
@@ -209,7 +211,8 @@ def clip(options: argparse.Namespace) -> None:
         rows = task.judge(len(pictures), verdicts)
         return {"clip_score": mean_clip_score([row["score"] for row in rows.values()]), "pictures": len(rows)}
 
-    settings = {"clip": options.clip, "seed": options.seed, "limit": options.limit, **_drawing(options)}
+    settings = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}
+    settings |= {"seed": options.seed, "limit": options.limit, **_drawing(options)}
     results = task.finish(settings, work)
     if task.crew.is_first:
         print(f"CLIP score {results['clip_score']:.4f}   ({results['pictures']} pictures)")
@@ -220,7 +223,8 @@ def geneval(options: argparse.Namespace) -> None:
     from ecdit_ds.evaluation.clip import load_clip
     from ecdit_ds.evaluation.geneval import JudgedPicture, Verdict, summarize
     from ecdit_ds.evaluation.geneval_models import ColourNamer, judge_pictures, load_detector
-    from ecdit_ds.evaluation.geneval_prompts import draw_prompts, read_prompts
+    from ecdit_ds.evaluation.geneval_prompts import as_metadata, draw_prompts, read_prompts
+    from ecdit_ds.evaluation.pretrained import fingerprint
 
     count = options.images_per_prompt
     require_counts(("--images-per-prompt", count), ("--limit", options.limit))
@@ -255,7 +259,9 @@ def geneval(options: argparse.Namespace) -> None:
         return dataclasses.asdict(summary)
 
     settings = {
-        "detector": options.detector, "clip": options.clip, "metadata": options.metadata and str(options.metadata),
+        "detector": options.detector, "detector_identity": fingerprint(detector.model, detector.processor),
+        "clip": options.clip, "clip_identity": fingerprint(namer.clip.model, namer.clip.processor),
+        "prompts": xxhash.xxh3_64_hexdigest("\n".join(map(as_metadata, prompts)).encode()),
         "images_per_prompt": count, "limit": options.limit, "seed": options.seed, **_drawing(options),
     }  # fmt: skip
     results = task.finish(settings, work)

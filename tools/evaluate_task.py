@@ -15,7 +15,7 @@ from ecdit_ds.crew import Crew, join_crew
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import ConfigError, DataError
-from ecdit_ds.gallery import Job, Picture, fill, read_gallery
+from ecdit_ds.gallery import Job, Picture, fill, gallery_identity, read_gallery
 from ecdit_ds.ledger import Ledger, Row, work_through
 from ecdit_ds.loading import StoredModel, open_model
 from tools.bench_report import describe_run
@@ -43,7 +43,7 @@ class Task:
     def facts(self) -> dict[str, Any]:
         """Return what is scored."""
         if self.stored is None:
-            return {"pictures": str(self.options.pictures.resolve())}
+            return {"pictures": f"{self.options.pictures.resolve().name} {gallery_identity(self.options.pictures)}"}
         return facts_of(self.stored, self.options)
 
     def drawer(self) -> TextToImage:

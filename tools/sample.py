@@ -190,8 +190,8 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
 def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
     """Return what besides drawing settings decides how a picture looks."""
     return {
-        "checkpoint": str(stored.folder.resolve()), "recipe": stored.recipe.name, "step": stored.step,
-        "weights": stored.kind, "dtype": options.dtype,
+        "checkpoint": f"{stored.folder.resolve().name} {stored.identity}", "recipe": stored.recipe.name,
+        "step": stored.step, "weights": stored.kind, "dtype": options.dtype,
     }  # fmt: skip
 
 

@@ -260,5 +260,6 @@ def test_a_run_that_trains_on_is_drawn_at_one_checkpoint(
     flags = ["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "o"), "--steps", "1"]
     sample.draw(sample.parse_arguments(flags))
     told = json.loads((tmp_path / "o" / "settings.json").read_text(encoding="utf-8"))
-    assert (told["checkpoint"], told["step"]) == (str(checkpoint.resolve()), 1)
+    assert told["checkpoint"].startswith(f"{checkpoint.name} ")
+    assert told["step"] == 1
     assert loaded[0].recipe.name == told["recipe"] == "tiny"

@@ -49,7 +49,8 @@ def seeded(seed: int) -> torch.Generator:
 
 def draw(pipeline: TextToImagePipeline, prompt: Any = PROMPTS, **settings: Any) -> Tensor:
     """Return images_B3HW in [0, 1], by seed 0 unless told otherwise."""
-    images = pipeline(prompt, **({"generator": seeded(0), "output_type": "pt"} | settings)).images
+    chosen: dict[str, Any] = {"generator": seeded(0), "output_type": "pt"} | settings
+    images = pipeline(prompt, **chosen).images
     assert isinstance(images, Tensor)
     return images
 

@@ -161,4 +161,5 @@ def test_a_saved_data_set_without_rows_is_refused(tmp_path: Path, refusal_of: Re
     import datasets
 
     datasets.Dataset.from_dict({"caption": []}).save_to_disk(str(tmp_path / "empty"))
-    assert "has no rows" in refusal_of(lambda: read_dataset_prompts(str(tmp_path / "empty"), "caption", "train"))
+    path = str(tmp_path / "empty")
+    assert f"--dataset {path}: " in refusal_of(lambda: read_dataset_prompts(path, "caption", "train"))

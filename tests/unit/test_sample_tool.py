@@ -184,7 +184,7 @@ def test_prompts_of_a_data_set_are_drawn_in_their_order(tmp_path: Path, run: Run
 def test_a_killed_command_goes_on_and_leaves_what_an_unbroken_one_does(
     tmp_path: Path, checkpoint: Path, run: Run
 ) -> None:
-    flags = ["--prompt", "a nine", "--images-per-prompt", "60", "--batch-size", "2", "--steps", "6", "--grid", "4"]
+    flags = ["--prompt", "a nine", "--images-per-prompt", "40", "--batch-size", "2", "--steps", "4", "--grid", "4"]
     command = [sys.executable, str(TOOL), "--checkpoint", str(checkpoint), *flags, "--output", "cut"]
     killed, pictures = subprocess.Popen(command, cwd=tmp_path), tmp_path / "cut" / "pictures"
     while len(list(pictures.glob("*.png"))) < 5 and killed.poll() is None:
@@ -192,7 +192,7 @@ def test_a_killed_command_goes_on_and_leaves_what_an_unbroken_one_does(
     killed.kill()
     assert killed.wait() == -9
     before = {path: path.stat().st_mtime_ns for path in pictures.glob("*.png")}
-    assert 5 <= len(before) < 60
+    assert 5 <= len(before) < 40
     assert run(*flags, "--output", "cut") == (0, [])
     assert run(*flags, "--output", "whole") == (0, [])
     assert {n: d for n, d in content(tmp_path / "cut").items() if not n.endswith(".tmp")} == content(tmp_path / "whole")
@@ -235,7 +235,8 @@ def test_every_drawing_flag_reaches_the_pictures(tmp_path: Path, run: Run) -> No
     }  # fmt: skip
     drawn = {}
     for name, flags in variants.items():
-        assert run("--prompt", "a nine", "--output", name, *flags.split())[0] == 0
+        # With a size given, even the recipe's, no map of experts is drawn, which takes longest.
+        assert run("--prompt", "a nine", "--height", "16", "--output", name, *flags.split())[0] == 0
         (picture,) = read_gallery(tmp_path / name)
         drawn[name] = np.asarray(read_picture(tmp_path / name, picture)).tobytes()
     assert len(set(drawn.values())) == len(variants)

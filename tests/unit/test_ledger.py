@@ -82,7 +82,8 @@ def test_a_kill_while_merging_loses_and_doubles_nothing(
 ) -> None:
     for rank in range(3):
         ledger.append(rank, [row(rank), row(rank + 3)])
-    unlink, parts = Path.unlink, []
+    unlink = Path.unlink
+    parts: list[Path] = []
 
     def unlink_and_die(path: Path, missing_ok: bool = False) -> None:
         if ".rank_" in path.name:
@@ -245,7 +246,12 @@ def test_a_fault_of_one_process_reaches_all_and_keeps_the_rows_of_all(
 ) -> None:
     merged: list[str] = []
     merge = Ledger.merge
-    monkeypatch.setattr(Ledger, "merge", lambda self: merged.append("merged") or merge(self))
+
+    def merge_and_tell(self: Ledger) -> dict[int, Row]:
+        merged.append("merged")
+        return merge(self)
+
+    monkeypatch.setattr(Ledger, "merge", merge_and_tell)
     others = [] if fails_here else [row(1)]
     world = TwoRanks(0, None if fails_here else EvaluationError("there"), lambda: ledger.append(1, others))
     crew = replace(ALONE, world=cast(Any, world), dp=Share(index=0, count=2))

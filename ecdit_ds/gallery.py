@@ -25,6 +25,7 @@ from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import DataError
 from ecdit_ds.ledger import Ledger, Row
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.pictures import save_png, to_uint8
 
 SETTINGS_NAME = "settings.json"
@@ -174,14 +175,18 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def do_compete(model: ModelConfig) -> bool:
+    """Return whether pictures that are drawn together compete for experts, so that each depends on the others."""
+    return model.ffn == "token_choice" or model.routing_pool != "image"
+
+
 def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
     """Return all that decides how a picture looks, as JSON gives it back."""
     told = facts | asdict(brush.sample) | {
         "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
     }  # fmt: skip
-    model = brush.drawer.recipe.model
-    if model.ffn == "token_choice" or model.routing_pool != "image":
-        told["batch_size"] = brush.batch_size  # pictures of a part compete for the experts
+    if do_compete(brush.drawer.recipe.model):
+        told["batch_size"] = brush.batch_size
     settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name not in _NO_SETTINGS}))
     return settings
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ecdit_ds.errors import EcditError
+from tools.command_line import OneLineParser
 from tools.sample import add_drawing_arguments, add_model_arguments
 
 _PICTURES_HELP = "score this folder of tools/sample.py instead of drawing from a checkpoint"
@@ -27,7 +28,7 @@ _PICTURES_HELP = "score this folder of tools/sample.py instead of drawing from a
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="tools/evaluate.py", description="Score a checkpoint, or pictures.",
         epilog="`tools/evaluate.py METRIC --help` tells the flags of each.",
     )  # fmt: skip
@@ -45,9 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     scenes = metrics.add_parser("scenes", help="digit scenes: do pictures show what their captions say")
     _add_source(scenes)
-    scenes.add_argument(
-        "--per-kind", type=int, default=50, metavar="N", help="held-out scenes of each kind (default: %(default)s)"
-    )
+    scenes.add_argument("--per-kind", type=int, metavar="N", help="held-out scenes of each kind to draw (default: 50)")
 
     fid = metrics.add_parser("fid", help="Frechet distance to real pictures")
     _add_source(fid)
@@ -82,10 +81,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Score, and turn what a user can get wrong into one line; return the exit code."""
-    options = parse_arguments()
-    from tools.evaluate_metrics import METRICS  # takes seconds, which --help need not
-
     try:
+        options = parse_arguments()
+        from tools.evaluate_metrics import METRICS  # takes seconds, which --help need not
+
         METRICS[options.metric](options)
     except EcditError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -104,7 +103,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="to draw from (default: held-out captions)")
-    parser.add_argument("--limit", type=int, default=256, metavar="N", help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="pictures to draw (default: 256)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from ecdit_ds.evaluation.digit_detector import find_objects
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.evaluation.scene_checker import judge as judge_scene
 from ecdit_ds.evaluation.scenes import SceneScores, heldout_prompts, other_claims, scores_of
-from ecdit_ds.gallery import Job, Picture, read_picture
+from ecdit_ds.gallery import LINES_NAME, Job, Picture, read_gallery, read_picture
 from ecdit_ds.ledger import Row
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_prompt_file
-from tools.evaluate_task import Task, require_counts, task_of, told
+from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
 
 _COLUMNS = 6
+_SCENES_PER_KIND = 50
+_PICTURES_TO_DRAW = 256
 _PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -70,12 +73,13 @@ def loss(options: argparse.Namespace) -> None:
 def scenes(options: argparse.Namespace) -> None:
     """Whether digit scenes show what their captions say."""
     require_counts(("--per-kind", options.per_kind))
-    task = task_of(options)
+    task = task_of(options, "per_kind")
+    per_kind = options.per_kind or _SCENES_PER_KIND
     real: list[Scene] = []
     if task.stored is not None:
         height, width = _canvas(task.stored.recipe, options)
         seed = task.stored.recipe.data.seed
-        real = heldout_prompts(seed=seed, canvas_height=height, canvas_width=width, per_kind=options.per_kind)
+        real = heldout_prompts(seed=seed, canvas_height=height, canvas_width=width, per_kind=per_kind)
     jobs = [Job(prompt=scene.caption, seed=options.seed + i) for i, scene in enumerate(real)]
 
     def work() -> dict[str, Any]:
@@ -84,7 +88,9 @@ def scenes(options: argparse.Namespace) -> None:
         others = other_claims(claims)
 
         def verdicts(indices: Sequence[int]) -> Iterator[Row]:
-            found = find_objects(np.stack([np.asarray(read_picture(folder, pictures[i])) for i in indices]))
+            images = (np.asarray(read_picture(folder, pictures[i])) for i in indices)
+            alike = groupby(images, key=np.shape)
+            found = [objects for _, group in alike for objects in find_objects(np.stack(list(group)))]
             ideals = find_objects(np.stack([real[i].image_HWC for i in indices])) if real else None
             for place, i in enumerate(indices):
                 own = judge_scene(claims[i], found[place])
@@ -94,14 +100,12 @@ def scenes(options: argparse.Namespace) -> None:
                 yield {"index": i, "kind": claims[i].kind, "prompt": pictures[i].prompt, "file": pictures[i].file,
                        "reason": own.reason, "scores": scores}  # fmt: skip
 
-        rows = task.judge(len(pictures), verdicts).values()
-        if task.crew.is_first:
-            _show_scenes(folder, rows, task.folder / "scenes.png")
-        return {
-            name: _counted(rows, name).summary() for name in ("model", "ceiling", "chance") if real or name != "ceiling"
-        }
+        names = ("model", "ceiling", "chance") if real else ("model", "chance")
+        rows = task.judge(len(pictures), verdicts, partial(_is_scene_verdict, names)).values()
+        task.crew.world.on_first(lambda: _show_scenes(folder, pictures, rows, task.folder / "scenes.png"))
+        return {name: _counted(rows, name).summary() for name in names}
 
-    results = task.finish({"per_kind": options.per_kind, "seed": options.seed, **_drawing(options)}, work)
+    results = task.finish(({"per_kind": per_kind} if real else {}) | _drawing(task, jobs), work)
     if task.crew.is_first:
         print(scenes_table(results))
 
@@ -123,17 +127,26 @@ def scenes_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _show_scenes(folder: Path, rows: Iterable[Row], path: Path) -> None:
+def _is_scene_verdict(names: Sequence[str], row: Row) -> bool:
+    scores = row.get("scores")
+    pairs = [scores.get(name) for name in names] if isinstance(scores, dict) else [None]
+    are_pairs = all(isinstance(pair, list) and list(map(type, pair)) == [bool, bool] for pair in pairs)
+    return row.get("kind") in KINDS and are_pairs
+
+
+def _show_scenes(folder: Path, pictures: Sequence[Picture], rows: Iterable[Row], path: Path) -> None:
     """Write a grid of the first pictures of each kind, a row a kind, with verdicts; nothing is picked."""
     by_kind = [[row for row in rows if row["kind"] == kind] for kind in KINDS]
-    shown = [row for of_kind in by_kind for row in of_kind[:_COLUMNS]]
-    images = []
-    for row in shown:
-        with Image.open(folder / row["file"]) as image:
-            images.append(np.asarray(image.convert("RGB")))
     marks = {True: "\u2713", False: "\u2717"}
-    captions = [f"{marks[row['scores']['model'][0]]} {row['prompt']}" for row in shown]
-    save_grid(images, captions, _COLUMNS, path)
+    images, captions = [], []
+    for of_kind in filter(None, by_kind):
+        shown = of_kind[:_COLUMNS]
+        images += [np.asarray(read_picture(folder, pictures[row["index"]])) for row in shown]
+        captions += [f"{marks[row['scores']['model'][0]]} {pictures[row['index']].prompt}" for row in shown]
+        images += [np.full_like(images[-1], 255)] * (_COLUMNS - len(shown))
+        captions += [""] * (_COLUMNS - len(shown))
+    with writing(path):
+        save_grid(images, captions, _COLUMNS, path)
 
 
 def _counted(rows: Iterable[Row], name: str) -> SceneScores:
@@ -160,7 +173,8 @@ def fid(options: argparse.Namespace) -> None:
         shortage,
     )  # fmt: skip
 
-    task = task_of(options)
+    task = task_of(options, "prompts", "limit")
+    jobs = _caption_jobs(task)
     model = task.crew.world.together(partial(load_feature_model, options.features, device=task.crew.device))
 
     def statistics(count: int, read: Callable[[int], Image.Image]) -> Any:
@@ -170,14 +184,23 @@ def fid(options: argparse.Namespace) -> None:
             of_own = task.crew.world.together(lambda: picture_statistics(shown, model, batch_size=options.batch_size))
         return of_own.over_ranks(task.crew.world.sum)
 
-    def work() -> dict[str, Any]:
+    @cache
+    def of_real() -> Any:
         if Path(options.real).suffix == ".safetensors":
-            real = task.crew.world.together(lambda: load_statistics(Path(options.real)))
-        else:
-            real = statistics(*_real_pictures(task))
-        if options.save_real is not None:
-            task.crew.world.on_first(lambda: save_statistics(real, options.save_real))
-        folder, pictures = task.draw(_caption_jobs(task))
+            return task.crew.world.together(lambda: load_statistics(Path(options.real)))
+        return statistics(*_real_pictures(task))
+
+    def save_real() -> None:
+        with writing(options.save_real):
+            save_statistics(of_real(), options.save_real)
+
+    if options.save_real is not None:
+        of_real()  # by all
+        task.crew.world.on_first(save_real)
+
+    def work() -> dict[str, Any]:
+        real = of_real()
+        folder, pictures = task.draw(jobs)
         generated = statistics(len(pictures), lambda i: read_picture(folder, pictures[i]))
         for name, each in (("real pictures", real), ("generated pictures", generated)):
             if task.crew.is_first and (warning := shortage(name, each)):
@@ -185,8 +208,8 @@ def fid(options: argparse.Namespace) -> None:
         distance = frechet_distance(real, generated)
         return {"fid": distance, "pictures": generated.count, "real_pictures": real.count, "features": real.features}
 
-    settings = {"features": model.identity, "real": str(options.real), "seed": options.seed, "limit": options.limit}
-    results = task.finish(settings | _drawing(options), work)
+    real = options.real if options.real == "heldout" else str(Path(options.real).resolve())
+    results = task.finish({"features": model.identity, "real": real} | _drawing(task, jobs), work)
     if task.crew.is_first:
         print(f"FID {results['fid']:.4f}   ({results['pictures']} pictures, {results['real_pictures']} real ones)")
 
@@ -197,23 +220,23 @@ def clip(options: argparse.Namespace) -> None:
     from ecdit_ds.evaluation.clip_score import clip_scores, mean_clip_score
     from ecdit_ds.evaluation.pretrained import fingerprint
 
-    task = task_of(options)
+    task = task_of(options, "prompts", "limit")
+    jobs = _caption_jobs(task)
     judge = task.crew.world.together(partial(load_clip, options.clip, device=task.crew.device))
 
     def work() -> dict[str, Any]:
-        folder, pictures = task.draw(_caption_jobs(task))
+        folder, pictures = task.draw(jobs)
 
         def verdicts(indices: Sequence[int]) -> Iterator[Row]:
             pairs = ((read_picture(folder, pictures[i]), pictures[i].prompt) for i in indices)
             for i, score in zip(indices, clip_scores(pairs, judge, batch_size=options.batch_size), strict=True):
                 yield {"index": i, "prompt": pictures[i].prompt, "file": pictures[i].file, "score": score}
 
-        rows = task.judge(len(pictures), verdicts)
+        rows = task.judge(len(pictures), verdicts, lambda row: type(row.get("score")) is float)
         return {"clip_score": mean_clip_score([row["score"] for row in rows.values()]), "pictures": len(rows)}
 
-    settings = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}
-    settings |= {"seed": options.seed, "limit": options.limit, **_drawing(options)}
-    results = task.finish(settings, work)
+    judges = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}
+    results = task.finish(judges | _drawing(task, jobs), work)
     if task.crew.is_first:
         print(f"CLIP score {results['clip_score']:.4f}   ({results['pictures']} pictures)")
 
@@ -251,7 +274,9 @@ def geneval(options: argparse.Namespace) -> None:
                     "correct": one.verdict.is_correct, "reason": one.verdict.reason,
                 }  # fmt: skip
 
-        rows = task.judge(len(jobs), verdicts)
+        rows = task.judge(
+            len(jobs), verdicts, lambda row: type(row.get("correct")) is bool and type(row.get("reason")) is str
+        )
         summary = summarize([
             JudgedPicture(prompt=wanted[i], verdict=Verdict(is_correct=row["correct"], reason=row["reason"]))
             for i, row in rows.items()
@@ -261,8 +286,8 @@ def geneval(options: argparse.Namespace) -> None:
     settings = {
         "detector": options.detector, "detector_identity": fingerprint(detector.model, detector.processor),
         "clip": options.clip, "clip_identity": fingerprint(namer.clip.model, namer.clip.processor),
-        "prompts": xxhash.xxh3_64_hexdigest("\n".join(map(as_metadata, prompts)).encode()),
-        "images_per_prompt": count, "limit": options.limit, "seed": options.seed, **_drawing(options),
+        "metadata": xxhash.xxh3_64_hexdigest("\n".join(map(as_metadata, prompts)).encode()),
+        "images_per_prompt": count, "limit": options.limit, "seed": options.seed, **_drawing(task, jobs),
     }  # fmt: skip
     results = task.finish(settings, work)
     if task.crew.is_first:
@@ -276,11 +301,12 @@ METRICS: dict[str, Callable[[argparse.Namespace], None]] = {
 }  # fmt: skip
 
 
-def _drawing(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that change pictures."""
-    names = ("steps", "sampler", "eta", "guidance", "guidance_interval", "negative_prompt", "capacity_factor",
-             "height", "width")  # fmt: skip
-    return {name: getattr(options, name) for name in names}
+def _drawing(task: Task, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return the settings that change pictures; none where pictures are given."""
+    if task.stored is None:
+        return {}
+    flags = {name: getattr(task.options, name) for name in ("seed", *DRAWING)}
+    return flags | {"prompts_digest": digest_of(jobs)}
 
 
 def _claim_of(folder: Path, picture: Picture) -> Claim:
@@ -296,18 +322,20 @@ def _caption_jobs(task: Task) -> list[Job]:
         return []
     options = task.options
     require_counts(("--limit", options.limit))
+    limit = options.limit or _PICTURES_TO_DRAW
     if options.prompts is not None:
-        prompts = read_prompt_file(options.prompts)[: options.limit]
+        prompts = read_prompt_file(options.prompts)[:limit]
     else:
-        prompts = [(_heldout(task, i).caption, None) for i in range(options.limit)]
+        prompts = [(_heldout(task, i).caption, None) for i in range(limit)]
     return [Job(prompt=p, seed=options.seed + i if s is None else s) for i, (p, s) in enumerate(prompts)]
 
 
 def _heldout(task: Task, index: int) -> Scene:
     assert task.stored is not None
-    config = task.stored.recipe.model
-    seed, height, width = task.stored.recipe.data.seed, config.latent_height, config.latent_width
-    return draw_scene(seed=seed, split="heldout", index=index, canvas_height=height, canvas_width=width)
+    height, width = _canvas(task.stored.recipe, task.options)
+    return draw_scene(
+        seed=task.stored.recipe.data.seed, split="heldout", index=index, canvas_height=height, canvas_width=width
+    )
 
 
 def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
@@ -318,6 +346,9 @@ def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
         count = task.stored.recipe.data.num_heldout
         return count, lambda i: Image.fromarray(_heldout(task, i).image_HWC)
     root = Path(task.options.real)
+    if (root / LINES_NAME).is_file():  # and not the grids beside them
+        pictures = read_gallery(root)
+        return len(pictures), lambda i: read_picture(root, pictures[i])
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _PICTURE_ENDINGS)
     if not files:
         raise EvaluationError(f"--real {root}: holds no pictures ({', '.join(_PICTURE_ENDINGS)})")

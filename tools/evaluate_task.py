@@ -57,9 +57,8 @@ class Task:
         """
         if self.stored is None:
             folder = self.options.pictures
-            prompts_digest = digest_of(read_gallery(folder))
-            pictures = f"{folder.resolve().name} {gallery_identity(folder)}"
-            return {"pictures": pictures, "prompts_digest": prompts_digest}
+            read_gallery(folder)
+            return {"pictures": f"{folder.resolve().name} {gallery_identity(folder)}"}
         facts = facts_of(self.stored, self.options)
         return facts | ({"batch_size": self.options.batch_size} if do_compete(self.stored.recipe.model) else {})
 

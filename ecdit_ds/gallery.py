@@ -27,6 +27,7 @@ from ecdit_ds.errors import DataError
 from ecdit_ds.ledger import Ledger, Row
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.pictures import save_png, to_uint8
+from ecdit_ds.prompts import require_words
 
 SETTINGS_NAME = "settings.json"
 LINES_NAME = "pictures.jsonl"
@@ -35,6 +36,7 @@ _PICTURE_FILES = "[0-9]" * 6 + "*_*.png*"
 """Also those that a kill left half written."""
 _NO_SETTINGS = ("prompts", "scenes_per_kind")
 """Of a recipe's section `sample`: they say what is drawn, not how."""
+_ABSENT = "not set"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,13 @@ def fill(
         crew.world.together(partial(_writing, folder, write))
         advance(sum(map(len, missing[start : start + crew.dp.count])))
     crew.world.on_first(_ledger(folder).merge)
-    return read_gallery(folder)
+    pictures = read_gallery(folder)
+    if len(pictures) != len(jobs):
+        raise DataError(
+            f"{folder}: has {len(pictures)} of {len(jobs)} pictures, so another command drew into it at the same time; "
+            "run this one again"
+        )
+    return pictures
 
 
 def gallery_identity(folder: Path) -> str:
@@ -194,6 +202,7 @@ def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
 def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
     """Refuse on all ranks what one of them could not encode."""
     encoder = brush.drawer.text_encoder
+    require_words([job.prompt for job in jobs])
 
     def check() -> None:
         own = [job.prompt for job in jobs[crew.dp.index :: crew.dp.count]]
@@ -207,19 +216,20 @@ def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
 
 def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
     """Return the indices that are drawn already, after checking that the folder is of the same work."""
-    settings = folder / SETTINGS_NAME
-    if not settings.exists():
+    path = folder / SETTINGS_NAME
+    if not path.exists():
         if _ledger(folder).is_there():
             raise DataError(
                 f"{folder}: holds pictures, but no {SETTINGS_NAME} that says how they were drawn; choose another "
                 "--output, or replace them with --overwrite"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        replace_durably(settings, (json.dumps(told, indent=2) + "\n").encode())
-    held = _json(settings.read_text(encoding="utf-8"), settings)
-    if changed := [name for name in told if held.get(name, told[name]) != told[name]]:
+        replace_durably(path, (json.dumps(told, indent=2) + "\n").encode())
+    held = _json(path.read_text(encoding="utf-8"), path)
+    if changed := [name for name in (*told, *held) if held.get(name, _ABSENT) != told.get(name, _ABSENT)]:
+        before, now = (settings.get(changed[0], _ABSENT) for settings in (held, told))
         raise DataError(
-            f"{folder}: its pictures have {changed[0]} {held[changed[0]]!r}, now it is {told[changed[0]]!r}; "
+            f"{folder}: its pictures have {changed[0]} {before!r}, now it is {now!r}; "
             "choose another --output, or replace them with --overwrite"
         )
     pictures = _pictures(_ledger(folder).merge())

@@ -135,6 +135,10 @@ def work_through(
 
     crew.world.together(raise_own)  # nobody merges before all have written
     rows = crew.world.on_first(ledger.merge)
+    if lost := [index for index in range(count) if index not in rows]:
+        raise DataError(
+            f"{ledger.path}: has no row {lost[0]}, so another command worked on it at the same time; run this one again"
+        )
     return {index: rows[index] for index in range(count)}
 
 

@@ -1,12 +1,24 @@
 """Where prompts come from: files and columns of data sets."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ecdit_ds.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def require_words(prompts: Sequence[str]) -> None:
+    """Refuse prompts that say nothing: pictures of no text are asked for by a guidance of 0.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise DataError(f"prompt {number} of {len(prompts)}: {prompt!r} is empty; say what to draw")
 
 
 def read_prompt_file(path: Path) -> list[tuple[str, int | None]]:

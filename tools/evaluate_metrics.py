@@ -208,7 +208,7 @@ def fid(options: argparse.Namespace) -> None:
         distance = frechet_distance(real, generated)
         return {"fid": distance, "pictures": generated.count, "real_pictures": real.count, "features": real.features}
 
-    real = options.real if options.real == "heldout" else str(Path(options.real).resolve())
+    real = task.crew.world.on_first(partial(_real_identity, options.real))
     results = task.finish({"features": model.identity, "real": real} | _drawing(task, jobs), work)
     if task.crew.is_first:
         print(f"FID {results['fid']:.4f}   ({results['pictures']} pictures, {results['real_pictures']} real ones)")
@@ -244,7 +244,7 @@ def clip(options: argparse.Namespace) -> None:
 def geneval(options: argparse.Namespace) -> None:
     """GenEval by its published rules."""
     from ecdit_ds.evaluation.clip import load_clip
-    from ecdit_ds.evaluation.geneval import JudgedPicture, Verdict, summarize
+    from ecdit_ds.evaluation.geneval import TASKS, JudgedPicture, Verdict, summarize
     from ecdit_ds.evaluation.geneval_models import ColourNamer, judge_pictures, load_detector
     from ecdit_ds.evaluation.geneval_prompts import as_metadata, draw_prompts, read_prompts
     from ecdit_ds.evaluation.pretrained import fingerprint
@@ -294,6 +294,8 @@ def geneval(options: argparse.Namespace) -> None:
         for tag, score in results["tasks"].items():
             print(f"{tag:>14}  {100 * score['correct'] / score['pictures']:6.2f} %  of {score['pictures']}")
         print(f"{'GenEval':>14}  {100 * results['score']:6.2f} %  mean of the tasks")
+        if lacking := [tag for tag in TASKS if tag not in results["tasks"]]:
+            print(f"no picture was of {', '.join(lacking)}: this is not the score of all six tasks")
 
 
 METRICS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -336,6 +338,22 @@ def _heldout(task: Task, index: int) -> Scene:
     return draw_scene(
         seed=task.stored.recipe.data.seed, split="heldout", index=index, canvas_height=height, canvas_width=width
     )
+
+
+def _real_identity(real: str) -> str:
+    """Return what changes with the real pictures: a file's content, or names, sizes and times of a folder's files."""
+    path, digest = Path(real), xxhash.xxh3_64()
+    if real == "heldout":
+        return real
+    try:
+        if path.is_file():
+            digest.update(path.read_bytes())
+        for file in sorted(path.rglob("*")):
+            found = file.stat()
+            digest.update(f"{file.relative_to(path)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise EvaluationError(f"--real {real}: cannot be read: {error.strerror or error}") from None
+    return f"{path.resolve().name} {digest.hexdigest()}"
 
 
 def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:

@@ -76,6 +76,8 @@ class Task:
             return self.options.pictures, self.crew.world.together(partial(read_gallery, self.options.pictures))
         folder = self.folder / _DRAWN_NAME
         brush = brush_for(self.drawer(), self.options)
+        if self.crew.is_first:
+            print(f"drawing {len(jobs)} pictures in {folder}", flush=True)
         with self.bar(len(jobs), "picture") as bar:
             return folder, fill(folder, jobs, brush, self.facts(), self.crew, bar.update)
 

@@ -34,6 +34,7 @@ from ecdit_ds.interpret.routing_trace import require_expert_choice, trace_routin
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
 from ecdit_ds.loading import KINDS, load_drawer
 from ecdit_ds.pictures import name_for_file, save_text
+from ecdit_ds.prompts import require_words
 from tools.command_line import OneLineParser
 
 
@@ -79,6 +80,7 @@ def show(options: argparse.Namespace) -> None:
     prompts = [text for group in options.prompt for text in group]
     if not prompts and options.scenes is None:
         raise ConfigError("--prompt: none given, so there is nothing to draw; give one, or --scenes N")
+    require_words(prompts)
     pipeline = load_drawer(options.checkpoint, kind=options.weights)
     require_expert_choice(pipeline.recipe.model)
     sample = pipeline.settings(num_steps=options.steps, guidance_scale=options.guidance)

@@ -138,6 +138,8 @@ def draw(options: argparse.Namespace) -> None:
     drawer = load_for(crew, options)
     brush = brush_for(drawer, options)
     facts = facts_of(stored, options)
+    if crew.is_first:
+        print(f"drawing {len(jobs)} pictures in {options.output}", flush=True)
     with tqdm(total=len(jobs), unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
         pictures = fill(options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite)
     if crew.is_first:

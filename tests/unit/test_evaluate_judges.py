@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.evaluation import geneval_models, geneval_prompts
@@ -95,6 +97,21 @@ def test_the_clip_score_is_the_mean_of_kept_scores_and_a_prompt_file_is_a_settin
     assert given["results"] == told["results"]
     (tool.folder / "p.txt").write_text("a nine\na two\n", encoding="utf-8")
     assert "prompts_digest" in tool.refusal("clip", "--checkpoint", tool.checkpoint, *flags, "--output", "o")
+
+
+def test_another_judge_or_other_real_pictures_at_the_same_path_are_another_evaluation(tool: EvaluateTool) -> None:
+    pictures = tool.draw(*WANTED)
+    tool.score("clip", "--clip", "judges/clip", "--pictures", pictures, output="c")
+    (weights,) = (tool.folder / "judges" / "clip").glob("*.safetensors")
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    refused = tool.refusal("clip", "--clip", "judges/clip", "--pictures", pictures, "--output", "c")
+    assert "with clip_identity" in refused
+    command = ("fid", *FID, "--pictures", pictures, "--real", tool.folder / "real", "--output", "f")
+    shutil.copytree(pictures / "pictures", tool.folder / "real")
+    tool.score(*command[:-2], output="f")
+    next((tool.folder / "real").iterdir()).unlink()
+    assert "with real " in tool.refusal(*command)
 
 
 def test_geneval_judges_each_prompts_pictures_once(tool: EvaluateTool, monkeypatch: pytest.MonkeyPatch) -> None:

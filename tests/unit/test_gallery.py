@@ -295,8 +295,27 @@ def test_a_file_that_is_no_text_or_no_object_is_named(
     assert str(whole) in message
 
 
+def test_settings_that_lack_a_key_are_another_works(whole: Path, draw: Draw, refusal_of: RefusalOf) -> None:
+    (whole / "settings.json").write_text("{}", encoding="ascii")
+    assert "have" in (message := refusal_of(lambda: draw(whole))) and "'not set', now it is" in message
+
+
+def test_an_empty_prompt_is_named_and_nothing_is_drawn(tmp_path: Path, draw: Draw, refusal_of: RefusalOf) -> None:
+    jobs = [Job(prompt="a nine", seed=0), Job(prompt=" \t", seed=1)]
+    assert "prompt 2 of 2" in refusal_of(lambda: draw(tmp_path / "o", jobs))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_another_command_drew_into_is_not_taken_for_whole(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
+) -> None:
+    read = gallery.read_gallery
+    monkeypatch.setattr(gallery, "read_gallery", lambda folder: read(folder)[1:])
+    assert "another command" in refusal_of(lambda: draw(tmp_path / "o"))
+
+
 def test_prompts_of_any_characters_come_back_as_they_were(tmp_path: Path, draw: Draw) -> None:
-    prompts = ["a\nnine", "a\r\nsix", "one\u2028two\u2029three\x85", "ein schönes 字 🎨", "", "a" * 300, "\x00\x1b[0m"]
+    prompts = ["a\nnine", "a\r\nsix", "one\u2028two\u2029three\x85", "ein schönes 字 🎨", "!", "a" * 300, "\x00\x1b[0m"]
     jobs = [Job(prompt=prompt, seed=0) for prompt in prompts]
     assert [picture.job() for picture in draw(tmp_path / "o", jobs)] == jobs
     lines = (tmp_path / "o" / "pictures.jsonl").read_text(encoding="utf-8")

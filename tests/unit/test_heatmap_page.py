@@ -307,6 +307,7 @@ def test_the_command_studies_scenes_without_a_prompt(tmp_path: Path, run: Run) -
         (["--checkpoint", "nowhere", "--prompt", "a nine"], "nowhere"),
         ([], "--prompt: none given"),
         (["--prompt", "one " * 13], "13 tokens"),
+        (["--prompt", ""], "is empty"),
         (["--prompt", "a nine", "--steps", "0"], "num_steps: 0"),
         (["--prompt", "a nine", "--guidance", "nan"], "guidance_scale: nan"),
         (["--scenes", "0"], "--scenes 0"),

@@ -91,6 +91,7 @@ def test_the_command_draws_the_recipes_prompts_by_default_and_a_dense_model_has_
         (["--checkpoint", "run"], None),
         (["--sampler", "dpm"], "euler, heun"),
         (["--prompt", "one " * 13], "13 tokens"),
+        (["--prompt", "a nine", " "], "prompt 2 of 2: ' ' is empty"),
         (["--steps", "0"], "num_steps: 0"),
         (["--steps", "-3"], "num_steps: -3"),
         (["--guidance", "-1"], "guidance_scale: -1.0"),

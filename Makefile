@@ -3,16 +3,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= runs/demo
+LONG_OUTPUT ?= runs/demo_long
 RANKS ?= 2
 PORT ?= 29500
 
 # Modules are compiled where they are first imported, once; an environment that forbids it would pay at every start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test lint soak clean
+.PHONY: help demo demo-long test lint soak clean
 
 help:
 	@echo "make demo   install, train the demo, leave pictures in $(OUTPUT)"
+	@echo "make demo-long  train a larger one for about an hour, leave pictures and scores in $(LONG_OUTPUT)"
 	@echo "make test   install, run linters and tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make soak   kill a run 100 times at random moments; about half an hour"
@@ -26,7 +28,12 @@ $(VENV)/installed: requirements.txt
 
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) --master_port $(PORT) ecdit_ds/train.py --deepspeed ds_configs/zero2.json --output $(OUTPUT)
-	$(BIN)/python tools/sample.py --checkpoint $(OUTPUT) --output $(OUTPUT)
+	$(BIN)/python tools/sample.py --checkpoint $(OUTPUT) --output $(OUTPUT) --overwrite
+
+demo-long: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) --master_port $(PORT) ecdit_ds/train.py --config demo_long --output $(LONG_OUTPUT)
+	$(BIN)/python tools/sample.py --checkpoint $(LONG_OUTPUT) --output $(LONG_OUTPUT) --overwrite
+	$(BIN)/python tools/evaluate.py scenes --checkpoint $(LONG_OUTPUT) --batch-size 50
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -4,11 +4,10 @@ import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
@@ -16,24 +15,24 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
-from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.encoders import TextEncoder
 from ecdit_ds.data.loader import training_batches
-from ecdit_ds.drawing import TextToImage, check_encodable, encoders_of
+from ecdit_ds.drawing import check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
-from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
+from ecdit_ds.monitoring import Monitor
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
 from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
-from ecdit_ds.pictures import save_grid, to_uint8
+from ecdit_ds.pictures import save_grid
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
@@ -79,7 +78,7 @@ def run(
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
         status=status, stop=stop,
-        **_work(recipe, topology, topology.coordinates(world.rank).dp, device, world, train_set, heldout_set),
+        **_work(recipe, topology, device, world, train_set, heldout_set),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
@@ -234,32 +233,28 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 
 def _work(
-    recipe: Recipe, topology: Topology, dp_rank: int, device: torch.device, world: World, train_set: LatentDataset,
+    recipe: Recipe, topology: Topology, device: torch.device, world: World, train_set: LatentDataset,
     heldout_set: LatentDataset,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the part of a run's surroundings that says what there is to do."""
-    image_encoder, text_encoder = encoders_of(recipe)
     micro = recipe.micro_batch_size(topology.dp)
-    transform = _Transform(recipe, text_encoder)
+    transform = _Transform(recipe, encoders_of(recipe)[1])
 
     def batches(start_sample: int) -> Any:
         return training_batches(
             train_set, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size, micro_batch_size=micro,
-            dp_rank=dp_rank, dp_size=topology.dp, start_sample=start_sample,
+            dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
             end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
             transform=transform,
         )  # fmt: skip
 
-    def heldout_losses(model: nn.Module) -> list[float]:
-        return heldout_loss(
-            model, heldout_set, batch_size=micro, dp_rank=dp_rank, dp_size=topology.dp, device=device, total=world.sum
-        )
-
+    monitor = Monitor(recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set)
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,
-        "heldout_losses": heldout_losses,
-        "draw": lambda model: _draw(model, recipe, image_encoder, text_encoder, device),
+        "heldout_losses": monitor.heldout_losses,
+        "draw": monitor.draw,
+        "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
         "flops_per_image": training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
         "peak_flops_per_s": peak * world.size if peak else None,
     }
@@ -282,17 +277,6 @@ class _Transform:
             text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
             text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
         )
-
-
-def _draw(
-    model: nn.Module, recipe: Recipe, image_encoder: ImageEncoder, text_encoder: TextEncoder, device: torch.device
-) -> np.ndarray:
-    pipeline = TextToImage(
-        model=cast(ECDiT, model), recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
-    )
-    prompts = recipe.sample.prompts
-    seeds = range(recipe.train.seed, recipe.train.seed + len(prompts))
-    return to_uint8(pipeline.draw(prompts, seeds=seeds, sample=recipe.sample))
 
 
 class _SampleFiles(Callback):

@@ -58,6 +58,11 @@ class Console(Callback):
     def on_evaluation(self, record: Record) -> None:
         last, averaged = (_number(record[name]) for name in ("heldout_loss", "heldout_loss_ema"))
         self.on_note(f"step {record['step']} | held-out loss {last:.4f} | of the averaged weights {averaged:.4f}")
+        if "scenes" in record:
+            kinds = record["scenes"]["model"]["kinds"].items()
+            told = ", ".join(f"{kind} {100 * score['share']:.0f}" for kind, score in kinds)
+            mean = 100 * record["scenes"]["model"]["overall"]
+            self.on_note(f"step {record['step']} | scenes drawn right {mean:.1f} % ({told})")
 
     def on_note(self, text: str) -> None:
         if self._bar.disable:
@@ -109,6 +114,10 @@ class TensorBoard(Callback):
             if record[name] is None:
                 continue
             self._writer.add_scalar(f"heldout/{name}", record[name], record["step"])
+        for whose, scores in record.get("scenes", {}).items():
+            self._writer.add_scalar(f"scenes_{whose}/mean", scores["overall"], record["step"])
+            for kind, score in scores["kinds"].items():
+                self._writer.add_scalar(f"scenes_{whose}/{kind}", score["share"], record["step"])
 
     def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
         self._writer.add_images("samples", images_BHWC, step, dataformats="NHWC")

@@ -191,8 +191,11 @@ class SampleConfig:
     capacity_factor: float | None = None
     """Mean number of experts per token while drawing; none for the model's own, with which it was trained."""
     prompts: tuple[str, ...] = ()
+    scenes_per_kind: int = 0
+    """Held-out digit scenes of each of the six kinds that are drawn and checked at every evaluation; 0 for none."""
 
     def __post_init__(self) -> None:
+        require_not_negative("sample", "scenes_per_kind", self.scenes_per_kind)
         require_positive("sample", "num_steps", self.num_steps)
         require_not_negative("sample", "guidance_scale", self.guidance_scale)
         require_fraction("sample.eta", self.eta)

@@ -43,6 +43,10 @@ class CheckpointError(EcditError):
     """A checkpoint that is missing, damaged, or does not fit the recipe."""
 
 
+class EvaluationError(EcditError):
+    """Pictures, prompts or a judging model that no metric can be computed with."""
+
+
 class StaleAttemptError(CheckpointError):
     """A process of an earlier attempt of a run that a newer one has taken over: it may change nothing any more."""
 

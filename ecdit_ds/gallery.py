@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from PIL import Image
 
 from ecdit_ds.config import SampleConfig
@@ -23,14 +24,17 @@ from ecdit_ds.crew import Crew
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import DataError
+from ecdit_ds.ledger import Ledger, Row
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.pictures import save_png, to_uint8
 
 SETTINGS_NAME = "settings.json"
 LINES_NAME = "pictures.jsonl"
 PICTURES_NAME = "pictures"
-_PART_LINES = "pictures.rank_*.jsonl"
 _PICTURE_FILES = "[0-9]" * 6 + "*_*.png*"
 """Also those that a kill left half written."""
+_NO_SETTINGS = ("prompts", "scenes_per_kind")
+"""Of a recipe's section `sample`: they say what is drawn, not how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,6 @@ def fill(
     if overwrite:
         crew.world.on_first(lambda: _writing(folder, lambda: clear(folder)))
     done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, jobs, told)))
-    lines = folder / _PART_LINES.replace("*", str(crew.world.rank))
     parts = [range(start, min(start + brush.batch_size, len(jobs))) for start in range(0, len(jobs), brush.batch_size)]
     missing = [part for part in parts if any(index not in done for index in part)]
     advance(len(jobs) - sum(map(len, missing)))
@@ -116,11 +119,20 @@ def fill(
         images = brush.draw(chosen)
         is_mine = crew.is_speaker and start + crew.dp.index < len(missing)
         # Together: who left alone would leave the others waiting.
-        write = partial(_write, folder, lines, turn if is_mine else range(0), jobs, images)
+        write = partial(_write, folder, crew.world.rank, turn if is_mine else range(0), jobs, images)
         crew.world.together(partial(_writing, folder, write))
         advance(sum(map(len, missing[start : start + crew.dp.count])))
-    crew.world.on_first(lambda: _writing(folder, lambda: _merge(folder)))
+    crew.world.on_first(_ledger(folder).merge)
     return read_gallery(folder)
+
+
+def gallery_identity(folder: Path) -> str:
+    """Return what changes with the pictures that a folder says it has, wherever it is."""
+    digest = xxhash.xxh3_64()
+    for name in (SETTINGS_NAME, LINES_NAME):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
 
 
 def read_gallery(folder: Path) -> list[Picture]:
@@ -130,13 +142,13 @@ def read_gallery(folder: Path) -> list[Picture]:
         DataError: it is no such folder, a line is no picture's, or a picture is not there.
     """
     path = folder / LINES_NAME
-    pictures = _read_lines(path)
+    pictures = _pictures(_ledger(folder).rows())
     if not pictures:
         raise DataError(f"{path}: holds no pictures; draw some with tools/sample.py --output {folder}")
     for picture in pictures:
         if not (folder / picture.file).is_file():
             raise DataError(f"{path}: picture {picture.index} is not there ({picture.file}); draw the folder again")
-    return sorted(pictures, key=lambda picture: picture.index)
+    return pictures
 
 
 def read_picture(folder: Path, picture: Picture) -> Image.Image:
@@ -157,9 +169,15 @@ def read_picture(folder: Path, picture: Picture) -> Image.Image:
 
 def clear(folder: Path) -> None:
     """Remove what `fill` made; other files stay. The settings go last: nothing is ever taken for a newer drawing's."""
-    for pattern in (LINES_NAME, _PART_LINES, f"{PICTURES_NAME}/{_PICTURE_FILES}", SETTINGS_NAME):
+    _ledger(folder).clear()
+    for pattern in (f"{PICTURES_NAME}/{_PICTURE_FILES}", SETTINGS_NAME):
         for path in folder.glob(pattern):
             path.unlink()
+
+
+def do_compete(model: ModelConfig) -> bool:
+    """Return whether pictures that are drawn together compete for experts, so that each depends on the others."""
+    return model.ffn == "token_choice" or model.routing_pool != "image"
 
 
 def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
@@ -167,10 +185,9 @@ def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
     told = facts | asdict(brush.sample) | {
         "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
     }  # fmt: skip
-    model = brush.drawer.recipe.model
-    if model.ffn == "token_choice" or model.routing_pool != "image":
-        told["batch_size"] = brush.batch_size  # pictures of a part compete for the experts
-    settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name != "prompts"}))
+    if do_compete(brush.drawer.recipe.model):
+        told["batch_size"] = brush.batch_size
+    settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name not in _NO_SETTINGS}))
     return settings
 
 
@@ -192,7 +209,7 @@ def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
     """Return the indices that are drawn already, after checking that the folder is of the same work."""
     settings = folder / SETTINGS_NAME
     if not settings.exists():
-        if any(path for pattern in (LINES_NAME, _PART_LINES) for path in folder.glob(pattern)):
+        if _ledger(folder).is_there():
             raise DataError(
                 f"{folder}: holds pictures, but no {SETTINGS_NAME} that says how they were drawn; choose another "
                 "--output, or replace them with --overwrite"
@@ -205,7 +222,7 @@ def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
             f"{folder}: its pictures have {changed[0]} {held[changed[0]]!r}, now it is {told[changed[0]]!r}; "
             "choose another --output, or replace them with --overwrite"
         )
-    pictures = _merge(folder)
+    pictures = _pictures(_ledger(folder).merge())
     for picture in pictures:
         if picture.index >= len(jobs) or picture.job() != jobs[picture.index]:
             wanted = "none" if picture.index >= len(jobs) else f"{jobs[picture.index]}"
@@ -216,43 +233,27 @@ def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
     return {picture.index for picture in pictures if (folder / picture.file).is_file()}
 
 
-def _merge(folder: Path) -> list[Picture]:
-    """Put the lines of all processes into one file, in order, and return them."""
-    parts = sorted(folder.glob(_PART_LINES))
-    lines = {picture.index: picture for path in (folder / LINES_NAME, *parts) for picture in _read_lines(path)}
-    pictures = [lines[index] for index in sorted(lines)]
-    if parts:
-        lines_of_all = "".join(json.dumps(asdict(picture)) + "\n" for picture in pictures)
-        replace_durably(folder / LINES_NAME, lines_of_all.encode())
-        for path in parts:
-            path.unlink()
-    return pictures
+def _write(folder: Path, rank: int, turn: range, jobs: Sequence[Job], images: np.ndarray) -> None:
+    rows = []
+    for index, image in zip(turn, images, strict=False):
+        name = f"{PICTURES_NAME}/{index:06d}_{_slug(jobs[index].prompt)}.png"
+        save_png(image, folder / name)
+        rows.append({"index": index, "file": name, **asdict(jobs[index])})
+    _ledger(folder).append(rank, rows)
 
 
-def _write(folder: Path, lines: Path, turn: range, jobs: Sequence[Job], images: np.ndarray) -> None:
-    with lines.open("a", encoding="utf-8") as file:
-        for index, image in zip(turn, images, strict=False):
-            name = f"{PICTURES_NAME}/{index:06d}_{_slug(jobs[index].prompt)}.png"
-            save_png(image, folder / name)
-            file.write(json.dumps(asdict(Picture(index=index, file=name, **asdict(jobs[index])))) + "\n")
+def _ledger(folder: Path) -> Ledger:
+    return Ledger(path=folder / LINES_NAME, is_whole=_is_picture)
 
 
-def _read_lines(path: Path) -> list[Picture]:
-    if not path.is_file():
-        return []
+def _is_picture(row: Row) -> bool:
     types = {field.name: int if field.name in ("index", "seed") else str for field in fields(Picture)}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
-    pictures = []
-    for number, line in enumerate(lines[:-1], 1):  # what stands behind the last end of a line was cut off by a kill
-        data = _json(line, f"{path} line {number}")
-        is_whole = all(type(data.get(name)) is kind for name, kind in types.items()) and data["index"] >= 0
-        if not is_whole or Path(data["file"]).is_absolute() or ".." in Path(data["file"]).parts:
-            raise DataError(f"{path} line {number}: is not a picture's line with {', '.join(types)}")
-        pictures.append(Picture(**{name: data[name] for name in types}))
-    return pictures
+    is_typed = all(type(row.get(name)) is kind for name, kind in types.items())
+    return is_typed and not Path(row["file"]).is_absolute() and ".." not in Path(row["file"]).parts
+
+
+def _pictures(rows: dict[int, Row]) -> list[Picture]:
+    return [Picture(**{field.name: row[field.name] for field in fields(Picture)}) for row in rows.values()]
 
 
 def _json(text: str, where: object) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
+from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, encode_manifest
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, read_part
 from ecdit_ds.config import Recipe
@@ -33,6 +34,8 @@ class StoredModel:
     step: int
     kind: str
     """`ema` or `weight`."""
+    identity: str
+    """Changes with the content, wherever the folder is."""
     recipe: Recipe
     read_into: Callable[[str, tuple[int, ...], Box, Tensor], None]
     """(parameter, global shape, box of it, where to): raises CheckpointError for what is missing or damaged."""
@@ -71,9 +74,11 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
         reader.read_into(f"{kind or 'ema'}/{name}", box, out)
 
     recipe = _recipe_in(reader.manifest.meta, reader.folder)
+    identity = xxhash.xxh3_64_hexdigest(encode_manifest(reader.manifest))  # it holds the checksums of all data
     return StoredModel(
-        folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", recipe=recipe, read_into=read_into
-    )
+        folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", identity=identity, recipe=recipe,
+        read_into=read_into,
+    )  # fmt: skip
 
 
 def load_drawer(
@@ -233,8 +238,10 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
             )
         out.copy_(read_part(source, f"{held[0]}/{name}", box))
 
+    identity = xxhash.xxh3_64_hexdigest(" ".join(source.identity).encode())
+    recipe = _recipe_in(source.meta, folder)
     return StoredModel(
-        folder=folder, step=source.step, kind=held[0], recipe=_recipe_in(source.meta, folder), read_into=read_into
+        folder=folder, step=source.step, kind=held[0], identity=identity, recipe=recipe, read_into=read_into
     )
 
 

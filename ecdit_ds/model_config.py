@@ -119,7 +119,7 @@ class ModelConfig:
             )
 
     def _refuse_switches_without_effect(self) -> None:
-        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": _EXPERT_CHOICE_SWITCHES}
+        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": EXPERT_CHOICE_SWITCHES}
         for kind, switches in used_by_others.items():
             for name in switches:
                 default = type(self).__dataclass_fields__[name].default
@@ -165,10 +165,11 @@ class ModelConfig:
         return min(rounded[self.capacity_rounding], pool_tokens)
 
 
-_EXPERT_CHOICE_SWITCHES = (
+EXPERT_CHOICE_SWITCHES = (
     "capacity_rounding", "routing_pool", "routing_group", "router_scores", "router_input", "gate_normalization",
     "num_shared_experts",
 )  # fmt: skip
+"""Fields that a model without expert choice leaves at their defaults."""
 
 _POSITIVE_MODEL_FIELDS = (
     "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",

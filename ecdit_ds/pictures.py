@@ -1,4 +1,4 @@
-"""Pictures for people: captioned grids and single files."""
+"""Pictures for people: captioned grids and single files, and what stands beside them."""
 
 import io
 import os
@@ -49,6 +49,17 @@ def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     _write(path, buffer.getvalue())
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text, such as a page or numbers, whole or not at all."""
+    _write(path, text.encode("utf-8"))
+
+
+def name_for_file(prompt: str) -> str:
+    """Return the words of a prompt, joined by underscores, at most 60 characters; a path never."""
+    words = "".join(c if c.isalnum() else "_" for c in prompt.lower())
+    return "_".join(filter(None, words.split("_")))[:60]
 
 
 def _png(image: Image.Image) -> bytes:

@@ -48,6 +48,8 @@ class Surroundings:
     """model -> held-out loss at each fixed time; collective."""
     draw: Callable[[nn.Module], np.ndarray]
     """model -> uint8 pictures (B, H, W, 3) of the recipe's prompts; collective."""
+    scene_scores: Callable[[nn.Module], dict[str, Any]] | None
+    """model -> how many held-out digit scenes it draws right (`Alignment.summary`); collective. None: not asked for."""
     flops_per_image: float
     stop: StopRequest
     peak_flops_per_s: float | None
@@ -195,19 +197,19 @@ class Trainer:
         return f"stopped at step {progress.step} ({asked}): saved; the same command goes on from there"
 
     def _evaluate(self, step: int) -> None:
+        score, scores = self._given.scene_scores, None
         with _evaluating(self.engine.module) as model:
-            losses = self._given.heldout_losses(model)
-            if step == 0:
-                averaged = losses
-            else:
+            losses = averaged = self._given.heldout_losses(model)
+            if step > 0:
                 with self.engine.averaged_weights():
                     averaged = self._given.heldout_losses(model)
+                    scores = score(model) if score else None
         record = {
             "step": step,
             "heldout_loss": finite_or_none(float(np.mean(losses))),
             "heldout_loss_ema": finite_or_none(float(np.mean(averaged))),
             "heldout_loss_by_time": [finite_or_none(loss) for loss in losses],
-        }
+        } | ({"scenes": scores} if scores else {})
         self._tell(lambda callback: callback.on_evaluation(record))
 
     def _draw(self, step: int) -> None:

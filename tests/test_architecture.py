@@ -43,7 +43,8 @@ LAYERS = (
     ),
     ("engine", "drawing", "evaluation"),
     ("snapshot", "interpret", "loading", "crew"),
-    ("saver", "pipeline", "gallery"),
+    ("saver", "pipeline", "ledger", "monitoring"),
+    ("gallery",),
     ("run_folder", "trainer"),
     ("build",),
     ("train",),
@@ -65,6 +66,8 @@ IMPORTED_ONLY_BY = {
     "torch.serialization": ("checkpoint.torch_files",),
     "deepspeed": ("engine", "parallel.deepspeed_moe", "tools/bench_layers.py"),
     "megatron": ("parallel",),
+    # Seconds to import, and of no use to training.
+    "torchmetrics": ("evaluation",),
 }
 """The benchmark may, since it measures DeepSpeed's layer beside ours."""
 NEVER_IN = {
@@ -329,6 +332,15 @@ def test_recipes_and_layouts_are_checked_without_torch(sources: list[Source]) ->
         used = {name for part in reached for name, _ in by_name[part].names}
         assert not any(is_within(name, ["torch"]) for name in used), module
     assert "checkpoint.boxes" in closure("pipeline", graph)
+
+
+def test_training_does_not_wait_for_the_libraries_that_judge_pictures(sources: list[Source]) -> None:
+    by_name = {source.name: source for source in sources}
+    graph = {source.name: set(own_imports(source, set(by_name))) for source in sources}
+    used = {module: {name for part in closure(module, graph) for name, _ in by_name[part].names} for module in graph}
+    for library in ("torchmetrics", "transformers"):
+        assert not any(is_within(name, [library]) for name in used["train"])
+    assert any(is_within(name, ["torchmetrics"]) for name in used["evaluation.fid"])
 
 
 @pytest.mark.parametrize("source", [*package_sources(), *tool_sources()], ids=lambda source: source.name or PACKAGE)

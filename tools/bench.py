@@ -3,8 +3,9 @@
 `python tools/bench.py moe` times the expert-choice layer against the dense feed-forward layer of equal activated
 FLOPs and against other Mixture-of-Experts layers; `python tools/bench.py dispatch` the way to experts on other ranks
 against the bare collective; `python tools/bench.py checkpoint` saving, loading and converting against moving the same
-bytes. Sides run in one process and interleaved, so that a slow moment of the machine falls on
-all alike. Every figure of speed that the project publishes comes from here.
+bytes; `python tools/bench.py sample` drawing a picture against dense models. Sides run in one process and interleaved,
+so that a slow moment of the machine falls on all alike. Every figure of speed that the project publishes comes from
+here.
 
 Suffixes: B images, S tokens of an image, D hidden_size.
 """
@@ -12,16 +13,16 @@ Suffixes: B images, S tokens of an image, D hidden_size.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path, as all tools are
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -30,12 +31,16 @@ from tqdm import tqdm
 
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.recipe_file import DEFAULT_RECIPE
 from ecdit_ds.seeding import parameter_generator
 from ecdit_ds.validation import divisors
 from tools.bench_checkpoint import run_checkpoint
 from tools.bench_dispatch import run_dispatch
+from tools.bench_flags import add_common, add_report, positive, positive_number
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
-from tools.bench_report import compare, describe_run, times_text
+from tools.bench_report import compare, describe_run, rotated, times_text
+from tools.bench_sample import check_sample, run_sample
+from tools.command_line import OneLineParser
 
 _FULL: dict[str, Any] = {"tokens": [64, 256, 1024, 4096], "experts": [8, 16, 32, 64], "call_tokens": 8192, "rounds": 7}
 _QUICK: dict[str, Any] = {"tokens": [64, 256], "experts": [8, 16], "call_tokens": 1024, "rounds": 3}
@@ -55,6 +60,26 @@ Time a synthetic checkpoint (weights, average and both moments of many experts) 
   convert  to other files, against copying the files; and the most memory it takes
 
 Checksums are on in all of ours. "x raw" is the median over rounds of raw time / own time within the round."""
+
+_SAMPLE_FULL: dict[str, Any] = {"batch_size": 8, "rounds": 7}
+_SAMPLE_QUICK: dict[str, Any] = {"batch_size": 2, "rounds": 3, "steps": 2}
+
+_SAMPLE_HELP = """\
+Time drawing pictures (Euler's rule, from noise to latents; the text is encoded before) with an expert-choice model:
+
+  ec       the recipe's model
+  twin     the recipe with model.ffn: dense
+  equal    the twin, its ffn_hidden_size changed in every layer until its forward has the FLOPs of ec's
+
+each with the text's keys and values had once a picture (reuse), as the project draws, and at every step (again).
+
+Weights are random: shapes do not depend on what routers choose, so a trained model takes the same time. "overhead" is
+the measured ratio divided by the ratio of FLOPs, which are counted by formula, matrix products and attention: 1 is
+what theory says, 1.05 the aim beside the twin. Every round draws with all sides, in rotating order; a ratio is the
+median over rounds of ratios within the round. One thread; on a CPU the clock is the process's own CPU time, on a GPU
+wall-clock time until the device is done.
+
+Sizes replace the recipe's; heads and inner widths grow with --hidden-size."""
 
 _DISPATCH_HELP = """\
 Time the way to experts on other ranks and back, forward and backward, 2 experts a token: our dispatcher with experts
@@ -106,8 +131,8 @@ def measure(options: argparse.Namespace, num_experts: int, tick: Callable[[], ob
         for tokens in options.tokens
     }
     for turn in range(options.rounds):
-        for tokens in _rotated(options.tokens, turn):
-            for side in _rotated(sides, turn):
+        for tokens in rotated(options.tokens, turn):
+            for side in rotated(sides, turn):
                 samples[tokens][side.name].times_ms.append(forward_backward_ms(side, *inputs[tokens]))
                 tick()
     return samples
@@ -126,11 +151,6 @@ def _model_config(options: argparse.Namespace, num_experts: int, tokens: int) ->
 def _draw(name: str, options: argparse.Namespace, tokens: int) -> Tensor:
     flat = torch.randn(options.call_tokens, options.hidden_size, generator=parameter_generator(0, name))
     return rearrange(flat, "(b s) d -> b s d", s=tokens).to(device=options.device, dtype=options.dtype)
-
-
-def _rotated(items: list[Any], turn: int) -> list[Any]:
-    start = turn % len(items)
-    return items[start:] + items[:start]
 
 
 def to_rows(options: argparse.Namespace, num_experts: int, tokens: int, sides: dict[str, Samples]) -> Iterator[Any]:
@@ -207,24 +227,18 @@ def run_moe(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps({"meta": describe_moe(options), "rows": rows}, indent=1) + "\n")
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Answers a wrong flag with one line; `--help` tells the rest."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the checked options; `run` among them is the command.
 
     Raises:
         ConfigError: a device that is not there, sizes that do not fit one another.
     """
-    parser = _OneLineParser(prog="bench.py", description="Measure what things cost.")
+    parser = OneLineParser(prog="bench.py", description="Measure what things cost.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_moe(commands)
     _add_dispatch(commands)
     _add_checkpoint(commands)
+    _add_sample(commands)
     options = parser.parse_args(arguments)
     for name, value in (options.quick_sizes if options.quick else options.full_sizes).items():
         if getattr(options, name) is None:
@@ -240,12 +254,12 @@ def _add_moe(commands: Any) -> None:
         description=_MOE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_common(moe)
-    moe.add_argument("--tokens", type=_positive, nargs="+", help="tokens of an image (default 64 256 1024 4096)")
-    moe.add_argument("--experts", type=_positive, nargs="+", help="numbers of experts (default 8 16 32 64)")
-    moe.add_argument("--call-tokens", type=_positive, help="tokens a call, all images together (default 8192)")
-    moe.add_argument("--hidden-size", type=_positive, default=256, help="default 256")
-    moe.add_argument("--ffn-hidden-size", type=_positive, help="inner width of an expert (default 4 x --hidden-size)")
+    add_common(moe)
+    moe.add_argument("--tokens", type=positive, nargs="+", help="tokens of an image (default 64 256 1024 4096)")
+    moe.add_argument("--experts", type=positive, nargs="+", help="numbers of experts (default 8 16 32 64)")
+    moe.add_argument("--call-tokens", type=positive, help="tokens a call, all images together (default 8192)")
+    moe.add_argument("--hidden-size", type=positive, default=256, help="default 256")
+    moe.add_argument("--ffn-hidden-size", type=positive, help="inner width of an expert (default 4 x --hidden-size)")
     moe.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default all")
     moe.set_defaults(run=run_moe, check=_check_moe, full_sizes=_FULL, quick_sizes=_QUICK)
 
@@ -255,13 +269,13 @@ def _add_dispatch(commands: Any) -> None:
         "dispatch", help="the all-to-all of its tokens", description=_DISPATCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    _add_common(dispatch)
-    dispatch.add_argument("--ranks", type=_positive, default=2, help="expert-parallel processes (default 2)")
-    dispatch.add_argument("--tokens", type=_positive, nargs="+", help="tokens of an image (default 256 1024)")
-    dispatch.add_argument("--experts", type=_positive, default=8, help="default 8")
-    dispatch.add_argument("--chunks", type=_positive, nargs="+", help="parallel.dispatch_chunks (default 1 2 4)")
-    dispatch.add_argument("--call-tokens", type=_positive, help="tokens a call and rank (default 8192)")
-    dispatch.add_argument("--hidden-size", type=_positive, default=256, help="default 256")
+    add_common(dispatch)
+    dispatch.add_argument("--ranks", type=positive, default=2, help="expert-parallel processes (default 2)")
+    dispatch.add_argument("--tokens", type=positive, nargs="+", help="tokens of an image (default 256 1024)")
+    dispatch.add_argument("--experts", type=positive, default=8, help="default 8")
+    dispatch.add_argument("--chunks", type=positive, nargs="+", help="parallel.dispatch_chunks (default 1 2 4)")
+    dispatch.add_argument("--call-tokens", type=positive, help="tokens a call and rank (default 8192)")
+    dispatch.add_argument("--hidden-size", type=positive, default=256, help="default 256")
     dispatch.set_defaults(
         run=run_dispatch, check=_check_dispatch, full_sizes=_DISPATCH_FULL, quick_sizes=_DISPATCH_QUICK
     )
@@ -272,9 +286,9 @@ def _add_checkpoint(commands: Any) -> None:
         "checkpoint", help="saving, loading, converting", description=_CHECKPOINT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    _add_report(checkpoint, "of everything (default 5)")
-    checkpoint.add_argument("--gigabytes", type=_positive_number, help="size of the checkpoint (default 4)")
-    checkpoint.add_argument("--experts", type=_positive, default=32, help="default 32")
+    add_report(checkpoint, "of everything (default 5)")
+    checkpoint.add_argument("--gigabytes", type=positive_number, help="size of the checkpoint (default 4)")
+    checkpoint.add_argument("--experts", type=positive, default=32, help="default 32")
     checkpoint.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
     checkpoint.set_defaults(
         run=run_checkpoint, check=_check_checkpoint, full_sizes=_CHECKPOINT_FULL, quick_sizes=_CHECKPOINT_QUICK,
@@ -282,20 +296,23 @@ def _add_checkpoint(commands: Any) -> None:
     )  # fmt: skip
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
-    _add_report(command, "of each side and case (default 7)")
-    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
-    command.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and tokens (default fp32)"
+def _add_sample(commands: Any) -> None:
+    sample = commands.add_parser(
+        "sample", help="drawing pictures", description=_SAMPLE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_common(sample, "of each side (default 7)")
+    sample.add_argument("--config", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="recipe (default %(default)s)")
+    sample.add_argument("--hidden-size", type=positive, help="default: the recipe's")
+    sample.add_argument("--layers", type=positive, help="default: the recipe's")
+    sample.add_argument("--experts", type=positive, help="default: the recipe's")
+    sample.add_argument("--tokens-side", type=positive, metavar="N", help="N x N tokens (default: the recipe's)")
+    sample.add_argument("--batch-size", type=positive, help="pictures drawn at a time (default 8)")
+    sample.add_argument("--steps", type=positive, help="of a picture (default: the recipe's)")
+    sample.add_argument("--guidance", type=positive_number, help="1 is none (default: the recipe's)")
+    sample.set_defaults(
+        run=run_sample, check=check_sample, full_sizes=_SAMPLE_FULL, quick_sizes=_SAMPLE_QUICK, tokens=[]
     )
-
-
-def _add_report(command: argparse.ArgumentParser, what_rounds: str) -> None:
-    command.add_argument("--quick", action="store_true", help="fewer, smaller cases and rounds: some seconds")
-    command.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command"
-    )
-    command.add_argument("--rounds", type=_positive, help=f"timings {what_rounds}")
 
 
 def _resolve(options: argparse.Namespace) -> None:
@@ -352,22 +369,6 @@ def _check_dispatch(options: argparse.Namespace) -> None:
 def _check_checkpoint(options: argparse.Namespace) -> None:
     if not options.folder.is_dir() or not os.access(options.folder, os.W_OK):
         raise ConfigError(f"--folder {options.folder}: is no folder that can be written")
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ def _quartiles(values: list[float]) -> list[float]:
     return [lower, upper]
 
 
+def rotated(items: list[Any], turn: int) -> list[Any]:
+    """Return the items in the order of round `turn`, so that none always goes first."""
+    start = turn % len(items)
+    return items[start:] + items[:start]
+
+
 def describe_run(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
     """Return what a figure must be published with: device, versions, commit, command."""
     git = subprocess.run(

@@ -68,17 +68,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, with_device_map: bool = True
+) -> None:
     """Add what says which model draws, on what."""
     model = parser.add_argument_group("which model")
     model.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR",
+        "--checkpoint", type=Path, required=required, metavar="DIR",
         help="a checkpoint, a run's folder for its newest, or exported safetensors",
     )  # fmt: skip
     model.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
     model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: %(default)s)")
     model.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
     model.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks (default: %(default)s)")
+    model.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+    if not with_device_map:
+        parser.set_defaults(device_map=None, max_memory=[], offload_folder=None)
+        return
     model.add_argument(
         "--device-map",
         choices=("auto",),
@@ -89,7 +95,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --device-map, such as 0=70GiB or cpu=100GiB; may be repeated",
     )  # fmt: skip
     model.add_argument("--offload-folder", type=Path, metavar="DIR", help="with --device-map, for what fits nowhere")
-    model.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,8 +190,8 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
 def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
     """Return what besides drawing settings decides how a picture looks."""
     return {
-        "checkpoint": str(stored.folder.resolve()), "recipe": stored.recipe.name, "step": stored.step,
-        "weights": stored.kind, "dtype": options.dtype,
+        "checkpoint": f"{stored.folder.resolve().name} {stored.identity}", "recipe": stored.recipe.name,
+        "step": stored.step, "weights": stored.kind, "dtype": options.dtype,
     }  # fmt: skip
 
 

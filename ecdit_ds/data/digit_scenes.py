@@ -8,6 +8,7 @@ Suffixes: H, W canvas or digit pixels; C colour channels; N digit images.
 """
 
 import functools
+import itertools
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,44 @@ MIN_CANVAS_PIXELS = 2 * DIGIT_PIXELS
 """Four digits, and every relation, need two rows and two columns of cells."""
 
 
+_COUNTS = (2, 3, 4)
+_EXAMPLES = ("a seven", "an eight and a two", "two red sevens", "a red seven", "a red seven above a blue two")
+_MIRRORED: Mapping[str | None, Relation] = types.MappingProxyType({
+    "to the right of": "to the left of",
+    "below": "above",
+})  # fmt: skip
+"""Relations that say, of things named the other way round, what another relation says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a caption says: its digits in order, their colours where it names them, and a relation where it has one."""
+
+    kind: Kind
+    digits: tuple[int, ...]
+    colours: tuple[str | None, ...]
+    relation: Relation | None = None
+
+    @property
+    def caption(self) -> str:
+        """The words; `parse_caption` reads them back."""
+        if self.kind == "counting":
+            colour = f"{self.colours[0]} " if self.colours[0] else ""
+            return f"{DIGIT_NAMES[len(self.digits)]} {colour}{plural(self.digits[0])}"
+        things = [_thing(digit, colour) for digit, colour in zip(self.digits, self.colours, strict=True)]
+        return f" {self.relation or 'and'} ".join(things)
+
+    @property
+    def meaning(self) -> tuple[str | None, ...]:
+        """Kind, relation and things, alike for all captions that say the same, whichever thing they name first."""
+        things = [f"{colour or 'any'} {digit}" for digit, colour in zip(self.digits, self.colours, strict=True)]
+        if self.relation is None:
+            things.sort()
+        elif self.relation in _MIRRORED:
+            things.reverse()
+        return (self.kind, _MIRRORED.get(self.relation, self.relation), *things)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
     """One digit of a scene. Cells count from the top left; all objects of a scene have the same scale."""
@@ -70,9 +109,18 @@ class Scene:
     """An image, its caption, and the truth behind both; objects stand in the order the caption names them."""
 
     image_HWC: npt.NDArray[np.uint8]
-    caption: str
-    kind: Kind
+    claim: Claim
     objects: tuple[SceneObject, ...]
+
+    @property
+    def caption(self) -> str:
+        """What the claim says, in words."""
+        return self.claim.caption
+
+    @property
+    def kind(self) -> Kind:
+        """Which of GenEval's kinds the caption is of."""
+        return self.claim.kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +132,6 @@ class DigitImages:
     digit_N: npt.NDArray[np.int64]
     glyph_N: npt.NDArray[np.int64]
     """Their numbers in scikit-learn's set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """What a caption says: its digits in order, their colours where it names them, and a relation where it has one."""
-
-    kind: Kind
-    digits: tuple[int, ...]
-    colours: tuple[str | None, ...]
-    relation: Relation | None = None
 
 
 def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canvas_width: int) -> Scene:
@@ -118,9 +156,9 @@ def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canva
             f"{MIN_CANVAS_PIXELS}, which four digits need; raise model.latent_height and model.latent_width"
         )
     rng = sample_rng(seed, index, f"digit scene {split}")
-    content = _draw_content(_KIND_DRAWS[_pick(rng, len(_KIND_DRAWS))], split, rng)
+    claim = _draw_claim(_KIND_DRAWS[_pick(rng, len(_KIND_DRAWS))], split, rng)
     scale = 1 + _pick(rng, min(canvas_height, canvas_width) // MIN_CANVAS_PIXELS)
-    cells = _draw_cells(content, canvas_height // (DIGIT_PIXELS * scale), canvas_width // (DIGIT_PIXELS * scale), rng)
+    cells = _draw_cells(claim, canvas_height // (DIGIT_PIXELS * scale), canvas_width // (DIGIT_PIXELS * scale), rng)
     objects = tuple(
         SceneObject(
             digit=digit,
@@ -130,10 +168,10 @@ def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canva
             scale=scale,
             glyph=_draw_glyph(split, digit, rng),
         )
-        for digit, colour, (row, column) in zip(content.digits, content.colours, cells, strict=True)
+        for digit, colour, (row, column) in zip(claim.digits, claim.colours, cells, strict=True)
     )
     image_HWC = _render(objects, canvas_height, canvas_width)
-    return Scene(image_HWC=image_HWC, caption=_caption(content), kind=content.kind, objects=objects)
+    return Scene(image_HWC=image_HWC, claim=claim, objects=objects)
 
 
 @functools.cache
@@ -143,6 +181,50 @@ def digit_images(split: Split) -> DigitImages:
     held_out_N = np.array([stable_seed("digit_scenes image", glyph) % 5 == 0 for glyph in range(len(digit_N))])
     glyph_N = np.flatnonzero(held_out_N == (split == "heldout"))
     return DigitImages(ink_NHW=ink_NHW[glyph_N], digit_N=digit_N[glyph_N], glyph_N=glyph_N)
+
+
+@functools.cache
+def possible_claims(kind: Kind) -> tuple[Claim, ...]:
+    """Return everything that captions of a kind can say, in both splits, each once."""
+    pairs, palette = tuple(itertools.permutations(range(10), 2)), tuple(PALETTE)
+    any_colours = ((None, None), *itertools.product(palette, repeat=2))
+    match kind:
+        case "single":
+            return tuple(Claim(kind=kind, digits=(digit,), colours=(None,)) for digit in range(10))
+        case "colour":
+            said = itertools.product(range(10), palette)
+            return tuple(Claim(kind=kind, digits=(digit,), colours=(colour,)) for digit, colour in said)
+        case "counting":
+            counted = itertools.product(_COUNTS, (None, *palette), range(10))
+            return tuple(Claim(kind=kind, digits=(digit,) * n, colours=(colour,) * n) for n, colour, digit in counted)
+        case "two":
+            return tuple(Claim(kind=kind, digits=pair, colours=(None, None)) for pair in pairs)
+        case "position":
+            related = itertools.product(pairs, any_colours, RELATIONS)
+            return tuple(Claim(kind=kind, digits=pair, colours=two, relation=side) for pair, two, side in related)
+        case "attribution":
+            coloured = itertools.product(pairs, itertools.permutations(palette, 2))
+            return tuple(Claim(kind=kind, digits=pair, colours=two) for pair, two in coloured)
+
+
+def parse_caption(caption: str) -> Claim:
+    """Return what a caption says: the inverse of `Claim.caption`, for every caption that a scene can have.
+
+    Raises:
+        DataError: no scene has such a caption; the message names the first unknown word, or shows the forms there are.
+    """
+    claim = _claims_by_caption().get(caption)
+    if claim is not None:
+        return claim
+    known = {word for said in _claims_by_caption() for word in said.split()}
+    unknown = [word for word in caption.split() if word not in known]
+    where = f"the word {unknown[0]!r} is not known" if unknown else "no scene says this"
+    raise DataError(f"digit_scenes: caption {caption!r}: {where}; captions read like {', '.join(map(repr, _EXAMPLES))}")
+
+
+@functools.cache
+def _claims_by_caption() -> Mapping[str, Claim]:
+    return types.MappingProxyType({claim.caption: claim for kind in KINDS for claim in possible_claims(kind)})
 
 
 @functools.cache
@@ -170,57 +252,45 @@ def _glyphs_by_digit(split: Split) -> tuple[npt.NDArray[np.int64], ...]:
     return tuple(images.glyph_N[images.digit_N == digit] for digit in range(10))
 
 
-def _draw_content(kind: Kind, split: Split, rng: np.random.Generator) -> _Content:
-    """Draw what the caption says, by rejection, so that every content of a kind and split is equally likely."""
+def _draw_claim(kind: Kind, split: Split, rng: np.random.Generator) -> Claim:
+    """Draw what the caption says, by rejection, so that every claim of a kind and split is equally likely."""
     while True:
-        content = _propose_content(kind, rng)
-        if _is_held_out(content) == (split == "heldout"):
-            return content
+        claim = _propose_claim(kind, rng)
+        if is_held_out(claim) == (split == "heldout"):
+            return claim
 
 
-def _propose_content(kind: Kind, rng: np.random.Generator) -> _Content:
+def _propose_claim(kind: Kind, rng: np.random.Generator) -> Claim:
     first = _pick(rng, 10)
     second = (first + 1 + _pick(rng, 9)) % 10  # of two named digits no caption names the same twice
     match kind:
         case "single":
-            return _Content(kind=kind, digits=(first,), colours=(None,))
+            return Claim(kind=kind, digits=(first,), colours=(None,))
         case "colour":
-            return _Content(kind=kind, digits=(first,), colours=(_draw_colour(rng),))
+            return Claim(kind=kind, digits=(first,), colours=(_draw_colour(rng),))
         case "counting":
-            count, shared = 2 + _pick(rng, 3), _draw_colour(rng) if _pick(rng, 2) else None
-            return _Content(kind=kind, digits=(first,) * count, colours=(shared,) * count)
+            count, shared = _COUNTS[_pick(rng, len(_COUNTS))], _draw_colour(rng) if _pick(rng, 2) else None
+            return Claim(kind=kind, digits=(first,) * count, colours=(shared,) * count)
         case "two":
-            return _Content(kind=kind, digits=(first, second), colours=(None, None))
+            return Claim(kind=kind, digits=(first, second), colours=(None, None))
         case "position":
             relation = RELATIONS[_pick(rng, len(RELATIONS))]
             colours = (_draw_colour(rng), _draw_colour(rng)) if _pick(rng, 2) else (None, None)
-            return _Content(kind=kind, digits=(first, second), colours=colours, relation=relation)
+            return Claim(kind=kind, digits=(first, second), colours=colours, relation=relation)
         case "attribution":
             names, colour = tuple(PALETTE), _pick(rng, len(PALETTE))
             other = (colour + 1 + _pick(rng, len(names) - 1)) % len(names)
-            return _Content(kind=kind, digits=(first, second), colours=(names[colour], names[other]))
+            return Claim(kind=kind, digits=(first, second), colours=(names[colour], names[other]))
 
 
-def _is_held_out(content: _Content) -> bool:
+def is_held_out(claim: Claim) -> bool:
     """Whether a caption belongs to the held-out split: about one in eight, alike for all ways to say the same thing."""
-    things = [f"{colour or 'any'} {digit}" for digit, colour in zip(content.digits, content.colours, strict=True)]
-    relation = content.relation
-    if relation in ("to the right of", "below"):
-        things.reverse()
-        relation = "to the left of" if relation == "to the right of" else "above"
-    if relation is None:
-        things.sort()
-    return stable_seed("digit_scenes caption 1", content.kind, relation, *things) % 8 == 0
+    return stable_seed("digit_scenes caption 1", *claim.meaning) % 8 == 0
 
 
-def _caption(content: _Content) -> str:
-    if content.kind == "counting":
-        colour = f"{content.colours[0]} " if content.colours[0] else ""
-        name = DIGIT_NAMES[content.digits[0]]
-        plural = f"{name}es" if name == "six" else f"{name}s"
-        return f"{DIGIT_NAMES[len(content.digits)]} {colour}{plural}"
-    things = [_thing(digit, colour) for digit, colour in zip(content.digits, content.colours, strict=True)]
-    return f" {content.relation or 'and'} ".join(things)
+def plural(digit: int) -> str:
+    """Return the word for several of a digit."""
+    return f"{DIGIT_NAMES[digit]}es" if digit == 6 else f"{DIGIT_NAMES[digit]}s"
 
 
 def _thing(digit: int, colour: str | None) -> str:
@@ -229,21 +299,21 @@ def _thing(digit: int, colour: str | None) -> str:
     return f"an {words}" if words == "eight" else f"a {words}"
 
 
-def _draw_cells(content: _Content, rows: int, columns: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def _draw_cells(claim: Claim, rows: int, columns: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Draw a distinct (row, column) for each digit, such that a relation holds and is the only one that does."""
-    if content.relation is None:
-        chosen = rng.permutation(rows * columns)[: len(content.digits)].tolist()
+    if claim.relation is None:
+        chosen = rng.permutation(rows * columns)[: len(claim.digits)].tolist()
         return [divmod(cell, columns) for cell in chosen]
-    is_across = content.relation in ("to the left of", "to the right of")
+    is_across = claim.relation in ("to the left of", "to the right of")
     line = _pick(rng, rows if is_across else columns)
     places = sorted(rng.permutation(columns if is_across else rows)[:2].tolist())
-    if content.relation in ("to the right of", "below"):
+    if claim.relation in ("to the right of", "below"):
         places.reverse()
     return [(line, place) if is_across else (place, line) for place in places]
 
 
 @functools.cache
-def _enlargement(scale: int) -> npt.NDArray[np.float32]:
+def enlargement(scale: int) -> npt.NDArray[np.float32]:
     """Return the (8 * scale, 8) matrix of linear interpolation between pixel centres; the identity for scale 1."""
     centres = (np.arange(DIGIT_PIXELS * scale) + 0.5) / scale - 0.5
     distances = np.abs(np.clip(centres, 0, DIGIT_PIXELS - 1)[:, None] - np.arange(DIGIT_PIXELS))
@@ -254,7 +324,7 @@ def _render(objects: tuple[SceneObject, ...], canvas_height: int, canvas_width: 
     uci_ink_NHW, _ = _uci_digits()
     image_HWC = np.zeros((canvas_height, canvas_width, 3), dtype=np.uint8)
     for thing in objects:
-        enlarge = _enlargement(thing.scale)
+        enlarge = enlargement(thing.scale)
         ink_HW = enlarge @ uci_ink_NHW[thing.glyph] @ enlarge.T
         rgb_C = np.array(PALETTE[thing.colour], dtype=np.float32)
         image_HWC[thing.box] = np.rint(ink_HW[:, :, None] * rgb_C)

@@ -10,12 +10,13 @@ from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_loss
 
 NUM_TIMES = 8
+"""In training."""
 _NOISE_SEED = 0
 
 
-def heldout_times() -> Tensor:
-    """Return the 8 times, the middles of equal parts of [0, 1] (as in SD3's validation loss)."""
-    return (torch.arange(NUM_TIMES) + 0.5) / NUM_TIMES
+def heldout_times(num_times: int = NUM_TIMES) -> Tensor:
+    """Return the times, the middles of equal parts of [0, 1] (as in SD3's validation loss)."""
+    return (torch.arange(num_times) + 0.5) / num_times
 
 
 @torch.no_grad()
@@ -28,20 +29,22 @@ def heldout_loss(
     dp_size: int,
     device: torch.device,
     total: Callable[[Tensor], Tensor],
+    num_times: int = NUM_TIMES,
 ) -> list[float]:
     """Return the mean flow loss at each of `heldout_times`; collective, equal on all ranks and layouts.
 
     Args:
         batch_size: images a rank sees at a time.
         total: sums a tensor over the data-parallel ranks.
+        num_times: how many of `heldout_times`.
     """
-    sums = torch.zeros(NUM_TIMES + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(num_times + 1, dtype=torch.float64, device=device)
     batches = evaluation_batches(dataset, batch_size=batch_size, dp_rank=dp_rank, dp_size=dp_size)
     for samples, weights_B in batches:
         weights_B = weights_B.to(device).double()
         noise = draw_noise(tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise")
-        sums[NUM_TIMES] += weights_B.sum()
-        for i, time in enumerate(heldout_times().tolist()):
+        sums[num_times] += weights_B.sum()
+        for i, time in enumerate(heldout_times(num_times).tolist()):
             batch = FlowBatch(
                 latents_BCHW=samples.latents_BCHW,
                 noise_BCHW=noise,
@@ -53,4 +56,4 @@ def heldout_loss(
             losses_B, _ = flow_loss(model, batch)
             sums[i] += (losses_B.double() * weights_B).sum()
     sums = total(sums)
-    return (sums[:NUM_TIMES] / sums[NUM_TIMES]).tolist()
+    return (sums[:num_times] / sums[num_times]).tolist()

@@ -1,26 +1,24 @@
-"""Where a model spends its compute: how many experts took each patch, by layer and time.
+"""Where a model spends its compute, as pictures: maps of experts per patch, and curves of how even they are."""
 
-Suffixes: B images, S image tokens.
-"""
-
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from einops import rearrange
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from matplotlib.image import AxesImage
 
 from ecdit_ds.config import SampleConfig
 from ecdit_ds.drawing import TextToImage
-from ecdit_ds.errors import ConfigError
-from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
-from ecdit_ds.pictures import save_figure, to_uint8
+from ecdit_ds.interpret.concentration import gini, normalised_entropy
+from ecdit_ds.interpret.routing_trace import RoutingTrace, trace_routing
+from ecdit_ds.pictures import save_figure
 
 _MOMENTS = (("early", 0.1), ("middle", 0.5), ("late", 0.9))
+_TITLE_CHARACTERS = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,54 +43,26 @@ def compute_maps(pipeline: TextToImage, prompt: str, *, seed: int, sample: Sampl
     Raises:
         ConfigError: the model has no expert-choice layer.
     """
-    config = pipeline.recipe.model
-    if config.ffn != "expert_choice":
-        raise ConfigError(f"model.ffn: {config.ffn} has no expert-choice layers, so there is no routing to show")
-    passed: list[tuple[float, Tensor]] = []
+    steps = list(_moments(sample.num_steps))
+    return maps_of(trace_routing(pipeline, prompt, seed=seed, sample=sample, steps=steps), sample.num_steps)
 
-    def watch(_step: int, time: float, latents: Tensor, /) -> None:
-        passed.append((time, latents))
 
-    prompts = [prompt] * config.routing_group  # a full pool
-    image = pipeline.draw(prompts, seeds=[seed] * len(prompts), sample=sample, callback=watch)
-    velocity = pipeline.velocity(pipeline.text_encoder.encode(prompts))
-    moments, counts = [], []
-    steps = {round(share * (len(passed) - 1)): name for name, share in _MOMENTS}  # fewer when there are few steps
-    for step, name in steps.items():
-        time, latents = passed[step]
-        by_layer = _experts_per_patch(pipeline, lambda: velocity(latents, time))  # noqa: B023
-        moments.append((name, time))
-        counts.append(torch.stack(list(by_layer.values())))
-    pool = config.num_tokens * config.routing_group
+def maps_of(trace: RoutingTrace, num_steps: int) -> ComputeMaps:
+    """Return the early, middle and late maps of a drawing of `num_steps`, which the trace must hold."""
+    moments = _moments(num_steps)
+    places = [trace.steps.index(step) for step in moments]
     return ComputeMaps(
-        image_HWC=to_uint8(image)[0],
-        layers=[name.split(".")[1] for name in by_layer],
-        moments=moments,
-        counts=torch.stack(counts).cpu().numpy(),
-        expected=config.num_experts * config.expert_capacity(pool) / pool,
+        image_HWC=trace.image_HWC,
+        layers=[str(layer) for layer in trace.layers],
+        moments=[(name, trace.times[place]) for place, name in zip(places, moments.values(), strict=True)],
+        counts=trace.counts_TLHW[places],
+        expected=trace.expected,
     )
 
 
-@torch.no_grad()
-def _experts_per_patch(pipeline: TextToImage, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Return, by router, (rows, columns) counts of the first image in the model's next forward."""
-    config, counts = pipeline.recipe.model, dict[str, Tensor]()
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, routing: Routing) -> None:
-            tokens = experts_per_token(routing)[0][: config.num_tokens]
-            counts[name] = rearrange(tokens, "(h w) -> h w", h=config.latent_height // config.patch_size)
-
-        return hook
-
-    routers = [(name, m) for name, m in pipeline.model.named_modules() if isinstance(m, ExpertChoiceRouter)]
-    handles = [router.register_forward_hook(watch(name)) for name, router in routers]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+def _moments(num_steps: int) -> dict[int, str]:
+    """Return `{step: name}`; fewer than three where there are few steps."""
+    return {round(share * (num_steps - 1)): name for name, share in _MOMENTS}
 
 
 def save_compute_maps(maps: ComputeMaps, prompt: str, path: Path) -> None:
@@ -100,23 +70,86 @@ def save_compute_maps(maps: ComputeMaps, prompt: str, path: Path) -> None:
     moments, layers = maps.counts.shape[:2]
     figure = Figure(figsize=(2.2 * (layers + 1) + 0.8, 2.3 * moments + 0.5), layout="constrained")
     axes = figure.subplots(moments, layers + 1, squeeze=False)
-    height, width = maps.image_HWC.shape[:2]
     top = maps.counts.max()
     for row, (name, time) in enumerate(maps.moments):
         axes[row, 0].imshow(maps.image_HWC, interpolation="nearest")
         axes[row, 0].set_ylabel(f"{name}, t = {time:.2f}")
         for column in range(layers):
-            axis = axes[row, column + 1]
-            axis.imshow(maps.image_HWC, interpolation="nearest", extent=(0, width, height, 0))
-            shown = axis.imshow(
-                maps.counts[row, column], cmap="inferno", vmin=0, vmax=top, alpha=0.8, extent=(0, width, height, 0),
-                interpolation="nearest",
-            )  # fmt: skip
+            shown = _show_over(axes[row, column + 1], maps.image_HWC, maps.counts[row, column], top)
             if row == 0:
-                axis.set_title(f"layer {maps.layers[column]}", fontsize=9)
+                axes[row, column + 1].set_title(f"layer {maps.layers[column]}", fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[:, 1:], label=f"experts per patch (mean {maps.expected:g})")
-    figure.suptitle(f'"{prompt}"', fontsize=10, parse_math=False)
+    figure.suptitle(_title(prompt), fontsize=10, parse_math=False)
     save_figure(figure, path)
+
+
+def save_expert_maps(trace: RoutingTrace, moment: int, prompt: str, path: Path) -> None:
+    """Write what each expert (down) took in each layer (across) at place `moment` of the trace."""
+    layers, experts = trace.taken_TLEHW.shape[1:3]
+    figure = Figure(figsize=(1.3 * layers + 0.6, 1.3 * experts + 0.9), layout="constrained")
+    axes = figure.subplots(experts, layers, squeeze=False)
+    for expert in range(experts):
+        axes[expert, 0].set_ylabel(f"expert {expert}", fontsize=8)
+        for column, layer in enumerate(trace.layers):
+            axis = axes[expert, column]
+            _show_over(axis, trace.image_HWC, trace.taken_TLEHW[moment, column, expert], 1.4)  # so that 1 is orange
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if expert == 0:
+                axis.set_title(f"layer {layer}", fontsize=8)
+    figure.suptitle(f"{_title(prompt)}\nt = {trace.times[moment]:.2f}", fontsize=8, parse_math=False)
+    save_figure(figure, path)
+
+
+def save_concentration(trace: RoutingTrace, num_steps: int, prompt: str, path: Path) -> None:
+    """Write Gini's coefficient and the entropy of experts per patch, by time (across) and by layer."""
+    counts_TLP = flat_patches(trace.counts_TLHW)
+    places = {name: trace.steps.index(step) for step, name in _moments(num_steps).items()}
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, (label, values_TL) in enumerate(
+        [("Gini coefficient", gini(counts_TLP)), ("entropy / log of patches", normalised_entropy(counts_TLP))]
+    ):
+        by_time, by_layer = axes[row]
+        plot_by_time(by_time, trace.times, values_TL, trace.layers)
+        for name, place in places.items():
+            by_layer.plot(trace.layers, values_TL[place], marker="o", label=f"{name}, t = {trace.times[place]:.2f}")
+        by_layer.plot(trace.layers, values_TL.mean(axis=0), "k--", label="mean of all steps")
+        by_layer.set_xticks(trace.layers)
+        by_layer.set_xlabel("layer")
+        by_time.set_ylabel(label)
+        for axis in (by_time, by_layer):
+            axis.legend(fontsize=7)
+    figure.suptitle(_title(prompt), fontsize=10, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_by_time(axis: Axes, times: Sequence[float], values_TL: npt.NDArray[np.float64], layers: Sequence[int]) -> None:
+    """Draw a line a layer, darker for earlier layers, with time as it passes: noise left, data right."""
+    colours = colormaps["inferno"](np.linspace(0.15, 0.8, len(layers)))
+    for column, layer in enumerate(layers):
+        axis.plot(times, values_TL[:, column], marker=".", color=colours[column], label=f"layer {layer}")
+    axis.set_xlim(1.0, 0.0)
+    axis.set_xlabel("t (1 is noise, 0 is data)")
+
+
+def flat_patches(maps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return (..., patches) of (..., rows, columns)."""
+    return maps.reshape(*maps.shape[:-2], -1)
+
+
+def _show_over(axis: Axes, image_HWC: npt.NDArray[np.uint8], map_HW: np.ndarray, top: float) -> AxesImage:
+    """Lay a map over a picture in one axis."""
+    height, width = image_HWC.shape[:2]
+    axis.imshow(image_HWC, interpolation="nearest", extent=(0, width, height, 0))
+    return axis.imshow(
+        map_HW, cmap="inferno", vmin=0, vmax=top, alpha=0.8, extent=(0, width, height, 0), interpolation="nearest"
+    )
+
+
+def _title(prompt: str) -> str:
+    short = prompt if len(prompt) <= _TITLE_CHARACTERS else prompt[: _TITLE_CHARACTERS - 1] + "…"
+    return f'"{short}"'

@@ -53,6 +53,8 @@ class Planned:
     environment: dict[str, str] = field(default_factory=dict)
     codes: tuple[int, ...] = (0,)
     """How its ranks may end; -N is by signal N."""
+    tool: str = ""
+    """Of tools/, to run instead of train.py."""
 
 
 def finish_group(process: subprocess.Popen[str]) -> tuple[int, str]:

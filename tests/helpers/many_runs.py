@@ -8,6 +8,7 @@ what every run leaves, `OUTPUT/rank_R.json` tells what rank R saw.
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -68,14 +69,27 @@ def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
         os.environ |= run["environment"]
         if SAMPLES_FILE in os.environ:
             ecdit_ds.build._Transform = WitnessedTransform  # type: ignore[misc]
-        stop = StopRequest()
-        stop.listen()
-        code = main(run["arguments"], stop)
+        if run["tool"]:
+            code = _run_tool(run["tool"], run["arguments"])
+        else:
+            stop = StopRequest()
+            stop.listen()
+            code = main(run["arguments"], stop)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def _run_tool(name: str, arguments: list[str]) -> int:
+    path = Path(sys.path[0]) / "tools" / name
+    sys.argv = [str(path), *arguments]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of a random model.
+"""A random model, as checkpoints and by itself.
 
 Every parameter is random, also those that training starts at zero, so that no part of the model is idle.
 """
@@ -13,6 +13,7 @@ from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
 from ecdit_ds.config import Recipe
+from ecdit_ds.drawing import TextToImage, encoders_of
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.seeding import parameter_generator
@@ -34,6 +35,18 @@ def save_random_model(
     ]
     usual = {"recipe": recipe.to_dict(), "samples_seen": recipe.train.global_batch_size * step, "num_updates": step}
     return save_checkpoint(root, step, pieces, usual if meta is None else meta, SoloPeers())
+
+
+def random_pipeline(recipe: Recipe, weights: str = "ema") -> TextToImage:
+    """Return what `load_drawer` makes of what `save_random_model` writes, without the disk."""
+    model = ECDiT(recipe.model, SerialLayers()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_values(f"{weights}/{name}", tuple(parameter.shape)))
+    image_encoder, text_encoder = encoders_of(recipe)
+    return TextToImage(
+        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=torch.device("cpu")
+    )
 
 
 def random_values(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -102,8 +102,7 @@ def test_a_picture_is_that_of_its_prompt_and_seed(whole: Path, brush: Brush) -> 
 def test_a_folder_interrupted_after_any_picture_ends_bit_for_bit_as_the_uninterrupted(
     tmp_path: Path, whole: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch, drawn: int
 ) -> None:
-    saved: list[Path] = []
-    save_png = gallery.save_png
+    saved, save_png = list[Path](), gallery.save_png
 
     def save_and_die(image: np.ndarray, path: Path) -> None:
         if len(saved) == drawn:

@@ -1,0 +1,41 @@
+"""The digit-scenes score of a model while it trains: drawn and checked by all ranks together."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ecdit_ds.data.digit_scenes import KINDS, Scene
+from ecdit_ds.evaluation.scenes import Alignment, alignment_of, other_claims, score_alignment
+from ecdit_ds.parallel.sharding import Share
+
+DrawPictures = Callable[[Sequence[str], Sequence[int]], npt.NDArray[np.uint8]]
+"""(prompts, seeds) -> pictures (B, H, W, 3); may be collective."""
+
+
+def drawn_alignment(
+    draw: DrawPictures, scenes: Sequence[Scene], *, batch_size: int, dp: Share, total: Callable[[Tensor], Tensor]
+) -> Alignment:
+    """Draw the captions of scenes and score the pictures; collective, equal on all ranks and layouts.
+
+    Args:
+        draw: called equally often on every rank, always for `batch_size` pictures.
+        scenes: picture i has seed i.
+        batch_size: pictures a rank draws at a time.
+        dp: this rank's share of the pictures.
+        total: sums an fp64 tensor over the data-parallel ranks.
+    """
+    others = other_claims([scene.claim for scene in scenes])
+    counts_SK3 = alignment_of(np.zeros((3, len(KINDS), 3), dtype=np.int64)).counts()
+    for start in range(0, len(scenes), batch_size * dp.count):
+        places = range(start + dp.index * batch_size, start + (dp.index + 1) * batch_size)
+        chosen = [min(place, len(scenes) - 1) for place in places]
+        images = draw([scenes[i].caption for i in chosen], chosen)
+        own = [place for place in places if place < len(scenes)]
+        if own:
+            part = score_alignment(images[: len(own)], [scenes[i] for i in own], [others[i] for i in own])
+            counts_SK3 = counts_SK3 + part.counts()
+    summed = total(torch.from_numpy(counts_SK3.astype(np.float64)))
+    return alignment_of(summed.round().long().cpu().numpy())

@@ -1,0 +1,176 @@
+"""Models of `transformers` that judge pictures: from local files, weights as safetensors, and nothing left random.
+
+A model is a folder, or the hub name of one that is in the local cache; nothing is downloaded. A weight that the files
+do not hold would be drawn at random, and every number computed with it would look plausible; so it is refused.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import xxhash
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ecdit_ds.errors import EvaluationError
+
+T = TypeVar("T")
+
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+"""What `from_pretrained` raises for files that are missing, damaged, or of another kind."""
+
+
+def read_config(name: str, *, purpose: str) -> Any:
+    """Return the configuration of a model.
+
+    Args:
+        name: a folder, or the hub name of a model in the local cache.
+        purpose: what it is for, such as "features model"; errors begin with it.
+
+    Raises:
+        EvaluationError: no name is given, or there is no such model.
+    """
+    if not name:
+        raise EvaluationError(
+            f"{purpose}: none given; name a folder of transformers, or a model of the local hub cache"
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise EvaluationError(
+            f"{purpose} {name}: no model folder, since it has no config.json; save_pretrained makes one"
+        )
+    with _explained(f"{purpose} {name}: neither a model folder nor a model of the local hub cache"):
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+
+
+def load_image_processor(name: str, *, purpose: str) -> Any:
+    """Return what turns pictures into a model's input; raise EvaluationError where the model has none."""
+    with _explained(f"{purpose} {name}: has no image processor (preprocessor_config.json), so it cannot see pictures"):
+        return AutoImageProcessor.from_pretrained(name, local_files_only=True, backend="pil")
+
+
+def load_tokenizer(name: str, *, purpose: str) -> Any:
+    """Return what turns captions into a model's input; raise EvaluationError where the model has none."""
+    message = f"{purpose} {name}: has no tokenizer (tokenizer.json), so it cannot read captions"
+    with _explained(message):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
+    if not set(tokenizer("a")["input_ids"]) - set(tokenizer.all_special_ids):
+        raise EvaluationError(message)
+    return tokenizer
+
+
+def load_model(
+    auto_class: Any,
+    name: str,
+    *,
+    purpose: str,
+    device: torch.device,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> tuple[Any, frozenset[str]]:
+    """Load a frozen model in fp32.
+
+    Args:
+        auto_class: one of transformers' AutoModel classes.
+        may_lack: says of a parameter's name that the caller does without it.
+
+    Returns:
+        The model, and the names of the parameters that its files lack: these hold random numbers.
+
+    Raises:
+        EvaluationError: no safetensors, or a parameter is missing or of another shape.
+    """
+    with _explained(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
+        model, found = auto_class.from_pretrained(
+            name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
+    missing = frozenset(absent & {name for name, _ in model.named_parameters()})
+    needed = sorted(parameter for parameter in missing if not may_lack(parameter))
+    if needed:
+        raise EvaluationError(
+            f"{purpose} {name}: {len(needed)} weights of {type(model).__name__} are not in its files, or of another "
+            f"shape, such as {needed[0]}; they would be random"
+        )
+    return model.eval().requires_grad_(False).to(device), missing
+
+
+def fingerprint(model: nn.Module, processor: Any, *, without: frozenset[str] = frozenset()) -> str:
+    """Return a name of what fixes a model's output: its weights, `without` some, and its image processor's settings."""
+    digest = xxhash.xxh3_128()
+    states = model.state_dict()
+    for name in sorted(states.keys() - without):
+        tensor = states[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
+    return f"{type(model).__name__}-{digest.hexdigest()}"
+
+
+def in_batches(
+    pictures: Iterable[Image.Image],
+    processor: Any,
+    forward: Callable[[dict[str, Tensor], list[Image.Image]], Iterable[T]],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[list[T]]:
+    """Yield, for every `batch_size` pictures, one result each, in order; no gradients.
+
+    Each picture is prepared alone, and only inputs of one shape go through the model together: a processor that pads
+    to the largest picture of a batch would let a result depend on its neighbours.
+
+    Args:
+        pictures: of any sizes and modes; consumed as they are needed.
+        forward: gets the stacked inputs on `device` and their pictures in RGB; returns one result each.
+    """
+    for chunk in chunks(pictures, batch_size):
+        shown = [picture.convert("RGB") for picture in chunk]
+        inputs = [dict(processor(images=picture, return_tensors="pt")) for picture in shown]
+        places: dict[tuple[int, ...], list[int]] = {}
+        for i, prepared in enumerate(inputs):
+            places.setdefault(tuple(prepared["pixel_values"].shape), []).append(i)
+        results: dict[int, T] = {}
+        for group in places.values():
+            tensors = [name for name, value in inputs[group[0]].items() if isinstance(value, Tensor)]
+            stacked = {name: torch.cat([inputs[i][name] for i in group]).to(device) for name in tensors}
+            with torch.no_grad():
+                results.update(zip(group, forward(stacked, [shown[i] for i in group]), strict=True))
+        yield [results[i] for i in range(len(chunk))]
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items, the last one shorter; raise EvaluationError unless `size` is at least 1."""
+    if size < 1:
+        raise EvaluationError(f"batch size {size}: must be at least 1")
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _explained(message: str) -> Iterator[None]:
+    """Keep transformers quiet, and turn what it raises into one line that begins with `message`."""
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except _FAILURES as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EvaluationError(f"{message} ({cause})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()

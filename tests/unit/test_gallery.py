@@ -1,7 +1,7 @@
 """A folder of pictures: the same one whoever is killed on the way, and never a mixture."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,21 @@ def test_a_picture_does_not_depend_on_who_is_drawn_beside_it(tmp_path: Path, who
     draw(tmp_path / "others", others)
     mine, theirs = pixels(whole), pixels(tmp_path / "others")
     assert [np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)] == [False, True, True, False, True]
+
+
+def test_every_part_is_drawn_in_batches_of_one_size(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, paint = [], Brush.draw
+
+    def paint_and_count(brush: Brush, jobs: Sequence[Job]) -> np.ndarray:
+        sizes.append(len(jobs))
+        return paint(brush, jobs)
+
+    monkeypatch.setattr(Brush, "draw", paint_and_count)
+    draw(tmp_path / "o")
+    draw(tmp_path / "one", batch_size=16)
+    assert sizes == [2, 2, 2, 5]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -5,10 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools.bench import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"dense", "deepspeed", "nucleus", "nucleus_grouped"}
@@ -94,10 +97,16 @@ def test_one_line_a_row_and_a_summary_are_printed(report: dict[str, Any]) -> Non
         (["attention"], "attention"),
     ],
 )
-def test_a_flag_that_cannot_work_is_answered_with_one_line_that_names_it(flags: list[str], said: str) -> None:
-    done = run_bench(*flags)
+def test_a_flag_that_cannot_work_is_named_in_one_line(
+    flags: list[str], said: str, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    assert said in refusal_of(lambda: parse_arguments(flags))
+
+
+def test_the_command_refuses_in_one_line_with_exit_code_2() -> None:
+    done = run_bench("moe", "--rounds", "0")
     assert done.returncode == 2 and not done.stdout
-    assert len(done.stderr.splitlines()) == 1 and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "'0'" in done.stderr
 
 
 def test_dispatch_sends_no_more_bytes_than_it_must_and_says_what_they_cost(tmp_path: Path) -> None:

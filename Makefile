@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo   install, train the demo, leave pictures in $(OUTPUT)"
-	@echo "make demo-long  train a larger one for about an hour, leave pictures and scores in $(LONG_OUTPUT)"
+	@echo "make demo-long  train a larger one for about an hour, leave pictures in $(LONG_OUTPUT), scores in evaluation/"
 	@echo "make test   install, run linters and tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make soak   kill a run 100 times at random moments; about half an hour"

@@ -26,7 +26,7 @@ from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import DataError
 from ecdit_ds.ledger import Ledger, Row
 from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.pictures import save_png, to_uint8
+from ecdit_ds.pictures import name_for_file, save_png, to_uint8
 from ecdit_ds.prompts import require_words
 
 SETTINGS_NAME = "settings.json"
@@ -246,7 +246,7 @@ def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
 def _write(folder: Path, rank: int, turn: range, jobs: Sequence[Job], images: np.ndarray) -> None:
     rows = []
     for index, image in zip(turn, images, strict=False):
-        name = f"{PICTURES_NAME}/{index:06d}_{_slug(jobs[index].prompt)}.png"
+        name = f"{PICTURES_NAME}/{index:06d}_{name_for_file(jobs[index].prompt)}.png"
         save_png(image, folder / name)
         rows.append({"index": index, "file": name, **asdict(jobs[index])})
     _ledger(folder).append(rank, rows)
@@ -282,8 +282,3 @@ def _writing(folder: Path, work: Callable[[], Any]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         where = getattr(error, "filename", None) or folder
         raise DataError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _slug(prompt: str) -> str:
-    words = "".join(c if c.isascii() and c.isalnum() else "_" for c in prompt.lower())
-    return "_".join(filter(None, words.split("_")))[:60]

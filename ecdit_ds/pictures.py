@@ -57,8 +57,8 @@ def save_text(text: str, path: Path) -> None:
 
 
 def name_for_file(prompt: str) -> str:
-    """Return the words of a prompt, joined by underscores, at most 60 characters; a path never."""
-    words = "".join(c if c.isalnum() else "_" for c in prompt.lower())
+    """Return the ASCII words of a prompt, joined by underscores, at most 60 characters; a path never."""
+    words = "".join(c if c.isascii() and c.isalnum() else "_" for c in prompt.lower())
     return "_".join(filter(None, words.split("_")))[:60]
 
 

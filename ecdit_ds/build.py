@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
@@ -22,7 +23,7 @@ from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.faults import faults_from_environment
-from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, where_text
+from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
@@ -276,7 +277,12 @@ class _Transform:
             text_embeds_BTD=where_text(kept_B, samples.text_embeds_BTD, self._null.embeds_BTD),
             text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
             text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
+            kept_BN=draw_kept_tokens(index_B, seed, self._recipe.model.num_tokens, self._num_kept(index_B)),
         )
+
+    def _num_kept(self, stream_index_B: Tensor) -> int:
+        step = int(stream_index_B[0]) // self._recipe.train.global_batch_size
+        return self._recipe.model.num_kept_tokens(self._recipe.train.mask_ratio_at(step))
 
 
 class _SampleFiles(Callback):

@@ -127,6 +127,13 @@ class TrainConfig:
     sample_every: int = 500
     max_skipped_steps: int = 10
     """Steps in a row with a non-finite gradient that end the run."""
+    mask_ratio: float = 0.0
+    """Share of each image's tokens that only the decoder blocks see, as a learned mask token; the loss is on the rest.
+    Which ones is a function of the seed and the sample. Pictures are drawn without."""
+    unmasked_from_step: int | None = None
+    """Steps, from this one on (from 0), that train on all tokens; none of them where it is left out."""
+    reconstruction_weight: float = 0.0
+    """Weight of the error at the tokens left out, beside that at the others; 0 for none."""
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing: `block` keeps a block's input only and computes the rest again in backward;
     `selective` also keeps what all-to-alls returned, so that no token travels twice. Sums over tensor-parallel ranks,
@@ -147,6 +154,7 @@ class TrainConfig:
                 f"train.keep_every: {self.keep_every} is no multiple of train.checkpoint_every "
                 f"({self.checkpoint_every}), so some of these steps would never be saved"
             )
+        self._check_mask()
         if self.recompute == "none" and self.recompute_every != 1:
             raise ConfigError(
                 f"train.recompute_every: {self.recompute_every} has no effect with train.recompute: none; use block or "
@@ -157,6 +165,23 @@ class TrainConfig:
             require_divides(
                 "train.micro_batch_size", self.micro_batch_size, "train.global_batch_size", self.global_batch_size
             )
+
+    def mask_ratio_at(self, step: int) -> float:
+        """Return the share of tokens left out at optimizer step `step` (from 0)."""
+        is_unmasked = self.unmasked_from_step is not None and step >= self.unmasked_from_step
+        return 0.0 if is_unmasked else self.mask_ratio
+
+    def _check_mask(self) -> None:
+        require_not_negative("train", "reconstruction_weight", self.reconstruction_weight)
+        if not 0.0 <= self.mask_ratio < 1.0:
+            raise ConfigError(f"train.mask_ratio: {self.mask_ratio} is outside [0, 1); the paper's is 0.5")
+        if self.unmasked_from_step is not None:
+            require_positive("train", "unmasked_from_step", self.unmasked_from_step)
+        for name, value in (
+            ("unmasked_from_step", self.unmasked_from_step), ("reconstruction_weight", self.reconstruction_weight),
+        ):  # fmt: skip
+            if value and not self.mask_ratio:
+                raise ConfigError(f"train.{name}: {value} has no effect with train.mask_ratio: 0.0; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +266,7 @@ class Recipe:
             raise ConfigError(f"parallel.ep: {self.parallel.ep} has no effect with model.ffn: dense; use 1")
         self._check_tensor_parallel()
         self._check_exchanges()
+        self._check_mask()
         self.model.check_capacity_factor("sample.capacity_factor", self.sample.capacity_factor)
 
     def _check_tensor_parallel(self) -> None:
@@ -256,6 +282,26 @@ class Recipe:
             raise ConfigError(
                 f"parallel.tp: {tp} with model.ffn: token_choice: DeepSpeed's layer deals each rank's tokens out over "
                 "the tensor-parallel ranks, so each would drop other tokens than one process does; use tp 1"
+            )
+
+    def _check_mask(self) -> None:
+        """Refuse a mask without blocks that see every position, or with too little left to choose from."""
+        ratio, model = self.train.mask_ratio, self.model
+        if not ratio:
+            return
+        if model.decoder_layers < 1:
+            raise ConfigError(
+                f"train.mask_ratio: {ratio} with model.decoder_layers: 0: no block would see every position; use 2, as "
+                "the paper's sizes suggest"
+            )
+        kept, images = model.num_kept_tokens(ratio), model.routing_group
+        places = model.capacity_factor * kept * images / model.num_experts
+        if model.ffn == "expert_choice" and places < 1:
+            raise ConfigError(
+                f"train.mask_ratio: {ratio} leaves {kept} of {model.num_tokens} tokens an image, of which each of "
+                f"{model.num_experts} experts must take capacity_factor({model.capacity_factor}) x {kept * images} / "
+                f"{model.num_experts} = {places:.3g}, less than one token; lower it, or use fewer experts or a larger "
+                "model.routing_group"
             )
 
     def _check_exchanges(self) -> None:
@@ -316,7 +362,8 @@ MAY_CHANGE_ON_RESUME = frozenset({
     "train.async_save", "train.save_timeout_minutes", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
     "data.num_heldout", "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
-    "train.recompute_every", *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
+    "train.recompute_every", "train.unmasked_from_step",
+    *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
 })  # fmt: skip
 """Recipe fields that a run may change between its lives; any other change is another experiment."""
 

@@ -63,6 +63,7 @@ class StepResult:
     loss: Tensor
     """fp32 scalar: mean flow loss of this rank's micro-batches."""
     auxiliary_loss: Tensor
+    """What else was minimised, weighted: load balance and reconstruction."""
     grad_norm: Tensor | float
     """Global norm before clipping."""
     is_skipped: bool

@@ -34,6 +34,8 @@ class ModelConfig:
     latent_width: int
     text_embed_dim: int
     max_text_tokens: int
+    decoder_layers: int = 0
+    """Dense blocks after the others, which see every position also where those see a share (masked training)."""
     positions: Literal["rotary", "rotary_and_absolute"] = "rotary"
     """2-D rotary angles say how far tokens are apart; fixed sines and cosines on the patches (DiT) also say where."""
 
@@ -72,8 +74,15 @@ class ModelConfig:
         return self.ffn != "dense"
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) holds experts: every second one, starting from the second (paper sec. 3.1)."""
-        return self.is_sparse and layer % 2 == 1
+        """Whether layer `layer` (from 0) holds experts: every second one, starting from the second (paper sec. 3.1).
+
+        Decoder blocks, from `num_layers` on, never do.
+        """
+        return self.is_sparse and layer % 2 == 1 and layer < self.num_layers
+
+    def num_kept_tokens(self, mask_ratio: float) -> int:
+        """Return how many tokens of an image the main blocks see when they are not shown a share of `mask_ratio`."""
+        return self.num_tokens - math.floor(Fraction(str(mask_ratio)) * self.num_tokens)
 
     def pool_images(self, micro_batch_size: int) -> int:
         """Images whose tokens compete for one expert's places."""
@@ -110,6 +119,7 @@ class ModelConfig:
                 f"{self.routing_pool}; set routing_pool: group or routing_group: 1"
             )
         require_not_negative("model", "num_shared_experts", self.num_shared_experts)
+        require_not_negative("model", "decoder_layers", self.decoder_layers)
         require_not_negative("model", "load_balance_weight", self.load_balance_weight)
         if self.ffn == "expert_choice" and self.expert_capacity(self.num_tokens * self.routing_group) < 1:
             raise ConfigError(

@@ -69,30 +69,50 @@ def load_recipe(name_or_path: str = DEFAULT_RECIPE, overrides: typing.Sequence[s
     """Read a recipe and apply `key=value` overrides.
 
     Args:
-        name_or_path: a name in `configs/` or a YAML file.
+        name_or_path: a name in `configs/` or a YAML file. `base: NAME` in it takes over what it leaves out from there.
         overrides: such as `train.max_steps=20`; values are YAML.
 
     Raises:
         ConfigError: naming the file, the key, the value and the nearest valid name or the divisors that work.
     """
     path = find_recipe(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    try:
-        data = parse_yaml(text)
-        if not isinstance(data, dict):
-            raise ConfigError(f"holds {type(data).__name__}, not a recipe")
-        data.setdefault("name", path.stem)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    data = _read(path, ())
+    data.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(data, override)
     try:
         return recipe_from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{path}{' with --set' if overrides else ''}: {error}") from None
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Return what a file says, over what its `base` says; `readers` are the files that this one is the base of."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ConfigError(f"holds {type(data).__name__}, not a recipe")
+        base = data.pop("base", None)
+        if base is None:
+            return data
+        if base not in recipe_names():
+            raise ConfigError(f"base: {base!r} is not a recipe's name; choose from {', '.join(recipe_names())}")
+        below = find_recipe(base)
+        if below in (path, *readers):
+            raise ConfigError(f"base: {base} leads back to this file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    inherited = _read(below, (path, *readers))
+    inherited.pop("name", None)
+    return _merged(inherited, data)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return both, section by section; where both give a value, the one above."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return below | above | {key: _merged(below[key], above[key]) for key in both}
 
 
 def parse_yaml(text: str) -> Any:

@@ -20,7 +20,7 @@ from ecdit_ds.ending import RunStatus, say
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
 from ecdit_ds.errors import GaveUpError
 from ecdit_ds.faults import Faults
-from ecdit_ds.flow.objective import FlowBatch, flow_loss
+from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.metrics import MetricLog, RoutingProbe, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
@@ -135,8 +135,13 @@ class Trainer:
         return self.engine.step(on_device, self._loss, rate)
 
     def _loss(self, model: nn.Module, batch: FlowBatch) -> tuple[Tensor, Tensor]:
-        losses_B, auxiliary_loss = flow_loss(model, batch)
-        return losses_B.mean(), self.recipe.model.load_balance_weight * auxiliary_loss
+        recipe = self.recipe
+        losses = flow_losses(model, batch, recipe.model.patch_size)
+        others = (
+            recipe.model.load_balance_weight * losses.load_balance
+            + recipe.train.reconstruction_weight * losses.reconstruction
+        )
+        return losses.flow_B.mean(), others
 
     def _record(self, progress: Progress, result: StepResult, seconds: float) -> None:
         images_per_second = self.recipe.train.global_batch_size / seconds

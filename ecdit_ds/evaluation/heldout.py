@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ecdit_ds.data.encode import LatentDataset
 from ecdit_ds.data.loader import evaluation_batches
-from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_loss
+from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_losses
 
 NUM_TIMES = 8
 """In training."""
@@ -53,7 +53,7 @@ def heldout_loss(
                 text_mask_BT=samples.text_mask_BT,
                 text_pooled_BD=samples.text_pooled_BD,
             ).to(device)
-            losses_B, _ = flow_loss(model, batch)
+            losses_B = flow_losses(model, batch).flow_B
             sums[i] += (losses_B.double() * weights_B).sum()
     sums = total(sums)
     return (sums[:num_times] / sums[num_times]).tolist()

@@ -5,11 +5,12 @@ index in the training stream, so every layout trains on the same numbers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from einops import reduce
 from torch import Tensor
 
 from ecdit_ds.config import FlowConfig
@@ -27,14 +28,20 @@ class FlowBatch:
     text_embeds_BTD: Tensor
     text_mask_BT: Tensor
     text_pooled_BD: Tensor
+    kept_BN: Tensor | None = None
+    """int64, rising: the tokens of each image that the main blocks see; None for all."""
 
     def to(self, device: torch.device) -> "FlowBatch":
         """Return the batch on `device`; from pinned memory the host does not wait for the copy."""
-        return FlowBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "FlowBatch":
         """Return the batch in pinned memory; torch's loader asks for this by name."""
-        return FlowBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "FlowBatch":
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
 
 
 class Predicted(Protocol):
@@ -46,8 +53,8 @@ class Predicted(Protocol):
     def auxiliary_loss(self) -> Tensor: ...
 
 
-VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Predicted]
-"""(noisy latents, timesteps, text embeds, text mask, pooled text) -> prediction."""
+VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Predicted]
+"""(noisy latents, timesteps, text embeds, text mask, pooled text, kept tokens) -> prediction."""
 
 
 def draw_noise(shape: tuple[int, ...], stream_index_B: Tensor, seed: int, purpose: str = "noise") -> Tensor:
@@ -73,17 +80,52 @@ def draw_text_kept(stream_index_B: Tensor, seed: int, config: FlowConfig) -> Ten
     return torch.tensor(draws, dtype=torch.float64) >= config.text_dropout_prob
 
 
+def draw_kept_tokens(stream_index_B: Tensor, seed: int, num_tokens: int, num_kept: int) -> Tensor | None:
+    """Return kept_BN, `num_kept` of `num_tokens` tokens of each sample, rising; None where all are kept."""
+    if num_kept == num_tokens:
+        return None
+    draws = [sample_rng(seed, int(index), "mask").permutation(num_tokens)[:num_kept] for index in stream_index_B]
+    return torch.from_numpy(np.sort(np.stack(draws), axis=1))
+
+
 def where_text(kept_B: Tensor, text: Tensor, null_text: Tensor) -> Tensor:
     """Return each sample's text tensor, or the null text's where it is not kept; leading dimension B."""
     return torch.where(kept_B.view(-1, *[1] * (text.dim() - 1)), text, null_text)
 
 
-def flow_loss(model: VelocityModel, batch: FlowBatch) -> tuple[Tensor, Tensor]:
-    """Return (fp32 losses (B,), auxiliary loss): mean over the latent of |v_theta - (noise - latents)|^2.
+class FlowLosses(NamedTuple):
+    """What is minimised, unweighted; fp32."""
 
-    Source: arXiv 2410.02098 eq. 1.
+    flow_B: Tensor
+    """Of each image: mean over the kept tokens of |v_theta - (noise - latents)|^2 (arXiv 2410.02098 eq. 1)."""
+    reconstruction: Tensor
+    """Mean over the tokens left out of |v_theta + latents|^2; zero without a mask. Of the noise of a token that no
+    block saw, nothing is known, so the best guess at its velocity has mean -latents (after MaskDiT, 2306.09305)."""
+    load_balance: Tensor
+    """Of the token-choice baseline."""
+
+
+def flow_losses(model: VelocityModel, batch: FlowBatch, patch_size: int = 1) -> FlowLosses:
+    """Return the losses of a micro-batch.
+
+    Args:
+        patch_size: the side of a token, in latent pixels; a batch that keeps all tokens does not ask.
     """
     noisy = interpolate(batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B)
-    prediction = model(noisy, batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD)
-    error = prediction.velocity_BCHW.float() - velocity_target(batch.latents_BCHW, batch.noise_BCHW).float()
-    return error.square().mean(dim=(1, 2, 3)), prediction.auxiliary_loss
+    prediction = model(
+        noisy, batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.kept_BN
+    )
+    velocity_BCHW = prediction.velocity_BCHW.float()
+    error_BCHW = (velocity_BCHW - velocity_target(batch.latents_BCHW, batch.noise_BCHW).float()).square()
+    if batch.kept_BN is None:
+        nothing = error_BCHW.new_zeros(())
+        return FlowLosses(error_BCHW.mean(dim=(1, 2, 3)), nothing, prediction.auxiliary_loss)
+    flow_B = _mean_by_token(error_BCHW, patch_size).gather(1, batch.kept_BN).mean(dim=1)
+    guess_BS = _mean_by_token((velocity_BCHW + batch.latents_BCHW).square(), patch_size)
+    left_out_BS = torch.ones_like(guess_BS).scatter(1, batch.kept_BN, 0.0)
+    return FlowLosses(flow_B, (guess_BS * left_out_BS).sum() / left_out_BS.sum(), prediction.auxiliary_loss)
+
+
+def _mean_by_token(error_BCHW: Tensor, patch_size: int) -> Tensor:
+    """Return (B, S), row by row as the model orders its tokens."""
+    return reduce(error_BCHW, "b c (h p) (w q) -> b (h w)", "mean", p=patch_size, q=patch_size)

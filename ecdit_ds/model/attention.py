@@ -33,13 +33,14 @@ class SelfAttention(nn.Module):
         self.query_norm = layers.head_norm(config.head_dim)
         self.key_norm = layers.head_norm(config.head_dim)
 
-    def forward(self, x_BSD: Tensor, angles_SK: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, angles: Tensor) -> Tensor:
+        """Mix the tokens; `angles` as for `rotate`."""
         x_BSD = self.entrance(x_BSD)
         query, key, value = (
             rearrange(project(x_BSD), "b s (h k) -> b h s k", k=self.head_dim)
             for project in (self.query, self.key, self.value)
         )
-        query, key = rotate(self.query_norm(query), angles_SK), rotate(self.key_norm(key), angles_SK)
+        query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
         y_BHSK = F.scaled_dot_product_attention(query, key, value, enable_gqa=key.shape[1] != query.shape[1])
         return self.out(rearrange(y_BHSK, "b h s k -> b s (h k)"))
 

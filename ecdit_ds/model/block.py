@@ -33,7 +33,7 @@ class Modulation:
 
 
 class DiTBlock(nn.Module):
-    """A block; `layer` (from 0) decides between dense FFN and experts."""
+    """A block; `layer` (from 0, decoder blocks last) decides between dense FFN and experts."""
 
     def __init__(self, layers: LayerFactory, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class DiTBlock(nn.Module):
         self,
         x_BSD: Tensor,
         modulation_BMD: Tensor,
-        angles_SK: Tensor,
+        angles: Tensor,
         text: Tensor | TextMemory,
         text_mask_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -62,10 +62,11 @@ class DiTBlock(nn.Module):
 
         Args:
             modulation_BMD: the shared 6 modulation vectors.
+            angles: of the tokens' positions, as for `rotate`.
             text: text_embeds_BTD, or this layer's memory of it.
         """
         attention, ffn = self._modulations(modulation_BMD)
-        x_BSD = x_BSD + attention.gate * self.self_attention(attention.apply(normalize(x_BSD)), angles_SK)
+        x_BSD = x_BSD + attention.gate * self.self_attention(attention.apply(normalize(x_BSD)), angles)
         x_BSD = x_BSD + self.cross_attention(normalize(x_BSD), text, text_mask_BT)
         update_BSD, auxiliary_loss = self._feed_forward(normalize(x_BSD), ffn)
         return x_BSD + ffn.gate * update_BSD, auxiliary_loss

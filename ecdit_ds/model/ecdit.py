@@ -1,7 +1,10 @@
 """EC-DiT: a text-to-image diffusion transformer whose every second FFN is a layer of experts.
 
-Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens, T text tokens, D width, M modulation
-vectors.
+Masked training (MaskDiT, arXiv 2306.09305): the blocks see the kept tokens of each image only; a few dense decoder
+blocks after them see every position, a learned token standing where one was left out. Without a mask all see all.
+
+Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens, N kept tokens, T text tokens, D width,
+M modulation vectors, K head_dim.
 """
 
 from collections.abc import Sequence
@@ -40,12 +43,17 @@ class ECDiT(nn.Module):
         self.condition = ConditionEmbedder(config.text_embed_dim, config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(layers, config, layer) for layer in range(config.num_layers))
+        self.decoder = nn.ModuleList(
+            DiTBlock(layers, config, config.num_layers + layer) for layer in range(config.decoder_layers)
+        )
+        self.mask_token = nn.Parameter(torch.empty(config.hidden_size)) if config.decoder_layers else None
         self.final = FinalLayer(config)
 
     def remember(self, text_embeds_BTD: Tensor) -> list[TextMemory]:
         """Return each layer's keys and values of a text, to be used at every time."""
         text_embeds_BTD = text_embeds_BTD.to(self.patches.linear.weight.dtype)
-        return [cast(DiTBlock, block).cross_attention.remember(text_embeds_BTD) for block in self.blocks]
+        blocks = [*self.blocks, *self.decoder]
+        return [cast(DiTBlock, block).cross_attention.remember(text_embeds_BTD) for block in blocks]
 
     def forward(
         self,
@@ -54,6 +62,7 @@ class ECDiT(nn.Module):
         text: Tensor | Sequence[TextMemory],
         text_mask_BT: Tensor,
         text_pooled_BD: Tensor,
+        kept_BN: Tensor | None = None,
     ) -> Prediction:
         """Predict the velocity `noise - latents`.
 
@@ -62,23 +71,44 @@ class ECDiT(nn.Module):
             timesteps_B: in [0, 1]; 0 is data, 1 is noise.
             text: text_embeds_BTD, or what `remember` made of it.
             text_mask_BT: bool, True for a real token; at least one a row.
+            kept_BN: int64, the tokens of each image that the main blocks see; None for all.
         """
         dtype, p = self.patches.linear.weight.dtype, self.config.patch_size
         height, width = noisy_latents_BCHW.shape[-2] // p, noisy_latents_BCHW.shape[-1] // p
         angles_SK = rotary_angles(height, width, self.config.head_dim, noisy_latents_BCHW.device)
 
         x_BSD = self.patches(noisy_latents_BCHW.to(dtype))
+        places_SD = None
         if self.config.positions == "rotary_and_absolute":
-            x_BSD = x_BSD + absolute_positions(height, width, self.config.hidden_size, x_BSD.device).to(dtype)
+            places_SD = absolute_positions(height, width, self.config.hidden_size, x_BSD.device).to(dtype)
+            x_BSD = x_BSD + places_SD
         condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
         modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
         auxiliary_loss = torch.zeros((), device=x_BSD.device)
-        texts = [text.to(dtype)] * len(self.blocks) if isinstance(text, Tensor) else text
-        for layer, block in enumerate(self.blocks):
+        num_blocks = len(self.blocks) + len(self.decoder)
+        texts = [text.to(dtype)] * num_blocks if isinstance(text, Tensor) else text
+        angles = angles_SK
+        if kept_BN is not None:
+            x_BSD, angles = take_tokens(x_BSD, kept_BN), rearrange(angles_SK[kept_BN], "b n k -> b 1 n k")
+        for layer, block in enumerate([*self.blocks, *self.decoder]):
+            if layer == len(self.blocks) and kept_BN is not None:
+                x_BSD, angles = self._put_back(x_BSD, kept_BN, height * width, places_SD), angles_SK
             x_BSD, block_loss = self.recompute.run(
-                layer, block, x_BSD, modulation_BMD, angles_SK, texts[layer], text_mask_BT
+                layer, block, x_BSD, modulation_BMD, angles, texts[layer], text_mask_BT
             )
             auxiliary_loss = auxiliary_loss + block_loss.to(auxiliary_loss.device)  # a device map may spread blocks
         patches = self.final(x_BSD, condition_BD)
         velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
         return Prediction(velocity_BCHW=velocity.to(noisy_latents_BCHW.dtype), auxiliary_loss=auxiliary_loss)
+
+    def _put_back(self, x_BND: Tensor, kept_BN: Tensor, num_tokens: int, places_SD: Tensor | None) -> Tensor:
+        """Return every position: the kept tokens in their places, and the mask token, told its place, in the others."""
+        assert self.mask_token is not None, "a recipe that masks has decoder blocks"
+        filler = self.mask_token if places_SD is None else self.mask_token + places_SD
+        x_BSD = filler.to(x_BND.dtype).expand(len(x_BND), num_tokens, -1)
+        return x_BSD.scatter(1, kept_BN[:, :, None].expand_as(x_BND), x_BND)
+
+
+def take_tokens(x_BSD: Tensor, kept_BN: Tensor) -> Tensor:
+    """Return the tokens at `kept_BN` of each image, x_BND."""
+    return x_BSD.gather(1, kept_BN[:, :, None].expand(-1, -1, x_BSD.shape[-1]))

@@ -71,8 +71,12 @@ def absolute_positions(height: int, width: int, hidden_size: int, device: torch.
     return torch.cat([angles_SK.sin(), angles_SK.cos()], dim=-1)
 
 
-def rotate(x_BHSK: Tensor, angles_SK: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) of every head by its token's angle; norms are kept."""
+def rotate(x_BHSK: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + K/2]) of every head by its token's angle; norms are kept.
+
+    Args:
+        angles: angles_SK, or (B, 1, S, K) where each image has other tokens.
+    """
     first, second = x_BHSK.chunk(2, dim=-1)
-    cos, sin = angles_SK.cos().to(x_BHSK.dtype), angles_SK.sin().to(x_BHSK.dtype)
+    cos, sin = angles.cos().to(x_BHSK.dtype), angles.sin().to(x_BHSK.dtype)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -3,7 +3,7 @@
 0                        biases, all modulation (adaLN-Zero: a block starts as the identity, DiT), the output
                          projection, and cross-attention's output matrix, which has no gate (PixArt-alpha)
 1                        norm scales
-normal, std 0.02         routers: near-uniform scores
+normal, std 0.02         routers: near-uniform scores; the mask token (MAE, arXiv 2111.06377)
 uniform, Xavier          any other matrix, and each expert's, over its own in and out (DiT)
 """
 
@@ -20,7 +20,8 @@ from ecdit_ds.parallel.sharding import shard_of
 from ecdit_ds.seeding import parameter_generator
 
 _ZERO = ("modulation", "final.linear", "cross_attention.out")
-_ROUTER_STD = 0.02
+_SMALL = ("router", "gate.wg", "mask_token")
+_SMALL_STD = 0.02
 
 
 def empty_model(
@@ -58,11 +59,11 @@ def initialize_parameter(name: str, parameter: nn.Parameter, seed: int) -> None:
             weight.copy_(_box(whole, shard.offset[1:], weight.shape))
     elif any(part in name for part in _ZERO) or name.endswith("bias"):
         parameter.zero_()
+    elif any(part in name for part in _SMALL):
+        generator = parameter_generator(seed, name)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * _SMALL_STD)
     elif parameter.dim() == 1:
         parameter.fill_(1.0)
-    elif "router" in name or "gate.wg" in name:
-        generator = parameter_generator(seed, name)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * _ROUTER_STD)
     else:
         whole = _xavier(shard.global_shape[0], shard.global_shape[1], seed, name)
         parameter.copy_(_box(whole, shard.offset, parameter.shape))

@@ -26,7 +26,7 @@ from ecdit_ds.checkpoint.storage import save_checkpoint
 from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
-from ecdit_ds.flow.objective import FlowBatch, flow_loss
+from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.parallel.sharding import cut_axes, shard_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
@@ -150,8 +150,8 @@ def _train(engine: DeepSpeedEngine, recipe: Recipe, place: tuple[int, int]) -> l
         return whole[dp_rank * size : (dp_rank + 1) * size]
 
     def loss_of(module: torch.nn.Module, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        losses_B, auxiliary_loss = flow_loss(module, batch)
-        return losses_B.mean(), auxiliary_loss
+        losses = flow_losses(module, batch)
+        return losses.flow_B.mean(), losses.load_balance
 
     losses = []
     for step in range(STEPS):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecdit_ds.config import FlowConfig, SampleConfig
 from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, flow_loss, where_text
+from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, flow_losses, where_text
 from ecdit_ds.flow.rectified import interpolate, shift_timesteps, timesteps_from_uniform, velocity_target
 from ecdit_ds.flow.samplers import Step, VelocityFn, dpmpp_2m, euler, euler_ancestral, follow, heun, rule_of, time_grid
 from ecdit_ds.model.ecdit import Prediction
@@ -290,12 +290,15 @@ def flow_batch() -> FlowBatch:
 def test_flow_loss_is_the_hand_computed_one_and_reaches_the_model(flow_batch: FlowBatch) -> None:
     weight = torch.ones((), requires_grad=True)
 
-    def model(noisy: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, pooled: Tensor) -> Prediction:
+    def model(
+        noisy: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, pooled: Tensor, kept: Tensor | None
+    ) -> Prediction:
         assert torch.equal(t, flow_batch.timesteps_B)
         assert mask is flow_batch.text_mask_BT
         return Prediction(velocity_BCHW=weight * noisy, auxiliary_loss=torch.tensor(0.25))
 
-    losses_B, auxiliary_loss = flow_loss(model, flow_batch)
+    losses_B, reconstruction, auxiliary_loss = flow_losses(model, flow_batch)
+    assert reconstruction.item() == 0.0
     # x_t = [2, 1], [0.5, 3.5]; v = [2, -2], [2, -2]; errors [0, 3], [-1.5, 5.5]
     assert losses_B.tolist() == [4.5, 16.25]
     assert losses_B.dtype == torch.float32
@@ -307,7 +310,7 @@ def test_flow_loss_is_the_hand_computed_one_and_reaches_the_model(flow_batch: Fl
 
 
 def test_flow_loss_is_fp32_for_a_bf16_model(flow_batch: FlowBatch) -> None:
-    losses_B, _ = flow_loss(
+    losses_B, *_ = flow_losses(
         lambda noisy, *_: Prediction(velocity_BCHW=noisy.bfloat16(), auxiliary_loss=torch.zeros(())), flow_batch
     )
     assert losses_B.dtype == torch.float32
@@ -315,13 +318,14 @@ def test_flow_loss_is_fp32_for_a_bf16_model(flow_batch: FlowBatch) -> None:
 
 
 def test_every_part_of_a_batch_moves_to_the_device(flow_batch: FlowBatch) -> None:
-    moved = flow_batch.to(torch.device("meta"))
+    moved = replace(flow_batch, kept_BN=torch.zeros(2, 1, dtype=torch.int64)).to(torch.device("meta"))
     assert all(getattr(moved, spec.name).is_meta for spec in fields(FlowBatch))
 
 
 def test_a_batch_is_pinned_field_by_field(flow_batch: FlowBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pinning needs a device, which may not be here; that each tensor is asked does not.
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())
+    flow_batch = replace(flow_batch, kept_BN=torch.zeros(2, 1, dtype=torch.int64))
     pinned = flow_batch.pin_memory()
     for field in fields(FlowBatch):
         before, after = getattr(flow_batch, field.name), getattr(pinned, field.name)

@@ -15,8 +15,8 @@ from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
-from ecdit_ds.data.encoders import TextEncoder
+from ecdit_ds.data.encode import LatentDataset, Samples, open_split
+from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.drawing import check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
@@ -156,19 +156,10 @@ def _claim(
 
 def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDataset]:
     """Open the training and the held-out set; rank 0 makes them first where they are missing."""
-    image_encoder, text_encoder = encoders_of(recipe)
+    encoders = None if recipe.data.dataset == "encoded" else encoders_of(recipe)
 
     def open_both() -> tuple[LatentDataset, LatentDataset]:
-        return (
-            open_digit_scenes(
-                recipe.model, recipe.data, split="train", seed=recipe.data.seed,
-                image_encoder=image_encoder, text_encoder=text_encoder,
-            ),
-            open_digit_scenes(
-                recipe.model, recipe.data, split="heldout", seed=recipe.data.seed,
-                image_encoder=image_encoder, text_encoder=text_encoder,
-            ),
-        )  # fmt: skip
+        return open_split(recipe, "train", encoders), open_split(recipe, "heldout", encoders)
 
     world.on_first(lambda: open_both() and None)
     return world.together(open_both)
@@ -239,7 +230,7 @@ def _work(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
-    transform = _Transform(recipe, encoders_of(recipe)[1])
+    transform = _Transform(recipe, train_set.null_text)
 
     def batches(start_sample: int) -> Any:
         return training_batches(
@@ -264,8 +255,8 @@ def _work(
 class _Transform:
     """Samples to a flow batch, in the loader's worker; a class so that a worker of any kind can be handed it."""
 
-    def __init__(self, recipe: Recipe, text_encoder: TextEncoder) -> None:
-        self._recipe, self._null = recipe, text_encoder.null()
+    def __init__(self, recipe: Recipe, null_text: TextEmbeddings) -> None:
+        self._recipe, self._null = recipe, null_text
 
     def __call__(self, samples: Samples) -> FlowBatch:
         seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B

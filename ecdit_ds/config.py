@@ -25,7 +25,12 @@ from ecdit_ds.validation import (
 class DataConfig:
     """The corpus and how it is read."""
 
-    dataset: Literal["digit_scenes"] = "digit_scenes"
+    dataset: Literal["digit_scenes", "encoded"] = "digit_scenes"
+    """Embedded scenes, encoded before the first step, or folders that hold encoded samples."""
+    path: str | None = None
+    """Of the encoded training set; a recipe may leave it to the command line."""
+    heldout_path: str | None = None
+    """Of the encoded held-out set."""
     seed: int = 0
     """Which scenes; not the training seed, so that runs of several seeds share one set."""
     num_train: int = 16384
@@ -38,6 +43,12 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
+        for name in ("path", "heldout_path"):
+            if self.dataset != "encoded" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"data.{name}: {getattr(self, name)} has no effect with data.dataset: {self.dataset}; set "
+                    "data.dataset=encoded"
+                )
         require_positive("data", "num_train", self.num_train)
         require_positive("data", "num_heldout", self.num_heldout)
         require_not_negative("data", "num_workers", self.num_workers)

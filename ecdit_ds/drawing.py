@@ -22,7 +22,15 @@ from ecdit_ds.seeding import sample_rng
 
 
 def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
-    """Return the frozen encoders that a recipe's data goes through."""
+    """Return the frozen encoders that a recipe's data goes through.
+
+    Raises:
+        DataError: they are not here.
+    """
+    if recipe.data.dataset == "encoded":
+        raise DataError(
+            "data.dataset: encoded: its encoders are not part of this version, so this model can draw no prompt"
+        )
     text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
     return PixelCodec(), text
 
@@ -33,6 +41,14 @@ def check_encodable(recipe: Recipe) -> None:
     Raises:
         DataError: naming the fields, or the prompt that is too long.
     """
+    drawn = {"prompts": recipe.sample.prompts, "scenes_per_kind": recipe.sample.scenes_per_kind}
+    if recipe.data.dataset == "encoded":
+        for name, value in drawn.items():
+            if value:
+                raise DataError(
+                    f"sample.{name}: {value} with data.dataset: encoded, whose encoders are not here; leave it out"
+                )
+        return
     image_encoder, text_encoder = encoders_of(recipe)
     check_digit_scenes(recipe.model, image_encoder, text_encoder)
     if recipe.sample.prompts:

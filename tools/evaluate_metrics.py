@@ -15,7 +15,7 @@ from PIL import Image
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.encode import open_digit_scenes
+from ecdit_ds.data.encode import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
 from ecdit_ds.evaluation.digit_detector import find_objects
@@ -50,9 +50,8 @@ def loss(options: argparse.Namespace) -> None:
     def work() -> dict[str, Any]:
         drawer = task.drawer()
         open_set = partial(
-            open_digit_scenes, recipe.model, data, split="heldout", seed=data.seed,
-            image_encoder=drawer.image_encoder, text_encoder=drawer.text_encoder,
-        )  # fmt: skip
+            open_split, dataclasses.replace(recipe, data=data), "heldout", (drawer.image_encoder, drawer.text_encoder)
+        )
         task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
         losses = heldout_loss(
             drawer.model, task.crew.world.together(open_set), batch_size=options.batch_size,

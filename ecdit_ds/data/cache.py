@@ -1,8 +1,8 @@
 """Folders of encoded samples: written whole or not at all, verified when opened.
 
-A folder holds `samples.arrow` (Hugging Face `datasets`) and `index.json` (count, shapes, size and checksum of the
-former). It is written beside its place and renamed, so processes may race for it, and one that is killed leaves
-nothing that is ever read.
+A folder holds `samples.arrow` (Hugging Face `datasets`), `null_text.safetensors` (the text of no text, in the same
+encoding) and `index.json` (count, shapes, sizes and checksums of both). It is written beside its place and renamed, so
+processes may race for it, and one that is killed leaves nothing that is ever read.
 """
 
 import dataclasses
@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from datasets.arrow_writer import ArrowWriter
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import DataError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raise it when scenes or columns change, so that no older folder is taken for a new one."""
 ARROW_FILE = "samples.arrow"
+NULL_TEXT_FILE = "null_text.safetensors"
 INDEX_FILE = "index.json"
 
 
@@ -44,12 +47,15 @@ class CacheIndex:
     """(T, D)."""
     arrow_bytes: int
     arrow_xxh3: str
+    null_text_bytes: int
+    null_text_xxh3: str
 
 
 def write_folder(
     folder: Path,
     tables: Iterator[pa.Table],
     *,
+    null_text: dict[str, npt.NDArray[Any]],
     settings: dict[str, str | int],
     count: int,
     latents_shape: tuple[int, int, int],
@@ -60,6 +66,7 @@ def write_folder(
     Args:
         folder: does not exist yet; its parents may not either.
         tables: the samples in order, in the columns caption, kind, latents, text_embeds, text_mask, text_pooled.
+        null_text: the text of no text, by column.
         settings: all that the samples depend on, for the index.
         count: number of samples.
         latents_shape: (C, H, W).
@@ -74,6 +81,7 @@ def write_folder(
     draft.mkdir()
     try:
         _write_arrow(draft / ARROW_FILE, tables, count)
+        save_file(null_text, draft / NULL_TEXT_FILE)
         index = CacheIndex(
             schema=SCHEMA_VERSION,
             settings=settings,
@@ -82,9 +90,11 @@ def write_folder(
             text_shape=text_shape,
             arrow_bytes=(draft / ARROW_FILE).stat().st_size,
             arrow_xxh3=_checksum(draft / ARROW_FILE),
+            null_text_bytes=(draft / NULL_TEXT_FILE).stat().st_size,
+            null_text_xxh3=_checksum(draft / NULL_TEXT_FILE),
         )
         (draft / INDEX_FILE).write_text(json.dumps(dataclasses.asdict(index), indent=2) + "\n", encoding="ascii")
-        for path in (draft / ARROW_FILE, draft / INDEX_FILE, draft):
+        for path in (*(draft / name for name in (ARROW_FILE, NULL_TEXT_FILE, INDEX_FILE)), draft):
             put_on_disk(path)
         try:
             os.rename(draft, folder)
@@ -96,18 +106,20 @@ def write_folder(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def read_folder(folder: Path) -> tuple[CacheIndex, datasets.Dataset]:
+def read_folder(folder: Path) -> tuple[CacheIndex, datasets.Dataset, dict[str, npt.NDArray[Any]]]:
     """Verify a folder that `write_folder` wrote, and map it into memory.
 
     Returns:
-        The index, and the rows as pyarrow tables.
+        The index, the rows as pyarrow tables, and the null text by column.
 
     Raises:
         DataError: a file is missing or damaged; names it.
     """
     index = _read_index(folder)
-    _verify_arrow(folder / ARROW_FILE, index)
-    return index, datasets.Dataset.from_file(str(folder / ARROW_FILE)).with_format("arrow")
+    _verify(folder / ARROW_FILE, index.arrow_bytes, index.arrow_xxh3)
+    _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
+    rows = datasets.Dataset.from_file(str(folder / ARROW_FILE)).with_format("arrow")
+    return index, rows, load_file(folder / NULL_TEXT_FILE)
 
 
 def _write_arrow(path: Path, tables: Iterator[pa.Table], count: int) -> None:
@@ -146,16 +158,16 @@ def _read_index(folder: Path) -> CacheIndex:
     return index
 
 
-def _verify_arrow(path: Path, index: CacheIndex) -> None:
+def _verify(path: Path, wanted_bytes: int, wanted_checksum: str) -> None:
     way_out = f"delete the folder {path.parent} to have it written anew"
     if not path.is_file():
         raise DataError(f"{path}: is missing; {way_out}")
     size = path.stat().st_size
-    if size != index.arrow_bytes:
-        raise DataError(f"{path}: has {size} bytes, but its index says {index.arrow_bytes}; {way_out}")
+    if size != wanted_bytes:
+        raise DataError(f"{path}: has {size} bytes, but its index says {wanted_bytes}; {way_out}")
     checksum = _checksum(path)
-    if checksum != index.arrow_xxh3:
-        raise DataError(f"{path}: has checksum {checksum}, but its index says {index.arrow_xxh3}; {way_out}")
+    if checksum != wanted_checksum:
+        raise DataError(f"{path}: has checksum {checksum}, but its index says {wanted_checksum}; {way_out}")
 
 
 def _checksum(path: Path) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig
-from ecdit_ds.data.cache import SCHEMA_VERSION, read_folder, write_folder
+from ecdit_ds.config import DataConfig, Recipe
+from ecdit_ds.data.cache import SCHEMA_VERSION, CacheIndex, read_folder, write_folder
 from ecdit_ds.data.digit_scenes import Split, draw_scene
-from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import stable_seed
@@ -58,12 +59,17 @@ class LatentDataset:
     """A memory-mapped encoded corpus; cheap to pickle and to fork, since only its path travels."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder that `open_digit_scenes` wrote, verifying it whole.
+        """Open a folder of encoded samples, verifying it whole.
 
         Raises:
             DataError: a file is missing or damaged; names it.
         """
-        self.index, self._rows = read_folder(folder)
+        self.index, self._rows, null_text = read_folder(folder)
+        parts = {name: torch.from_numpy(values) for name, values in null_text.items()}
+        self.null_text = TextEmbeddings(
+            embeds_BTD=parts["text_embeds"], mask_BT=parts["text_mask"], pooled_BD=parts["text_pooled"]
+        )
+        """The text of no text, B = 1."""
 
     def __len__(self) -> int:
         return self.index.count
@@ -98,6 +104,42 @@ class LatentDataset:
             captions=tuple(table.column("caption").to_pylist()),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )
+
+
+def open_split(recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None) -> LatentDataset:
+    """Open the training or the held-out set of a recipe; digit scenes are encoded first where they are missing.
+
+    Args:
+        encoders: for digit scenes; an encoded corpus needs none.
+
+    Raises:
+        DataError: the set does not fit the model, cannot be written, or is damaged.
+    """
+    if encoders is not None:
+        image_encoder, text_encoder = encoders
+        return open_digit_scenes(
+            recipe.model, recipe.data, split=split, seed=recipe.data.seed,
+            image_encoder=image_encoder, text_encoder=text_encoder,
+        )  # fmt: skip
+    key, path = ("path", recipe.data.path) if split == "train" else ("heldout_path", recipe.data.heldout_path)
+    if path is None:
+        raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
+    if not Path(path).is_dir():
+        raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
+    dataset = LatentDataset(Path(path))
+    _check_fits(dataset.index, recipe.model, f"data.{key}: {path}")
+    return dataset
+
+
+def _check_fits(index: CacheIndex, model: ModelConfig, who: str) -> None:
+    latents_shape = (model.in_channels, model.latent_height, model.latent_width)
+    text_shape = (model.max_text_tokens, model.text_embed_dim)
+    if index.latents_shape != latents_shape:
+        raise DataError(f"{who}: holds latents {index.latents_shape}, but the model's are {latents_shape}; set "
+                        "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
+    if index.text_shape != text_shape:
+        raise DataError(f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
+                        "set model.max_text_tokens and text_embed_dim to the former")  # fmt: skip
 
 
 def open_digit_scenes(
@@ -140,6 +182,7 @@ def open_digit_scenes(
             write_folder(
                 folder,
                 _encode_scenes(settings, split, image_encoder, text_encoder),
+                null_text=_null_columns(text_encoder),
                 settings=settings,
                 count=int(settings["count"]),
                 latents_shape=(model.in_channels, model.latent_height, model.latent_width),
@@ -199,6 +242,12 @@ def _encode_scenes(
             "text_mask": _binary_column(text.mask_BT, torch.bool),
             "text_pooled": _binary_column(text.pooled_BD, torch.float32),
         })  # fmt: skip
+
+
+def _null_columns(text_encoder: TextEncoder) -> dict[str, npt.NDArray[Any]]:
+    null = text_encoder.null()
+    parts = {"text_embeds": null.embeds_BTD, "text_mask": null.mask_BT, "text_pooled": null.pooled_BD}
+    return {name: part.to("cpu").numpy() for name, part in parts.items()}
 
 
 def _binary_column(tensor: Tensor, dtype: torch.dtype) -> pa.Array:

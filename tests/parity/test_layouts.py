@@ -49,8 +49,9 @@ BF16_CASES = [("tp2", 1), ("ep2", 2), ("tp2xep2", 2), ("tp2xep2", 3), ("dp2", 3)
 CLIPPED = (
     *SMALL_MODEL, f"train.max_steps={STEPS}", f"train.checkpoint_every={HALFWAY}",
     "optimizer.gradient_clipping=0.2", "optimizer.learning_rate=3e-3", "data.num_heldout=8",
+    "model.decoder_layers=1", "train.mask_ratio=0.5", "train.unmasked_from_step=4", "train.reconstruction_weight=0.5",
 )  # fmt: skip
-"""Every gradient norm is above 0.2, so clipping acts in each step."""
+"""Every gradient norm is above 0.2, so clipping acts in each step; the first four are masked, the others are not."""
 
 WRITTEN_UNDER = {"serial": 1, "tp2": 3, "ep2": 2, "dp2": 1, "tp2xep2": 3, "ep4": 2, "tp2xep2xdp2": 2}
 CONTINUED_UNDER = {"serial": 3, "tp2": 1, "ep2": 3, "dp2": 2, "tp2xep2": 2, "ep4": 1, "tp2xep2xdp2": 3}
@@ -136,6 +137,7 @@ def test_losses_norms_on_every_rank_and_weights_are_the_same_under_every_layout(
     _assert_same_course(metrics_of(other), metrics_of(serial))
     norms = [m["grad_norm"] for m in metrics_of(serial)]
     assert min(norms) > 0.2
+    assert [m["auxiliary_loss"] > 0 for m in metrics_of(other)] == [True, True, True, False, False]
     for seen in _seen(other):
         assert len(seen["grad_norms"]) == STEPS - 1
         assert seen["grad_norms"] == pytest.approx(norms, rel=RELATIVE)

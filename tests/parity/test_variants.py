@@ -3,11 +3,14 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.encode import open_split
+from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ExitCode
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.recipe_file import load_recipe
@@ -66,10 +69,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for ranks, run, more in ((1, "whole", ()), (2, "cut", ("parallel.tp=2",))):
             output = root / f"{name}_{run}"
             runs.append((ranks, arguments(output, root / "cache", *common, *overrides, *more, zero=3, resume=start)))
+    sets = [
+        f"data.{key}={_encoded(root, split, common)}" for key, split in (("path", "train"), ("heldout_path", "heldout"))
+    ]
+    encoded = (*common, "data.dataset=encoded", *sets)
+    runs.append((1, arguments(root / "encoded", root / "elsewhere", *encoded)))
     halfway = str(root / "base_1" / "checkpoints" / "step_5")
     moved = (2, arguments(root / "moved", root / "cache", *common, "parallel.ep=2", resume=halfway))
     train_many(root, runs, [moved])
     return root
+
+
+def _encoded(root: Path, split: Literal["train", "heldout"], common: tuple[str, ...]) -> Path:
+    """Encode a set of digit scenes and return its folder."""
+    recipe = load_recipe("demo", [*common, f"data.cache_dir={root / split}"])
+    open_split(recipe, split, encoders_of(recipe))
+    (folder,) = (root / split).iterdir()
+    return folder
 
 
 def _states(recipe: Recipe) -> tuple[str, ...]:
@@ -113,6 +129,13 @@ def test_a_checkpoint_of_one_rank_goes_on_under_expert_parallelism_with_the_same
     assert [m["step"] for m in moved] == [6, 7, 8, 9, 10]
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in moved] == pytest.approx([m[key] for m in straight[5:]], rel=RELATIVE), key
+
+
+def test_folders_of_encoded_samples_train_like_the_set_they_hold(runs: Path) -> None:
+    named, found = metrics_of(runs / "base_1"), metrics_of(runs / "encoded")
+    assert [m["loss"] for m in found] == [m["loss"] for m in named]
+    assert (runs / "encoded" / "evaluations.jsonl").read_text() == (runs / "base_1" / "evaluations.jsonl").read_text()
+    assert not (runs / "elsewhere").exists()
 
 
 def test_bf16_stays_close_to_fp32_and_is_not_fp32(runs: Path) -> None:

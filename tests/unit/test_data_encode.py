@@ -16,10 +16,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig
+from ecdit_ds.config import DataConfig, Recipe
 from ecdit_ds.data.cache import SCHEMA_VERSION
 from ecdit_ds.data.digit_scenes import draw_scene
-from ecdit_ds.data.encode import LatentDataset, open_digit_scenes
+from ecdit_ds.data.encode import LatentDataset, open_digit_scenes, open_split
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.model_config import ModelConfig
 
@@ -137,7 +137,7 @@ def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
     written = [(path, path.stat().st_mtime_ns) for folder in folders(tmp_path) for path in folder.iterdir()]
     open_set()
     assert [(path, path.stat().st_mtime_ns) for folder in folders(tmp_path) for path in folder.iterdir()] == written
-    assert len(written) == 2
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,8 @@ def _change_index(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
         ("samples.arrow", _flip_a_bit, "checksum"),
         ("samples.arrow", lambda path: os.truncate(path, path.stat().st_size - 8), "bytes"),
         ("samples.arrow", Path.unlink, "missing"),
+        ("null_text.safetensors", _flip_a_bit, "checksum"),
+        ("null_text.safetensors", Path.unlink, "missing"),
         ("index.json", Path.unlink, "missing"),
         ("index.json", lambda path: os.truncate(path, 40), "no index"),
         ("index.json", lambda path: path.write_text("[1, 2]"), "no index"),
@@ -270,3 +272,60 @@ def test_encoders_that_do_not_fit_the_model_are_refused(
 ) -> None:
     message = refusal_of(lambda: open_set(**change))
     assert [part for part in parts if part not in message] == []
+
+
+def test_a_set_brings_the_text_of_no_text_in_its_own_encoding(open_set: OpenSet) -> None:
+    null = WordEncoder(embed_dim=6, max_tokens=10).null()
+    kept = open_set().null_text
+    assert torch.equal(kept.embeds_BTD, null.embeds_BTD)
+    assert torch.equal(kept.mask_BT, null.mask_BT) and kept.mask_BT.dtype == torch.bool
+    assert torch.equal(kept.pooled_BD, null.pooled_BD)
+
+
+@pytest.fixture
+def encoded_recipe(open_set: OpenSet, tiny_recipe: Recipe, model: ModelConfig, tmp_path: Path) -> Recipe:
+    """Return a recipe whose training set is a folder."""
+    open_set()
+    (folder,) = folders(tmp_path)
+    return replace(tiny_recipe, model=model, data=DataConfig(dataset="encoded", path=str(folder)))
+
+
+def test_an_encoded_set_is_opened_by_its_path(encoded_recipe: Recipe, open_set: OpenSet) -> None:
+    opened = open_split(encoded_recipe, "train", None)
+    assert len(opened) == NUM_TRAIN
+    assert torch.equal(opened[3].latents_CHW, open_set()[3].latents_CHW)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"data": DataConfig(dataset="encoded")}, ["data.path: names no encoded set", "--set data.path=DIR"]),
+        ({"data": DataConfig(dataset="encoded", path="/nowhere")}, ["data.path: /nowhere is no folder"]),
+    ],
+)
+def test_a_missing_data_path_is_refused(
+    encoded_recipe: Recipe, refusal_of: Callable[[Callable[[], object]], str], change: Any, parts: list[str]
+) -> None:
+    message = refusal_of(lambda: open_split(replace(encoded_recipe, **change), "train", None))
+    assert all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"in_channels": 4}, ["latents (3, 16, 16)", "(4, 16, 16)", "model.in_channels"]),
+        ({"text_embed_dim": 8}, ["texts (10, 6)", "(10, 8)", "text_embed_dim"]),
+    ],
+)
+def test_an_encoded_set_of_other_shapes_is_refused_with_both(
+    encoded_recipe: Recipe, model: ModelConfig, refusal_of: Callable[[Callable[[], object]], str], change: Any,
+    parts: list[str],
+) -> None:  # fmt: skip
+    recipe = replace(encoded_recipe, model=replace(model, **change))
+    message = refusal_of(lambda: open_split(recipe, "train", None))
+    assert all(part in message for part in parts)
+
+
+def test_a_path_without_effect_is_refused(refusal_of: Callable[[Callable[[], object]], str]) -> None:
+    message = refusal_of(lambda: DataConfig(path="somewhere"))
+    assert "data.path: somewhere has no effect with data.dataset: digit_scenes" in message

@@ -165,7 +165,7 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
 
     Four times n D w as a dense FFN; the router's input in fp32 where the model is not, and fp32 scores, n E; for each
     of R rows the tokens that were gathered and the experts' output, 2 D w, what is between, the gate, and the row's
-    number three times (chosen, gathered, given back). DeepSpeed's token choice keeps four tables of n R besides.
+    number three times (chosen, gathered, given back).
     """
     model, w = shapes.model, shapes.width
     n, rows = shapes.images * shapes.tokens(layer), shapes.expert_rows(layer)
@@ -174,8 +174,7 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
         router += n * model.num_experts * _FP32
     moved = rows * (2 * model.hidden_size * w + w + _FP32 + 3 * _INT64)
     shared = _inner(shapes, n * model.num_shared_experts, is_plain=True)
-    tables = n * rows * (_FP32 + 2 * w + 1) if model.ffn == "token_choice" else 0
-    return 4 * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared + tables
+    return 4 * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared
 
 
 def backward_bytes(shapes: Shapes, layer: int) -> int:

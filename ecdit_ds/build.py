@@ -15,7 +15,7 @@ from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.encode import LatentDataset, Samples, open_split
+from ecdit_ds.data.encode import LatentDataset, Samples, check_split, open_split
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.drawing import check_encodable, encoders_of
@@ -29,8 +29,7 @@ from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
 from ecdit_ds.monitoring import Monitor
-from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
-from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
+from ecdit_ds.parallel.layers import LayerFactory
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
@@ -55,6 +54,9 @@ def run(
         EcditError: on all ranks, for what a user can mend.
     """
     check_encodable(recipe)
+    if recipe.data.dataset == "encoded":
+        check_split(recipe, "train")
+        check_split(recipe, "heldout")
     device = initialize_distributed()
     world = World()
     faults = world.together(lambda: faults_from_environment(world.rank))
@@ -98,41 +100,6 @@ def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> E
     model = empty_model(recipe.model, layers, device, recompute=recompute)
     initialize_by_name(model, recipe.train.seed)
     return model
-
-
-def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
-    """Return what a dry run found: sizes, routing and the split of the batch. Touches no device."""
-    check_encodable(recipe)
-    config = recipe.model
-    with torch.device("meta"):
-        model = ECDiT(config, SerialLayers())
-    total = sum(p.numel() for p in model.parameters())
-    in_experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3)
-    active = total - in_experts * (1 - config.capacity_factor / config.num_experts)
-    micro = recipe.micro_batch_size(topology.dp)
-    lines = [
-        f"recipe       {recipe.name}",
-        f"model        {total:,} parameters, {active:,.0f} active a token, {config.num_layers} layers, "
-        f"{config.num_tokens} tokens an image",
-    ]
-    if config.is_sparse:
-        pool = config.num_tokens * (micro if config.ffn == "token_choice" else config.pool_images(micro))
-        lines.append(
-            f"experts      {config.num_experts} in every second layer, {config.num_experts // topology.ep} a rank, "
-            f"each takes {config.expert_capacity(pool)} of {pool} tokens ({config.ffn})"
-        )
-    lines += [
-        f"layout       {topology.world_size} ranks = data {topology.dp} x tensor {topology.tp}; "
-        f"experts over {topology.ep}, {topology.edp} copies; ZeRO-{zero_stage}, {recipe.train.precision}",
-        f"batch        {recipe.train.global_batch_size} images a step = {topology.dp} ranks x {micro} "
-        f"x {recipe.train.global_batch_size // (micro * topology.dp)} accumulated",
-        f"compute      {training_flops_per_image(config, config.pool_images(micro)) / 1e9:.3g} GFLOP an image, "
-        "forward and backward",
-        "all checks passed; nothing was trained",
-    ]
-    if 1 < topology.world_size <= MAX_RANKS:
-        lines[-1:-1] = ["", draw_layout(recipe, topology), ""]
-    return "\n".join(lines)
 
 
 def share_cores(place: Place) -> None:

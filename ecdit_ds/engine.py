@@ -79,8 +79,9 @@ def initialize_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and otherwise said by each of 512 ranks.
     warnings.filterwarnings("ignore", "torch.distributed.*(all_gather_into|reduce_scatter)_tensor", FutureWarning)
-    # On a CPU this op is compiled for a minute and used for inference only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asked first, DeepSpeed would compile for each op it knows, on every rank; asked for is one, for a minute on a CPU,
+    # and used for inference only.
+    deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=TIMEOUT_MINUTES))
@@ -123,6 +124,12 @@ def create_grid(topology: Topology, dispatch_chunks: int) -> Grid:
     return Grid(layers=layers, tp=tp, mpu=mpu)
 
 
+def optimizer_groups(model: nn.Module, weight_decay: float, stage: int) -> list[dict[str, Any]]:
+    """Return the groups of parameters that ZeRO keeps apart; ZeRO-3 tells experts from the rest by itself."""
+    groups = parameter_groups(model, weight_decay)
+    return groups if stage == 3 else split_params_into_different_moe_groups_for_optimizer(groups)
+
+
 class DeepSpeedEngine:
     """Trains a model under ZeRO-1, 2 or 3.
 
@@ -141,9 +148,7 @@ class DeepSpeedEngine:
         deepspeed_config = deepspeed_config | {
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         }  # fmt: skip
-        groups = parameter_groups(model, optimizer.weight_decay)
-        if zero["stage"] < 3:  # ZeRO-3 tells experts from the rest by itself
-            groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = optimizer_groups(model, optimizer.weight_decay, zero["stage"])
         self._tp, self._optimizer_name = grid.tp, optimizer.name
         # Asked before ZeRO-3 takes the weights out of the parameters.
         self._places = {id(p): (name, shard_of(p), tuple(p.shape)) for name, p in model.named_parameters()}

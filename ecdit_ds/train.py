@@ -22,10 +22,11 @@ if __name__ == "__main__":
 
     die_with_launcher(ask_to_leave=_stop.launcher_died)
 
-from ecdit_ds.build import describe, run, share_cores
+from ecdit_ds.build import run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.dry_run import dry_run
 from ecdit_ds.ending import RunStatus, last_line, let_go_of_closed_streams, say
-from ecdit_ds.errors import EcditError, ExitCode, exit_code_of
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, exit_code_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
@@ -54,7 +55,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="auto: go on from the newest valid checkpoint in the folder; never: refuse a folder that holds a run; "
         "PATH: a folder without checkpoints starts from that checkpoint or run (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no training, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything that needs no training, count a rank's memory, and stop; needs no GPU",
+    )  # fmt: skip
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as one of N ranks, here alone")
+    parser.add_argument("--rank", type=int, metavar="N", help="with --dry-run: whose memory is counted (default: 0)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     return parser.parse_args(arguments)
@@ -72,11 +78,17 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
                 print(dump_recipe(recipe), end="")
             return ExitCode.DONE
         place = place_from_environment()
-        topology = Topology(world_size=place.world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
+        world_size = _world_size(options, place.world_size)
+        topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
         deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
         if options.dry_run:
             if is_first:
-                print(describe(recipe, topology, deepspeed_config["zero_optimization"]["stage"]))
+                output = options.output or Path("runs") / recipe.name
+                print(
+                    dry_run(
+                        recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output)
+                    )
+                )
             return ExitCode.DONE
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
@@ -102,6 +114,20 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     let_go_of_closed_streams()
     status.has_left = True
     return code
+
+
+def _world_size(options: argparse.Namespace, started: int) -> int:
+    """Return how many ranks to act for: those that were started, or in a dry run those that are asked about."""
+    for flag, value in (("--world-size", options.world_size), ("--rank", options.rank)):
+        if value is not None and not options.dry_run:
+            raise ConfigError(
+                f"{flag}: {value} has no effect without --dry-run; the launcher says how many ranks start"
+            )
+    size = started if options.world_size is None else options.world_size
+    rank = options.rank or 0
+    if size < 1 or not 0 <= rank < size:
+        raise ConfigError(f"--world-size: {size}, --rank: {rank}; ranks are 0 to N - 1 of N")
+    return size
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LAYERS = (
     ("parallel.tensor_parallel",),
     ("model", "flow", "data", "checkpoint"),
     (
+        "live_bytes",
         "optim",
         "ema",
         "prompts",
@@ -47,7 +48,7 @@ LAYERS = (
     ("saver", "pipeline", "ledger", "monitoring"),
     ("gallery",),
     ("run_folder", "trainer"),
-    ("build",),
+    ("build", "dry_run"),
     ("train",),
 )
 """Low to high. A module imports from lower rows, and from its own package; never from a neighbour in its row."""

@@ -115,7 +115,7 @@ def read_folder(folder: Path) -> tuple[CacheIndex, datasets.Dataset, dict[str, n
     Raises:
         DataError: a file is missing or damaged; names it.
     """
-    index = _read_index(folder)
+    index = read_index(folder)
     _verify(folder / ARROW_FILE, index.arrow_bytes, index.arrow_xxh3)
     _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
     rows = datasets.Dataset.from_file(str(folder / ARROW_FILE)).with_format("arrow")
@@ -139,7 +139,12 @@ def _write_arrow(path: Path, tables: Iterator[pa.Table], count: int) -> None:
         writer.finalize()
 
 
-def _read_index(folder: Path) -> CacheIndex:
+def read_index(folder: Path) -> CacheIndex:
+    """Read what a folder says of itself; whether its files are whole, `read_folder` finds out.
+
+    Raises:
+        DataError: there is no index, or a damaged one, or another version's.
+    """
     path = folder / INDEX_FILE
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ecdit_ds.config import DataConfig, Recipe
-from ecdit_ds.data.cache import SCHEMA_VERSION, CacheIndex, read_folder, write_folder
+from ecdit_ds.data.cache import SCHEMA_VERSION, CacheIndex, read_folder, read_index, write_folder
 from ecdit_ds.data.digit_scenes import Split, draw_scene
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.errors import DataError
@@ -121,14 +121,25 @@ def open_split(recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextE
             recipe.model, recipe.data, split=split, seed=recipe.data.seed,
             image_encoder=image_encoder, text_encoder=text_encoder,
         )  # fmt: skip
+    check_split(recipe, split)
+    path = recipe.data.path if split == "train" else recipe.data.heldout_path
+    return LatentDataset(Path(path or ""))
+
+
+def check_split(recipe: Recipe, split: Split) -> int:
+    """Check an encoded set by its index, without reading it whole, and return its number of samples.
+
+    Raises:
+        DataError: it is not named, not there, or does not fit the model.
+    """
     key, path = ("path", recipe.data.path) if split == "train" else ("heldout_path", recipe.data.heldout_path)
     if path is None:
         raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
     if not Path(path).is_dir():
         raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
-    dataset = LatentDataset(Path(path))
-    _check_fits(dataset.index, recipe.model, f"data.{key}: {path}")
-    return dataset
+    index = read_index(Path(path))
+    _check_fits(index, recipe.model, f"data.{key}: {path}")
+    return index.count
 
 
 def _check_fits(index: CacheIndex, model: ModelConfig, who: str) -> None:

@@ -109,6 +109,13 @@ def create_expert_groups(ep_size: int, mpu: Any = None) -> Any:
     return groups._get_expert_parallel_group(expert_group_name(ep_size))
 
 
+def num_holders(parameter: nn.Parameter) -> int:
+    """Return how many ranks hold the same weights as this one: over so many ZeRO cuts what belongs to them."""
+    name = getattr(parameter, "group_name", None)
+    size = groups._get_data_parallel_world_size() if name is None else groups._get_expert_data_parallel_world_size(name)
+    return int(size)
+
+
 def mark_cut_by_tp(parameter: nn.Parameter) -> None:
     """Tell DeepSpeed that each tensor-parallel rank holds another slice, so that each counts in the gradient norm."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -3,12 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encode import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ExitCode
@@ -70,8 +70,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             output = root / f"{name}_{run}"
             runs.append((ranks, arguments(output, root / "cache", *common, *overrides, *more, zero=3, resume=start)))
     sets = [
-        f"data.{key}={_encoded(root, split, common)}" for key, split in (("path", "train"), ("heldout_path", "heldout"))
-    ]
+        f"data.path={_encoded(root, 'train', common)}", f"data.heldout_path={_encoded(root, 'heldout', common)}",
+    ]  # fmt: skip
     encoded = (*common, "data.dataset=encoded", *sets)
     runs.append((1, arguments(root / "encoded", root / "elsewhere", *encoded)))
     halfway = str(root / "base_1" / "checkpoints" / "step_5")
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _encoded(root: Path, split: Literal["train", "heldout"], common: tuple[str, ...]) -> Path:
+def _encoded(root: Path, split: Split, common: tuple[str, ...]) -> Path:
     """Encode a set of digit scenes and return its folder."""
     recipe = load_recipe("demo", [*common, f"data.cache_dir={root / split}"])
     open_split(recipe, split, encoders_of(recipe))

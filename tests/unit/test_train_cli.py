@@ -46,15 +46,32 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 def run(
     tmp_path: Path, tiny_recipe_file: Path, environment: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Run:
-    """Return `run(*flags)`: the command in this process, in an empty folder; gives exit code, stdout and stderr."""
+    """Return `run(*flags)`: the command in an empty folder; gives exit code, stdout and stderr.
+
+    In this process, or in a copy of it where it is a dry run, which creates process groups.
+    """
     (tmp_path / "here").mkdir()
     environment.chdir(tmp_path / "here")
 
     def run_main(*flags: str) -> tuple[int, str, str]:
-        code = train.main(["--config", str(tiny_recipe_file), *flags])
+        command = ["--config", str(tiny_recipe_file), *flags]
+        code = in_a_copy(lambda: train.main(command)) if "--dry-run" in flags else train.main(command)
         return code, *capfd.readouterr()
 
     return run_main
+
+
+def in_a_copy(main: Callable[[], int]) -> int:
+    """Return the exit code of `main` in a forked process."""
+    process = os.fork()
+    if process == 0:
+        code = 70
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -1,0 +1,232 @@
+"""Everything about a run that can be checked without the cluster: as one rank of any number, and without a GPU.
+
+The model, the groups and the cuts are those of training, on a process group that sends nothing and tensors that hold
+nothing. What is counted on them stands beside the planner's arithmetic.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.data.digit_scenes import Split
+from ecdit_ds.data.encode import check_split
+from ecdit_ds.drawing import check_encodable
+from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.flow.objective import FlowBatch, flow_losses
+from ecdit_ds.live_bytes import LiveBytes
+from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.recompute import Recompute
+from ecdit_ds.optim import STATE_NAMES
+from ecdit_ds.parallel.deepspeed_moe import num_holders
+from ecdit_ds.parallel.layers import LayerFactory
+from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.planner.activations import peak_activations, shapes_of
+from ecdit_ds.planner.flops import training_flops
+from ecdit_ds.planner.memory import checkpoint_bytes, memory_of_rank
+from ecdit_ds.planner.parameters import count_parameters
+from ecdit_ds.planner.zero import zero_settings
+
+_FP32 = 4
+_GB = 1e9
+
+
+def dry_run(
+    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], rank: int, output: Path, *, is_named: bool
+) -> str:
+    """Check what can be checked, and return what was found: sizes, batch, memory of rank `rank`, disk and data.
+
+    Creates process groups, so it is done once in a process.
+
+    Args:
+        output: the run's folder, which need not exist.
+        is_named: whether a person named it; only then a lack of room in it is an error.
+
+    Raises:
+        EcditError: the run would fail, and why.
+    """
+    check_encodable(recipe)
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    lines = [*_sizes(recipe, topology, stage), *_data(recipe), _disk(recipe, output, is_named)]
+    if 1 < topology.world_size <= MAX_RANKS:
+        lines += ["", draw_layout(recipe, topology)]
+    lines += ["", *_memory_table(recipe, topology, deepspeed_config, rank), ""]
+    return "\n".join([*lines, "all checks passed; nothing was trained"])
+
+
+def _sizes(recipe: Recipe, topology: Topology, stage: int) -> list[str]:
+    config, train = recipe.model, recipe.train
+    count, micro = count_parameters(config), recipe.micro_batch_size(topology.dp)
+    active = count.activated - (count.with_encoders - count.dit)
+    lines = [
+        f"recipe       {recipe.name}",
+        f"model        {count.dit:,} parameters, {active:,} active a token, {config.num_layers} layers, "
+        f"{config.num_tokens} tokens an image",
+    ]
+    if config.is_sparse:
+        tokens = config.num_kept_tokens(train.mask_ratio)
+        pool = tokens * (micro if config.ffn == "token_choice" else config.pool_images(micro))
+        lines.append(
+            f"experts      {config.num_experts} in every second layer, {config.num_experts // topology.ep} a rank, "
+            f"each takes {config.expert_capacity(pool)} of {pool} tokens ({config.ffn})"
+        )
+    lines += [
+        f"layout       {topology.world_size} ranks = data {topology.dp} x tensor {topology.tp}; "
+        f"experts over {topology.ep}, {topology.edp} copies; ZeRO-{stage}, {train.precision}",
+        f"batch        {train.global_batch_size} images a step = {topology.dp} ranks x {micro} "
+        f"x {train.global_batch_size // (micro * topology.dp)} accumulated",
+    ]
+    for ratio in sorted({train.mask_ratio_at(0), train.mask_ratio_at(train.max_steps - 1)}, reverse=True):
+        kept = config.num_kept_tokens(ratio)
+        flops = training_flops(config, kept, config.pool_images(micro))
+        seen = f", {kept} of {config.num_tokens} tokens seen by the main blocks" if train.mask_ratio else ""
+        lines.append(f"compute      {flops.total / 1e9:.3g} GFLOP an image, forward and backward{seen}")
+    return lines
+
+
+def _data(recipe: Recipe) -> list[str]:
+    data = recipe.data
+    if data.dataset == "digit_scenes":
+        return [f"data         {data.num_train} digit scenes, {data.num_heldout} held out; encoded in {data.cache_dir}"]
+    splits: list[tuple[Split, str, str | None]] = [
+        ("train", "path", data.path), ("heldout", "heldout_path", data.heldout_path),
+    ]  # fmt: skip
+    return [
+        f"data         data.{key} names no folder yet, and training will not start without" if path is None
+        else f"data         {check_split(recipe, split)} encoded samples in {path}"
+        for split, key, path in splits
+    ]  # fmt: skip
+
+
+def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:
+    """Say how the checkpoints compare with the room where they would go: those that are kept, and one being written."""
+    one, keep = checkpoint_bytes(recipe), recipe.train.keep_checkpoints
+    there = output.absolute()
+    while not there.exists():
+        there = there.parent
+    if is_named and not os.access(there, os.W_OK):
+        raise ConfigError(f"--output {output}: nothing can be written in {there}; choose another folder")
+    needed, free = one * (keep + 1), shutil.disk_usage(there).free
+    sum_text = f"{_gb(one)} a checkpoint x ({keep} kept + 1 being written) = {_gb(needed)}"
+    if free >= needed:
+        return f"disk         {sum_text}, of {_gb(free)} free in {there}"
+    if is_named:
+        raise ConfigError(f"--output {output}: {sum_text}, but {there} has {_gb(free)} free; choose another folder")
+    return f"disk         {sum_text}; {there} has {_gb(free)} free, so the run needs another --output"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / _GB:,.0f} GB" if num_bytes >= 100 * _GB else f"{num_bytes / _GB:.3g} GB"
+
+
+def _memory_table(recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], rank: int) -> list[str]:
+    zero = zero_settings(deepspeed_config)
+    ratio = min(recipe.train.mask_ratio_at(0), recipe.train.mask_ratio_at(recipe.train.max_steps - 1))
+    counted = count_memory(recipe, topology, deepspeed_config, rank, ratio)
+    planned = memory_of_rank(recipe, topology, zero, ratio)
+    shapes = shapes_of(recipe, topology, ratio, is_gpu=False)
+    planned_here = {"activations": peak_activations(recipe, shapes)}
+    lines = [f"memory of rank {rank}                  counted       planner"]
+    for kind, what in (
+        ("parameters", "weights"), ("gradients", "gradients"), ("optimizer", "optimizer, with fp32 weights"),
+        ("ema", "average"), ("activations", "activations, CPU kernels"),
+    ):  # fmt: skip
+        value = planned_here.get(kind, getattr(planned, kind))
+        lines.append(f"  {what:<30}{counted[kind] / _GB:>9.3f} GB {value / _GB:>9.3f} GB")
+    lines.append(f"  {'activations, GPU kernels':<30}{'':>12} {planned.activations / _GB:>9.3f} GB")
+    lines.append(f"  {'buffers':<30}{'':>12} {planned.buffers / _GB:>9.3f} GB")
+    return [*lines, f"  {'most at one time, on a GPU':<30}{'':>12} {planned.total / _GB:>9.3f} GB"]
+
+
+def count_memory(
+    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], rank: int, mask_ratio: float
+) -> dict[str, int]:
+    """Return bytes by kind (as in `Memory`) of the real objects of `rank`, all of them without memory.
+
+    Weights, gradients and what the optimizer keeps follow from the model's parameters, their groups, and the sizes of
+    the process groups that ZeRO cuts them over. Activations are the most that lives at one time in a forward and
+    backward of one micro-batch.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    is_offloaded, width = "offload_optimizer" in zero, 2 if recipe.train.precision == "bf16" else _FP32
+    layers = _layers_of_rank(topology, rank, recipe.parallel.dispatch_chunks)
+    recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
+    with torch.device("meta"):
+        model = ECDiT(recipe.model, layers, recompute).to(torch.bfloat16 if width == 2 else torch.float32)
+    whole = cut = 0
+    for group in optimizer_groups(model, recipe.optimizer.weight_decay, zero["stage"]):
+        whole += sum(parameter.numel() for parameter in group["params"])
+        # ZeRO-3 pads every parameter to equal parts, the other stages the whole group.
+        units = group["params"] if zero["stage"] == 3 else [group["params"]]
+        for unit in units:
+            parameters = [unit] if isinstance(unit, nn.Parameter) else unit
+            cut += -(-sum(parameter.numel() for parameter in parameters) // num_holders(parameters[0]))
+    on_device = 0 if is_offloaded else cut
+    return {
+        "parameters": width * (cut if zero["stage"] == 3 else whole),
+        "gradients": width * (whole if zero["stage"] == 1 else cut),
+        "optimizer": _FP32 * (1 + len(STATE_NAMES[recipe.optimizer.name])) * on_device,
+        "ema": _FP32 * on_device,
+        "activations": _peak_of_a_step(model, recipe, recipe.micro_batch_size(topology.dp), mask_ratio),
+    }
+
+
+def _layers_of_rank(topology: Topology, rank: int, dispatch_chunks: int) -> LayerFactory:
+    """Return the layers of a rank whose process group is as large as the run's and sends nothing."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(topology.world_size)}
+    dist.init_process_group("fake", rank=rank, world_size=topology.world_size, store=FakeStore())
+    initialize_distributed()
+    return create_grid(topology, dispatch_chunks).layers
+
+
+class _Step(nn.Module):
+    """A forward and backward as one module, so that `functional_call` can give it other parameters."""
+
+    def __init__(self, model: ECDiT, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self._recipe = model, recipe
+
+    def forward(self, batch: FlowBatch) -> None:
+        losses = flow_losses(self.model, batch, self._recipe.model.patch_size)
+        (losses.flow_B.mean() + self._recipe.train.reconstruction_weight * losses.reconstruction).backward()
+
+
+def _peak_of_a_step(model: ECDiT, recipe: Recipe, images: int, mask_ratio: float) -> int:
+    config, live = recipe.model, LiveBytes()
+    with FakeTensorMode():
+        parameters = {f"model.{name}": _free_of_gradient(parameter) for name, parameter in model.named_parameters()}
+        kept = config.num_kept_tokens(mask_ratio)
+        latents = torch.empty(images, config.in_channels, config.latent_height, config.latent_width)
+        batch = FlowBatch(
+            latents_BCHW=latents,
+            noise_BCHW=torch.empty_like(latents),
+            timesteps_B=torch.empty(images),
+            text_embeds_BTD=torch.empty(images, config.max_text_tokens, config.text_embed_dim),
+            text_mask_BT=torch.ones(images, config.max_text_tokens, dtype=torch.bool),
+            text_pooled_BD=torch.empty(images, config.text_embed_dim),
+            kept_BN=None if kept == config.num_tokens else torch.zeros(images, kept, dtype=torch.int64),
+        )
+        live.ignore(*parameters.values())
+        with live:
+            torch.func.functional_call(_Step(model, recipe), parameters, (batch,))
+    return live.peak
+
+
+def _free_of_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter of that shape whose gradient is gone as soon as it is there: it is counted elsewhere."""
+    fake = torch.empty(parameter.shape, dtype=parameter.dtype, requires_grad=True)
+
+    def forget(given: Tensor) -> None:
+        given.grad = None
+
+    fake.register_post_accumulate_grad_hook(forget)
+    return fake

@@ -1,0 +1,145 @@
+"""A dry run is one rank of a cluster that is not there: real model, real groups, real checks."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ecdit_ds.config import DataConfig
+from ecdit_ds.data.encode import open_split
+from ecdit_ds.drawing import encoders_of
+from ecdit_ds.recipe_file import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DryRun = Callable[..., tuple[int, str, str]]
+STATIC = ("weights", "gradients", "optimizer, with fp32 weights", "average")
+ACTIVATIONS = "activations, CPU kernels"
+
+
+@pytest.fixture(scope="module")
+def dry_run() -> DryRun:
+    """Return `dry_run(*flags)`: the command as a person starts it; gives exit code, stdout and stderr."""
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        command = [sys.executable, "ecdit_ds/train.py", "--dry-run", *flags]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def memory(out: str) -> dict[str, tuple[float, float]]:
+    """Return what the table says: kind -> (counted, planner), in GB."""
+    rows = re.findall(r"^  (\S.*?)\s+([\d.]+) GB\s+([\d.]+) GB$", out, re.MULTILINE)
+    return {kind: (float(counted), float(planned)) for kind, counted, planned in rows}
+
+
+def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus(dry_run: DryRun) -> None:
+    code, out, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77")
+    assert (code, err) == (0, "")
+    for told in ("96,451,077,136 parameters", "512 ranks", "4096 images a step", "memory of rank 77",
+                 "data.path names no folder yet", "nothing was trained"):  # fmt: skip
+        assert told in out
+    found = memory(out)
+    assert found.keys() == {*STATIC, ACTIVATIONS}
+    for kind, (counted, planned) in found.items():
+        assert planned == pytest.approx(counted, rel=0.01), kind
+    # Of all children of this process, the largest.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("zero", "flags"),
+    [
+        ("1", ["parallel.tp=2", "parallel.ep=4"]),
+        ("3", ["parallel.ep=2", "optimizer.name=adamw", "train.unmasked_from_step=null"]),
+        ("2", ["parallel.tp=6", "parallel.ep=8", "train.recompute=block", "train.global_batch_size=3072"]),
+        ("2_offload", ["train.precision=fp32", "train.recompute=block", "train.recompute_every=2"]),
+    ],
+)
+def test_what_is_counted_on_a_rank_is_what_the_planner_says_under_any_layout(
+    dry_run: DryRun, zero: str, flags: list[str]
+) -> None:
+    overrides = [part for flag in ("model.num_layers=6", *flags) for part in ("--set", flag)]
+    world = "48" if "parallel.tp=6" in flags else "32"
+    code, out, err = dry_run(
+        "--config", "ecdit_xl_8e", "--world-size", world, "--deepspeed", f"ds_configs/zero{zero}.json", *overrides
+    )
+    assert (code, err) == (0, "")
+    for kind, (counted, planned) in memory(out).items():
+        assert planned == pytest.approx(counted, rel=0.01 if kind in STATIC else 0.05, abs=0.002), kind
+
+
+def test_a_mask_takes_half_of_the_main_blocks_work_out_of_a_step(dry_run: DryRun) -> None:
+    masked = ("train.mask_ratio=0.5", "model.decoder_layers=2", "train.unmasked_from_step=1400")
+    code, out, _ = dry_run(*(part for flag in masked for part in ("--set", flag)))
+    assert code == 0
+    half, whole = (float(flops) for flops in re.findall(r"^compute +([\d.]+) GFLOP", out, re.MULTILINE))
+    assert 0.5 < half / whole < 0.75
+    assert "8 of 16 tokens seen" in out and "16 of 16 tokens seen" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--world-size", "500"], ["parallel.ep(64)", "500 data-parallel ranks", "1, 2, 4, 5"]),
+        (["--world-size", "0"], ["--world-size: 0"]),
+        (["--world-size", "512", "--rank", "512"], ["--rank: 512", "0 to N - 1"]),
+        (["--world-size", "512", "--set", "data.path=/no/such"], ["data.path: /no/such is no folder"]),
+        (["--world-size", "512", "--output", "/proc/run"], ["--output /proc/run", "/proc"]),
+        (["--world-size", "512", "--set", "train.mask_ratio=0.999"], ["train.mask_ratio: 0.999 leaves 1 of 256"]),
+        (["--world-size", "512", "--set", "model.max_text_tokens=0"], ["model.max_text_tokens: 0"]),
+    ],
+)
+def test_what_would_stop_the_run_is_refused_in_one_line(dry_run: DryRun, flags: list[str], told: list[str]) -> None:
+    code, out, err = dry_run("--config", "ecdit_m_64e", *flags)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and all(part in line for part in told)
+
+
+def test_a_named_folder_without_room_for_the_checkpoints_is_refused_with_the_numbers(
+    dry_run: DryRun, tmp_path: Path
+) -> None:
+    code, out, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--output", str(tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert "2 kept + 1 being written) = 4,630 GB" in err and "GB free; choose another folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_json_that_contradicts_the_recipe_is_refused(dry_run: DryRun, tmp_path: Path) -> None:
+    contradicting = tmp_path / "zero2.json"
+    contradicting.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 2048}))
+    code, _, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--deepspeed", str(contradicting))
+    assert code == 2
+    assert "train_batch_size: 2048 differs from the recipe's train.global_batch_size: 4096" in err
+
+
+def test_an_encoded_set_is_told_and_one_of_other_shapes_is_refused(dry_run: DryRun, tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    small = dataclasses.replace(recipe, data=DataConfig(num_train=8, num_heldout=8, cache_dir=str(tmp_path)))
+    open_split(small, "train", encoders_of(recipe))
+    (folder,) = tmp_path.iterdir()
+    flags = ["--set", "data.dataset=encoded", "--set", f"data.path={folder}", "--set", "sample.prompts=[]"]
+    code, out, err = dry_run(*flags)
+    assert (code, err) == (0, "")
+    assert f"8 encoded samples in {folder}" in out and "data.heldout_path names no folder yet" in out
+    code, _, err = dry_run(*flags, "--set", "model.in_channels=5")
+    assert code == 2
+    assert "holds latents (3, 16, 16), but the model's are (5, 16, 16)" in err
+
+
+def test_flags_of_a_dry_run_are_refused_without_it(tmp_path: Path) -> None:
+    command = [sys.executable, "ecdit_ds/train.py", "--world-size", "2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--world-size: 2 has no effect without --dry-run" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -97,6 +97,9 @@ class ECDiT(nn.Module):
                 layer, block, x_BSD, modulation_BMD, angles, texts[layer], text_mask_BT
             )
             auxiliary_loss = auxiliary_loss + block_loss.to(auxiliary_loss.device)  # a device map may spread blocks
+        if self.mask_token is not None and kept_BN is None:
+            # To a parameter that a step does not reach, DeepSpeed's ZeRO-3 would give the gradient of an earlier step.
+            auxiliary_loss = auxiliary_loss + 0.0 * self.mask_token.sum().to(auxiliary_loss)
         patches = self.final(x_BSD, condition_BD)
         velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
         return Prediction(velocity_BCHW=velocity.to(noisy_latents_BCHW.dtype), auxiliary_loss=auxiliary_loss)

@@ -39,7 +39,7 @@ from ecdit_ds.checkpoint.sources import SafetensorsSource, Source
 from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
 from ecdit_ds.optim import STATE_NAMES
-from ecdit_ds.parallel.sharding import cut_axes
+from ecdit_ds.parallel.cutting import cut_axes
 from tools.command_line import OneLineParser
 from tools.convert_sources import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 

@@ -18,8 +18,8 @@ from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_parameter
 from ecdit_ds.optim import STATE_NAMES
+from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.layers import SerialLayers
-from ecdit_ds.parallel.sharding import cut_axes
 from ecdit_ds.recipe_file import load_recipe, recipe_from_dict
 
 

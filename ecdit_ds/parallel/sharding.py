@@ -48,19 +48,3 @@ def shard_of(parameter: nn.Parameter) -> ShardSpec:
     """Return the parameter's place; a parameter without a mark is whole."""
     whole = ShardSpec(global_shape=tuple(parameter.shape), offset=(0,) * parameter.dim())
     return getattr(parameter, "shard_spec", whole)
-
-
-_TP_AXES = {
-    "query.weight": 0, "key.weight": 0, "value.weight": 0, "up.weight": 0, "attention.out.weight": 1, "down.weight": 1,
-    "experts.w1": 2, "experts.w2": 1,
-}  # fmt: skip
-
-
-def cut_axes(name: str) -> dict[str, int]:
-    """Return which axis of parameter `name` tensor and expert parallelism cut: {"tp": axis, "ep": axis}.
-
-    For tools that have a name and no model; a test compares it with the marks that the layers make.
-    """
-    found = [axis for ending, axis in _TP_AXES.items() if name.endswith(ending)]
-    by_tp = {"tp": found[0]} if found else {}
-    return by_tp | {"ep": 0} if name.endswith(("experts.w1", "experts.w2")) else by_tp

@@ -27,7 +27,8 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.parallel.sharding import cut_axes, shard_of
+from ecdit_ds.parallel.cutting import cut_axes
+from ecdit_ds.parallel.sharding import shard_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
 from ecdit_ds.recipe_file import load_recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.layout import draw_layout
-from ecdit_ds.parallel.sharding import cut_axes
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.recipe_file import load_recipe
 

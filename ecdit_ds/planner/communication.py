@@ -227,8 +227,9 @@ def _gathered_again(recipe: Recipe, zero: ZeroSettings, sizes: dict[str, int]) -
 
     All that are cut, in forward and again in backward. But a weight stays whole when it is needed again within
     `max_reuse_distance` numbers: at the turn from forward to backward that spares the last R / 2, since the distance
-    counts the way there and the way back. A recomputed block, visited once more just before its backward, is spared
-    this third gathering likewise, as far as half the distance reaches.
+    counts the way there and the way back (DeepSpeed spares up to a block more: prefetching keeps what it meets). A
+    recomputed block, visited once more just before its backward, is spared this third gathering likewise, as far as
+    half the distance reaches.
     """
     persistent = _persistent(zero, sizes)
     cut = {name: size for name, size in sizes.items() if name not in persistent}

@@ -22,6 +22,7 @@ class Gpu:
     device_name: str
     """A part of the name that the driver gives it."""
     bf16_flops_per_s: float
+    fp32_flops_per_s: float
     memory_gb: float
     """As sold, in 1e9 bytes."""
     memory_gib: float

@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 import deepspeed
+import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's first use imports it, for seconds
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from ecdit_ds.recipe_file import load_recipe
 
 STEPS_BEFORE = 2
 """ZeRO-3 learns in the first which weights will be wanted when."""
-SMALLEST = 64
+SMALLEST = 16
 """Bytes; norms, overflow flags and the like are less."""
 
 
@@ -82,6 +83,7 @@ def count(case: dict[str, Any]) -> dict[str, int]:
     topology = Topology(world_size=case["ranks"], tp=recipe.parallel.tp, ep=recipe.parallel.ep)
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": case["ranks"], "LOCAL_SIZE": case["ranks"]}
     os.environ |= {name: str(value) for name, value in place.items()}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, for inference
     dist.init_process_group("fake", rank=0, world_size=case["ranks"], store=FakeStore())
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)

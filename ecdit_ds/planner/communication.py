@@ -8,15 +8,18 @@ payloads with the calls of real runs. Left out, being bytes: losses, norms, the 
 Suffixes and letters: B images of a micro-batch, N tokens a block sees, D hidden_size, E experts, C expert capacity.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.topology import Axis, Topology
 from ecdit_ds.planner.flops import is_recomputed
-from ecdit_ds.planner.parameters import Parameter, parameters
+from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings
 
 Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
@@ -186,12 +189,11 @@ def weight_traffic(recipe: Recipe, topology: Topology, zero: ZeroSettings, micro
     among their copies (edp), everything else among all data-parallel ranks.
     """
     width = NUMBER_BYTES[recipe.train.precision]
-    held = parameters(recipe.model)
+    held = held_by_rank(recipe.model, topology.tp, topology.ep)
     for name, axis, ranks, is_expert in (
         ("dense", "dp", topology.dp, False), ("expert", "edp", topology.edp, True),
     ):  # fmt: skip
-        mine = [parameter for parameter in held if parameter.is_expert == is_expert]
-        sizes = {parameter.name: local_size(parameter, topology) for parameter in mine}
+        sizes = {one.name: one.size for one in held if one.is_expert == is_expert}
         if zero.stage == 3:
             sizes = {key: -(-size // ranks) * ranks for key, size in sizes.items()}  # padded to equal parts
             gathered = micro_batches * _gathered_again(recipe, zero, sizes) + sum(_persistent(zero, sizes).values())
@@ -208,13 +210,27 @@ def weight_traffic(recipe: Recipe, topology: Topology, zero: ZeroSettings, micro
         )  # fmt: skip
 
 
-def local_size(parameter: Parameter, topology: Topology) -> int:
-    """Return how many of a parameter's numbers one rank computes with."""
-    counts = {"tp": topology.tp, "ep": topology.ep}
-    size = parameter.size
-    for way in cut_axes(parameter.name):
-        size //= counts[way]
-    return size
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A parameter, or the slice of it that one rank computes with."""
+
+    name: str
+    size: int
+    """Numbers in it."""
+    is_expert: bool
+
+
+@lru_cache(maxsize=256)
+def held_by_rank(config: ModelConfig, tp: int, ep: int) -> tuple[Held, ...]:
+    """Return what one rank computes with under tensor and expert parallelism."""
+    ways = {"tp": tp, "ep": ep}
+    return tuple(
+        Held(
+            name=parameter.name, size=parameter.size // math.prod(ways[way] for way in cut_axes(parameter.name)),
+            is_expert=parameter.is_expert,
+        )
+        for parameter in parameters(config)
+    )  # fmt: skip
 
 
 def _persistent(zero: ZeroSettings, sizes: dict[str, int]) -> dict[str, int]:
@@ -235,10 +251,11 @@ def _gathered_again(recipe: Recipe, zero: ZeroSettings, sizes: dict[str, int]) -
     cut = {name: size for name, size in sizes.items() if name not in persistent}
     total, reach = sum(cut.values()), zero.max_reuse_distance / 2
     gathered = total + max(0.0, total - reach)
-    model = recipe.model
-    for layer in range(model.num_layers + model.decoder_layers):
-        if is_recomputed(recipe, layer):
-            prefix = f"blocks.{layer}." if layer < model.num_layers else f"decoder.{layer - model.num_layers}."
-            block = sum(size for name, size in cut.items() if name.startswith(prefix))
-            gathered += max(0.0, block - reach)
-    return gathered
+    blocks = dict[int, int]()
+    for name, size in cut.items():
+        kind, _, rest = name.partition(".")
+        if kind in ("blocks", "decoder"):
+            layer = int(rest.partition(".")[0]) + (recipe.model.num_layers if kind == "decoder" else 0)
+            blocks[layer] = blocks.get(layer, 0) + size
+    again = (max(0.0, size - reach) for layer, size in blocks.items() if is_recomputed(recipe, layer))
+    return gathered + sum(again)

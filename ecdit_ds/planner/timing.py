@@ -12,7 +12,8 @@ Sums of tensor parallelism and ZeRO-1/2's gathering after the step hide behind n
 messages, stragglers, waiting for data, evaluation.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.parallel.topology import Topology
@@ -22,13 +23,12 @@ from ecdit_ds.planner.communication import (
     Traffic,
     by_link,
     expert_rows,
-    local_size,
+    held_by_rank,
     place,
     traffic_of_step,
 )
 from ecdit_ds.planner.flops import Flops, forward_flops, is_recomputed, recomputed_flops, training_flops
 from ecdit_ds.planner.hardware import Machine
-from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings
 
 _CUT_BY_TP = ("attention", "cross_attention", "dense_ffn", "experts")
@@ -100,10 +100,16 @@ def rank_flops(recipe: Recipe, topology: Topology, mask_ratio: float) -> Flops:
     """
     model, kept = recipe.model, recipe.model.num_kept_tokens(mask_ratio)
     pool = model.pool_images(recipe.micro_batch_size(topology.dp))
-    image = training_flops(model, kept, pool).plus(recomputed_flops(recipe, kept, pool))
+    image = _image_flops(recipe, kept, pool)
     images = recipe.train.global_batch_size / topology.dp
     shares = {part.name: topology.tp if part.name in _CUT_BY_TP else 1 for part in fields(Flops)}
     return Flops(**{name: getattr(image, name) * images / share for name, share in shares.items()})
+
+
+@lru_cache(maxsize=256)
+def _image_flops(recipe: Recipe, kept_tokens: int, pool_images: int) -> Flops:
+    training = training_flops(recipe.model, kept_tokens, pool_images)
+    return training.plus(recomputed_flops(recipe, kept_tokens, pool_images))
 
 
 def compute_seconds(
@@ -167,16 +173,16 @@ def optimizer_seconds(recipe: Recipe, topology: Topology, zero: ZeroSettings, ma
 
 def partition_numbers(recipe: Recipe, topology: Topology) -> float:
     """Return how many weights one rank updates: its experts' share among their copies, of the rest its share of dp."""
-    held = [(local_size(parameter, topology), parameter.is_expert) for parameter in parameters(recipe.model)]
-    return sum(size / (topology.edp if is_expert else topology.dp) for size, is_expert in held)
+    held = held_by_rank(recipe.model, topology.tp, topology.ep)
+    return sum(one.size / (topology.edp if one.is_expert else topology.dp) for one in held)
 
 
 def _weight_bytes(recipe: Recipe, topology: Topology) -> dict[str, float]:
     """Return, by part, what reading its matrices in forward and backward of a micro-batch moves."""
     width, total = NUMBER_BYTES[recipe.train.precision], dict[str, float]()
-    for parameter in parameters(recipe.model):
-        part = _part_of(parameter.name, parameter.is_expert)
-        total[part] = total.get(part, 0.0) + _WEIGHT_PASSES * width * local_size(parameter, topology)
+    for one in held_by_rank(recipe.model, topology.tp, topology.ep):
+        part = _part_of(one.name, one.is_expert)
+        total[part] = total.get(part, 0.0) + _WEIGHT_PASSES * width * one.size
     return total
 
 
@@ -220,6 +226,12 @@ def _hidden(
 
 
 def recomputed_share(recipe: Recipe) -> float:
-    """Return recomputed over forward FLOPs, between 0 and 1."""
+    """Return recomputed over forward FLOPs, between 0 and 1; recipes of other micro-batches share it."""
+    train = replace(recipe.train, micro_batch_size="auto")
+    return _recomputed_share(replace(recipe, train=train))
+
+
+@lru_cache(maxsize=256)
+def _recomputed_share(recipe: Recipe) -> float:
     kept = recipe.model.num_tokens
     return recomputed_flops(recipe, kept, 1).total / forward_flops(recipe.model, kept, 1).total

@@ -19,6 +19,7 @@ from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
 from ecdit_ds.planner.timing import step_time
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
+from ecdit_ds.validation import require_divides
 
 Mode = Literal["none", "block", "selective"]
 ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (
@@ -215,12 +216,14 @@ def _micro_batches(recipe: Recipe, topology: Topology) -> list[int]:
     """Return the micro-batches that the recipe accepts, ascending.
 
     Raises:
-        ConfigError: none; what it says of the largest.
+        ConfigError: there is none; what it says of the largest.
     """
-    batch = recipe.train.global_batch_size
-    share = batch // topology.dp
-    with_micro_batch(recipe, max(1, share)).micro_batch_size(topology.dp)
-    return [size for size in _divisors(share) if _accepts(recipe, topology, size)]
+    require_divides("data-parallel ranks", topology.dp, "train.global_batch_size", recipe.train.global_batch_size)
+    share = recipe.train.global_batch_size // topology.dp
+    sizes = [size for size in _divisors(share) if _accepts(recipe, topology, size)]
+    if not sizes:
+        with_micro_batch(recipe, share).micro_batch_size(topology.dp)
+    return sizes
 
 
 def _accepts(recipe: Recipe, topology: Topology, size: int) -> bool:

@@ -8,8 +8,10 @@ cuts each parameter into equal parts, the last one padded.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.parameters import Parameter, parameters
@@ -38,9 +40,9 @@ class Group:
 
     def touched(self) -> list[int]:
         """Return for each rank the numbers in parameters of which its part holds a piece."""
-        found, start = [0] * self.ranks, 0
+        found, start, part = [0] * self.ranks, 0, self.part
         for size in self.sizes:
-            for rank in range(start // self.part, (start + size - 1) // self.part + 1):
+            for rank in range(start // part, (start + size - 1) // part + 1):
                 found[rank] += size
             start += size
         return found
@@ -54,18 +56,28 @@ def local_size(parameter: Parameter, topology: Topology) -> int:
 
 def local_groups(recipe: Recipe, topology: Topology) -> list[Group]:
     """Return the groups of ZeRO-1 and 2."""
+    return list(_groups(recipe.model, topology))
+
+
+@lru_cache(maxsize=256)
+def _groups(model: ModelConfig, topology: Topology) -> tuple[Group, ...]:
     decayed, rest, experts = list[int](), list[int](), list[int]()
-    for parameter in parameters(recipe.model):
+    for parameter in parameters(model):
         is_matrix = len(parameter.shape) >= 2 and "table" not in parameter.name
         into = experts if parameter.is_expert else decayed if is_matrix else rest
         into.append(local_size(parameter, topology))
     groups = [Group(sizes=tuple(sizes), ranks=topology.dp, is_expert=False) for sizes in (decayed, rest)]
     chunks = _expert_chunks(experts)
-    return groups + [Group(sizes=tuple(chunk), ranks=topology.edp, is_expert=True) for chunk in chunks]
+    return (*groups, *(Group(sizes=tuple(chunk), ranks=topology.edp, is_expert=True) for chunk in chunks))
 
 
 def fullest_touched(groups: Sequence[Group], topology: Topology) -> int:
     """Return the most numbers in parameters of which one rank holds pieces, over all groups."""
+    return _fullest(tuple(groups), topology)
+
+
+@lru_cache(maxsize=256)
+def _fullest(groups: tuple[Group, ...], topology: Topology) -> int:
     dense = _summed([group.touched() for group in groups if not group.is_expert])
     experts = _summed([group.touched() for group in groups if group.is_expert]) or [0] * topology.edp
     return max(dense[dp] + experts[dp // topology.ep] for dp in range(topology.dp))

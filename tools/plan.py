@@ -244,8 +244,9 @@ def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, 
         free = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1))
         choices = all_choices(free, machine, tuple(STAGE_FILES.values()))
         same = search(free, machine, replace(choices, tp=(options.tp,), ep=(options.ep,)))
-        other = (same.feasible or search(free, machine, choices).feasible or [None])[0]
-        if other is not None:
+        others = same.feasible or search(free, machine, choices).feasible
+        if others:
+            other = others[0]
             return f"{name}: {needs}; what would fit: {other.layout}, {other.needed_bytes / 1e9:.1f} GB"
     else:
         choices = _choices(options, recipe, machine)

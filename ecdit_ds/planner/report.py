@@ -44,7 +44,10 @@ def describe_refusals(found: Found, usable_bytes: int) -> list[str]:
     lines = []
     if found.too_large:
         lines.append(f"layouts too large for {usable_bytes / GB:.1f} GB: {len(found.too_large)}")
-        lines += [f"  {_shortage(candidate, usable_bytes)}" for candidate in found.too_large[:: max(1, len(found.too_large) - 1)]]
+        lines += [
+            f"  {_shortage(candidate, usable_bytes)}"
+            for candidate in found.too_large[:: max(1, len(found.too_large) - 1)]
+        ]
     if found.refusals:
         lines.append(f"layouts that are not possible: {sum(found.refusals.values())}")
         lines += [f"  {count:>4} x {reason}" for reason, count in found.refusals.most_common(MAX_REASONS)]
@@ -186,7 +189,9 @@ def _compute(plan: Plan) -> list[str]:
 
 def _communication(plan: Plan) -> list[str]:
     rows = [["sent in a step", "collective", *_columns(plan, "link GB", "network GB", "ms", "hidden ms")]]
-    lines = {line.traffic.purpose: line.traffic.collective for phase in plan.phases for line in phase.time.communication}
+    lines = {
+        line.traffic.purpose: line.traffic.collective for phase in plan.phases for line in phase.time.communication
+    }
     for purpose, collective in lines.items():
         cells = []
         for phase in plan.phases:
@@ -221,7 +226,8 @@ def _run(plan: Plan) -> list[str]:
              f"at checkpoint_every {train.checkpoint_every}"]]  # fmt: skip
     for one in plan.outlooks:
         rows.append([
-            f"{one.failures_per_1000_node_days:g}", f"{one.mean_seconds_between / 3600:.1f}", f"{one.interruptions:.1f}",
+            f"{one.failures_per_1000_node_days:g}", f"{one.mean_seconds_between / 3600:.1f}",
+            f"{one.interruptions:.1f}",
             f"{one.best_interval_seconds:.0f} s", f"{max(1, round(one.best_interval_seconds / step)):,}",
             f"{one.effective_share:.1%}", f"{one.effective_share_as_set:.1%}",
         ])  # fmt: skip
@@ -233,7 +239,9 @@ def _assumed(plan: Plan) -> list[str]:
     lines = ["assumed, not measured (a flag changes each; latency, stragglers and waiting for data are not counted):"]
     for name, value in given.items():
         flag = name.replace("_", "-")
-        lines.append(f"  --{flag} {value:g}: {why[name]}" if value == usual[name] else f"  --{flag} {value:g}: as given")
+        lines.append(
+            f"  --{flag} {value:g}: {why[name]}" if value == usual[name] else f"  --{flag} {value:g}: as given"
+        )
     return lines
 
 

@@ -99,7 +99,7 @@ def all_choices(recipe: Recipe, machine: Machine, deepspeed: tuple[Path, ...]) -
 
 def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
     """Try every layout of `choices`."""
-    feasible, too_large, refusals = [], [], Counter[str]()
+    feasible, too_large, refusals = list[Candidate](), list[Candidate](), Counter[str]()
     for chosen, topology, path in _layouts(recipe, machine, choices, refusals):
         try:
             candidate = _candidate(chosen, topology, path, machine, choices.micro_batch)
@@ -118,7 +118,9 @@ def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | 
     """Return the smallest larger number of nodes on which a layout fits, or None among those that were tried."""
     strongest = replace(choices, recompute=choices.recompute[-1:])
     tried = 0
-    for nodes in range(machine.nodes + 1, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node + 1):
+    for nodes in range(
+        machine.nodes + 1, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node + 1
+    ):
         larger = machine.with_nodes(nodes)
         if not any(_splits(recipe, larger, tp) for tp in choices.tp):
             continue
@@ -166,9 +168,7 @@ def _layouts(
                 yield from ((chosen, topology, path) for path in choices.deepspeed)
 
 
-def _candidate(
-    recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None
-) -> Candidate:
+def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None) -> Candidate:
     """Return the layout with the largest micro-batches that fit, or else the smallest.
 
     Raises:

@@ -67,9 +67,7 @@ class StepTime:
         return self.without_overlap - sum(self.hidden.values())
 
 
-def step_time(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, mask_ratio: float
-) -> StepTime:
+def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, mask_ratio: float) -> StepTime:
     """Predict one optimizer step of the phase that leaves out a share of `mask_ratio`.
 
     Raises:
@@ -143,7 +141,9 @@ def elementwise_bytes(recipe: Recipe, topology: Topology, micro_batch: int, kept
     gathered and summed. Backward moves twice as much, and what is recomputed once more.
     """
     model, tp = recipe.model, topology.tp
-    heads = 8 * (model.num_heads + model.num_kv_heads) * model.head_dim + 2 * model.cross_num_heads * model.cross_head_dim
+    heads = (
+        8 * (model.num_heads + model.num_kv_heads) * model.head_dim + 2 * model.cross_num_heads * model.cross_head_dim
+    )
     always = 27 * model.hidden_size + heads / tp
     inner = 2 * model.ffn_hidden_size * (1.5 if model.ffn_activation == "swiglu" else 1)
     total = 0.0

@@ -19,7 +19,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "
 
 import deepspeed
 import deepspeed.ops
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's first use imports it, for seconds
+import deepspeed.runtime.zero.muon.muon_optimizer  # the engine's first use imports it, for seconds
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -72,7 +72,7 @@ _KINDS = {
 def _members(group: Any) -> list[int]:
     known = dist.ProcessGroup.unbox(group) if isinstance(group, torch.ScriptObject) else group
     if isinstance(known, str):
-        known = dist.distributed_c10d._resolve_process_group(known)
+        known = dist.distributed_c10d._resolve_process_group(known)  # type: ignore[arg-type]
     ranks: list[int] = dist.get_process_group_ranks(known)
     return ranks
 

@@ -115,9 +115,7 @@ def test_a_mask_halves_what_travels_of_tokens_and_nothing_of_weights(tiny_recipe
 
 
 @pytest.mark.parametrize(("stage", "times"), [(1, 1), (2, 2), (3, 2)])
-def test_gradients_are_reduced_every_micro_batch_but_for_stage_1(
-    tiny_recipe: Recipe, stage: int, times: int
-) -> None:
+def test_gradients_are_reduced_every_micro_batch_but_for_stage_1(tiny_recipe: Recipe, stage: int, times: int) -> None:
     recipe = _recipe(tiny_recipe, micro_batch_size=1)  # 8 images, 4 ranks: 2 micro-batches
     lines = traffic_of_step(recipe, Topology(world_size=4), _zero(stage), 0.0)
     gradients = [line for line in lines if line.purpose.endswith("gradients")]

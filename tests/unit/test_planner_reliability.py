@@ -43,10 +43,12 @@ def test_an_interval_is_no_shorter_than_a_save() -> None:
 
 
 def test_what_a_checkpoint_costs_by_hand() -> None:
-    given = {"ranks": 4, "storage_bytes_per_s": 1e9, "pcie_bytes_per_s": 10e9}
-    background = checkpoint_cost(80 * 10**9, is_async=True, **given)
+    background, waiting = (
+        checkpoint_cost(80 * 10**9, ranks=4, storage_bytes_per_s=1e9, pcie_bytes_per_s=10e9, is_async=is_async)
+        for is_async in (True, False)
+    )
     assert (background.save_seconds, background.stall_seconds) == (80.0, 2.0)
-    assert checkpoint_cost(80 * 10**9, is_async=False, **given).stall_seconds == 80.0
+    assert waiting.stall_seconds == 80.0
 
 
 def test_effective_time_agrees_with_a_run_that_is_interrupted_by_chance() -> None:

@@ -11,12 +11,12 @@ from ecdit_ds.deepspeed_config import DEFAULT_PATH
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
 from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
-from ecdit_ds.planner.search import Found, all_choices, search, smallest_nodes, working_nodes
+from ecdit_ds.planner.search import Candidate, Found, all_choices, search, smallest_nodes, working_nodes
 from ecdit_ds.recipe_file import load_recipe
 
 STAGES = tuple(DEFAULT_PATH.parent / f"zero{stage}.json" for stage in (1, 2, 3))
-SECONDS_AT_MOST = 15.0
-"""Of the largest search; about 5 alone on this kind of machine, where tests share two cores."""
+SECONDS_AT_MOST = 10.0
+"""Of a core, for the largest search; it takes about half."""
 
 
 def _machine(nodes: int, gpu: str = "h100-80gb", **assumptions: float) -> Machine:
@@ -27,6 +27,11 @@ def _machine(nodes: int, gpu: str = "h100-80gb", **assumptions: float) -> Machin
 
 def _search(recipe: Recipe, machine: Machine, files: tuple[Path, ...] = STAGES) -> Found:
     return search(recipe, machine, all_choices(recipe, machine, files))
+
+
+def _needs(candidate: Candidate, micro_batch: int, ratio: float) -> int:
+    own = with_micro_batch(candidate.recipe, micro_batch)
+    return memory_of_rank(own, candidate.topology, candidate.zero, ratio).total
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +60,9 @@ def test_each_layout_fits_with_its_micro_batches_in_every_phase_and_no_larger_on
         share = recipe.train.global_batch_size // candidate.topology.dp
         for name, _, ratio in phases_of(recipe):
             size = candidate.micro_batches[name]
-
-            def needs(micro: int, ratio: float = ratio, candidate: object = candidate) -> int:
-                own = with_micro_batch(candidate.recipe, micro)  # type: ignore[attr-defined]
-                return memory_of_rank(own, candidate.topology, candidate.zero, ratio).total  # type: ignore[attr-defined]
-
-            assert needs(size) <= usable
+            assert _needs(candidate, size, ratio) <= usable
             larger = [n for n in range(size + 1, share + 1) if share % n == 0 and n % recipe.model.routing_group == 0]
-            assert not larger or needs(larger[0]) > usable
+            assert not larger or _needs(candidate, larger[0], ratio) > usable
 
 
 def test_every_layout_is_somewhere(found: Found, recipe: Recipe) -> None:
@@ -73,7 +73,7 @@ def test_every_layout_is_somewhere(found: Found, recipe: Recipe) -> None:
 
 def test_refusals_are_in_the_words_of_who_refuses_and_counted(found: Found) -> None:
     reasons = list(found.refusals)
-    assert any(reason.startswith("parallel.tp(4) does not divide model.num_kv_heads(6)") for reason in reasons)
+    assert any(reason.startswith("parallel.tp(4) does not divide model.num_heads(18)") for reason in reasons)
     assert any(reason.startswith("train.recompute: selective keeps what all-to-alls returned") for reason in reasons)
     assert min(found.refusals.values()) >= 1
 
@@ -102,7 +102,7 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
 
 
 def test_what_does_not_fit_says_how_much_it_needs_and_how_many_nodes_would_do(recipe: Recipe) -> None:
-    machine = _machine(1, "a100-40gb", usable_memory=0.2)
+    machine = _machine(1, "a100-40gb", usable_memory=0.12)
     choices = all_choices(recipe, machine, STAGES)
     found = search(recipe, machine, choices)
     assert not found.feasible
@@ -124,7 +124,7 @@ def test_nodes_over_which_the_batch_does_not_split_are_told_the_nearest_that_do(
 
 
 def test_the_97b_model_on_512_gpus_is_searched_in_seconds() -> None:
-    recipe, began = load_recipe("ecdit_m_64e"), time.monotonic()
+    recipe, began = load_recipe("ecdit_m_64e"), time.process_time()
     found = _search(recipe, _machine(64))
-    assert time.monotonic() - began < SECONDS_AT_MOST
+    assert time.process_time() - began < SECONDS_AT_MOST
     assert found.feasible and found.too_large

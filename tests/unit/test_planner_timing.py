@@ -28,9 +28,9 @@ def _zero(stage: int, *, overlap: bool = False, offload: bool = False) -> ZeroSe
     return zero_settings({"zero_optimization": zero | ({"offload_optimizer": {"device": "cpu"}} if offload else {})})
 
 
-def _machine(nodes: int = 2, **assumptions: float) -> Machine:
+def _machine(**assumptions: float) -> Machine:
     assumed = replace(default_assumptions(), **assumptions)
-    return Machine(gpu=find_gpu("h100-80gb"), nodes=nodes, gpus_per_node=8, assumptions=assumed)
+    return Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=assumed)
 
 
 @pytest.fixture
@@ -78,7 +78,9 @@ def test_the_update_moves_48_bytes_a_number_of_this_ranks_part(recipe: Recipe) -
     assert seconds == pytest.approx(mine * OPTIMIZER_BYTES / (3.35e12 * 0.7))
     away = compute_seconds(recipe, topology, _zero(2, offload=True), _machine(), 0.0)["optimizer"]
     assert away == pytest.approx(mine * (OPTIMIZER_BYTES / 50e9 + 4 / 64e9))
-    slower = compute_seconds(recipe, topology, _zero(2, offload=True), _machine(host_bytes_per_s=25e9), 0.0)["optimizer"]
+    slower = compute_seconds(recipe, topology, _zero(2, offload=True), _machine(host_bytes_per_s=25e9), 0.0)[
+        "optimizer"
+    ]
     assert slower > away
 
 

@@ -18,9 +18,7 @@ from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.world import World
-
-PEAK_BF16_FLOPS_PER_S = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
-"""Dense tensor-core peaks, by a part of the device's name; vendors' data sheets."""
+from ecdit_ds.planner.hardware import bf16_peak_of
 
 
 class RoutingProbe:
@@ -133,8 +131,7 @@ def peak_flops_per_s(device: torch.device) -> float | None:
     """Return the device's bf16 peak, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS_PER_S.items() if part in name), None)
+    return bf16_peak_of(torch.cuda.get_device_name(device))
 
 
 def _as_expert_choice(config: ModelConfig) -> ModelConfig:

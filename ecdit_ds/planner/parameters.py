@@ -8,6 +8,7 @@ compares every name and shape with the model's.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ecdit_ds.model_config import ModelConfig
 
@@ -56,6 +57,7 @@ class ParameterCount:
         return self.dit + TEXT_ENCODER_PARAMETERS + AUTOENCODER_PARAMETERS
 
 
+@lru_cache(maxsize=64)
 def parameters(config: ModelConfig) -> list[Parameter]:
     """Return every parameter in the model's own order."""
     d, patch, text = config.hidden_size, config.in_channels * config.patch_size**2, config.text_embed_dim

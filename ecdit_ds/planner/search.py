@@ -1,0 +1,243 @@
+"""Which layouts fit, which of them is fastest, and why the others are not possible.
+
+A layout is tensor and expert parallelism, ZeRO stage and activation checkpointing; each gets, for each phase, the
+largest micro-batch that fits, since larger ones only save traffic. What a recipe or a topology refuses, it says itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.planner.hardware import Machine
+from ecdit_ds.planner.memory import memory_of_rank
+from ecdit_ds.planner.plan import phases_of, with_micro_batch
+from ecdit_ds.planner.timing import step_time
+from ecdit_ds.planner.zero import ZeroSettings, zero_settings
+from ecdit_ds.validation import require_divides
+
+Mode = Literal["none", "block", "selective"]
+ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (
+    ("none", 1), ("selective", 2), ("selective", 1), ("block", 2), ("block", 1),
+)  # fmt: skip
+"""train.recompute and train.recompute_every; 2 means the blocks with experts."""
+MAX_NODE_COUNTS = 12
+"""How many larger machines are tried where nothing fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is searched; a single value is fixed."""
+
+    tp: tuple[int, ...]
+    ep: tuple[int, ...]
+    deepspeed: tuple[Path, ...]
+    """One configuration for each ZeRO stage."""
+    recompute: tuple[tuple[Mode, int], ...]
+    micro_batch: int | None
+    """None for the largest that fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout that the recipe, the topology and DeepSpeed accept."""
+
+    recipe: Recipe
+    """With this layout in it, and the micro-batch of the first phase."""
+    topology: Topology
+    zero: ZeroSettings
+    deepspeed: Path
+    micro_batches: dict[str, int]
+    """By phase."""
+    needed_bytes: int
+    seconds: float
+    """Of all the run's steps, with overlap; 0 where it does not fit."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Mean over the phases."""
+        train = self.recipe.train
+        return train.max_steps * train.global_batch_size / self.seconds
+
+    @property
+    def layout(self) -> str:
+        """Name it in a line."""
+        train = self.recipe.train
+        every = f"/{train.recompute_every}" if train.recompute_every > 1 else ""
+        micro = "+".join(str(size) for size in dict.fromkeys(self.micro_batches.values()))
+        return (
+            f"tp {self.topology.tp} x ep {self.topology.ep}, ZeRO-{self.zero.stage}, micro-batch {micro}, "
+            f"recompute {train.recompute}{every}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    feasible: list[Candidate]
+    """The fastest first."""
+    too_large: list[Candidate]
+    """At their smallest micro-batch, the nearest to fitting first."""
+    refusals: Counter[str]
+    """Why, and how many layouts."""
+
+
+def all_choices(recipe: Recipe, machine: Machine, deepspeed: tuple[Path, ...]) -> Choices:
+    """Return every layout worth a try: tensor parallelism within a node, experts over any divisor of their number."""
+    experts = recipe.model.num_experts if recipe.model.is_sparse else 1
+    return Choices(
+        tp=_divisors(machine.gpus_per_node), ep=_divisors(experts), deepspeed=deepspeed,
+        recompute=ALL_RECOMPUTATIONS, micro_batch=None,
+    )  # fmt: skip
+
+
+def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
+    """Try every layout of `choices`."""
+    feasible, too_large, refusals = list[Candidate](), list[Candidate](), Counter[str]()
+    for chosen, topology, path in _layouts(recipe, machine, choices, refusals):
+        try:
+            candidate = _candidate(chosen, topology, path, machine, choices.micro_batch)
+        except EcditError as error:
+            refusals[str(error)] += 1
+            continue
+        (feasible if candidate.needed_bytes <= machine.usable_bytes else too_large).append(candidate)
+    return Found(
+        feasible=sorted(feasible, key=lambda candidate: (candidate.seconds, candidate.needed_bytes)),
+        too_large=sorted(too_large, key=lambda candidate: candidate.needed_bytes),
+        refusals=refusals,
+    )
+
+
+def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | None:
+    """Return the smallest larger number of nodes on which a layout fits, or None among those that were tried."""
+    strongest = replace(choices, recompute=choices.recompute[-1:])
+    tried = 0
+    for nodes in range(
+        machine.nodes + 1, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node + 1
+    ):
+        larger = machine.with_nodes(nodes)
+        if not any(_splits(recipe, larger, tp) for tp in choices.tp):
+            continue
+        if search(recipe, larger, strongest).feasible:
+            return nodes
+        tried += 1
+        if tried == MAX_NODE_COUNTS:
+            return None
+    return None
+
+
+def working_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> list[int]:
+    """Return the nearest numbers of nodes, fewer and more, over which the batch splits."""
+    most = recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node
+    good = [n for n in range(1, most + 1) if any(_splits(recipe, machine.with_nodes(n), tp) for tp in choices.tp)]
+    below, above = [n for n in good if n < machine.nodes], [n for n in good if n > machine.nodes]
+    return below[-1:] + above[:1]
+
+
+def _layouts(
+    recipe: Recipe, machine: Machine, choices: Choices, refusals: Counter[str]
+) -> Iterator[tuple[Recipe, Topology, Path]]:
+    each = len(choices.deepspeed) * len(choices.recompute)
+    for tp in choices.tp:
+        for ep in choices.ep:
+            try:
+                if tp > machine.gpus_per_node:
+                    raise ConfigError(
+                        f"parallel.tp: {tp} is more than the {machine.gpus_per_node} GPUs of a node, and its sums "
+                        "would cross the network in every layer; use fewer"
+                    )
+                topology = Topology(world_size=machine.world_size, tp=tp, ep=ep)
+                placed = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1),
+                                 parallel=replace(recipe.parallel, tp=tp, ep=ep))  # fmt: skip
+            except EcditError as error:
+                refusals[str(error)] += each
+                continue
+            for mode, every in choices.recompute:
+                try:
+                    train = replace(placed.train, recompute=mode, recompute_every=every)
+                    chosen = replace(placed, train=train)
+                except EcditError as error:
+                    refusals[str(error)] += len(choices.deepspeed)
+                    continue
+                yield from ((chosen, topology, path) for path in choices.deepspeed)
+
+
+def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None) -> Candidate:
+    """Return the layout with the largest micro-batches that fit, or else the smallest.
+
+    Raises:
+        ConfigError: the batch does not split, or DeepSpeed's file contradicts the recipe.
+    """
+    sizes = [micro_batch] if micro_batch else _micro_batches(recipe, topology)
+    sized = with_micro_batch(recipe, sizes[0])
+    sized.micro_batch_size(topology.dp)
+    zero = zero_settings(load_deepspeed_config(path, sized, topology.dp))
+    chosen, needed, seconds = dict[str, int](), 0, 0.0
+    for name, _, ratio in phases_of(recipe):
+        size, bytes_needed = _largest(recipe, topology, zero, ratio, sizes, machine.usable_bytes)
+        chosen[name], needed = size, max(needed, bytes_needed)
+    if needed <= machine.usable_bytes:
+        for name, steps, ratio in phases_of(recipe):
+            own = with_micro_batch(recipe, chosen[name])
+            seconds += steps * step_time(own, topology, zero, machine, ratio).with_overlap
+    first = next(iter(chosen.values()))
+    return Candidate(
+        recipe=with_micro_batch(recipe, first), topology=topology, zero=zero, deepspeed=path, micro_batches=chosen,
+        needed_bytes=needed, seconds=seconds,
+    )  # fmt: skip
+
+
+def _largest(
+    recipe: Recipe, topology: Topology, zero: ZeroSettings, ratio: float, sizes: list[int], limit: int
+) -> tuple[int, int]:
+    """Return the largest size that fits, or the smallest, and its bytes; memory grows with the micro-batch."""
+
+    def needs(size: int) -> int:
+        return memory_of_rank(with_micro_batch(recipe, size), topology, zero, ratio).total
+
+    low, low_bytes, high = 0, needs(sizes[0]), len(sizes)
+    while high - low > 1 and low_bytes <= limit:
+        middle = (low + high) // 2
+        bytes_needed = needs(sizes[middle])
+        if bytes_needed <= limit:
+            low, low_bytes = middle, bytes_needed
+        else:
+            high = middle
+    return sizes[low], low_bytes
+
+
+def _micro_batches(recipe: Recipe, topology: Topology) -> list[int]:
+    """Return the micro-batches that the recipe accepts, ascending.
+
+    Raises:
+        ConfigError: there is none; what it says of the largest.
+    """
+    require_divides("data-parallel ranks", topology.dp, "train.global_batch_size", recipe.train.global_batch_size)
+    share = recipe.train.global_batch_size // topology.dp
+    sizes = [size for size in _divisors(share) if _accepts(recipe, topology, size)]
+    if not sizes:
+        with_micro_batch(recipe, share).micro_batch_size(topology.dp)
+    return sizes
+
+
+def _accepts(recipe: Recipe, topology: Topology, size: int) -> bool:
+    try:
+        with_micro_batch(recipe, size).micro_batch_size(topology.dp)
+    except ConfigError:
+        return False
+    return True
+
+
+def _splits(recipe: Recipe, machine: Machine, tp: int) -> bool:
+    dp, rest = divmod(machine.world_size, tp)
+    return not rest and recipe.train.global_batch_size % dp == 0
+
+
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(divisor for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,0 +1,247 @@
+"""tools/plan.py as a user meets it: tables, JSON, files, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.planner.hardware import default_assumptions
+from ecdit_ds.recipe_file import load_recipe
+from tests.helpers.launch import ROOT
+from tools.plan import main
+
+SMALL = ("--config", "ecdit_xl_8e", "--set", "train.global_batch_size=512", "--nodes", "2", "--gpu", "h100-80gb")
+FIXED = (*SMALL, "--tp", "1", "--ep", "8")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the tool ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Return what --json printed; NaN and infinity are no JSON."""
+
+        def refuse(text: str) -> float:
+            raise AssertionError(f"{text} is no JSON")
+
+        data: dict[str, Any] = json.loads(self.out, parse_constant=refuse)
+        return data
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Return a function that runs the tool."""
+
+    def run(*arguments: str) -> Answer:
+        code = main(list(arguments))
+        seen = capsys.readouterr()
+        return Answer(code=code, out=seen.out, err=seen.err)
+
+    return run
+
+
+def test_a_plan_of_a_layout_says_what_a_user_wants_to_know(plan: Callable[..., Answer]) -> None:
+    answer = plan(*FIXED)
+    assert answer.code == 0 and answer.err == ""
+    for word in ("parameters", "activations", "token_exchanges", "images a second", "MFU", "checkpoint", "effective"):
+        assert word in answer.out
+    assert "tp 1 x dp 16; experts over ep 8, 2 copies; ZeRO-2" in answer.out
+
+
+def test_json_has_the_keys_that_were_promised_and_sums_that_add_up(plan: Callable[..., Answer]) -> None:
+    data = plan(*FIXED, "--json").numbers
+    assert {"parameters", "per_gpu", "step", "checkpoint", "run", "fits"} <= set(data)
+    assert {"dit", "with_encoders", "activated"} <= set(data["parameters"])
+    assert data["fits"] is True and data["per_gpu"]["total"] <= data["per_gpu"]["limit"]
+    step = data["step"]
+    flops = {key: value for key, value in step["flops"].items() if key not in ("total", "recomputed")}
+    assert sum(flops.values()) == pytest.approx(step["flops"]["total"])
+    seconds = step["seconds"]
+    parts = sum(seconds["compute"].values()) + sum(seconds["communication"].values())
+    assert parts == pytest.approx(seconds["without_overlap"])
+    assert step["images_per_second"] == pytest.approx(512 / seconds["with_overlap"])
+    assert set(data["phases"]) == {"masked", "unmasked"}
+    assert data["checkpoint"]["bytes"] == 16 * data["parameters"]["dit"]
+
+
+def test_run_length_adds_both_phases(plan: Callable[..., Answer]) -> None:
+    data = plan(*FIXED, "--json").numbers
+    seconds = sum(phase["steps"] * phase["seconds"]["with_overlap"] for phase in data["phases"].values())
+    assert sum(phase["steps"] for phase in data["phases"].values()) == data["run"]["steps"] == 800_000
+    assert data["run"]["days"] == pytest.approx(seconds / 86400)
+
+
+def test_without_a_layout_all_are_searched_and_ranked(plan: Callable[..., Answer]) -> None:
+    answer = plan(*SMALL, "--top", "3")
+    assert answer.code == 0
+    assert answer.out.startswith("layouts that fit:") and "\n3  tp " in answer.out and "\n4  tp " not in answer.out
+    assert "layouts that are not possible:" in answer.out
+    data = plan(*SMALL, "--json").numbers
+    speeds = [layout["images_per_second"] for layout in data["search"]["feasible"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert data["layout"]["tp"] == data["search"]["feasible"][0]["tp"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed"),
+    [
+        (("--tp", "2"), {"tp": {2}}),
+        (("--ep", "4"), {"ep": {4}}),
+        (("--zero", "3"), {"zero": {3}}),
+        (("--recompute", "block", "--recompute-every", "2"), {"recompute": {"block"}, "recompute_every": {2}}),
+        (("--deepspeed", "ds_configs/zero1.json"), {"zero": {1}}),
+    ],
+)
+def test_what_a_flag_gives_is_not_searched(
+    plan: Callable[..., Answer], flags: tuple[str, ...], fixed: dict[str, set[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    feasible = plan(*SMALL, *flags, "--json").numbers["search"]["feasible"]
+    for key, values in fixed.items():
+        assert {layout[key] for layout in feasible} == values
+
+
+def test_a_micro_batch_that_is_given_is_taken_in_all_phases(plan: Callable[..., Answer]) -> None:
+    data = plan(*SMALL, "--micro-batch", "8", "--tp", "1", "--json").numbers
+    assert {size for layout in data["search"]["feasible"] for size in layout["micro_batch"].values()} == {8}
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        (("--network-gbps", "50"), ("step", "seconds", "without_overlap")),
+        (("--storage-gbps", "16"), ("checkpoint", "save_seconds")),
+        (("--recovery-minutes", "60"), ("run", "outlooks", 0, "effective_share")),
+        (("--failures-per-1000-node-days", "9"), ("run", "outlooks", 0, "mean_seconds_between")),
+        (("--zero", "3"), ("per_gpu", "total")),
+        (("--micro-batch", "8"), ("per_gpu", "activations")),
+        (("--recompute", "selective"), ("per_gpu", "activations")),
+        (("--recompute", "selective", "--recompute-every", "2"), ("step", "flops", "recomputed")),
+        (("--gpus-per-node", "4"), ("step", "bytes", "dense_gradients", "network")),
+        (("--set", "train.max_steps=900000"), ("run", "days")),
+        (("--set", "train.async_save=false"), ("checkpoint", "stall_seconds")),
+        *(
+            ((f"--{name.replace('_', '-')}", "0.05"), ("step", "seconds", "without_overlap"))
+            for name in vars(default_assumptions())
+            if name not in ("usable_memory", "host_bytes_per_s")
+        ),
+        (("--usable-memory", "0.8"), ("per_gpu", "limit")),
+    ],
+)
+def test_each_flag_has_its_effect(plan: Callable[..., Answer], flags: tuple[str, ...], where: tuple[Any, ...]) -> None:
+    before, after = (plan(*FIXED, *more, "--json").numbers for more in ((), flags))
+    for key in where:
+        before, after = before[key], after[key]
+    assert before != after
+
+
+def test_host_bandwidth_is_what_an_offloaded_optimizer_waits_for(plan: Callable[..., Answer]) -> None:
+    offloaded = (*FIXED, "--deepspeed", str(ROOT / "ds_configs" / "zero2_offload.json"), "--json")
+    slow = plan(*offloaded, "--host-bytes-per-s", "1e9").numbers["step"]["seconds"]["compute"]["optimizer"]
+    assert slow > 10 * plan(*offloaded).numbers["step"]["seconds"]["compute"]["optimizer"]
+
+
+def test_what_is_written_is_the_plan_that_was_printed(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    answer = plan(*SMALL, "--recompute", "block", "--json", "--write", str(folder))
+    layout = answer.numbers["layout"]
+    recipe: Recipe = load_recipe(str(folder / "recipe.yaml"))
+    assert (recipe.parallel.tp, recipe.parallel.ep, recipe.train.recompute) == (layout["tp"], layout["ep"], "block")
+    config = load_deepspeed_config(folder / "deepspeed.json", recipe, layout["dp"])
+    assert config["zero_optimization"]["stage"] == layout["zero"]
+    header = (folder / "header.sh").read_text()
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=USR1@", "--requeue"):
+        assert f"#SBATCH {line}" in header
+    overrides = (folder / "overrides.txt").read_text()
+    lines = [line.removeprefix("--set ") for line in overrides.splitlines() if line.startswith("--set ")]
+    again = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", *lines])
+    assert again == recipe
+
+
+def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    write = (*FIXED, "--write", str(tmp_path))
+    assert plan(*write).code == 0
+    refused = plan(*write)
+    assert refused.code == 2 and f"--write {tmp_path}: recipe.yaml is there" in refused.err
+    (tmp_path / "header.sh").write_text("old")
+    assert plan(*write, "--overwrite").code == 0
+    assert (tmp_path / "header.sh").read_text() != "old"
+
+
+BIG = ("--config", "ecdit_m_64e", "--nodes", "64", "--gpu", "h100-80gb")
+MISTAKES = {
+    "an unknown GPU": ((*FIXED, "--gpu", "h10"), "--gpu h10: is not known; did you mean h100-80gb"),
+    "nodes that do not divide": ((*FIXED, "--nodes", "3"), "does not divide"),
+    "nodes that divide for no layout": ((*SMALL, "--nodes", "3"), "the batch splits over 2 or 4 nodes"),
+    "no nodes": ((*FIXED, "--nodes", "0"), "--nodes: 0 is not a positive whole number"),
+    "EP that does not divide experts": ((*SMALL, "--tp", "1", "--ep", "3"), "parallel.ep(3) does not divide"),
+    "EP in a search that does not divide": ((*SMALL, "--ep", "3"), "parallel.ep(3) does not divide"),
+    "TP across nodes": ((*SMALL, "--gpus-per-node", "1", "--nodes", "16", "--tp", "2", "--ep", "1"), "within a node"),
+    "a stage that contradicts": (
+        (*FIXED, "--zero", "3", "--deepspeed", str(ROOT / "ds_configs" / "zero2.json")), "says stage 2"
+    ),
+    "a file that is not there": ((*FIXED, "--deepspeed", "none.json"), "none.json"),
+    "a mask that leaves too little": ((*BIG, "--set", "train.mask_ratio=0.99"), "less than one token"),
+    "a flag and --set": ((*FIXED, "--set", "parallel.tp=2"), "--set parallel.tp=2: the flag for parallel.tp says 1"),
+    "a network without speed": ((*FIXED, "--network-gbps", "0"), "--network-gbps: 0 is not a positive number"),
+    "storage without speed": ((*FIXED, "--storage-gbps", "-1"), "--storage-gbps"),
+    "a negative recovery": ((*FIXED, "--recovery-minutes", "-1"), "--recovery-minutes: -1 is negative"),
+    "an impossible efficiency": ((*FIXED, "--matmul-efficiency", "2"), "--matmul-efficiency: 2.0 is outside (0, 1]"),
+    "recompute-every alone": ((*FIXED, "--recompute-every", "2"), "no effect without --recompute"),
+    "overwrite alone": ((*FIXED, "--overwrite"), "no effect without --write"),
+    "an unknown flag": ((*FIXED, "--gpu-count", "8"), "(see --help)"),
+    "a micro-batch that does not divide": ((*FIXED, "--micro-batch", "24"), "train.micro_batch_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(plan: Callable[..., Answer], name: str) -> None:
+    arguments, said = MISTAKES[name]
+    answer = plan(*arguments)
+    assert answer.code == 2 and answer.out == ""
+    assert len(answer.err.strip().splitlines()) == 1 and answer.err.startswith("error: ")
+    assert said in answer.err
+
+
+def test_a_json_that_contradicts_the_recipe_is_refused(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    answer = plan(*FIXED, "--deepspeed", str(path))
+    assert (
+        answer.code == 2 and "train_batch_size: 7 differs from the recipe's train.global_batch_size: 512" in answer.err
+    )
+
+
+def test_a_layout_that_does_not_fit_shows_where_the_memory_goes_and_what_would_fit(
+    plan: Callable[..., Answer],
+) -> None:
+    answer = plan(*BIG, "--tp", "1", "--ep", "1")
+    assert answer.code == 2
+    assert "optimizer" in answer.out and "does not fit:" in answer.out and "seconds a step" not in answer.out
+    assert "GB a GPU; what would fit: tp " in answer.err and len(answer.err.strip().splitlines()) == 1
+    numbers = plan(*BIG, "--tp", "1", "--ep", "1", "--json").numbers
+    assert numbers["fits"] is False and numbers["per_gpu"]["total"] > numbers["per_gpu"]["limit"]
+
+
+def test_where_nothing_fits_the_smallest_number_of_nodes_that_would_is_told(plan: Callable[..., Answer]) -> None:
+    answer = plan("--config", "ecdit_m_64e", "--nodes", "1", "--gpu", "a100-40gb")
+    assert answer.code == 2
+    assert "layouts too large for" in answer.out
+    assert "no layout fits on 1 nodes" in answer.err and "the smallest number that fits is " in answer.err
+
+
+def test_the_tool_needs_no_torch() -> None:
+    code = "import sys; sys.argv=['plan', '--help']\nimport tools.plan\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,0 +1,130 @@
+"""Which layouts are found, in which order, and what is said of the others."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.deepspeed_config import DEFAULT_PATH
+from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
+from ecdit_ds.planner.memory import memory_of_rank
+from ecdit_ds.planner.plan import phases_of, with_micro_batch
+from ecdit_ds.planner.search import Candidate, Found, all_choices, search, smallest_nodes, working_nodes
+from ecdit_ds.recipe_file import load_recipe
+
+STAGES = tuple(DEFAULT_PATH.parent / f"zero{stage}.json" for stage in (1, 2, 3))
+SECONDS_AT_MOST = 10.0
+"""Of a core, for the largest search; it takes about half."""
+
+
+def _machine(nodes: int, gpu: str = "h100-80gb", **assumptions: float) -> Machine:
+    return Machine(
+        gpu=find_gpu(gpu), nodes=nodes, gpus_per_node=8, assumptions=replace(default_assumptions(), **assumptions)
+    )
+
+
+def _search(recipe: Recipe, machine: Machine, files: tuple[Path, ...] = STAGES) -> Found:
+    return search(recipe, machine, all_choices(recipe, machine, files))
+
+
+def _needs(candidate: Candidate, micro_batch: int, ratio: float) -> int:
+    own = with_micro_batch(candidate.recipe, micro_batch)
+    return memory_of_rank(own, candidate.topology, candidate.zero, ratio).total
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    """Return 8 experts of size XL, 512 images a step."""
+    return load_recipe("ecdit_xl_8e", ["train.global_batch_size=512"])
+
+
+@pytest.fixture(scope="module")
+def found(recipe: Recipe) -> Found:
+    """Return what is found on 16 GPUs of 40 GB."""
+    return _search(recipe, _machine(2, "a100-40gb"))
+
+
+def test_layouts_that_fit_are_ranked_by_the_time_that_the_run_takes(found: Found) -> None:
+    assert len(found.feasible) > 5
+    seconds = [candidate.seconds for candidate in found.feasible]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_each_layout_fits_with_its_micro_batches_in_every_phase_and_no_larger_one_does(
+    found: Found, recipe: Recipe
+) -> None:
+    usable = _machine(2, "a100-40gb").usable_bytes
+    for candidate in found.feasible[::7]:
+        share = recipe.train.global_batch_size // candidate.topology.dp
+        for name, _, ratio in phases_of(recipe):
+            size = candidate.micro_batches[name]
+            assert _needs(candidate, size, ratio) <= usable
+            larger = [n for n in range(size + 1, share + 1) if share % n == 0 and n % recipe.model.routing_group == 0]
+            assert not larger or _needs(candidate, larger[0], ratio) > usable
+
+
+def test_every_layout_is_somewhere(found: Found, recipe: Recipe) -> None:
+    choices = all_choices(recipe, _machine(2), STAGES)
+    total = len(choices.tp) * len(choices.ep) * len(choices.deepspeed) * len(choices.recompute)
+    assert len(found.feasible) + len(found.too_large) + sum(found.refusals.values()) == total
+
+
+def test_refusals_are_in_the_words_of_who_refuses_and_counted(found: Found) -> None:
+    reasons = list(found.refusals)
+    assert any(reason.startswith("parallel.tp(4) does not divide model.num_heads(18)") for reason in reasons)
+    assert any(reason.startswith("train.recompute: selective keeps what all-to-alls returned") for reason in reasons)
+    assert min(found.refusals.values()) >= 1
+
+
+def test_tensor_parallelism_stays_within_a_node(recipe: Recipe) -> None:
+    machine = replace(_machine(16), gpus_per_node=1)
+    choices = replace(all_choices(recipe, machine, STAGES), tp=(2,))
+    (reason, *others) = search(recipe, machine, choices).refusals
+    assert "parallel.tp: 2 is more than the 1 GPUs of a node" in reason and not others
+
+
+def test_a_fixed_choice_is_kept(recipe: Recipe) -> None:
+    machine = _machine(2)
+    choices = replace(all_choices(recipe, machine, STAGES), tp=(1,), ep=(4,), recompute=(("block", 2),), micro_batch=8)
+    for candidate in search(recipe, machine, choices).feasible:
+        train = candidate.recipe.train
+        assert (candidate.topology.tp, candidate.topology.ep) == (1, 4)
+        assert (train.recompute, train.recompute_every, train.micro_batch_size) == ("block", 2, 8)
+        assert set(candidate.micro_batches.values()) == {8}
+
+
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    dense = load_recipe("dense_xl", ["train.global_batch_size=512"])
+    found = _search(dense, _machine(1))
+    assert {candidate.topology.ep for candidate in found.feasible} == {1}
+
+
+def test_what_does_not_fit_says_how_much_it_needs_and_how_many_nodes_would_do(recipe: Recipe) -> None:
+    machine = _machine(1, "a100-40gb", usable_memory=0.12)
+    choices = all_choices(recipe, machine, STAGES)
+    found = search(recipe, machine, choices)
+    assert not found.feasible
+    needs = [candidate.needed_bytes for candidate in found.too_large]
+    assert needs == sorted(needs) and needs[0] > machine.usable_bytes
+    nodes = smallest_nodes(recipe, machine, choices)
+    assert nodes is not None and nodes > 1
+    assert search(recipe, machine.with_nodes(nodes), choices).feasible
+    assert not search(recipe, machine.with_nodes(nodes // 2), choices).feasible
+
+
+def test_nodes_over_which_the_batch_does_not_split_are_told_the_nearest_that_do(recipe: Recipe) -> None:
+    machine = _machine(3)
+    choices = all_choices(recipe, machine, STAGES)
+    found = search(recipe, machine, choices)
+    assert not found.feasible and not found.too_large
+    assert any("data-parallel ranks(24) does not divide train.global_batch_size(512)" in r for r in found.refusals)
+    assert working_nodes(recipe, machine, choices) == [2, 4]
+
+
+def test_the_97b_model_on_512_gpus_is_searched_in_seconds() -> None:
+    recipe, began = load_recipe("ecdit_m_64e"), time.process_time()
+    found = _search(recipe, _machine(64))
+    assert time.process_time() - began < SECONDS_AT_MOST
+    assert found.feasible and found.too_large

@@ -1,0 +1,265 @@
+"""Plan a run before a cluster sees it:  python tools/plan.py --config ecdit_m_64e --nodes 64 --gpu h100-80gb
+
+Predicts memory, FLOPs, traffic, step time, checkpoints and interruptions of a layout. Without both --tp and --ep it
+tries all layouts, ranks those that fit, and says why the others do not; what a flag gives is fixed. Nothing is
+measured: how good the predictions are stands in docs/97b.md. Needs neither torch nor a GPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ecdit_ds.config import Recipe
+from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, reasons
+from ecdit_ds.planner.launch_files import write_launch_files
+from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
+from ecdit_ds.planner.reliability import FAILURE_RATES
+from ecdit_ds.planner.report import describe, describe_memory, describe_refusals, describe_search, to_json
+from ecdit_ds.planner.search import (
+    Candidate,
+    Choices,
+    Found,
+    all_choices,
+    search,
+    smallest_nodes,
+    working_nodes,
+)
+from ecdit_ds.planner.zero import zero_settings
+from ecdit_ds.recipe_file import load_recipe, recipe_names
+from tools.command_line import OneLineParser
+
+STAGES = (1, 2, 3)
+STAGE_FILES = {stage: DEFAULT_PATH.parent / f"zero{stage}.json" for stage in STAGES}
+GIGABIT = 1e9 / 8
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line; see --help."""
+    parser = OneLineParser(
+        prog="tools/plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Recipes: {', '.join(recipe_names())}.",
+    )  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"one of {', '.join(gpu_names())}")
+    parser.add_argument("--tp", type=_positive, metavar="N", help="tensor-parallel ranks")
+    parser.add_argument("--ep", type=_positive, metavar="N", help="expert-parallel ranks")
+    parser.add_argument("--zero", type=int, choices=STAGES, help="stage, as in ds_configs/ (default: 2, or searched)")
+    parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed configuration, instead of --zero")
+    parser.add_argument("--micro-batch", type=_positive, metavar="N", help="images a rank sees in one forward")
+    parser.add_argument("--recompute", choices=("none", "block", "selective"), help="activation checkpointing")
+    parser.add_argument("--recompute-every", type=_positive, metavar="N", help="of n blocks, the last is recomputed")
+    parser.add_argument("--network-gbps", type=float, metavar="X", help="gigabits a second and GPU between nodes")
+    parser.add_argument(
+        "--storage-gbps", type=float, default=160.0, metavar="X",
+        help="gigabits a second to storage, of the whole job (default: %(default)s, which is 20 GB/s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--failures-per-1000-node-days", type=float, action="append", metavar="X",
+        help=f"interruptions; may be repeated (default: {' and '.join(f'{r:g}' for r in FAILURE_RATES.values())})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recovery-minutes", type=float, default=10.0, metavar="X",
+        help="from an interruption to the next step (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--top", type=_positive, default=10, metavar="N", help="layouts to list (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print numbers for programs")
+    parser.add_argument(
+        "--write", type=Path, metavar="DIR",
+        help="write recipe.yaml, deepspeed.json, header.sh (Slurm) and overrides.txt of the plan",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="with --write: replace such files")
+    for name, value in asdict(default_assumptions()).items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, metavar="X",
+            help=f"{reasons()[name]} (default: {value:g})".replace("%", "%%"),
+        )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plan, and turn what a user can get wrong into one line; return the exit code."""
+    try:
+        return _plan(parse_arguments(arguments))
+    except EcditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+
+
+def _plan(options: argparse.Namespace) -> int:
+    recipe, machine = _recipe(options), _machine(options)
+    surroundings = Surroundings(
+        storage_bytes_per_s=options.storage_gbps * GIGABIT,
+        recovery_seconds=options.recovery_minutes * 60,
+        failure_rates=tuple(options.failures_per_1000_node_days or FAILURE_RATES.values()),
+    )
+    if options.overwrite and not options.write:
+        raise ConfigError("--overwrite: has no effect without --write DIR")
+    found = None
+    if options.tp and options.ep:
+        topology, path = Topology(world_size=machine.world_size, tp=options.tp, ep=options.ep), _files(options)[-1]
+        _check_tp(options.tp, machine)
+        zero = zero_settings(load_deepspeed_config(path, recipe, topology.dp))
+        plan = make_plan(recipe, topology, zero, machine, surroundings)
+    else:
+        choices = _choices(options, recipe, machine)
+        found = search(recipe, machine, choices)
+        best = _best(found, recipe, machine, choices)
+        path = best.deepspeed
+        plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
+    _print(plan, found, options)
+    if not plan.fits:
+        raise ConfigError(_way_out(plan, found, recipe, machine, options))
+    if options.write:
+        write_launch_files(plan, path, options.write, overwrite=options.overwrite)
+        print(f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt", file=sys.stderr)
+    return ExitCode.DONE
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe with what the flags give; those of a search, which are free, at values that work alone."""
+    overrides = list(options.set)
+    given = {
+        "parallel.tp": options.tp, "parallel.ep": options.ep, "train.micro_batch_size": options.micro_batch,
+        "train.recompute": options.recompute, "train.recompute_every": options.recompute_every,
+    }  # fmt: skip
+    for key, value in given.items():
+        twice = next((override for override in options.set if override.split("=")[0].strip() == key), None)
+        if value is not None and twice:
+            raise ConfigError(f"--set {twice}: the flag for {key} says {value}; leave one away")
+    is_search = not (options.tp and options.ep)
+    # Recomputation that needs an exchange is refused by a recipe without one: the search sets it with its layouts.
+    late = ("train.recompute", "train.recompute_every") if is_search else ()
+    overrides += [f"{key}={value}" for key, value in given.items() if value is not None and key not in late]
+    if options.recompute_every and not options.recompute:
+        raise ConfigError("--recompute-every: has no effect without --recompute block or selective")
+    return load_recipe(options.config, overrides)
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    gpu = find_gpu(options.gpu)
+    if options.network_gbps is not None:
+        if not options.network_gbps > 0:
+            raise ConfigError(f"--network-gbps: {options.network_gbps:g} is not a positive number")
+        gpu = replace(gpu, network_bytes_per_s=options.network_gbps * GIGABIT)
+    usual = asdict(default_assumptions())
+    given = {name: getattr(options, name) for name in usual if getattr(options, name) is not None}
+    assumptions = replace(default_assumptions(), **given)
+    return Machine(gpu=gpu, nodes=options.nodes, gpus_per_node=options.gpus_per_node, assumptions=assumptions)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    """Return the DeepSpeed configurations that are tried; the last is the one where nothing is searched."""
+    if options.deepspeed is None:
+        is_free = options.zero is None and not (options.tp and options.ep)
+        return [STAGE_FILES[stage] for stage in STAGES] if is_free else [STAGE_FILES[options.zero or 2]]
+    if options.zero is not None:
+        stage = _stage_of(options.deepspeed)
+        if stage != options.zero:
+            raise ConfigError(f"--zero {options.zero}: {options.deepspeed} says stage {stage}; leave one away")
+    return [options.deepspeed]
+
+
+def _stage_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (ValueError, KeyError, TypeError):
+        return "nothing that can be read"
+
+
+def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> Choices:
+    choices = all_choices(recipe, machine, tuple(_files(options)))
+    train, micro = recipe.train, options.micro_batch
+    if options.tp:
+        choices = replace(choices, tp=(options.tp,))
+    if options.ep:
+        choices = replace(choices, ep=(options.ep,))
+    if options.recompute:
+        choices = replace(choices, recompute=((options.recompute, options.recompute_every or 1),))
+    elif train.recompute != "none":
+        choices = replace(choices, recompute=((train.recompute, train.recompute_every),))
+    if micro is None and train.micro_batch_size != "auto":
+        micro = train.micro_batch_size
+    return replace(choices, micro_batch=micro)
+
+
+def _check_tp(tp: int, machine: Machine) -> None:
+    if tp > machine.gpus_per_node or machine.gpus_per_node % tp:
+        raise ConfigError(
+            f"--tp {tp}: a tensor-parallel group must lie within a node of {machine.gpus_per_node} GPUs, or its sums "
+            "would cross the network in every layer; choose a divisor"
+        )
+
+
+def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> Candidate:
+    """Return the fastest layout, or the one nearest to fitting.
+
+    Raises:
+        ConfigError: there is none at all.
+    """
+    candidates = found.feasible or found.too_large
+    if candidates:
+        return candidates[0]
+    reason, _ = found.refusals.most_common(1)[0]
+    nodes = [n for n in working_nodes(recipe, machine, choices) if n != machine.nodes]
+    way_out = f"; the batch splits over {' or '.join(map(str, nodes))} nodes" if nodes else ""
+    raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}{way_out}")
+
+
+def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(to_json(plan, found), indent=2, allow_nan=False))
+        return
+    usable = plan.machine.usable_bytes
+    if found is not None and plan.fits:
+        print("\n".join([*describe_search(found, options.top, usable), ""]))
+    elif found is not None:
+        print("\n".join([*describe_refusals(found, usable), ""]))
+    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)))
+
+
+def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, options: argparse.Namespace) -> str:
+    """Return by how much a plan does not fit, and what would."""
+    needs = f"needs {plan.needed_bytes / 1e9:.1f} GB of {machine.usable_bytes / 1e9:.1f} GB a GPU"
+    name = f"tp {plan.topology.tp} x ep {plan.topology.ep}, ZeRO-{plan.zero.stage}"
+    if found is None:
+        free = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1))
+        choices = all_choices(free, machine, tuple(STAGE_FILES.values()))
+        same = search(free, machine, replace(choices, tp=(options.tp,), ep=(options.ep,)))
+        others = same.feasible or search(free, machine, choices).feasible
+        if others:
+            other = others[0]
+            return f"{name}: {needs}; what would fit: {other.layout}, {other.needed_bytes / 1e9:.1f} GB"
+    else:
+        choices = _choices(options, recipe, machine)
+    nodes = smallest_nodes(with_micro_batch(recipe, 1) if found is None else recipe, machine, choices)
+    more = f"the smallest number that fits is {nodes} nodes" if nodes else "nor does it on more nodes; use a larger GPU"
+    return f"no layout fits on {machine.nodes} nodes, the nearest being {name}, which {needs}; {more}"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, where_text
-from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
+from ecdit_ds.metrics import peak_flops_per_s
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
@@ -33,6 +33,7 @@ from ecdit_ds.parallel.layers import LayerFactory
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
+from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
@@ -214,9 +215,16 @@ def _work(
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
-        "flops_per_image": training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
+        "flops_per_image": partial(_flops_per_image, recipe, micro),
         "peak_flops_per_s": peak * world.size if peak else None,
     }
+
+
+def _flops_per_image(recipe: Recipe, micro_batch_size: int, step: int) -> float:
+    """Return the model FLOPs of an image's forward and backward at `step` (from 0), with the mask of that step."""
+    model = recipe.model
+    kept = model.num_kept_tokens(recipe.train.mask_ratio_at(step))
+    return training_flops(model, kept, model.pool_images(micro_batch_size)).total
 
 
 class _Transform:

@@ -165,7 +165,7 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
 
     Four times n D w as a dense FFN; the router's input in fp32 where the model is not, and fp32 scores, n E; for each
     of R rows the tokens that were gathered and the experts' output, 2 D w, what is between, the gate, and the row's
-    number three times (chosen, gathered, given back). DeepSpeed's token choice keeps four tables of n R besides.
+    number three times (chosen, gathered, given back).
     """
     model, w = shapes.model, shapes.width
     n, rows = shapes.images * shapes.tokens(layer), shapes.expert_rows(layer)
@@ -174,27 +174,30 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
         router += n * model.num_experts * _FP32
     moved = rows * (2 * model.hidden_size * w + w + _FP32 + 3 * _INT64)
     shared = _inner(shapes, n * model.num_shared_experts, is_plain=True)
-    tables = n * rows * (_FP32 + 2 * w + 1) if model.ffn == "token_choice" else 0
-    return 4 * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared + tables
+    return 4 * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared
 
 
 def backward_bytes(shapes: Shapes, layer: int) -> int:
     """Return the transients of block `layer` in backward, where they are most: in its feed-forward part.
 
-    Dense: the gradient of the block's output and of the activated inner width, n (D + F) w, or three times n D w where
-    the gate is applied. Experts: the gradient of the block's output and of the rows, which exchanges hold twice.
+    Beyond what the block keeps there live, dense: where the gate is applied, three times n D w; in the last product
+    the gradients of the block's output, n D w, of the activated inner width, n F w, and of the matrix itself, D F w
+    (swiglu: 2 n F w). Experts: the gradients of their rows and outputs, 2 R D w, while the output, R D w, is not
+    needed any more (an exchange holds the rows once more); and the gradient of one matrix with three slices' inner
+    width, or of both.
     """
-    model, w = shapes.model, shapes.width
+    model, w, stream = shapes.model, shapes.width, shapes.stream(layer)
     n, f = shapes.images * shapes.tokens(layer), model.ffn_hidden_size // shapes.tp
-    stream = shapes.stream(layer)
-    inner = 3 if model.ffn_activation == "swiglu" else 1
+    up_widths = 2 if model.ffn_activation == "swiglu" else 1
+    matrix = model.hidden_size * f * w
     if not model.is_moe_layer(layer):
-        return max(3 * stream, stream + inner * n * f * w)
+        return max(3 * stream, stream + up_widths * n * f * w + matrix)
     rows = shapes.expert_rows(layer)
     local = model.num_experts // shapes.ep
-    a_slice = math.ceil(local / _SLICES) / local
-    gradients = rows * model.hidden_size * w * (2 if shapes.ep > 1 else 1)
-    return stream + gradients + int(a_slice * rows * 2 * inner * f * w)
+    slices = 3 * up_widths * rows * f * w * math.ceil(local / _SLICES) // local
+    in_experts = up_widths * local * matrix + max(slices, local * matrix)
+    row_bytes = rows * model.hidden_size * w
+    return max(stream + row_bytes, row_bytes + in_experts, (2 if shapes.ep > 1 else 1) * row_bytes)
 
 
 def _normed(shapes: Shapes, rows: int, heads: int, head_dim: int) -> int:

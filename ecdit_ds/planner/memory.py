@@ -1,15 +1,28 @@
-"""Device memory of one rank, and the size of a checkpoint."""
+"""Device memory of one rank, as DeepSpeed 0.19.8 spends it, and the size of a checkpoint.
+
+A step has three moments at which memory may be fullest:
+
+    forward's end        all activations; of gradients only those of micro-batches before, if there are any
+    backward's end       all gradients, and the bucket that the last ones travel in
+    the optimizer step   gradients of one group once more, flat and in fp32, and what the optimizer computes with
+
+`Memory.total` is the largest of the three.
+"""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.parameters import Parameter, parameters
+from ecdit_ds.planner.activations import peak_activations, shapes_of
+from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings
+from ecdit_ds.planner.zero_groups import Group, fullest_touched, local_groups
 
 _FP32 = 4
+_FP64 = 8
+_STATES = 2
+"""Numbers that either optimizer remembers of each weight: two running means, or one and a momentum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,35 +30,36 @@ class Memory:
     """Bytes on the device of the fullest rank, by kind."""
 
     parameters: int
+    """What the model computes with; under ZeRO-3 this rank's parts, and the small ones that are never cut."""
     gradients: int
+    """At the end of backward."""
     optimizer: int
+    """fp32 weights, also beside a model in fp32, and the optimizer's state."""
     ema: int
     activations: int
+    """The most at one time, with the checkpointing that the recipe asks for."""
     buffers: int
+    """Buckets of gradients in backward, and under ZeRO-3 the weights that are gathered."""
+    held_gradients: int = 0
+    """Of the micro-batches before, when activations are at their peak."""
+    step: int = 0
+    """What the optimizer step takes besides gradients, while activations and buckets are gone."""
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, kind.name) for kind in fields(self))
+        """Bytes at the fullest of the three moments."""
+        always = self.parameters + self.optimizer + self.ema
+        forward = self.held_gradients + self.activations + self.buffers
+        return always + max(forward, self.gradients + self.buffers, self.gradients + self.step)
 
 
 def memory_of_rank(recipe: Recipe, topology: Topology, zero: ZeroSettings, mask_ratio: float) -> Memory:
-    """Return the bytes on one rank."""
-    width = 2 if recipe.train.precision == "bf16" else _FP32
-    local = {True: 0, False: 0}
-    for parameter in parameters(recipe.model):
-        local[parameter.is_expert] += local_size(parameter, topology)
-    whole = local[True] + local[False]
-    cut = math.ceil(local[True] / topology.edp) + math.ceil(local[False] / topology.dp)
-    tokens = recipe.model.num_kept_tokens(mask_ratio) * recipe.micro_batch_size(topology.dp)
-    on_device = 0 if zero.is_offloaded else cut
-    return Memory(
-        parameters=width * (cut if zero.stage == 3 else whole),
-        gradients=width * (whole if zero.stage == 1 else cut),
-        optimizer=3 * _FP32 * on_device,
-        ema=_FP32 * on_device,
-        activations=40 * tokens * recipe.model.hidden_size * width * recipe.model.num_layers,
-        buffers=width * zero.reduce_bucket_size * (2 if zero.overlap_comm else 1),
-    )
+    """Return what the fullest rank needs while `mask_ratio` of the tokens is left out."""
+    activations = peak_activations(recipe, shapes_of(recipe, topology, mask_ratio, is_gpu=True))
+    groups = local_groups(recipe, topology)
+    kept = _kept_by_zero_3(recipe, groups, zero) if zero.stage == 3 else _kept(recipe, topology, groups, zero)
+    held = kept["gradients"] if zero.stage == 3 or _accumulates(recipe, topology) else 0
+    return Memory(activations=activations, held_gradients=held, **kept)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -53,10 +67,88 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
     AdamW keeps means of gradients and of their squares, RMSProp of their squares and a momentum.
     """
-    return 4 * _FP32 * sum(parameter.size for parameter in parameters(recipe.model))
+    return (2 + _STATES) * _FP32 * sum(parameter.size for parameter in parameters(recipe.model))
 
 
-def local_size(parameter: Parameter, topology: Topology) -> int:
-    """Return how many of a parameter's numbers a rank's model has."""
-    ways = {"tp": topology.tp, "ep": topology.ep}
-    return parameter.size // math.prod(ways[way] for way in cut_axes(parameter.name))
+def _kept(recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSettings) -> dict[str, int]:
+    """Return what ZeRO-1 and 2 keep, by kind.
+
+    Parameters: the flat groups, with their padding, w bytes a number. Optimizer: of this rank's parts fp32 weights
+    (a copy also where the model is fp32) and two states. EMA: one more.
+
+    Gradients: ZeRO-1 holds them all until the end of backward. ZeRO-2 holds, of each parameter of which this rank has a
+    piece, the gradient of the whole parameter. So a large parameter cut over many ranks is kept by each of them whole,
+    and experts, whose groups are short, are hardly cut at all. With a second micro-batch they are there twice, for
+    the new ones are collected before they are added.
+
+    Buffers: a bucket (two with overlap_comm), and a flat copy of what is reduced: a bucket or one larger parameter.
+    Offloaded, fp32 weights, states, average and gradients are in host memory, and one parameter's gradient travels.
+    """
+    w = _width(recipe)
+    whole = sum(group.part * group.ranks for group in groups)
+    part, largest = sum(group.part for group in groups), max(max(group.sizes) for group in groups)
+    touched = fullest_touched(groups, topology)
+    on_device = 0 if zero.is_offloaded else _FP32 * part
+    numbers = whole if zero.stage == 1 else 0 if zero.is_offloaded else touched
+    bucket = zero.reduce_bucket_size
+    reduced = min(whole, max(bucket, largest))
+    is_twice = zero.stage == 1 or _accumulates(recipe, topology)
+    copies = (2 if zero.overlap_comm else 1) * bucket + reduced + (touched if is_twice and on_device else 0)
+    step = 0 if zero.is_offloaded else _step_bytes(recipe, w, [group.part for group in groups], largest)
+    return {
+        "parameters": w * whole,
+        "gradients": w * numbers,
+        "optimizer": (1 + _STATES) * on_device,
+        "ema": on_device,
+        "buffers": w * (copies + (largest if zero.is_offloaded else 0)),
+        "step": step,
+    }
+
+
+def _kept_by_zero_3(recipe: Recipe, groups: list[Group], zero: ZeroSettings) -> dict[str, int]:
+    """Return what ZeRO-3 keeps, by kind.
+
+    Each parameter is cut, padded to equal parts: w bytes a number; those below the persistence threshold stay whole
+    as well. fp32 weights are a copy, though where the model is fp32 DeepSpeed means to do without. Gradients: a flat
+    tensor of all parts, always.
+    Buffers: the bucket and what is scattered from it, and gathered weights: as many as may live, or the largest.
+    """
+    w = _width(recipe)
+    parts = [[math.ceil(size / group.ranks) for size in group.sizes] for group in groups]
+    part = sum(map(sum, parts))
+    sizes = [size for group in groups for size in group.sizes]
+    persistent = sum(size for size in sizes if size < zero.param_persistence_threshold)
+    gathered = min(sum(sizes) - persistent, max(zero.max_live_parameters, max(sizes)))
+    on_device = 0 if zero.is_offloaded else _FP32 * part
+    updated_at_once = [min(sum(piece), zero.sub_group_size + max(piece)) for piece in parts]
+    reduced = min(sum(sizes), max(zero.reduce_bucket_size, max(sizes)))
+    step = 0 if zero.is_offloaded else _step_bytes(recipe, w, updated_at_once, max(map(max, parts)))
+    return {
+        "parameters": w * (part + persistent),
+        "gradients": 0 if zero.is_offloaded else w * part,
+        "optimizer": (1 + _STATES) * on_device,
+        "ema": on_device,
+        "buffers": w * (zero.reduce_bucket_size + reduced + gathered),
+        "step": step,
+    }
+
+
+def _step_bytes(recipe: Recipe, width: int, updated_at_once: list[int], largest: int) -> int:
+    """Return the transients of the optimizer step.
+
+    First each gradient's norm is taken in fp64. Then, group by group, gradients are made flat (w bytes a number), and
+    fp32 of that; fused AdamW works in place, RMSProp makes roots of the squares, and with weight decay new gradients.
+    """
+    is_decayed = recipe.optimizer.weight_decay > 0
+    extra = (1 + is_decayed) if recipe.optimizer.name == "rmsprop" else 0
+    flat = width if width < _FP32 else 0
+    a_number = max(flat + _FP32, _FP32 * (1 + extra))
+    return max(_FP64 * largest, a_number * max(updated_at_once))
+
+
+def _accumulates(recipe: Recipe, topology: Topology) -> bool:
+    return recipe.train.global_batch_size > recipe.micro_batch_size(topology.dp) * topology.dp
+
+
+def _width(recipe: Recipe) -> int:
+    return 2 if recipe.train.precision == "bf16" else _FP32

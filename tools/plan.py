@@ -123,7 +123,7 @@ def _plan(options: argparse.Namespace) -> int:
         choices = _choices(options, recipe, machine)
         found = search(recipe, machine, choices)
         best = _best(found, recipe, machine, choices)
-        path = best.deepspeed
+        path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
     _print(plan, found, options)
     if not plan.fits:

@@ -12,11 +12,11 @@ SIGNAL_SECONDS_BEFORE_END = 300
 """Slurm may send it 60 s early; a synchronous save must fit."""
 
 
-def write_launch_files(plan: Plan, deepspeed: Path, folder: Path, *, overwrite: bool) -> None:
+def write_launch_files(plan: Plan, deepspeed_file: Path, folder: Path, *, overwrite: bool) -> None:
     """Write FILES into `folder`, so that `train.py --config recipe.yaml --deepspeed deepspeed.json` is the plan.
 
     Args:
-        deepspeed: the configuration that the plan was made with, copied as it is.
+        deepspeed_file: the configuration that the plan was made with, copied as it is.
 
     Raises:
         ConfigError: one of them is there and `overwrite` is false.
@@ -25,7 +25,7 @@ def write_launch_files(plan: Plan, deepspeed: Path, folder: Path, *, overwrite: 
     if there and not overwrite:
         raise ConfigError(f"--write {folder}: {there[0]} is there; choose another folder, or give --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    texts = (dump_recipe(plan.recipe), deepspeed.read_text(encoding="utf-8"), slurm_header(plan), overrides(plan))
+    texts = (dump_recipe(plan.recipe), deepspeed_file.read_text(encoding="utf-8"), slurm_header(plan), overrides(plan))
     for name, text in zip(FILES, texts, strict=True):
         (folder / name).write_text(text, encoding="utf-8")
     load_deepspeed_config(folder / "deepspeed.json", plan.recipe, plan.topology.dp)

@@ -36,7 +36,7 @@ class Choices:
 
     tp: tuple[int, ...]
     ep: tuple[int, ...]
-    deepspeed: tuple[Path, ...]
+    deepspeed_files: tuple[Path, ...]
     """One configuration for each ZeRO stage."""
     recompute: tuple[tuple[Mode, int], ...]
     micro_batch: int | None
@@ -51,7 +51,7 @@ class Candidate:
     """With this layout in it, and the micro-batch of the first phase."""
     topology: Topology
     zero: ZeroSettings
-    deepspeed: Path
+    deepspeed_file: Path
     micro_batches: dict[str, int]
     """By phase."""
     needed_bytes: int
@@ -88,11 +88,11 @@ class Found:
     """Why, and how many layouts."""
 
 
-def all_choices(recipe: Recipe, machine: Machine, deepspeed: tuple[Path, ...]) -> Choices:
+def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, ...]) -> Choices:
     """Return every layout worth a try: tensor parallelism within a node, experts over any divisor of their number."""
     experts = recipe.model.num_experts if recipe.model.is_sparse else 1
     return Choices(
-        tp=_divisors(machine.gpus_per_node), ep=_divisors(experts), deepspeed=deepspeed,
+        tp=_divisors(machine.gpus_per_node), ep=_divisors(experts), deepspeed_files=deepspeed_files,
         recompute=ALL_RECOMPUTATIONS, micro_batch=None,
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def working_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> list[in
 def _layouts(
     recipe: Recipe, machine: Machine, choices: Choices, refusals: Counter[str]
 ) -> Iterator[tuple[Recipe, Topology, Path]]:
-    each = len(choices.deepspeed) * len(choices.recompute)
+    each = len(choices.deepspeed_files) * len(choices.recompute)
     for tp in choices.tp:
         for ep in choices.ep:
             try:
@@ -163,9 +163,9 @@ def _layouts(
                     train = replace(placed.train, recompute=mode, recompute_every=every)
                     chosen = replace(placed, train=train)
                 except EcditError as error:
-                    refusals[str(error)] += len(choices.deepspeed)
+                    refusals[str(error)] += len(choices.deepspeed_files)
                     continue
-                yield from ((chosen, topology, path) for path in choices.deepspeed)
+                yield from ((chosen, topology, path) for path in choices.deepspeed_files)
 
 
 def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None) -> Candidate:
@@ -188,7 +188,7 @@ def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine,
             seconds += steps * step_time(own, topology, zero, machine, ratio).with_overlap
     first = next(iter(chosen.values()))
     return Candidate(
-        recipe=with_micro_batch(recipe, first), topology=topology, zero=zero, deepspeed=path, micro_batches=chosen,
+        recipe=with_micro_batch(recipe, first), topology=topology, zero=zero, deepspeed_file=path, micro_batches=chosen,
         needed_bytes=needed, seconds=seconds,
     )  # fmt: skip
 

@@ -17,7 +17,18 @@ from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import ROOT
 from tools.plan import main
 
-SMALL = ("--config", "ecdit_xl_8e", "--set", "train.global_batch_size=512", "--nodes", "2", "--gpu", "h100-80gb")
+SMALL = (
+    "--config",
+    "ecdit_xl_8e",
+    "--set",
+    "train.global_batch_size=512",
+    "--set",
+    "model.num_layers=6",
+    "--nodes",
+    "2",
+    "--gpu",
+    "h100-80gb",
+)
 FIXED = (*SMALL, "--tp", "1", "--ep", "8")
 
 
@@ -166,7 +177,7 @@ def test_what_is_written_is_the_plan_that_was_printed(plan: Callable[..., Answer
         assert f"#SBATCH {line}" in header
     overrides = (folder / "overrides.txt").read_text()
     lines = [line.removeprefix("--set ") for line in overrides.splitlines() if line.startswith("--set ")]
-    again = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", *lines])
+    again = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", *lines])
     assert again == recipe
 
 

@@ -39,6 +39,7 @@ SAME_AS_BASE: dict[str, tuple[str, tuple[str, ...]]] = {
     "selective_zero3": ("3", ("train.recompute=selective", "parallel.dispatch_chunks=2")),
     "accumulated_zero3": ("3", ("train.micro_batch_size=2",)),
     "offload": ("2_offload", ()),
+    "overlap": ("2_overlap", ("train.micro_batch_size=2",)),
 }
 """Name -> (DeepSpeed configuration, overrides); trained on two ranks, experts spread over both."""
 TENSOR_PARALLEL = {

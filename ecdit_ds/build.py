@@ -24,7 +24,7 @@ from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, where_text
-from ecdit_ds.metrics import peak_flops_per_s, training_flops_per_image
+from ecdit_ds.metrics import peak_flops_per_s
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
@@ -34,6 +34,7 @@ from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
+from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
@@ -126,8 +127,7 @@ def describe(recipe: Recipe, topology: Topology, zero_stage: int) -> str:
         f"experts over {topology.ep}, {topology.edp} copies; ZeRO-{zero_stage}, {recipe.train.precision}",
         f"batch        {recipe.train.global_batch_size} images a step = {topology.dp} ranks x {micro} "
         f"x {recipe.train.global_batch_size // (micro * topology.dp)} accumulated",
-        f"compute      {training_flops_per_image(config, config.pool_images(micro)) / 1e9:.3g} GFLOP an image, "
-        "forward and backward",
+        f"compute      {_flops_per_image(recipe, micro, 0) / 1e9:.3g} GFLOP an image, forward and backward",
         "all checks passed; nothing was trained",
     ]
     if 1 < topology.world_size <= MAX_RANKS:
@@ -256,9 +256,16 @@ def _work(
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
-        "flops_per_image": training_flops_per_image(recipe.model, recipe.model.pool_images(micro)),
+        "flops_per_image": partial(_flops_per_image, recipe, micro),
         "peak_flops_per_s": peak * world.size if peak else None,
     }
+
+
+def _flops_per_image(recipe: Recipe, micro_batch_size: int, step: int) -> float:
+    """Return the model FLOPs of an image's forward and backward at `step` (from 0), with the mask of that step."""
+    model = recipe.model
+    kept = model.num_kept_tokens(recipe.train.mask_ratio_at(step))
+    return training_flops(model, kept, model.pool_images(micro_batch_size)).total
 
 
 class _Transform:

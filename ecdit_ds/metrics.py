@@ -3,20 +3,15 @@
 So a step never waits for the device. Suffixes: B pools, S tokens of a pool, E experts.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.hardware import bf16_peak_of
 
@@ -105,37 +100,8 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def training_flops_per_image(config: ModelConfig, pool_images: int) -> float:
-    """Return the model FLOPs of one image's forward and backward; one multiply-add is 2 FLOPs.
-
-    Counted by torch on a meta-device forward of one routing pool; backward is twice the forward, and nothing that is
-    computed again is counted.
-    """
-    device = torch.device("meta")
-    dense_or_ours = config if config.ffn != "token_choice" else _as_expert_choice(config)
-    with device:
-        model = ECDiT(dense_or_ours, SerialLayers())
-        inputs = (
-            torch.empty(pool_images, config.in_channels, config.latent_height, config.latent_width),
-            torch.empty(pool_images),
-            torch.empty(pool_images, config.max_text_tokens, config.text_embed_dim),
-            torch.empty(pool_images, config.max_text_tokens, dtype=torch.bool),
-            torch.empty(pool_images, config.text_embed_dim),
-        )
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(*inputs)
-    return 3.0 * counter.get_total_flops() / pool_images
-
-
 def peak_flops_per_s(device: torch.device) -> float | None:
     """Return the device's bf16 peak, or None where it is not known."""
     if device.type != "cuda":
         return None
     return bf16_peak_of(torch.cuda.get_device_name(device))
-
-
-def _as_expert_choice(config: ModelConfig) -> ModelConfig:
-    """Return the expert-choice twin of a token-choice model: the same places an expert, hence the same FLOPs."""
-    return dataclasses.replace(
-        config, ffn="expert_choice", top_k=ModelConfig.top_k, load_balance_weight=ModelConfig.load_balance_weight
-    )

@@ -50,7 +50,8 @@ class Surroundings:
     """model -> uint8 pictures (B, H, W, 3) of the recipe's prompts; collective."""
     scene_scores: Callable[[nn.Module], dict[str, Any]] | None
     """model -> how many held-out digit scenes it draws right (`Alignment.summary`); collective. None: not asked for."""
-    flops_per_image: float
+    flops_per_image: Callable[[int], float]
+    """Step (from 0) -> model FLOPs of an image in it, which depend on how many tokens it leaves out."""
     stop: StopRequest
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
@@ -145,7 +146,7 @@ class Trainer:
 
     def _record(self, progress: Progress, result: StepResult, seconds: float) -> None:
         images_per_second = self.recipe.train.global_batch_size / seconds
-        flops_per_second = images_per_second * self._given.flops_per_image
+        flops_per_second = images_per_second * self._given.flops_per_image(progress.step - 1)
         peak = self._given.peak_flops_per_s
         facts: dict[str, Any] = {
             "step": progress.step,

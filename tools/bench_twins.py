@@ -1,16 +1,15 @@
 """The dense models that `tools/bench.py sample` draws with beside an expert-choice model, and what a picture costs.
 
-FLOPs are those of matrix products and attention; a multiply-add is two. What is done a token or a number at a time
-(norms, activations, the choice itself, gathering and summing rows) is left out, as it is where FLOPs are published: the
-time it takes is the overhead that the benchmark is after.
+FLOPs are those of matrix products and attention (ecdit_ds/planner/flops.py). The time that all else takes (norms,
+activations, the choice itself, gathering and summing rows) is the overhead that the benchmark is after.
 """
 
 from dataclasses import fields, replace
 from typing import Any
 
 from ecdit_ds.model_config import EXPERT_CHOICE_SWITCHES, ModelConfig
+from ecdit_ds.planner.flops import block_text_flops, forward_flops
 
-_TIMESTEP_WAVES = 256
 _ALIGNMENTS = (64, 32, 16, 8, 4, 2, 1)
 """Inner widths that a matrix product likes, best first."""
 _CLOSE_ENOUGH = 0.005
@@ -22,23 +21,12 @@ def image_flops(config: ModelConfig, pool_images: int) -> int:
     Args:
         pool_images: images among whose tokens an expert chooses.
     """
-    d, s, t = config.hidden_size, config.num_tokens, config.max_text_tokens
-    patch = config.in_channels * config.patch_size**2
-    ends = 2 * _product(s, patch, d)
-    condition = _product(1, _TIMESTEP_WAVES + 2 * d + config.text_embed_dim, d)
-    modulation = _product(1, d, (6 + 2) * d)
-    width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    cross_width = config.cross_num_heads * config.cross_head_dim
-    projections = 2 * _product(s, d, width + kv_width + cross_width)
-    scores_and_values = 2 * _product(s, s, width) + 2 * _product(s, t, cross_width)
-    layers = config.num_layers * (projections + scores_and_values)
-    return ends + condition + modulation + layers + _feed_forward_flops(config, pool_images)
+    return round(forward_flops(config, config.num_tokens, pool_images).total) - text_flops(config)
 
 
 def text_flops(config: ModelConfig) -> int:
     """Return the FLOPs of one text's keys and values in all layers."""
-    cross_width = config.cross_num_heads * config.cross_head_dim
-    return config.num_layers * 2 * _product(config.max_text_tokens, config.text_embed_dim, cross_width)
+    return (config.num_layers + config.decoder_layers) * block_text_flops(config)
 
 
 def picture_flops(config: ModelConfig, *, batch_size: int, num_steps: int, is_guided: bool, reuses_text: bool) -> float:
@@ -72,19 +60,3 @@ def equal_flops_dense(config: ModelConfig, pool_images: int) -> ModelConfig:
         if abs(image_flops(found, 1) / wanted - 1) <= _CLOSE_ENOUGH:
             break
     return found
-
-
-def _feed_forward_flops(config: ModelConfig, pool_images: int) -> int:
-    d, s, matrices = config.hidden_size, config.num_tokens, 3 if config.ffn_activation == "swiglu" else 2
-    a_row = matrices * _product(1, d, config.ffn_hidden_size)
-    num_sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_layers))
-    dense = (config.num_layers - num_sparse) * s * a_row
-    if not num_sparse:
-        return dense
-    pool_rows = config.num_experts * config.expert_capacity(s * pool_images)
-    rows = pool_rows / pool_images + config.num_shared_experts * s
-    return dense + num_sparse * round(_product(s, d, config.num_experts) + rows * a_row)
-
-
-def _product(rows: int, inner: int, columns: int) -> int:
-    return 2 * rows * inner * columns

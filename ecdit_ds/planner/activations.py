@@ -180,10 +180,11 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
 def backward_bytes(shapes: Shapes, layer: int) -> int:
     """Return the transients of block `layer` in backward, where they are most: in its feed-forward part.
 
-    Beyond what the block keeps there live, dense: where the gate is applied, three times n D w; in the last product the
-    gradients of the block's output, n D w, of the activated inner width, n F w, and of the matrix itself, D F w (swiglu:
-    2 n F w). Experts: the gradients of their rows and outputs, 2 R D w, while the output, R D w, is not needed any more
-    (an exchange holds the rows once more); and the gradient of one matrix with three slices' inner width, or of both.
+    Beyond what the block keeps there live, dense: where the gate is applied, three times n D w; in the last product
+    the gradients of the block's output, n D w, of the activated inner width, n F w, and of the matrix itself, D F w
+    (swiglu: 2 n F w). Experts: the gradients of their rows and outputs, 2 R D w, while the output, R D w, is not
+    needed any more (an exchange holds the rows once more); and the gradient of one matrix with three slices' inner
+    width, or of both.
     """
     model, w, stream = shapes.model, shapes.width, shapes.stream(layer)
     n, f = shapes.images * shapes.tokens(layer), model.ffn_hidden_size // shapes.tp

@@ -57,9 +57,9 @@ def forward_flops(config: ModelConfig, kept_tokens: int, pool_images: int) -> Fl
     """
     d = config.hidden_size
     patch = config.in_channels * config.patch_size**2
-    ends = 2 * product(config.num_tokens, patch, d)
-    condition = product(1, TIMESTEP_WAVES + 2 * d + config.text_embed_dim, d)
-    total = Flops(modulation=product(1, d, (6 + 2) * d), other=ends + condition)
+    ends = 2 * _product(config.num_tokens, patch, d)
+    condition = _product(1, TIMESTEP_WAVES + 2 * d + config.text_embed_dim, d)
+    total = Flops(modulation=_product(1, d, (6 + 2) * d), other=ends + condition)
     for layer in range(config.num_layers + config.decoder_layers):
         total = total.plus(block_flops(config, layer, kept_tokens, pool_images))
     return total
@@ -103,32 +103,32 @@ def block_flops(config: ModelConfig, layer: int, kept_tokens: int, pool_images: 
     tokens = kept_tokens if layer < config.num_layers else config.num_tokens
     d = config.hidden_size
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    projections = product(tokens, d, 2 * width + 2 * kv_width)
+    projections = _product(tokens, d, 2 * width + 2 * kv_width)
     flops = Flops(
-        attention=projections + 2 * product(tokens, tokens, width),
-        cross_attention=cross_attention_flops(config, tokens) + text_flops(config),
+        attention=projections + 2 * _product(tokens, tokens, width),
+        cross_attention=_cross_attention_flops(config, tokens) + block_text_flops(config),
     )
-    row = (3 if config.ffn_activation == "swiglu" else 2) * product(1, d, config.ffn_hidden_size)
+    row = (3 if config.ffn_activation == "swiglu" else 2) * _product(1, d, config.ffn_hidden_size)
     if not config.is_moe_layer(layer):
         return flops.plus(Flops(dense_ffn=tokens * row))
     rows = Fraction(config.num_experts * config.expert_capacity(tokens * pool_images), pool_images)
-    router = product(tokens, d, config.num_experts)
+    router = _product(tokens, d, config.num_experts)
     shared = config.num_shared_experts * tokens * row
     return flops.plus(Flops(dense_ffn=shared, experts=float(rows * row), router=router))
 
 
-def cross_attention_flops(config: ModelConfig, tokens: int) -> int:
+def _cross_attention_flops(config: ModelConfig, tokens: int) -> int:
     """Return one block's cross-attention FLOPs of an image whose text's keys and values are there."""
     width = config.cross_num_heads * config.cross_head_dim
-    return product(tokens, config.hidden_size, 2 * width) + 2 * product(tokens, config.max_text_tokens, width)
+    return _product(tokens, config.hidden_size, 2 * width) + 2 * _product(tokens, config.max_text_tokens, width)
 
 
-def text_flops(config: ModelConfig) -> int:
+def block_text_flops(config: ModelConfig) -> int:
     """Return one block's FLOPs for the keys and values of one text."""
     width = config.cross_num_heads * config.cross_head_dim
-    return product(config.max_text_tokens, config.text_embed_dim, 2 * width)
+    return _product(config.max_text_tokens, config.text_embed_dim, 2 * width)
 
 
-def product(rows: int, inner: int, columns: int) -> int:
+def _product(rows: int, inner: int, columns: int) -> int:
     """Return the FLOPs of one matrix product."""
     return 2 * rows * inner * columns

@@ -34,7 +34,7 @@ class Memory:
     gradients: int
     """At the end of backward."""
     optimizer: int
-    """fp32 weights, where the model's are not those, and the optimizer's state."""
+    """fp32 weights, also beside a model in fp32, and the optimizer's state."""
     ema: int
     activations: int
     """The most at one time, with the checkpointing that the recipe asks for."""
@@ -58,8 +58,7 @@ def memory_of_rank(recipe: Recipe, topology: Topology, zero: ZeroSettings, mask_
     activations = peak_activations(recipe, shapes_of(recipe, topology, mask_ratio, is_gpu=True))
     groups = local_groups(recipe, topology)
     kept = _kept_by_zero_3(recipe, groups, zero) if zero.stage == 3 else _kept(recipe, topology, groups, zero)
-    is_accumulating = recipe.train.global_batch_size > recipe.micro_batch_size(topology.dp) * topology.dp
-    held = kept["gradients"] if is_accumulating or zero.stage == 3 else 0
+    held = kept["gradients"] if zero.stage == 3 or _accumulates(recipe, topology) else 0
     return Memory(activations=activations, held_gradients=held, **kept)
 
 
@@ -93,8 +92,8 @@ def _kept(recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSet
     numbers = whole if zero.stage == 1 else 0 if zero.is_offloaded else touched
     bucket = zero.reduce_bucket_size
     reduced = min(whole, max(bucket, largest))
-    is_late = zero.stage == 1 and not zero.overlap_comm
-    copies = (2 if zero.overlap_comm else 1) * bucket + reduced + (touched if is_late and on_device else 0)
+    is_twice = zero.stage == 1 or _accumulates(recipe, topology)
+    copies = (2 if zero.overlap_comm else 1) * bucket + reduced + (touched if is_twice and on_device else 0)
     step = 0 if zero.is_offloaded else _step_bytes(recipe, w, [group.part for group in groups], largest)
     return {
         "parameters": w * whole,
@@ -109,8 +108,9 @@ def _kept(recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSet
 def _kept_by_zero_3(recipe: Recipe, groups: list[Group], zero: ZeroSettings) -> dict[str, int]:
     """Return what ZeRO-3 keeps, by kind.
 
-    Each parameter is cut, padded to equal parts: w bytes a number; those below the persistence threshold stay whole as
-    well. fp32 weights are a copy only where the model is not fp32. Gradients: a flat tensor of all parts from the start.
+    Each parameter is cut, padded to equal parts: w bytes a number; those below the persistence threshold stay whole
+    as well. fp32 weights are a copy, though where the model is fp32 DeepSpeed means to do without. Gradients: a flat
+    tensor of all parts, always.
     Buffers: the bucket and what is scattered from it, and gathered weights: as many as may live, or the largest.
     """
     w = _width(recipe)
@@ -121,13 +121,12 @@ def _kept_by_zero_3(recipe: Recipe, groups: list[Group], zero: ZeroSettings) -> 
     gathered = min(sum(sizes) - persistent, max(zero.max_live_parameters, max(sizes)))
     on_device = 0 if zero.is_offloaded else _FP32 * part
     updated_at_once = [min(sum(piece), zero.sub_group_size + max(piece)) for piece in parts]
-    masters = on_device if w < _FP32 else 0
     reduced = min(sum(sizes), max(zero.reduce_bucket_size, max(sizes)))
     step = 0 if zero.is_offloaded else _step_bytes(recipe, w, updated_at_once, max(map(max, parts)))
     return {
         "parameters": w * (part + persistent),
         "gradients": 0 if zero.is_offloaded else w * part,
-        "optimizer": masters + _STATES * on_device,
+        "optimizer": (1 + _STATES) * on_device,
         "ema": on_device,
         "buffers": w * (zero.reduce_bucket_size + reduced + gathered),
         "step": step,
@@ -145,6 +144,10 @@ def _step_bytes(recipe: Recipe, width: int, updated_at_once: list[int], largest:
     flat = width if width < _FP32 else 0
     a_number = max(flat + _FP32, _FP32 * (1 + extra))
     return max(_FP64 * largest, a_number * max(updated_at_once))
+
+
+def _accumulates(recipe: Recipe, topology: Topology) -> bool:
+    return recipe.train.global_batch_size > recipe.micro_batch_size(topology.dp) * topology.dp
 
 
 def _width(recipe: Recipe) -> int:

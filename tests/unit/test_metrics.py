@@ -1,4 +1,4 @@
-"""What is measured, against counts by hand: routing, the log of steps, and the FLOPs of an image.
+"""What is measured, against counts by hand: routing, and the log of steps.
 
 Suffixes: B pools, S tokens of a pool, D hidden_size, E experts.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.metrics import MetricLog, RoutingProbe, peak_flops_per_s, training_flops_per_image
+from ecdit_ds.metrics import MetricLog, RoutingProbe, peak_flops_per_s
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
 from ecdit_ds.model_config import ModelConfig
@@ -147,65 +147,6 @@ def test_a_step_is_reported_once() -> None:
     log.record({"step": 1}, {"loss": torch.ones((), requires_grad=True)})
     assert [record["step"] for record in log.flush(WorldOfOne())[0]] == [1]
     assert log.flush(WorldOfOne())[0] == []
-
-
-def matmul(rows: int, inner: int, columns: int) -> int:
-    """Return the FLOPs of one matrix product."""
-    return 2 * rows * inner * columns
-
-
-def outside_ffn(c: ModelConfig) -> int:
-    """Return one image's forward FLOPs, the FFN layers apart: two for each weight and row, and the attention."""
-    s, t, d = c.num_tokens, c.max_text_tokens, c.hidden_size
-    patch = c.in_channels * c.patch_size**2
-    width, kv, cross = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.cross_num_heads * c.cross_head_dim
-    ends = matmul(s, patch, d) + matmul(s, d, patch)
-    condition = matmul(1, 256, d) + matmul(1, d, d) + matmul(1, c.text_embed_dim, d) + matmul(1, d, d)
-    modulation = matmul(1, d, 6 * d) + matmul(1, d, 2 * d)
-    self_attention = matmul(s, d, width) + 2 * matmul(s, d, kv) + matmul(s, width, d)
-    cross_attention = matmul(s, d, cross) + 2 * matmul(t, c.text_embed_dim, cross) + matmul(s, cross, d)
-    scores = 2 * c.num_heads * matmul(s, c.head_dim, s) + 2 * c.cross_num_heads * matmul(s, c.cross_head_dim, t)
-    return ends + condition + modulation + c.num_layers * (self_attention + cross_attention + scores)
-
-
-def dense_ffn(c: ModelConfig, rows: float) -> int:
-    """Return the FLOPs of a two-matrix network on so many rows."""
-    return int(2 * matmul(1, c.hidden_size, c.ffn_hidden_size) * rows)
-
-
-@pytest.mark.parametrize("overrides", [(), ("model.num_heads=4", "model.num_kv_heads=4"), ("model.num_layers=3",)])
-def test_a_dense_model_costs_its_matrices_times_its_tokens(make_recipe: MakeRecipe, overrides: tuple[str, ...]) -> None:
-    config = make_recipe("model.ffn=dense", *overrides).model
-    forward = outside_ffn(config) + config.num_layers * dense_ffn(config, config.num_tokens)
-    assert training_flops_per_image(config, 1) == 3 * forward
-
-
-@pytest.mark.parametrize("capacity_factor", [1.0, 2.0, 1.5])
-def test_a_sparse_model_costs_what_its_experts_take_and_its_routers(
-    config: ModelConfig, capacity_factor: float
-) -> None:
-    config = replace(config, capacity_factor=capacity_factor)
-    rows = capacity_factor * config.num_tokens
-    sparse = matmul(config.num_tokens, config.hidden_size, config.num_experts) + dense_ffn(config, rows)
-    forward = outside_ffn(config) + 2 * dense_ffn(config, config.num_tokens) + 2 * sparse
-    assert training_flops_per_image(config, 1) == 3 * forward
-
-
-def test_the_cost_of_an_image_depends_on_its_pool_only_through_rounding(config: ModelConfig) -> None:
-    config = replace(config, routing_pool="group", routing_group=3)
-    assert training_flops_per_image(config, 3) == training_flops_per_image(replace(config, routing_group=1), 1)
-    # 16 tokens on 3 experts: ceil(2 * 16 / 3) = 11 places an expert for one image, 32 / 3 for each of three.
-    rounded = replace(config, num_experts=3)
-    alone, of_three = (
-        training_flops_per_image(replace(rounded, routing_group=1), 1),
-        training_flops_per_image(rounded, 3),
-    )
-    assert alone - of_three == 3 * 2 * dense_ffn(config, 33 - 32)
-
-
-def test_token_choice_is_counted_as_expert_choice(make_recipe: MakeRecipe, config: ModelConfig) -> None:
-    token_choice = make_recipe("model.ffn=token_choice").model
-    assert training_flops_per_image(token_choice, 1) == training_flops_per_image(config, 1)
 
 
 def test_the_peak_of_an_unknown_device_is_unknown() -> None:

@@ -102,10 +102,10 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
 
 
 def test_what_does_not_fit_says_how_much_it_needs_and_how_many_nodes_would_do(recipe: Recipe) -> None:
-    choices = all_choices(recipe, _machine(1), STAGES)
+    choices = replace(all_choices(recipe, _machine(1), STAGES), micro_batch=8)
     least = min(candidate.needed_bytes for candidate in search(recipe, _machine(1), choices).feasible)
     machine = _machine(1, usable_memory=(least - 1) / _machine(1).gpu.memory_bytes)
-    found = search(recipe, machine, replace(choices, micro_batch=8))
+    found = search(recipe, machine, choices)
     assert not found.feasible
     needs = [candidate.needed_bytes for candidate in found.too_large]
     assert needs == sorted(needs) and needs[0] > machine.usable_bytes

@@ -4,6 +4,7 @@ The model, the groups and the cuts are those of training, on a process group tha
 nothing. What is counted on them stands beside the planner's arithmetic.
 """
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ from ecdit_ds.live_bytes import LiveBytes
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.recompute import Recompute
 from ecdit_ds.optim import STATE_NAMES
-from ecdit_ds.parallel.deepspeed_moe import num_holders
+from ecdit_ds.parallel.deepspeed_moe import part_of
 from ecdit_ds.parallel.layers import LayerFactory
 from ecdit_ds.parallel.layout import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
@@ -132,7 +133,7 @@ def _memory_table(recipe: Recipe, topology: Topology, deepspeed_config: dict[str
     zero = zero_settings(deepspeed_config)
     ratio = min(recipe.train.mask_ratio_at(0), recipe.train.mask_ratio_at(recipe.train.max_steps - 1))
     counted = count_memory(recipe, topology, deepspeed_config, rank, ratio)
-    planned = memory_of_rank(recipe, topology, zero, ratio)
+    planned = memory_of_rank(recipe, topology, zero, ratio, rank)
     shapes = shapes_of(recipe, topology, ratio, is_gpu=False)
     planned_here = {"activations": peak_activations(recipe, shapes)}
     lines = [f"memory of rank {rank}                  counted       planner"]
@@ -162,22 +163,36 @@ def count_memory(
     recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
     with torch.device("meta"):
         model = ECDiT(recipe.model, layers, recompute).to(torch.bfloat16 if width == 2 else torch.float32)
-    whole = cut = 0
+    whole = kept = touched = 0
     for group in optimizer_groups(model, recipe.optimizer.weight_decay, zero["stage"]):
-        whole += sum(parameter.numel() for parameter in group["params"])
-        # ZeRO-3 pads every parameter to equal parts, the other stages the whole group.
-        units = group["params"] if zero["stage"] == 3 else [group["params"]]
-        for unit in units:
-            parameters = [unit] if isinstance(unit, nn.Parameter) else unit
-            cut += -(-sum(parameter.numel() for parameter in parameters) // num_holders(parameters[0]))
-    on_device = 0 if is_offloaded else cut
+        of_group = count_group(group["params"], is_cut_by_parameter=zero["stage"] == 3)
+        whole, kept, touched = (total + more for total, more in zip((whole, kept, touched), of_group, strict=True))
+    on_device = 0 if is_offloaded else kept
+    gradients = {1: whole, 2: touched, 3: kept}[zero["stage"]]
     return {
-        "parameters": width * (cut if zero["stage"] == 3 else whole),
-        "gradients": width * (whole if zero["stage"] == 1 else cut),
+        "parameters": width * (kept if zero["stage"] == 3 else whole),
+        "gradients": width * (0 if is_offloaded and zero["stage"] > 1 else gradients),
         "optimizer": _FP32 * (1 + len(STATE_NAMES[recipe.optimizer.name])) * on_device,
         "ema": _FP32 * on_device,
         "activations": _peak_of_a_step(model, recipe, recipe.micro_batch_size(topology.dp), mask_ratio),
     }
+
+
+def count_group(parameters: list[nn.Parameter], *, is_cut_by_parameter: bool) -> tuple[int, int, int]:
+    """Return numbers of a group of parameters: with padding, in this rank's part, and in parameters that it touches.
+
+    ZeRO-1 and 2 lay a group out flat, pad it to twice the number of ranks and cut it; ZeRO-2 keeps gradients of whole
+    parameters where it has a piece. ZeRO-3 cuts each parameter.
+    """
+    share, sizes = part_of(parameters[0]), [parameter.numel() for parameter in parameters]
+    if is_cut_by_parameter:
+        parts = [-(-size // share.count) for size in sizes]
+        return sum(parts) * share.count, sum(parts), sum(parts)
+    part = -(-sum(sizes) // (2 * share.count)) * 2
+    ends = list(itertools.accumulate(sizes))
+    mine = range(share.index * part, (share.index + 1) * part)
+    is_touched = [end > mine.start and end - size < mine.stop for end, size in zip(ends, sizes, strict=True)]
+    return part * share.count, part, sum(itertools.compress(sizes, is_touched))
 
 
 def _layers_of_rank(topology: Topology, rank: int, dispatch_chunks: int) -> LayerFactory:

@@ -109,11 +109,14 @@ def create_expert_groups(ep_size: int, mpu: Any = None) -> Any:
     return groups._get_expert_parallel_group(expert_group_name(ep_size))
 
 
-def num_holders(parameter: nn.Parameter) -> int:
-    """Return how many ranks hold the same weights as this one: over so many ZeRO cuts what belongs to them."""
+def part_of(parameter: nn.Parameter) -> Share:
+    """Return which part of how many this rank updates, of the ranks that hold the same weights."""
     name = getattr(parameter, "group_name", None)
-    size = groups._get_data_parallel_world_size() if name is None else groups._get_expert_data_parallel_world_size(name)
-    return int(size)
+    if name is None:
+        return Share(index=groups._get_data_parallel_rank(), count=groups._get_data_parallel_world_size())
+    return Share(
+        index=groups._get_expert_data_parallel_rank(name), count=groups._get_expert_data_parallel_world_size(name)
+    )
 
 
 def mark_cut_by_tp(parameter: nn.Parameter) -> None:

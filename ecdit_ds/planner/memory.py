@@ -17,7 +17,7 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import peak_activations, shapes_of
 from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings
-from ecdit_ds.planner.zero_groups import Group, fullest_touched, local_groups
+from ecdit_ds.planner.zero_groups import Group, local_groups, touched_numbers
 
 _FP32 = 4
 _FP64 = 8
@@ -53,11 +53,13 @@ class Memory:
         return always + max(forward, self.gradients + self.buffers, self.gradients + self.step)
 
 
-def memory_of_rank(recipe: Recipe, topology: Topology, zero: ZeroSettings, mask_ratio: float) -> Memory:
-    """Return what the fullest rank needs while `mask_ratio` of the tokens is left out."""
+def memory_of_rank(
+    recipe: Recipe, topology: Topology, zero: ZeroSettings, mask_ratio: float, rank: int | None = None
+) -> Memory:
+    """Return what `rank` needs while `mask_ratio` of the tokens is left out; None for the fullest rank."""
     activations = peak_activations(recipe, shapes_of(recipe, topology, mask_ratio, is_gpu=True))
     groups = local_groups(recipe, topology)
-    kept = _kept_by_zero_3(recipe, groups, zero) if zero.stage == 3 else _kept(recipe, topology, groups, zero)
+    kept = _kept_by_zero_3(recipe, groups, zero) if zero.stage == 3 else _kept(recipe, topology, groups, zero, rank)
     held = kept["gradients"] if zero.stage == 3 or _accumulates(recipe, topology) else 0
     return Memory(activations=activations, held_gradients=held, **kept)
 
@@ -70,7 +72,9 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return (2 + _STATES) * _FP32 * sum(parameter.size for parameter in parameters(recipe.model))
 
 
-def _kept(recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSettings) -> dict[str, int]:
+def _kept(
+    recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSettings, rank: int | None
+) -> dict[str, int]:
     """Return what ZeRO-1 and 2 keep, by kind.
 
     Parameters: the flat groups, with their padding, w bytes a number. Optimizer: of this rank's parts fp32 weights
@@ -87,7 +91,7 @@ def _kept(recipe: Recipe, topology: Topology, groups: list[Group], zero: ZeroSet
     w = _width(recipe)
     whole = sum(group.part * group.ranks for group in groups)
     part, largest = sum(group.part for group in groups), max(max(group.sizes) for group in groups)
-    touched = fullest_touched(groups, topology)
+    touched = touched_numbers(groups, topology, rank)
     on_device = 0 if zero.is_offloaded else _FP32 * part
     numbers = whole if zero.stage == 1 else 0 if zero.is_offloaded else touched
     bucket = zero.reduce_bucket_size

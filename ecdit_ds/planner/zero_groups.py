@@ -71,16 +71,17 @@ def _groups(model: ModelConfig, topology: Topology) -> tuple[Group, ...]:
     return (*groups, *(Group(sizes=tuple(chunk), ranks=topology.edp, is_expert=True) for chunk in chunks))
 
 
-def fullest_touched(groups: Sequence[Group], topology: Topology) -> int:
-    """Return the most numbers in parameters of which one rank holds pieces, over all groups."""
-    return _fullest(tuple(groups), topology)
+def touched_numbers(groups: Sequence[Group], topology: Topology, rank: int | None) -> int:
+    """Return the numbers in parameters of which `rank` holds pieces, over all groups; None for the fullest rank."""
+    touched = _touched_by_dp(tuple(groups), topology)
+    return max(touched) if rank is None else touched[topology.coordinates(rank).dp]
 
 
 @lru_cache(maxsize=256)
-def _fullest(groups: tuple[Group, ...], topology: Topology) -> int:
+def _touched_by_dp(groups: tuple[Group, ...], topology: Topology) -> tuple[int, ...]:
     dense = _summed([group.touched() for group in groups if not group.is_expert])
     experts = _summed([group.touched() for group in groups if group.is_expert]) or [0] * topology.edp
-    return max(dense[dp] + experts[dp // topology.ep] for dp in range(topology.dp))
+    return tuple(dense[dp] + experts[dp // topology.ep] for dp in range(topology.dp))
 
 
 def _expert_chunks(sizes: list[int]) -> list[list[int]]:

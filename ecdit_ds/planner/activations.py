@@ -163,9 +163,10 @@ def dense_bytes(shapes: Shapes, layer: int) -> int:
 def expert_bytes(shapes: Shapes, layer: int) -> int:
     """Return what a layer of experts keeps.
 
-    Four times n D w as a dense FFN; the router's input in fp32 where the model is not, and fp32 scores, n E; for each
-    of R rows the tokens that were gathered and the experts' output, 2 D w, what is between, the gate, and the row's
-    number three times (chosen, gathered, given back).
+    Three times n D w: its input, normalised, and its output, which the gate multiplies. The modulated input only where
+    the router, in the model's own precision, or shared experts multiply it; else the router's input in fp32. fp32
+    scores, n E. For each of R rows the tokens that were gathered and the experts' output, 2 D w, what is between, the
+    gate, and the row's number three times (chosen, gathered, given back).
     """
     model, w = shapes.model, shapes.width
     n, rows = shapes.images * shapes.tokens(layer), shapes.expert_rows(layer)
@@ -174,7 +175,9 @@ def expert_bytes(shapes: Shapes, layer: int) -> int:
         router += n * model.num_experts * _FP32
     moved = rows * (2 * model.hidden_size * w + w + _FP32 + 3 * _INT64)
     shared = _inner(shapes, n * model.num_shared_experts, is_plain=True)
-    return 4 * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared
+    is_routed_by_it = w == _FP32 and model.router_input == "modulated"
+    streams = 3 + (is_routed_by_it or model.num_shared_experts > 0)
+    return streams * shapes.stream(layer) + router + moved + _inner(shapes, rows, is_plain=False) + shared
 
 
 def backward_bytes(shapes: Shapes, layer: int) -> int:

@@ -165,7 +165,8 @@ def _memory(plan: Plan) -> list[str]:
     rows = [["memory of a GPU", *(f"{phase.name} GB" for phase in plan.phases)]]
     for kind in fields(plan.phases[0].memory):
         rows.append([kind.name, *(f"{getattr(phase.memory, kind.name) / GB:.2f}" for phase in plan.phases)])
-    rows.append(["total", *(f"{phase.memory.total / GB:.2f}" for phase in plan.phases)])
+    # Kinds that are never there together, such as activations and the optimizer step's, do not add up.
+    rows.append(["at the fullest moment", *(f"{phase.memory.total / GB:.2f}" for phase in plan.phases)])
     gpu, usable = plan.machine.gpu, plan.machine.usable_bytes
     rows.append([f"usable of {gpu.memory_gib} GiB", *(f"{usable / GB:.2f}" for _ in plan.phases)])
     return _table(rows)

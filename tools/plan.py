@@ -22,6 +22,7 @@ from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, reasons
 from ecdit_ds.planner.launch_files import write_launch_files
+from ecdit_ds.planner.models import describe_models
 from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
 from ecdit_ds.planner.reliability import FAILURE_RATES
 from ecdit_ds.planner.report import describe, describe_memory, describe_refusals, describe_search, to_json
@@ -49,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="tools/plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Recipes: {', '.join(recipe_names())}.",
     )  # fmt: skip
+    parser.add_argument("--models", action=_Models, nargs=0, help="print the sizes of all recipes, and stop")
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
@@ -87,6 +89,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             help=f"{reasons()[name]} (default: {value:g})".replace("%", "%%"),
         )  # fmt: skip
     return parser.parse_args(arguments)
+
+
+class _Models(argparse.Action):
+    """Prints a table instead of planning."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(describe_models(load_recipe(name) for name in recipe_names()))
+        parser.exit()
 
 
 def main(arguments: list[str] | None = None) -> int:

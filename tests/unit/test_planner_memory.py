@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from tests.helpers.live_bytes import LiveBytes
 
 from ecdit_ds.build import build_model
 from ecdit_ds.config import Recipe
@@ -22,7 +23,6 @@ from ecdit_ds.planner.zero import ZeroSettings, zero_settings
 from ecdit_ds.planner.zero_groups import Group
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import Planned, run_plan
-from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.recipes import SMALL_MODEL
 
 WIDE = ModelConfig(

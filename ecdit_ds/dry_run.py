@@ -4,6 +4,7 @@ The model, the groups and the cuts are those of training, on a process group tha
 nothing. What is counted on them stands beside the planner's arithmetic.
 """
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -88,9 +89,15 @@ def _sizes(recipe: Recipe, topology: Topology, stage: int) -> list[str]:
     ]
     for ratio in sorted({train.mask_ratio_at(0), train.mask_ratio_at(train.max_steps - 1)}, reverse=True):
         kept = config.num_kept_tokens(ratio)
-        flops = training_flops(config, kept, config.pool_images(micro))
-        seen = f", {kept} of {config.num_tokens} tokens seen by the main blocks" if train.mask_ratio else ""
-        lines.append(f"compute      {flops.total / 1e9:.3g} GFLOP an image, forward and backward{seen}")
+        whole, main = (
+            training_flops(dataclasses.replace(config, decoder_layers=layers), kept, config.pool_images(micro)).total
+            / 1e9
+            for layers in (config.decoder_layers, 0)
+        )
+        seen = f"; {main:,.4g} but for the decoder, which alone sees all: {kept} of {config.num_tokens} tokens"
+        lines.append(
+            f"compute      {whole:,.4g} GFLOP an image, forward and backward{seen if config.decoder_layers else ''}"
+        )
     return lines
 
 
@@ -154,7 +161,7 @@ def count_memory(
     """Return bytes by kind (as in `Memory`) of the real objects of `rank`, all of them without memory.
 
     Weights, gradients and what the optimizer keeps follow from the model's parameters, their groups, and the sizes of
-    the process groups that ZeRO cuts them over. Activations are the most that lives at one time in a forward and
+    the process groups that ZeRO cuts them over; small ones ZeRO-3 keeps whole besides. Activations are the most that lives at one time in a forward and
     backward of one micro-batch.
     """
     zero = deepspeed_config["zero_optimization"]
@@ -167,10 +174,12 @@ def count_memory(
     for group in optimizer_groups(model, recipe.optimizer.weight_decay, zero["stage"]):
         of_group = count_group(group["params"], is_cut_by_parameter=zero["stage"] == 3)
         whole, kept, touched = (total + more for total, more in zip((whole, kept, touched), of_group, strict=True))
+    persistence = zero_settings(deepspeed_config).param_persistence_threshold if zero["stage"] == 3 else 0
+    small = sum(parameter.numel() for parameter in model.parameters() if parameter.numel() < persistence)
     on_device = 0 if is_offloaded else kept
     gradients = {1: whole, 2: touched, 3: kept}[zero["stage"]]
     return {
-        "parameters": width * (kept if zero["stage"] == 3 else whole),
+        "parameters": width * (kept + small if zero["stage"] == 3 else whole),
         "gradients": width * (0 if is_offloaded and zero["stage"] > 1 else gradients),
         "optimizer": _FP32 * (1 + len(STATE_NAMES[recipe.optimizer.name])) * on_device,
         "ema": _FP32 * on_device,

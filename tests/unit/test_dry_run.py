@@ -43,7 +43,8 @@ def memory(out: str) -> dict[str, tuple[float, float]]:
 
 
 def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus(dry_run: DryRun) -> None:
-    code, out, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77")
+    overlap = ("--deepspeed", "ds_configs/zero2_overlap.json")
+    code, out, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77", *overlap)
     assert (code, err) == (0, "")
     for told in ("96,451,077,136 parameters", "512 ranks", "4096 images a step", "memory of rank 77",
                  "data.path names no folder yet", "nothing was trained"):  # fmt: skip
@@ -82,15 +83,17 @@ def test_a_mask_takes_half_of_the_main_blocks_work_out_of_a_step(dry_run: DryRun
     masked = ("train.mask_ratio=0.5", "model.decoder_layers=2", "train.unmasked_from_step=1400")
     code, out, _ = dry_run(*(part for flag in masked for part in ("--set", flag)))
     assert code == 0
-    half, whole = (float(flops) for flops in re.findall(r"^compute +([\d.]+) GFLOP", out, re.MULTILINE))
-    assert 0.5 < half / whole < 0.75
-    assert "8 of 16 tokens seen" in out and "16 of 16 tokens seen" in out
+    found = re.findall(r"^compute +([\d.]+) GFLOP .*; ([\d.]+) but for the decoder, .*: (\d+) of 16", out, re.MULTILINE)
+    (whole_8, main_8, seen_8), (whole_16, main_16, seen_16) = found
+    assert (seen_8, seen_16) == ("8", "16")
+    assert float(main_8) / float(main_16) == pytest.approx(0.5, abs=0.06)  # keys and values of the text stay whole
+    assert float(whole_16) - float(main_16) == pytest.approx(float(whole_8) - float(main_8), rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--world-size", "500"], ["parallel.ep(64)", "500 data-parallel ranks", "1, 2, 4, 5"]),
+        (["--world-size", "500"], ["parallel.ep(64)", "250 data-parallel ranks", "1, 2, 5, 10"]),
         (["--world-size", "0"], ["--world-size: 0"]),
         (["--world-size", "512", "--rank", "512"], ["--rank: 512", "0 to N - 1"]),
         (["--world-size", "512", "--set", "data.path=/no/such"], ["data.path: /no/such is no folder"]),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from tests.helpers.live_bytes import LiveBytes
 
 from ecdit_ds.build import build_model
 from ecdit_ds.config import Recipe
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
+from ecdit_ds.live_bytes import LiveBytes
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.topology import Topology

@@ -161,8 +161,8 @@ def count_memory(
     """Return bytes by kind (as in `Memory`) of the real objects of `rank`, all of them without memory.
 
     Weights, gradients and what the optimizer keeps follow from the model's parameters, their groups, and the sizes of
-    the process groups that ZeRO cuts them over; small ones ZeRO-3 keeps whole besides. Activations are the most that lives at one time in a forward and
-    backward of one micro-batch.
+    the process groups that ZeRO cuts them over; small ones ZeRO-3 keeps whole besides. Activations are the most that
+    lives at one time in a forward and backward of one micro-batch.
     """
     zero = deepspeed_config["zero_optimization"]
     is_offloaded, width = "offload_optimizer" in zero, 2 if recipe.train.precision == "bf16" else _FP32
@@ -188,15 +188,16 @@ def count_memory(
 
 
 def count_group(parameters: list[nn.Parameter], *, is_cut_by_parameter: bool) -> tuple[int, int, int]:
-    """Return numbers of a group of parameters: with padding, in this rank's part, and in parameters that it touches.
+    """Return numbers of a group of parameters: all, in this rank's part, and in parameters that it touches.
 
     ZeRO-1 and 2 lay a group out flat, pad it to twice the number of ranks and cut it; ZeRO-2 keeps gradients of whole
     parameters where it has a piece. ZeRO-3 cuts each parameter.
     """
-    share, sizes = part_of(parameters[0]), [parameter.numel() for parameter in parameters]
+    sizes = [parameter.numel() for parameter in parameters]
     if is_cut_by_parameter:
-        parts = [-(-size // share.count) for size in sizes]
-        return sum(parts) * share.count, sum(parts), sum(parts)
+        kept = sum(-(-size // part_of(parameter).count) for parameter, size in zip(parameters, sizes, strict=True))
+        return sum(sizes), kept, kept
+    share = part_of(parameters[0])
     part = -(-sum(sizes) // (2 * share.count)) * 2
     ends = list(itertools.accumulate(sizes))
     mine = range(share.index * part, (share.index + 1) * part)

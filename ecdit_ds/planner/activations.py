@@ -189,18 +189,37 @@ def backward_bytes(shapes: Shapes, layer: int) -> int:
     needed any more (an exchange holds the rows once more); and the gradient of one matrix with three slices' inner
     width, or of both.
     """
-    model, w, stream = shapes.model, shapes.width, shapes.stream(layer)
-    n, f = shapes.images * shapes.tokens(layer), model.ffn_hidden_size // shapes.tp
-    up_widths = 2 if model.ffn_activation == "swiglu" else 1
-    matrix = model.hidden_size * f * w
+    model, stream = shapes.model, shapes.stream(layer)
     if not model.is_moe_layer(layer):
-        return max(3 * stream, stream + up_widths * n * f * w + matrix)
+        return _dense_backward(shapes, layer, copies=1)
     rows = shapes.expert_rows(layer)
-    local = model.num_experts // shapes.ep
-    slices = 3 * up_widths * rows * f * w * math.ceil(local / _SLICES) // local
-    in_experts = up_widths * local * matrix + max(slices, local * matrix)
-    row_bytes = rows * model.hidden_size * w
-    return max(stream + row_bytes, row_bytes + in_experts, (2 if shapes.ep > 1 else 1) * row_bytes)
+    row_bytes = rows * model.hidden_size * shapes.width
+    in_experts = row_bytes + _expert_matrices(shapes, rows)
+    exchanged = (2 if shapes.ep > 1 else 1) * row_bytes
+    if not model.num_shared_experts:
+        return max(stream + row_bytes, in_experts, exchanged)
+    # Shared experts come last in forward, so they are through when the others begin.
+    tokens = shapes.images * shapes.tokens(layer)
+    gone = _inner(shapes, tokens * model.num_shared_experts, is_plain=True)
+    first = _dense_backward(shapes, layer, copies=model.num_shared_experts)
+    return max(first, stream + max(stream + row_bytes, in_experts, exchanged) - gone)
+
+
+def _dense_backward(shapes: Shapes, layer: int, copies: int) -> int:
+    stream, f = shapes.stream(layer), copies * shapes.model.ffn_hidden_size // shapes.tp
+    widths = 2 if shapes.model.ffn_activation == "swiglu" else 1
+    inner = widths * shapes.images * shapes.tokens(layer) * f * shapes.width
+    return max(3 * stream, stream + inner + shapes.model.hidden_size * f * shapes.width)
+
+
+def _expert_matrices(shapes: Shapes, rows: int) -> int:
+    """Return the gradient of the experts' first matrix with the widths of three slices, or of both matrices."""
+    f = shapes.model.ffn_hidden_size // shapes.tp
+    widths = 2 if shapes.model.ffn_activation == "swiglu" else 1
+    local = shapes.model.num_experts // shapes.ep
+    matrices = local * shapes.model.hidden_size * f * shapes.width
+    slices = 3 * widths * rows * f * shapes.width * math.ceil(local / _SLICES) // local
+    return widths * matrices + max(slices, matrices)
 
 
 def _normed(shapes: Shapes, rows: int, heads: int, head_dim: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecdit_ds.build import _flops_per_image
 from ecdit_ds.config import Recipe
 from ecdit_ds.flow.objective import draw_kept_tokens
 from ecdit_ds.model.ecdit import ECDiT
@@ -144,3 +145,11 @@ def test_an_image_costs_less_where_tokens_are_left_out(tiny_config: ModelConfig)
 def test_token_choice_is_counted_as_expert_choice(tiny_config: ModelConfig) -> None:
     token_choice = replace(tiny_config, ffn="token_choice")
     assert forward_flops(token_choice, 16, 1) == forward_flops(tiny_config, 16, 1)
+
+
+def test_a_run_counts_each_step_by_its_own_mask(tiny_recipe: Recipe) -> None:
+    train = replace(tiny_recipe.train, mask_ratio=0.5, unmasked_from_step=2)
+    model = replace(tiny_recipe.model, decoder_layers=1)
+    recipe = replace(tiny_recipe, model=model, train=train)
+    masked, whole = training_flops(model, 8, 1).total, training_flops(model, 16, 1).total
+    assert [_flops_per_image(recipe, 8, step) for step in range(4)] == [masked, masked, whole, whole]

@@ -33,7 +33,6 @@ class Shapes:
     """Bytes of a number, w."""
     tp: int
     ep: int
-    dispatch_chunks: int
     is_gpu: bool
     """GPU kernels keep less: a norm its input only, and attention writes its output where the next product reads."""
 
@@ -63,7 +62,6 @@ def shapes_of(recipe: Recipe, topology: Topology, mask_ratio: float, *, is_gpu: 
         width=2 if recipe.train.precision == "bf16" else _FP32,
         tp=topology.tp,
         ep=topology.ep,
-        dispatch_chunks=recipe.parallel.dispatch_chunks,
         is_gpu=is_gpu,
     )
 

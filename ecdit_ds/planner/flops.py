@@ -66,13 +66,17 @@ def forward_flops(config: ModelConfig, kept_tokens: int, pool_images: int) -> Fl
 
 
 def training_flops(config: ModelConfig, kept_tokens: int, pool_images: int) -> Flops:
-    """Return the "model FLOPs" of one image's forward and backward, three times the forward.
+    """Return the "model FLOPs" of one image's forward and backward; nothing that is computed again counts.
 
-    Each product of forward, Y = X W, has two in backward of the same size: the gradients of X and of W. By convention
-    the few whose X needs no gradient (the patches, the text, the waves of the time) count as well, and nothing that is
-    computed again does.
+    Each product of forward, Y = X W, has two in backward of the same size: the gradients of X and of W. Only that of W
+    is needed where X is an input: the patches, the text for every block's keys and values, the pooled text, and the
+    waves of the time.
     """
-    return forward_flops(config, kept_tokens, pool_images).times(3.0)
+    thrice = forward_flops(config, kept_tokens, pool_images).times(3.0)
+    texts = (config.num_layers + config.decoder_layers) * block_text_flops(config)
+    patches = _product(config.num_tokens, config.in_channels * config.patch_size**2, config.hidden_size)
+    condition = _product(1, TIMESTEP_WAVES + config.text_embed_dim, config.hidden_size)
+    return thrice.plus(Flops(cross_attention=-texts, other=-patches - condition))
 
 
 def recomputed_flops(recipe: Recipe, kept_tokens: int, pool_images: int) -> Flops:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import resource
 import subprocess
@@ -12,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from ecdit_ds import train
 from ecdit_ds.config import DataConfig
 from ecdit_ds.data.encode import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.recipe_file import load_recipe
+from tests.helpers.forked import in_a_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 DryRun = Callable[..., tuple[int, str, str]]
@@ -23,17 +24,13 @@ STATIC = ("weights", "gradients", "optimizer, with fp32 weights", "average")
 ACTIVATIONS = "activations, CPU kernels"
 
 
-@pytest.fixture(scope="module")
-def dry_run() -> DryRun:
-    """Return `dry_run(*flags)`: the command as a person starts it; gives exit code, stdout and stderr."""
-
-    def run(*flags: str) -> tuple[int, str, str]:
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        command = [sys.executable, "ecdit_ds/train.py", "--dry-run", *flags]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch) -> DryRun:
+    """Return `dry_run(*flags)`: the command in a copy of this process; gives exit code, stdout and stderr."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    return lambda *flags: in_a_copy(lambda: train.main(["--dry-run", *flags]))
 
 
 def memory(out: str) -> dict[str, tuple[float, float]]:
@@ -42,10 +39,12 @@ def memory(out: str) -> dict[str, tuple[float, float]]:
     return {kind: (float(counted), float(planned)) for kind, counted, planned in rows}
 
 
-def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus(dry_run: DryRun) -> None:
-    overlap = ("--deepspeed", "ds_configs/zero2_overlap.json")
-    code, out, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77", *overlap)
-    assert (code, err) == (0, "")
+def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus() -> None:
+    command = ["ecdit_ds/train.py", "--dry-run", "--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77"]
+    json_file = ("--deepspeed", "ds_configs/zero2_overlap.json")
+    done = subprocess.run([sys.executable, *command, *json_file], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    out = done.stdout
     for told in ("96,451,077,136 parameters", "512 ranks", "4096 images a step", "memory of rank 77",
                  "data.path names no folder yet", "nothing was trained"):  # fmt: skip
         assert told in out

@@ -14,6 +14,7 @@ from ecdit_ds import train
 from ecdit_ds.config import Recipe
 from ecdit_ds.recipe_file import dump_recipe, load_recipe
 from ecdit_ds.run_folder import RunFolder
+from tests.helpers.forked import in_a_copy
 
 MakeRecipe = Callable[..., Recipe]
 Run = Callable[..., tuple[int, str, str]]
@@ -55,23 +56,11 @@ def run(
 
     def run_main(*flags: str) -> tuple[int, str, str]:
         command = ["--config", str(tiny_recipe_file), *flags]
-        code = in_a_copy(lambda: train.main(command)) if "--dry-run" in flags else train.main(command)
-        return code, *capfd.readouterr()
+        if "--dry-run" in flags:
+            return in_a_copy(lambda: train.main(command))
+        return train.main(command), *capfd.readouterr()
 
     return run_main
-
-
-def in_a_copy(main: Callable[[], int]) -> int:
-    """Return the exit code of `main` in a forked process."""
-    process = os.fork()
-    if process == 0:
-        code = 70
-        try:
-            code = main()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -377,7 +377,7 @@ def test_a_file_stays_behind_its_fences_and_within_its_size_and_says_what_it_is_
         ("recipe_file", "from yaml import load"),
         ("optim", "eval('1')"),
         ("tools/plan.py", "import subprocess\nsubprocess.run('ls', shell=True)"),
-        ("data.cache", "import numpy\nnumpy.load('x', allow_pickle=True)"),
+        ("data.folder", "import numpy\nnumpy.load('x', allow_pickle=True)"),
         ("ema", "def f():\n    global x"),
         ("data.utils", ""),
     ],

@@ -9,7 +9,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import get_args
 
 import numpy as np
 import torch

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ecdit_ds.config import DataConfig, Recipe
 from ecdit_ds.data.columns import DTYPES, LatentSums, null_columns, table_of, total_of
 from ecdit_ds.data.digit_scenes import Split, draw_scene
+from ecdit_ds.data.encoder_facts import image_facts, text_facts
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.data.folder import (
     SCHEMA_VERSION,
@@ -286,8 +287,8 @@ def _write_scenes(
         null_text = null_columns(text_encoder, torch.float32)
         mean, std = total_of(parts).statistics()
         index = SetIndex(
-            schema=SCHEMA_VERSION, count=count, image_encoder={"identity": image_encoder.identity},
-            text_encoder={"identity": text_encoder.identity}, latents_dtype="float32",
+            schema=SCHEMA_VERSION, count=count, image_encoder=image_facts(image_encoder),
+            text_encoder=text_facts(text_encoder), latents_dtype="float32",
             text_shape=(model.max_text_tokens, model.text_embed_dim), pooled_width=null_text["text_pooled"].shape[1],
             buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
             latents_mean=mean, latents_std=std, settings=settings, **write_null_text(draft, null_text),

@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,31 +96,49 @@ class SetIndex:
             raise ValueError(f"count {self.count} is not what its shards hold")
 
 
+class ShardWriter:
+    """Writes one shard, table by table; the same tables give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin a file that does not exist yet."""
+        features = datasets.Features(
+            {name: datasets.Value("string") for name in TEXT_COLUMNS}
+            | {name: datasets.Value("binary") for name in TENSOR_COLUMNS}
+        )
+        self._path, self._count = path, 0
+        self._writer = ArrowWriter(path=str(path), features=features)
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows with the columns TEXT_COLUMNS and TENSOR_COLUMNS; a tensor column's rows all have one size."""
+        self._writer.write_table(table)
+        self._count += len(table)
+
+    def finish(self) -> tuple[int, int, str]:
+        """Put the file on the disk; return number of samples, size in bytes and checksum, as `ShardInfo` has them."""
+        self._writer.finalize()
+        self._writer.close()
+        put_on_disk(self._path)
+        return self._count, self._path.stat().st_size, checksum_of(self._path)
+
+    def abandon(self) -> None:
+        """Close the file, which stays as far as it was written; again is harmless."""
+        with suppress(OSError, ValueError, pa.ArrowException):
+            self._writer.close()
+
+
 def write_arrow_shard(path: Path, tables: Iterable[pa.Table]) -> tuple[int, int, str]:
-    """Write a shard and put it on the disk; the same tables give the same bytes.
-
-    Args:
-        path: does not exist yet.
-        tables: with the columns TEXT_COLUMNS and TENSOR_COLUMNS; a tensor column's rows all have one size.
-
-    Returns:
-        Number of samples, size in bytes and checksum: what `ShardInfo` says of the file.
+    """Write a shard of some tables at once, as `ShardWriter`; return number of samples, size in bytes and checksum.
 
     Raises:
         OSError: no space, or no permission.
     """
-    features = datasets.Features(
-        {name: datasets.Value("string") for name in TEXT_COLUMNS}
-        | {name: datasets.Value("binary") for name in TENSOR_COLUMNS}
-    )
-    count = 0
-    with ArrowWriter(path=str(path), features=features) as writer:
+    writer = ShardWriter(path)
+    try:
         for table in tables:
-            writer.write_table(table)
-            count += len(table)
-        writer.finalize()
-    put_on_disk(path)
-    return count, path.stat().st_size, checksum_of(path)
+            writer.write(table)
+        return writer.finish()
+    finally:
+        writer.abandon()
 
 
 def write_null_text(folder: Path, null_text: dict[str, Tensor]) -> dict[str, Any]:

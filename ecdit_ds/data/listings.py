@@ -81,7 +81,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
     """Open a folder of pictures, described by a metadata file in it or by text files beside them.
 
     Raises:
-        DataError: it holds no pictures, or its metadata lacks a column.
+        DataError: it holds no pictures, its metadata lacks a column, or there is none and columns are named.
     """
     files, links = files_below(root)
     listed = [name for name in METADATA_FILES if (root / name).is_file()]
@@ -93,6 +93,8 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
     captions = {str(file.with_suffix("")): file for file in files if file.suffix.lower() in _CAPTION_SUFFIXES}
     if not pictures:
         raise DataError(f"{root}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); name a folder that does")
+    if columns != Columns():
+        raise DataError(f"{root}: has text files beside its pictures and no columns; leave the column flags out")
     entries: list[Entry | BadSample] = [BadSample(cause="no regular file", name=link) for link in links]
     seen: set[str] = set()
     for picture in pictures:

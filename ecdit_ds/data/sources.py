@@ -31,6 +31,8 @@ def open_source(
     """
     columns = columns or Columns()
     path = Path(name).absolute()
+    if images is not None and path.suffix.lower() not in LIST_SUFFIXES:
+        raise DataError(f"{name}: is no list ({', '.join(LIST_SUFFIXES)}), so --images {images} has no effect on it")
     if path.is_file():
         return _open_file(path.resolve(), unit_samples, columns, images)
     if not path.is_dir():

@@ -7,7 +7,7 @@ next header whose checksum holds.
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -161,7 +161,7 @@ def walk_tar(path: Path) -> Iterator[Member | BadSample]:
             start = found
 
 
-def _walk_from(file: BinaryIO, archive: str, start: int) -> Iterator[Member | BadSample]:
+def _walk_from(file: BinaryIO, archive: str, start: int) -> Generator[Member | BadSample, None, int]:
     """Yield the members from a place on; return where the reader stopped."""
     file.seek(start)
     stopped = start
@@ -169,7 +169,7 @@ def _walk_from(file: BinaryIO, archive: str, start: int) -> Iterator[Member | Ba
         with tarfile.TarFile(fileobj=file, mode="r", errorlevel=0) as tar:
             stopped = tar.offset
             for info in tar:
-                tar.members.clear()  # or it would keep every header of the archive
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the archive
                 entry = _read_member(tar, info, archive)
                 if entry is not None:
                     yield entry

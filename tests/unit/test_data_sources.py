@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +285,18 @@ def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:
     assert "archive ends early" in dict(causes(read_all(path)[1]))
 
 
+def test_no_damage_to_headers_loses_a_sample_silently(tmp_path: Path) -> None:
+    path, draws = write_tar(tmp_path / "a.tar", members()), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(draws.choice((1, 2, 5))):
+            content[draws.randrange(len(content) // 512) * 512 + draws.randrange(160)] ^= 1 << draws.randrange(8)
+        path.write_bytes(content[: draws.choice((len(content), draws.randrange(len(content))))])
+        good, bad = read_all(path)
+        assert len(good) == 7 or bad
+
+
 def test_members_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [*members(0, 1), ("../out.jpg", JPEGS[1]), ("/root.jpg", JPEGS[2])])
     with tarfile.open(path, "a") as tar:
@@ -320,6 +333,25 @@ def test_a_dataset_on_disk_gives_its_rows(tmp_path: Path, in_splits: bool) -> No
     good, bad = read_all(tmp_path / "saved")
     assert_all_there(good)
     assert bad == []
+
+
+def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    def load(name: str, *, split: str) -> datasets.Dataset:
+        if (name, split) != ("owner/photographs", "test"):
+            raise ConnectionError("offline mode is enabled")
+        return datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert_all_there(read_all("owner/photographs", split="test")[0])
+    assert "(offline mode is enabled)" in refusal_of(lambda: read_all("owner/other"))
+
+
+def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"image": ["/etc/hostname"], "text": ["stolen"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert causes(read_all("owner/photographs")[1]) == [("outside the source", "row-0")]
 
 
 def test_a_dataset_that_names_files_elsewhere_is_refused(

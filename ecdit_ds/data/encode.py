@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -50,7 +50,7 @@ _SHARD_FILE = "shard-00000.arrow"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One encoded image and its caption."""
+    """One encoded image and its caption; floats are fp32."""
 
     latents_CHW: Tensor
     text_embeds_TD: Tensor
@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch of encoded images and their captions; tensors are fp32 unless said otherwise."""
+    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
 
     latents_BCHW: Tensor
     text_embeds_BTD: Tensor
@@ -72,6 +72,15 @@ class Samples:
     captions: tuple[str, ...]
     stream_index_B: Tensor
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
+
+    def float(self) -> "Samples":
+        """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
+        return replace(
+            self,
+            latents_BCHW=self.latents_BCHW.to(torch.float32),
+            text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
+            text_pooled_BD=self.text_pooled_BD.to(torch.float32),
+        )
 
 
 class LatentDataset:
@@ -102,7 +111,7 @@ class LatentDataset:
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        batch = self.gather(np.array([i]), np.array([i]))
+        batch = self.gather(np.array([i]), np.array([i])).float()
         return Sample(
             latents_CHW=batch.latents_BCHW[0],
             text_embeds_TD=batch.text_embeds_BTD[0],
@@ -118,7 +127,7 @@ class LatentDataset:
         return buckets[np.searchsorted(self._starts, indices, side="right") - 1]
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
-        """Return the samples at `indices`, in that order, repeats allowed, as fp32 whatever they are stored as.
+        """Return the samples at `indices`, in that order, repeats allowed; floats are as they are stored.
 
         Args:
             indices: int64 (B,) in [0, len(self)), all of one bucket.
@@ -133,10 +142,10 @@ class LatentDataset:
             return self._read_column(column, indices, dtype, row_shape)
 
         return Samples(
-            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]).to(torch.float32),
-            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim).to(torch.float32),
+            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
             text_mask_BT=read("text_mask", torch.bool, num_tokens),
-            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width).to(torch.float32),
+            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
             captions=tuple(self.texts("caption", indices)),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )

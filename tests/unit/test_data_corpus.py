@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.sources import open_source
+from ecdit_ds.errors import DataError
 from tests.helpers.photographs import crops, encoded, huge_png, photographs
 from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 
@@ -91,6 +94,9 @@ def test_half_the_bytes_hold_the_same_to_eight_bits(make_job: MakeJob, tmp_path:
     assert half.index.latents_dtype == "bfloat16"
     for one, other in ((full[5].latents_CHW, half[5].latents_CHW), (full[5].text_embeds_TD, half[5].text_embeds_TD)):
         assert torch.equal(one.to(torch.bfloat16).float(), other)
+    batch = half.gather(np.array([5]), np.array([0]))
+    assert batch.latents_BCHW.dtype == batch.text_embeds_BTD.dtype == batch.text_pooled_BD.dtype == torch.bfloat16
+    assert torch.equal(batch.float().latents_BCHW[0], half[5].latents_CHW)
     assert torch.equal(half.null_text.pooled_BD, full.null_text.pooled_BD.to(torch.bfloat16).float())
 
 
@@ -312,6 +318,22 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     message = refusal_of(lambda: encode_corpus(make_job(), moment=fill))
     assert "No space left on device" in message and "goes on where it was" in message
     assert not (tmp_path / "set").exists()
+    assert encode_corpus(make_job()) is not None
+
+
+def test_a_file_system_that_takes_no_more_is_one_line_too(make_job: MakeJob, tmp_path: Path) -> None:
+    def encode() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        try:
+            encode_corpus(make_job())
+        except DataError as error:
+            (tmp_path / "message").write_text(str(error))
+
+    process = FORK.Process(target=encode)
+    process.start()
+    process.join(timeout=60)
+    assert "File too large" in (tmp_path / "message").read_text()
     assert encode_corpus(make_job()) is not None
 
 

@@ -234,6 +234,7 @@ class _Transform:
         self._recipe, self._null = recipe, null_text
 
     def __call__(self, samples: Samples) -> FlowBatch:
+        samples = samples.float()
         seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B
         kept_B = draw_text_kept(index_B, seed, flow)
         return FlowBatch(

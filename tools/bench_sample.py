@@ -93,6 +93,10 @@ class NumbersForText:
     max_tokens: int
     identity: str = "numbers"
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return that every caption is full."""
+        return [self.max_tokens] * len(captions)
+
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Return the numbers of so many captions."""
         shape = (len(captions), self.max_tokens, self.embed_dim)

@@ -1,15 +1,17 @@
 """Encoded corpora on disk: written once through both encoders, then read memory-mapped.
 
-Encoders run before training, not in it. One folder per setting holds what they gave; `cache.py` keeps the folders.
+Encoders run before training, not in it. One folder per setting holds what they gave; `folder.py` keeps the folders.
 
 Suffixes: B batch, C channels, H, W pixels (of the canvas or of the latents), T text tokens, D text_embed_dim.
 """
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +19,38 @@ import pyarrow as pa
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from ecdit_ds.config import DataConfig, Recipe
-from ecdit_ds.data.cache import SCHEMA_VERSION, CacheIndex, read_folder, read_index, write_folder
+from ecdit_ds.data.columns import DTYPES, LatentSums, null_columns, table_of, total_of
 from ecdit_ds.data.digit_scenes import Split, draw_scene
+from ecdit_ds.data.encoder_facts import image_facts, text_facts
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
+from ecdit_ds.data.folder import (
+    SCHEMA_VERSION,
+    SetIndex,
+    ShardInfo,
+    new_draft,
+    publish_set,
+    read_index,
+    read_null_text,
+    verify_set,
+    write_arrow_shard,
+    write_index,
+    write_null_text,
+)
+from ecdit_ds.data.shard import Shard
 from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import stable_seed
 
 _ROWS_PER_BATCH = 256
+_SHARD_FILE = "shard-00000.arrow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One encoded image and its caption."""
+    """One encoded image and its caption; floats are fp32."""
 
     latents_CHW: Tensor
     text_embeds_TD: Tensor
@@ -43,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch of encoded images and their captions; tensors are fp32 unless said otherwise."""
+    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
 
     latents_BCHW: Tensor
     text_embeds_BTD: Tensor
@@ -54,20 +73,35 @@ class Samples:
     stream_index_B: Tensor
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
 
+    def float(self) -> "Samples":
+        """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
+        return replace(
+            self,
+            latents_BCHW=self.latents_BCHW.to(torch.float32),
+            text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
+            text_pooled_BD=self.text_pooled_BD.to(torch.float32),
+        )
+
 
 class LatentDataset:
-    """A memory-mapped encoded corpus; cheap to pickle and to fork, since only its path travels."""
+    """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a folder of encoded samples, verifying it whole.
+    def __init__(self, folder: Path, *, whole: bool = True) -> None:
+        """Open a folder of encoded samples and verify it.
+
+        Args:
+            whole: read every byte and compare checksums; otherwise compare sizes alone.
 
         Raises:
             DataError: a file is missing or damaged; names it.
         """
-        self.index, self._rows, null_text = read_folder(folder)
-        parts = {name: torch.from_numpy(values) for name, values in null_text.items()}
+        self.index = read_index(folder)
+        verify_set(folder, self.index, whole=whole)
+        self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
+        self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
+        parts = read_null_text(folder)
         self.null_text = TextEmbeddings(
-            embeds_BTD=parts["text_embeds"], mask_BT=parts["text_mask"], pooled_BD=parts["text_pooled"]
+            embeds_BTD=parts["text_embeds"].float(), mask_BT=parts["text_mask"], pooled_BD=parts["text_pooled"].float()
         )
         """The text of no text, B = 1."""
 
@@ -77,33 +111,83 @@ class LatentDataset:
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        batch = self.gather(np.array([i]), np.array([i]))
+        batch = self.gather(np.array([i]), np.array([i])).float()
         return Sample(
             latents_CHW=batch.latents_BCHW[0],
             text_embeds_TD=batch.text_embeds_BTD[0],
             text_mask_T=batch.text_mask_BT[0],
             text_pooled_D=batch.text_pooled_BD[0],
             caption=batch.captions[0],
-            kind=self._rows[i].column("kind")[0].as_py(),
+            kind=self.texts("kind", np.array([i]))[0],
         )
+
+    def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return which of `index.buckets` the latents of each sample have the shape of."""
+        buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
+        return buckets[np.searchsorted(self._starts, indices, side="right") - 1]
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
-        """Return the samples at `indices`, in that order, repeats allowed.
+        """Return the samples at `indices`, in that order, repeats allowed; floats are as they are stored.
 
         Args:
-            indices: int64 (B,) in [0, len(self)).
+            indices: int64 (B,) in [0, len(self)), all of one bucket.
             stream_indices: int64 (B,), carried along as `stream_index_B`.
         """
-        table = self._rows[indices.tolist()]
+        buckets = np.unique(self.buckets_of(indices))
+        assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
         num_tokens, embed_dim = self.index.text_shape
+        stored = DTYPES[self.index.latents_dtype]
+
+        def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
+            return self._read_column(column, indices, dtype, row_shape)
+
         return Samples(
-            latents_BCHW=_read_column(table, "latents", np.float32, self.index.latents_shape),
-            text_embeds_BTD=_read_column(table, "text_embeds", np.float32, (num_tokens, embed_dim)),
-            text_mask_BT=_read_column(table, "text_mask", np.bool_, (num_tokens,)),
-            text_pooled_BD=_read_column(table, "text_pooled", np.float32, (embed_dim,)),
-            captions=tuple(table.column("caption").to_pylist()),
+            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
+            text_mask_BT=read("text_mask", torch.bool, num_tokens),
+            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
+            captions=tuple(self.texts("caption", indices)),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )
+
+    def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
+        """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
+        found = [""] * len(indices)
+        for shard, places, rows in self._by_shard(indices):
+            for place, text in zip(places, shard.texts(column, rows), strict=True):
+                found[place] = text
+        return found
+
+    def _read_column(
+        self, column: str, indices: npt.NDArray[np.int64], dtype: torch.dtype, row_shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return (B, *row_shape) of its own memory; each row is copied once."""
+        tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
+        into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
+        for shard, places, rows in self._by_shard(indices):
+            shard.copy_rows(column, rows, into, places)
+        return tensor
+
+    def _by_shard(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[Shard, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield each shard that holds some of the samples, their places among `indices`, and their rows in it."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(shards):
+            places = np.flatnonzero(shards == number)
+            yield self._shards[number], places, indices[places] - self._starts[number]
+
+
+def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
+    float_bytes = DTYPES[index.latents_dtype].itemsize
+    tokens, width = index.text_shape
+    row_bytes = {
+        "latents": math.prod(index.buckets[shard.bucket]) * float_bytes,
+        "text_embeds": tokens * width * float_bytes,
+        "text_mask": tokens,
+        "text_pooled": index.pooled_width * float_bytes,
+    }
+    return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)
 
 
 def open_split(recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None) -> LatentDataset:
@@ -142,11 +226,12 @@ def check_split(recipe: Recipe, split: Split) -> int:
     return index.count
 
 
-def _check_fits(index: CacheIndex, model: ModelConfig, who: str) -> None:
+def _check_fits(index: SetIndex, model: ModelConfig, who: str) -> None:
     latents_shape = (model.in_channels, model.latent_height, model.latent_width)
     text_shape = (model.max_text_tokens, model.text_embed_dim)
-    if index.latents_shape != latents_shape:
-        raise DataError(f"{who}: holds latents {index.latents_shape}, but the model's are {latents_shape}; set "
+    if latents_shape not in index.buckets:
+        held = " and ".join(map(str, index.buckets))
+        raise DataError(f"{who}: holds latents {held}, but the model's are {latents_shape}; set "
                         "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
     if index.text_shape != text_shape:
         raise DataError(f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
@@ -190,19 +275,37 @@ def open_digit_scenes(
     folder = Path(data.cache_dir) / f"digit_scenes-{digest}"
     if not folder.exists():
         try:
-            write_folder(
-                folder,
-                _encode_scenes(settings, split, image_encoder, text_encoder),
-                null_text=_null_columns(text_encoder),
-                settings=settings,
-                count=int(settings["count"]),
-                latents_shape=(model.in_channels, model.latent_height, model.latent_width),
-                text_shape=(model.max_text_tokens, model.text_embed_dim),
-            )
+            _write_scenes(folder, model, settings, image_encoder, text_encoder)
         except OSError as error:
             raise DataError(f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; "
                             "free space there or set data.cache_dir elsewhere") from None  # fmt: skip
     return LatentDataset(folder)
+
+
+def _write_scenes(
+    folder: Path, model: ModelConfig, settings: dict[str, str | int], image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
+) -> None:  # fmt: skip
+    """Write a split beside its place, and publish it."""
+    draft = new_draft(folder)
+    try:
+        parts: list[LatentSums] = []
+        tables = _encode_scenes(settings, image_encoder, text_encoder, parts)
+        count, size, checksum = write_arrow_shard(draft / _SHARD_FILE, tables)
+        shard = ShardInfo(file=_SHARD_FILE, bucket=0, count=count, bytes=size, xxh3=checksum)
+        null_text = null_columns(text_encoder, torch.float32)
+        mean, std = total_of(parts).statistics()
+        index = SetIndex(
+            schema=SCHEMA_VERSION, count=count, image_encoder=image_facts(image_encoder),
+            text_encoder=text_facts(text_encoder), latents_dtype="float32",
+            text_shape=(model.max_text_tokens, model.text_embed_dim), pooled_width=null_text["text_pooled"].shape[1],
+            buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
+            latents_mean=mean, latents_std=std, settings=settings, **write_null_text(draft, null_text),
+        )  # fmt: skip
+        write_index(draft, index)
+        publish_set(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
@@ -230,45 +333,26 @@ def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_enc
 
 
 def _encode_scenes(
-    settings: dict[str, str | int], split: Split, image_encoder: ImageEncoder, text_encoder: TextEncoder
+    settings: dict[str, str | int], image_encoder: ImageEncoder, text_encoder: TextEncoder, parts: list[LatentSums]
 ) -> Iterator[pa.Table]:
-    """Yield tables of encoded scenes, in order."""
-    seed, count = int(settings["seed"]), int(settings["count"])
+    """Yield tables of encoded scenes, in order, and append the sums of each to `parts`."""
+    seed, count, split = int(settings["seed"]), int(settings["count"]), cast(Split, settings["split"])
     height, width = int(settings["canvas_height"]), int(settings["canvas_width"])
-    for start in range(0, count, _ROWS_PER_BATCH):
-        indices = range(start, min(start + _ROWS_PER_BATCH, count))
-        scenes = [
-            draw_scene(seed=seed, split=split, index=i, canvas_height=height, canvas_width=width) for i in indices
-        ]
-        images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
-        images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1.0
-        captions = [scene.caption for scene in scenes]
-        with torch.no_grad():
-            latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
-        yield pa.table({
-            "caption": captions,
-            "kind": [scene.kind for scene in scenes],
-            "latents": _binary_column(latents_BCHW, torch.float32),
-            "text_embeds": _binary_column(text.embeds_BTD, torch.float32),
-            "text_mask": _binary_column(text.mask_BT, torch.bool),
-            "text_pooled": _binary_column(text.pooled_BD, torch.float32),
-        })  # fmt: skip
-
-
-def _null_columns(text_encoder: TextEncoder) -> dict[str, npt.NDArray[Any]]:
-    null = text_encoder.null()
-    parts = {"text_embeds": null.embeds_BTD, "text_mask": null.mask_BT, "text_pooled": null.pooled_BD}
-    return {name: part.to("cpu").numpy() for name, part in parts.items()}
-
-
-def _binary_column(tensor: Tensor, dtype: torch.dtype) -> pa.Array:
-    return pa.array([row.tobytes() for row in tensor.to("cpu", dtype).numpy()], type=pa.binary())
-
-
-def _read_column(table: pa.Table, name: str, dtype: type[np.generic], row_shape: tuple[int, ...]) -> Tensor:
-    """Return a (B, *row_shape) tensor of its own memory; rows have one size, so a column is one block of bytes."""
-    column = table.column(name).combine_chunks()
-    _, offset_buffer, byte_buffer = column.buffers()
-    offsets = np.frombuffer(offset_buffer, dtype=np.int32)[column.offset : column.offset + len(column) + 1]
-    block = np.frombuffer(byte_buffer, dtype=np.uint8)[offsets[0] : offsets[-1]].copy()
-    return torch.from_numpy(block.view(dtype).reshape(len(column), *row_shape))
+    # disable=None shows the bar on terminals only.
+    with tqdm(total=count, desc="encoding scenes", unit="scene", disable=None) as progress:
+        for start in range(0, count, _ROWS_PER_BATCH):
+            indices = range(start, min(start + _ROWS_PER_BATCH, count))
+            scenes = [
+                draw_scene(seed=seed, split=split, index=i, canvas_height=height, canvas_width=width) for i in indices
+            ]
+            images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
+            images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1.0
+            captions = [scene.caption for scene in scenes]
+            with torch.no_grad():
+                latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
+            parts.append(LatentSums.of(latents_BCHW))
+            yield table_of(
+                keys=[f"{split}-{i}" for i in indices], captions=captions, kinds=[scene.kind for scene in scenes],
+                latents_BCHW=latents_BCHW, text=text, dtype=torch.float32,
+            )  # fmt: skip
+            progress.update(len(scenes))

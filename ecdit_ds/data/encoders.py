@@ -66,6 +66,9 @@ class TextEncoder(Protocol):
     def max_tokens(self) -> int:
         """T of what it returns."""
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return how many of `max_tokens` each caption takes; `encode` refuses one that takes more."""
+
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Encode captions, B = len(captions); raise DataError for one longer than max_tokens."""
 
@@ -121,6 +124,10 @@ class WordEncoder:
     def identity(self) -> str:
         """Name of this encoder and its sizes."""
         return f"words-3-{self.embed_dim}x{self.max_tokens}"
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return the number of words of each caption; no words take one token."""
+        return [max(1, len(_split_words(caption))) for caption in captions]
 
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Encode captions of at most `max_tokens` words.

@@ -40,7 +40,8 @@ def heldout_loss(
     """
     sums = torch.zeros(num_times + 1, dtype=torch.float64, device=device)
     batches = evaluation_batches(dataset, batch_size=batch_size, dp_rank=dp_rank, dp_size=dp_size)
-    for samples, weights_B in batches:
+    for stored, weights_B in batches:
+        samples = stored.float()
         weights_B = weights_B.to(device).double()
         noise = draw_noise(tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise")
         sums[num_times] += weights_B.sum()

@@ -191,7 +191,7 @@ def test_objects_of_a_scene_know_their_pixels() -> None:
 
 
 def test_scenes_are_still_those_that_were_cached_under_this_schema_version() -> None:
-    """If scenes change on purpose: raise SCHEMA_VERSION in data/cache.py and put the new checksum here."""
+    """If scenes change on purpose: raise SCHEMA_VERSION in data/folder.py and put the new checksum here."""
     checksum = xxhash.xxh3_64()
     for split in SPLITS:
         for scene in draw_scenes(split, 100, height=32, width=32):

@@ -17,10 +17,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ecdit_ds.config import DataConfig, Recipe
-from ecdit_ds.data.cache import SCHEMA_VERSION
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encode import LatentDataset, open_digit_scenes, open_split
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+from ecdit_ds.data.folder import SCHEMA_VERSION
 from ecdit_ds.model_config import ModelConfig
 
 NUM_TRAIN = 300
@@ -193,9 +193,9 @@ def _change_index(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 @pytest.mark.parametrize(
     ("file", "damage", "what"),
     [
-        ("samples.arrow", _flip_a_bit, "checksum"),
-        ("samples.arrow", lambda path: os.truncate(path, path.stat().st_size - 8), "bytes"),
-        ("samples.arrow", Path.unlink, "missing"),
+        ("shard-00000.arrow", _flip_a_bit, "checksum"),
+        ("shard-00000.arrow", lambda path: os.truncate(path, path.stat().st_size - 8), "bytes"),
+        ("shard-00000.arrow", Path.unlink, "missing"),
         ("null_text.safetensors", _flip_a_bit, "checksum"),
         ("null_text.safetensors", Path.unlink, "missing"),
         ("index.json", Path.unlink, "missing"),
@@ -231,7 +231,7 @@ def test_a_process_killed_while_writing_leaves_nothing_that_is_read(open_set: Op
     killed.join(timeout=60)
     assert killed.exitcode == 9
     (remains,) = folders(tmp_path)
-    assert (remains / "samples.arrow").exists()
+    assert (remains / "shard-00000.arrow").exists()
 
     assert len(open_set()) == NUM_TRAIN
     assert len(folders(tmp_path)) == 2

@@ -1,0 +1,22 @@
+"""Why a sample is left out: one cause each, with the sample's name, so that a report can count and name them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Cause = Literal[
+    "empty image file", "web page instead of an image", "not an image", "truncated image", "damaged image",
+    "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
+    "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
+    "damaged archive", "archive ends early",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """One sample that is not used."""
+
+    cause: Cause
+    name: str
+    """Where it is in the source."""
+    samples: int = 1
+    """How many are lost by it, where that is known to be more than one."""

@@ -1,0 +1,246 @@
+"""One unit of a corpus through both encoders: its shards, and a record of what they hold and what was left out.
+
+What comes out is a pure function of the unit and the settings: batches are formed within the unit, in its order.
+"""
+
+import json
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.columns import DTYPES, LatentSums, table_of, total_of
+from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.folder import ShardInfo, ShardWriter
+from ecdit_ds.data.images import Size, decode_image, fit_image, nearest_bucket, to_tensor
+from ecdit_ds.data.source import RawSample
+from ecdit_ds.durable import put_on_disk, write_durably
+
+MAX_NAMES = 20
+"""How many samples of a cause the report names."""
+KIND = "corpus"
+_AHEAD_PER_THREAD = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """What turns raw samples into rows."""
+
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
+    sizes: tuple[Size, ...]
+    """Of the images, in pixels; a bucket each."""
+    dtype: str
+    batch_size: int
+    threads: int
+    """That decode images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """What was made of a unit."""
+
+    unit: int
+    shards: tuple[ShardInfo, ...]
+    """Their bucket counts through `Encoding.sizes`."""
+    latents_shapes: dict[int, tuple[int, ...]]
+    """(C, H, W) of each bucket that has samples."""
+    sums: LatentSums
+    bad_counts: dict[str, int]
+    bad_names: dict[str, list[str]]
+
+    @property
+    def count(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    def to_json(self) -> bytes:
+        """Return what `read_record` reads."""
+        fields: dict[str, Any] = {
+            "unit": self.unit,
+            "shards": [vars(shard) for shard in self.shards],
+            "latents_shapes": {str(bucket): shape for bucket, shape in self.latents_shapes.items()},
+            "sums": self.sums.to_dict(),
+            "bad_counts": self.bad_counts,
+            "bad_names": self.bad_names,
+        }
+        return json.dumps(fields, indent=1).encode("ascii")
+
+
+def read_record(path: Path) -> UnitRecord | None:
+    """Return a unit's record, or None where there is none that is whole."""
+    try:
+        fields = json.loads(path.read_bytes())
+        sums = fields["sums"]
+        return UnitRecord(
+            unit=fields["unit"],
+            shards=tuple(ShardInfo(**shard) for shard in fields["shards"]),
+            latents_shapes={int(bucket): tuple(shape) for bucket, shape in fields["latents_shapes"].items()},
+            sums=LatentSums(numbers=sums["numbers"], sums_C=tuple(sums["sums_C"]), squares_C=tuple(sums["squares_C"])),
+            bad_counts=fields["bad_counts"],
+            bad_names=fields["bad_names"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A sample that can be encoded."""
+
+    key: str
+    caption: str
+    bucket: int
+    image: Image.Image
+
+
+@dataclass
+class _Output:
+    """What a unit has given so far."""
+
+    writers: dict[int, ShardWriter] = field(default_factory=dict)
+    paths: dict[int, Path] = field(default_factory=dict)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    sums: list[LatentSums] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, bad: BadSample) -> None:
+        self.counts[bad.cause] += bad.samples
+        names = self.names.setdefault(bad.cause, [])
+        if len(names) < MAX_NAMES:
+            names.append(bad.name.encode("utf-8", "backslashreplace").decode())
+
+
+def encode_unit(
+    unit: int,
+    samples: Iterable[RawSample | BadSample],
+    encoding: Encoding,
+    *,
+    shards: Path,
+    drafts: Path,
+    records: Path,
+    moment: Callable[[str], None],
+    tell: Callable[[int], object],
+) -> None:
+    """Encode a unit, and put its shards and then its record into their folders.
+
+    Args:
+        unit: its number.
+        samples: of it.
+        shards, drafts, records: folders that exist; files are written in `drafts` and renamed.
+        moment: told what comes next, for tests of what a kill leaves behind.
+        tell: told how many samples more are done.
+
+    Raises:
+        OSError: no space, no permission, or a folder is gone since the set was published.
+    """
+    output = _Output()
+    waiting: dict[int, list[_Ready]] = {}
+    try:
+        for sample in _prepared(samples, encoding):
+            if isinstance(sample, BadSample):
+                output.leave_out(sample)
+                tell(sample.samples)
+                continue
+            batch = waiting.setdefault(sample.bucket, [])
+            batch.append(sample)
+            if len(batch) == encoding.batch_size:
+                moment("batch")
+                _encode_batch(waiting.pop(sample.bucket), encoding, output, drafts)
+                tell(len(batch))
+        for bucket in sorted(waiting):
+            moment("batch")
+            _encode_batch(waiting[bucket], encoding, output, drafts)
+            tell(len(waiting[bucket]))
+        _keep(unit, encoding, output, shards=shards, drafts=drafts, records=records, moment=moment)
+    finally:
+        for writer in output.writers.values():
+            writer.abandon()
+        for path in output.paths.values():
+            path.unlink(missing_ok=True)
+
+
+def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> Iterator[_Ready | BadSample]:
+    """Decode images in threads, some samples ahead of the encoders, and yield results in order."""
+
+    def prepare(sample: RawSample | BadSample) -> _Ready | BadSample:
+        if isinstance(sample, BadSample):
+            return sample
+        image = decode_image(sample.content, sample.key)
+        if isinstance(image, BadSample):
+            return image
+        bucket = nearest_bucket((image.height, image.width), encoding.sizes)
+        return _Ready(
+            key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket])
+        )
+
+    def checked(result: _Ready | BadSample) -> _Ready | BadSample:
+        # Here and not in the threads: tokenizers are not made for several at once.
+        if isinstance(result, _Ready):
+            (count,) = encoding.text_encoder.count_tokens([result.caption])
+            if count > encoding.text_encoder.max_tokens:
+                return BadSample(cause="caption too long", name=result.key)
+        return result
+
+    ahead: deque[Future[_Ready | BadSample]] = deque()
+    with ThreadPoolExecutor(encoding.threads) as pool:
+        for sample in samples:
+            ahead.append(pool.submit(prepare, sample))
+            if len(ahead) >= _AHEAD_PER_THREAD * encoding.threads:
+                yield checked(ahead.popleft().result())
+        while ahead:
+            yield checked(ahead.popleft().result())
+
+
+def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, drafts: Path) -> None:
+    bucket, captions = batch[0].bucket, [sample.caption for sample in batch]
+    with torch.no_grad():
+        latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
+        text = encoding.text_encoder.encode(captions)
+    if bucket not in output.writers:
+        output.paths[bucket] = drafts / f"{uuid.uuid4().hex}.arrow"
+        output.writers[bucket] = ShardWriter(output.paths[bucket])
+        output.shapes[bucket] = tuple(latents_BCHW.shape[1:])
+    dtype = DTYPES[encoding.dtype]
+    output.sums.append(LatentSums.of(latents_BCHW.to(dtype)))
+    keys = [sample.key.encode("utf-8", "backslashreplace").decode() for sample in batch]
+    table = table_of(
+        keys=keys, captions=captions, kinds=[KIND] * len(batch), latents_BCHW=latents_BCHW, text=text, dtype=dtype
+    )
+    output.writers[bucket].write(table)
+
+
+def _keep(
+    unit: int, encoding: Encoding, output: _Output, *, shards: Path, drafts: Path, records: Path,
+    moment: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Finish the shards, rename them to where they belong, and after them the record."""
+    infos = []
+    for bucket in sorted(output.writers):
+        moment("shard")
+        count, size, checksum = output.writers[bucket].finish()
+        file = f"shard-{unit:05d}.arrow" if len(encoding.sizes) == 1 else f"shard-{unit:05d}-{bucket:02d}.arrow"
+        infos.append(ShardInfo(file=file, bucket=bucket, count=count, bytes=size, xxh3=checksum))
+        output.paths[bucket].rename(shards / file)
+    put_on_disk(shards)
+    record = UnitRecord(
+        unit=unit,
+        shards=tuple(infos),
+        latents_shapes=dict(sorted(output.shapes.items())),
+        sums=total_of(output.sums),
+        bad_counts=dict(sorted(output.counts.items())),
+        bad_names=dict(sorted(output.names.items())),
+    )
+    moment("record")
+    draft = drafts / f"{uuid.uuid4().hex}.json"
+    write_durably(draft, record.to_json())
+    draft.rename(records / f"{unit:05d}.json")
+    put_on_disk(records)

@@ -1,0 +1,253 @@
+"""Folders of encoded samples: a set of Arrow shards is there whole or not at all, and verified when opened.
+
+    index.json             what the set holds: shapes, encoders, statistics, and size and checksum of every shard
+    null_text.safetensors  the text of no text, in the same encoding
+    shard-00000.arrow ...  written by `datasets`; a row is a sample, a tensor is the bytes of its numbers
+    report.json            of tools/encode_data.py: what was left out, and why; nothing that training reads
+
+Sample ids count through the shards in the index's order. All samples of a shard have latents of one shape, its
+bucket; shards of one bucket need not be neighbours. A set is written beside its place and renamed, so processes may
+race for it, and one that is killed leaves nothing that is ever read.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import xxhash
+from datasets.arrow_writer import ArrowWriter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ecdit_ds.durable import put_on_disk, write_durably
+from ecdit_ds.errors import DataError
+
+SCHEMA_VERSION = 4
+"""Raise it when scenes or columns change, so that no older folder is taken for a new one."""
+NULL_TEXT_FILE = "null_text.safetensors"
+INDEX_FILE = "index.json"
+REPORT_FILE = "report.json"
+TEXT_COLUMNS = ("key", "caption", "kind")
+TENSOR_COLUMNS = ("latents", "text_embeds", "text_mask", "text_pooled")
+FLOAT_DTYPES = ("float32", "bfloat16")
+"""What latents and text vectors may be stored as; the mask is one byte a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One Arrow file of a set."""
+
+    file: str
+    """Its name in the folder."""
+    bucket: int
+    """Which of the index's buckets all of its latents have the shape of."""
+    count: int
+    """Samples."""
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetIndex:
+    """What `index.json` holds."""
+
+    schema: int
+    count: int
+    """Samples in all shards."""
+    image_encoder: Mapping[str, Any]
+    """`identity`, and what it is loaded again by."""
+    text_encoder: Mapping[str, Any]
+    latents_dtype: str
+    """`float32` or `bfloat16`: of latents, text vectors and pooled text alike."""
+    text_shape: tuple[int, int]
+    """(T, D)."""
+    pooled_width: int
+    """Components of the pooled text."""
+    buckets: tuple[tuple[int, int, int], ...]
+    """(C, H, W) of latents."""
+    shards: tuple[ShardInfo, ...]
+    """In the order that sample ids count them."""
+    latents_mean: tuple[float, ...]
+    """A number a channel, over all samples and places."""
+    latents_std: tuple[float, ...]
+    null_text_bytes: int
+    null_text_xxh3: str
+    settings: Mapping[str, Any]
+    """All that the samples depend on."""
+
+    def __post_init__(self) -> None:
+        if self.latents_dtype not in FLOAT_DTYPES:
+            raise ValueError(f"latents_dtype {self.latents_dtype!r} is none of {', '.join(FLOAT_DTYPES)}")
+        for shard in self.shards:
+            if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+                raise ValueError(f"shard {shard.file!r} is no plain file name")
+            if not 0 <= shard.bucket < len(self.buckets) or shard.count < 1:
+                raise ValueError(f"shard {shard.file}: bucket {shard.bucket} with {shard.count} samples")
+        if self.count != sum(shard.count for shard in self.shards):
+            raise ValueError(f"count {self.count} is not what its shards hold")
+
+
+class ShardWriter:
+    """Writes one shard, table by table; the same tables give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin a file that does not exist yet."""
+        features = datasets.Features(
+            {name: datasets.Value("string") for name in TEXT_COLUMNS}
+            | {name: datasets.Value("binary") for name in TENSOR_COLUMNS}
+        )
+        self._path, self._count = path, 0
+        self._writer = ArrowWriter(path=str(path), features=features)
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows with the columns TEXT_COLUMNS and TENSOR_COLUMNS; a tensor column's rows all have one size."""
+        self._writer.write_table(table)
+        self._count += len(table)
+
+    def finish(self) -> tuple[int, int, str]:
+        """Put the file on the disk; return number of samples, size in bytes and checksum, as `ShardInfo` has them."""
+        self._writer.finalize()
+        self._writer.close()
+        put_on_disk(self._path)
+        return self._count, self._path.stat().st_size, checksum_of(self._path)
+
+    def abandon(self) -> None:
+        """Close the file, which stays as far as it was written; again is harmless."""
+        with suppress(OSError, ValueError, pa.ArrowException):
+            self._writer.close()
+
+
+def write_arrow_shard(path: Path, tables: Iterable[pa.Table]) -> tuple[int, int, str]:
+    """Write a shard of some tables at once, as `ShardWriter`; return number of samples, size in bytes and checksum.
+
+    Raises:
+        OSError: no space, or no permission.
+    """
+    writer = ShardWriter(path)
+    try:
+        for table in tables:
+            writer.write(table)
+        return writer.finish()
+    finally:
+        writer.abandon()
+
+
+def write_null_text(folder: Path, null_text: dict[str, Tensor]) -> dict[str, Any]:
+    """Write the text of no text, by column with B = 1; return what the index says of the file."""
+    path = folder / NULL_TEXT_FILE
+    save_file({name: part.to("cpu").contiguous() for name, part in null_text.items()}, path)
+    put_on_disk(path)
+    return {"null_text_bytes": path.stat().st_size, "null_text_xxh3": checksum_of(path)}
+
+
+def read_null_text(folder: Path) -> dict[str, Tensor]:
+    """Return the text of no text by column, B = 1, in the dtypes it is stored in; verify it before."""
+    return dict(load_file(folder / NULL_TEXT_FILE))
+
+
+def write_index(folder: Path, index: SetIndex) -> None:
+    """Write `index.json`, the last file of a set, and put it and the folder on the disk."""
+    text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
+    draft = folder / f".{INDEX_FILE}.{uuid.uuid4().hex}"
+    write_durably(draft, text.encode("ascii"))
+    os.replace(draft, folder / INDEX_FILE)
+    put_on_disk(folder)
+
+
+def new_draft(folder: Path) -> Path:
+    """Make and return a new folder beside `folder`, to write a set in; the parents may not exist yet.
+
+    The name is new for every try: what a killed process left behind is never met again.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    draft.mkdir()
+    return draft
+
+
+def publish_set(draft: Path, folder: Path) -> None:
+    """Rename a whole set from where it was written to its place; where another process was faster, keep that one's.
+
+    Raises:
+        OSError: it could not be renamed, and there is no set.
+    """
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        if not (folder / INDEX_FILE).is_file():  # else another process was faster, and its folder says the same
+            raise
+        shutil.rmtree(draft, ignore_errors=True)
+    put_on_disk(folder.parent)
+
+
+def read_index(folder: Path) -> SetIndex:
+    """Read what a folder says of itself; whether its files are whole, `verify_set` finds out.
+
+    Raises:
+        DataError: there is no index, or a damaged one, or another version's.
+    """
+    path = folder / INDEX_FILE
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+        schema = fields["schema"]
+        index = _index_of(fields) if schema == SCHEMA_VERSION else None
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing; delete the folder {folder} to have it written anew") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: is no index of an encoded set ({error}); delete the folder {folder} to have it written anew"
+        ) from None
+    if index is None:
+        raise DataError(f"{path}: has schema {schema}, this version reads {SCHEMA_VERSION}; delete the folder {folder}")
+    return index
+
+
+def _index_of(fields: dict[str, Any]) -> SetIndex:
+    sizes = {name: tuple(fields[name]) for name in ("text_shape", "latents_mean", "latents_std")}
+    buckets = tuple((int(c), int(h), int(w)) for c, h, w in fields["buckets"])
+    shards = tuple(ShardInfo(**shard) for shard in fields["shards"])
+    return SetIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
+
+
+def verify_set(folder: Path, index: SetIndex, *, whole: bool) -> None:
+    """Check the files of a set against its index.
+
+    Args:
+        whole: read every byte and compare checksums; otherwise the shards' sizes alone.
+
+    Raises:
+        DataError: a file is missing or damaged; names it.
+    """
+    _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
+    for shard in index.shards:
+        _verify(folder / shard.file, shard.bytes, shard.xxh3 if whole else None)
+
+
+def _verify(path: Path, wanted_bytes: int, wanted_checksum: str | None) -> None:
+    way_out = f"delete the folder {path.parent} to have it written anew"
+    if not path.is_file():
+        raise DataError(f"{path}: is missing; {way_out}")
+    size = path.stat().st_size
+    if size != wanted_bytes:
+        raise DataError(f"{path}: has {size} bytes, but its index says {wanted_bytes}; {way_out}")
+    checksum = wanted_checksum and checksum_of(path)
+    if checksum != wanted_checksum:
+        raise DataError(f"{path}: has checksum {checksum}, but its index says {wanted_checksum}; {way_out}")
+
+
+def checksum_of(path: Path) -> str:
+    """Return the xxh3 of a file's bytes, in hexadecimal."""
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()

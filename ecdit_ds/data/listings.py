@@ -1,0 +1,200 @@
+"""Sources of single image files: a folder with captions beside its pictures, and lists in CSV, TSV and JSON lines.
+
+A list is held in memory, so it suits millions of pictures; more belong into Parquet files or tars.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.source import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    IMAGE_SUFFIXES,
+    KEY_COLUMNS,
+    Columns,
+    RawSample,
+    Unit,
+    choose_column,
+    cut,
+    files_below,
+    fingerprint_of,
+    raw_sample,
+    read_inside,
+    sizes_of,
+)
+from ecdit_ds.errors import DataError
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_MAX_FIELD = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One picture that a list names."""
+
+    key: str
+    image: str
+    """Path, relative to the root."""
+    caption: Any = None
+    """The words, where the list holds them."""
+    caption_file: str | None = None
+    """Or where they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedSource:
+    """Pictures in files of their own; a `Source`."""
+
+    kind: str
+    root: Path
+    """Resolved; nothing outside it is read."""
+    entries: Sequence[Entry | BadSample]
+    units: Sequence[Unit]
+    fingerprint: str
+    ignored: Mapping[str, int]
+
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
+        """Yield the samples of a unit in order, or why they are none."""
+        for entry in self.entries[unit.start : unit.stop]:
+            if isinstance(entry, BadSample):
+                yield entry
+                continue
+            caption = entry.caption
+            if entry.caption_file is not None:
+                content = read_inside(self.root, entry.caption_file, missing="no caption")
+                if isinstance(content, str):
+                    yield BadSample(cause=content, name=entry.caption_file)
+                    continue
+                caption = content.decode("utf-8-sig", "surrogateescape")
+            yield raw_sample(entry.key, read_inside(self.root, entry.image), caption)
+
+
+def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
+    """Open a folder of pictures, described by a metadata file in it or by text files beside them.
+
+    Raises:
+        DataError: it holds no pictures, its metadata lacks a column, or there is none and columns are named.
+    """
+    files, links = files_below(root)
+    listed = [name for name in METADATA_FILES if (root / name).is_file()]
+    if len(listed) > 1:
+        raise DataError(f"{root}: has both {' and '.join(listed)}; keep one")
+    if listed:
+        return open_list(root / listed[0], root, unit_samples=unit_samples, columns=columns)
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    captions = {str(file.with_suffix("")): file for file in files if file.suffix.lower() in _CAPTION_SUFFIXES}
+    if not pictures:
+        raise DataError(f"{root}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); name a folder that does")
+    if columns != Columns():
+        raise DataError(f"{root}: has text files beside its pictures and no columns; leave the column flags out")
+    entries: list[Entry | BadSample] = [BadSample(cause="no regular file", name=link) for link in links]
+    seen: set[str] = set()
+    for picture in pictures:
+        key = str(picture.with_suffix(""))
+        if key in seen:
+            entries.append(BadSample(cause="duplicate key", name=str(picture)))
+        elif key not in captions:
+            entries.append(BadSample(cause="no caption", name=str(picture)))
+        else:
+            entries.append(Entry(key=key, image=str(picture), caption_file=str(captions[key])))
+        seen.add(key)
+    lonely = [str(captions[key]) for key in sorted(captions.keys() - seen)]
+    entries += [BadSample(cause="no image", name=name) for name in lonely]
+    used = {*pictures, *captions.values()}
+    return ListedSource(
+        kind="folder of pictures",
+        root=root,
+        entries=entries,
+        units=cut(root.name, len(entries), unit_samples),
+        fingerprint=fingerprint_of([*sizes_of(root, sorted(used, key=str)), *links]),
+        ignored=Counter(file.suffix.lower() or file.name for file in files if file not in used),
+    )
+
+
+def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
+    """Open a list of pictures: `.csv`, `.tsv` (with a head line) or `.jsonl`.
+
+    Args:
+        path: of the list.
+        root: what paths in it are relative to, resolved; none may lead out of it.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    try:
+        rows = list(_json_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
+    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    if not names:
+        raise DataError(f"{path}: holds no row; name a list that does")
+    image = choose_column(names, columns.image, IMAGE_COLUMNS, str(path), "image")
+    caption = choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
+    key_column = next((name for name in KEY_COLUMNS if name in names), image)
+    entries: list[Entry | BadSample] = []
+    seen: set[str] = set()
+    for i, row in enumerate(rows):
+        if isinstance(row, BadSample):
+            entries.append(row)
+            continue
+        place, key = row.get(image), row.get(key_column)
+        if not isinstance(place, str) or not place:
+            entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
+        elif str(key) in seen:
+            entries.append(BadSample(cause="duplicate key", name=str(key)))
+        else:
+            seen.add(str(key))
+            entries.append(Entry(key=str(key), image=place, caption=row.get(caption)))
+    return ListedSource(
+        kind=f"list {path.name}",
+        root=root,
+        entries=entries,
+        units=cut(path.name, len(entries), unit_samples),
+        fingerprint=fingerprint_of(entries),
+        ignored={},
+    )
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
+    """Yield rows by column; a damaged one counts as many samples as it swallowed lines."""
+    csv.field_size_limit(_MAX_FIELD)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # Strict: an open quotation mark is an error, and not a field that goes on to the end of the file.
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        names: list[str] = []
+        before = 0
+        while True:
+            row: list[str] | None
+            try:
+                row = next(reader, None)
+                if row is None:
+                    return
+            except csv.Error:
+                row = ["damaged"] * (len(names) + 1)
+            lines, before = reader.line_num - before, reader.line_num
+            if not names:
+                names = row
+            elif len(row) == len(names):
+                yield dict(zip(names, row, strict=True))
+            elif row:
+                yield BadSample(cause="damaged row", name=f"{path.name} line {reader.line_num}", samples=max(1, lines))
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield row if isinstance(row, dict) else BadSample(cause="damaged row", name=f"{path.name} line {number}")

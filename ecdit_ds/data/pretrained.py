@@ -1,0 +1,342 @@
+"""Frozen encoders of other makers: a `diffusers` AutoencoderKL for images, `transformers` models for captions.
+
+An encoder is a folder, or the name of one on the Hugging Face hub where no such folder is here. Weights are read from
+safetensors alone and no code from a folder is run. A weight that the files do not hold would be drawn at random, and
+a set encoded with it would look plausible; so it is refused. The libraries take seconds to import, so functions do.
+
+Suffixes: B batch, C channels, H, W pixels (of the image or of the latents), T text tokens, D width.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.errors import DataError
+
+DEFAULT_TOKENS = 128
+"""Longest caption in tokens, where the tokenizer has no lower limit of its own: T5 would take any number."""
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+"""What `from_pretrained` raises for files that are missing, damaged, or of another kind."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
+_SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedImageEncoder:
+    """An AutoencoderKL; an `ImageEncoder`. Latents are the mean of its distribution, so encoding draws nothing."""
+
+    model: Any
+    identity: str
+    shift_C11: Tensor
+    scale_C11: Tensor
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel."""
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Return latents_BCHW of images in [-1, 1], scaled to about unit variance, fp32."""
+        with torch.no_grad():
+            latents = self.model.encode(images_B3HW.to(self.model.device, torch.float32)).latent_dist.mode()
+        scaled: Tensor = (latents - self.shift_C11) * self.scale_C11
+        return scaled
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return images_B3HW, cut to [-1, 1]."""
+        latents = latents_BCHW.to(self.model.device, torch.float32) / self.scale_C11 + self.shift_C11
+        with torch.no_grad():
+            images: Tensor = self.model.decode(latents).sample
+        return images.clamp(-1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tower:
+    """One text model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    limit: int
+    """Tokens it takes."""
+    has_pooler: bool
+    identity: str
+
+    @property
+    def width(self) -> int:
+        config = self.model.config
+        return int(getattr(config, "hidden_size", None) or config.d_model)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        # The limit is ours to keep; a tokenizer would warn of captions beyond it.
+        return [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return embeds (B, limit, width), zero where the mask is False, the mask, and pooled (B, width)."""
+        device = self.model.device
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
+        ).to(device)
+        mask = tokens["attention_mask"].bool()
+        mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
+        with torch.no_grad():
+            output = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long())
+        embeds = output.last_hidden_state.float() * mask[:, :, None]
+        if self.has_pooler:
+            return embeds, mask, output.pooler_output.float()
+        return embeds, mask, embeds.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedTextEncoder:
+    """One or several text models side by side; a `TextEncoder`.
+
+    Several are joined along the width, as Stable Diffusion 3 joins its two CLIPs: cross-attention then costs as with
+    one. Each fills up to `max_tokens` places with zeros; one whose own limit is lower sees the beginning of a longer
+    caption, which the one with the highest limit sees whole. The mask is True where any of them has a token.
+    """
+
+    towers: tuple[_Tower, ...]
+
+    @property
+    def identity(self) -> str:
+        """Names of its models, their weights and limits."""
+        return "+".join(f"{tower.identity}x{tower.limit}" for tower in self.towers)
+
+    @property
+    def embed_dim(self) -> int:
+        """The widths of all models together."""
+        return sum(tower.width for tower in self.towers)
+
+    @property
+    def max_tokens(self) -> int:
+        """The highest limit of its models."""
+        return max(tower.limit for tower in self.towers)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens captions have for the models with the highest limit."""
+        longest = [tower.count_tokens(captions) for tower in self.towers if tower.limit == self.max_tokens]
+        return [max(counts) for counts in zip(*longest, strict=True)]
+
+    def encode(self, captions: Sequence[str]) -> TextEmbeddings:
+        """Encode captions; raise DataError for one that no model sees whole."""
+        for caption, count in zip(captions, self.count_tokens(captions), strict=True):
+            if count > self.max_tokens:
+                raise DataError(
+                    f"caption {caption!r}: {count} tokens are more than the text encoder's {self.max_tokens}; "
+                    "shorten the caption or raise --text-tokens"
+                )
+        parts = [tower.encode(captions) for tower in self.towers]
+        filled = [torch.nn.functional.pad(embeds, (0, 0, 0, self.max_tokens - embeds.shape[1])) for embeds, *_ in parts]
+        masks = [torch.nn.functional.pad(mask, (0, self.max_tokens - mask.shape[1])) for _, mask, _ in parts]
+        return TextEmbeddings(
+            embeds_BTD=torch.cat(filled, dim=2).cpu(),
+            mask_BT=torch.stack(masks).any(dim=0).cpu(),
+            pooled_BD=torch.cat([pooled for *_, pooled in parts], dim=1).cpu(),
+        )
+
+    def null(self) -> TextEmbeddings:
+        """Return the encoding of the empty caption, B = 1."""
+        return self.encode([""])
+
+
+def load_image_encoder(name: str, *, device: torch.device | None = None) -> PretrainedImageEncoder:
+    """Load a frozen AutoencoderKL in fp32; its config gives scaling, shift and number of channels.
+
+    Raises:
+        DataError: it is not here, of another kind, damaged, or has pickled weights.
+    """
+    folder = _folder_of(name, "image encoder")
+    kind = _read_json(folder / "config.json").get("_class_name")
+    if kind != "AutoencoderKL":
+        raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
+    with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
+        from diffusers import AutoencoderKL
+
+        model, found = AutoencoderKL.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
+            output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
+    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
+    config = model.config
+
+    def per_channel(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=model.device).reshape(-1, 1, 1)
+
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    return PretrainedImageEncoder(
+        model=model,
+        identity=f"AutoencoderKL-{_fingerprint(folder)}",
+        shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
+        scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
+    )
+
+
+def load_text_encoder(
+    names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None
+) -> PretrainedTextEncoder:
+    """Load frozen text models in fp32 with their tokenizers, to be joined along the width.
+
+    Args:
+        names: folders or hub names of T5 or CLIP models, or of any text tower that `AutoModel` loads.
+        max_tokens: longest caption, where the model and its tokenizer allow it.
+
+    Raises:
+        DataError: one is not here, of another kind, damaged, or has pickled weights.
+    """
+    assert names
+    return PretrainedTextEncoder(
+        towers=tuple(_load_tower(name, max_tokens, device or torch.device("cpu")) for name in names)
+    )
+
+
+def _load_tower(name: str, max_tokens: int, device: torch.device) -> _Tower:
+    folder = _folder_of(name, "text encoder")
+    who = f"text encoder {folder}"
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
+    with _explained(f"{who}: has no tokenizer that can be loaded"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with _explained(f"{who}: cannot be loaded as a text model from safetensors"):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        model, found = _text_class(config).from_pretrained(
+            str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    parameters = {name for name, _ in model.named_parameters()}
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} & parameters)
+    _refuse_missing(who, [key for key in absent if "pooler" not in key])
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
+    return _Tower(
+        model=model.eval().requires_grad_(False).to(device),
+        tokenizer=tokenizer,
+        limit=int(min(limit for limit in limits if limit)),
+        has_pooler=not absent and _has_pooler(model),
+        identity=f"{type(model).__name__}-{_fingerprint(folder)}",
+    )
+
+
+def _text_class(config: Any) -> Any:
+    """Return the class that reads captions alone: the encoder of T5, the text tower of CLIP."""
+    import transformers
+
+    if config.model_type in ("clip", "clip_text_model"):
+        return transformers.CLIPTextModel
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+    return transformers.AutoModelForTextEncoding if config.model_type in known else transformers.AutoModel
+
+
+def _has_pooler(model: Any) -> bool:
+    """Return whether a model gives a vector for the whole caption; CLIP does so without a layer of that name."""
+    return model.config.model_type in ("clip", "clip_text_model") or getattr(model, "pooler", None) is not None
+
+
+def _folder_of(name: str, what: str) -> Path:
+    """Return the folder of an encoder, from the hub (or its cache) where there is none of that name.
+
+    Raises:
+        DataError: there is none, or its weights are pickled.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _from_hub(name, what)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{what} {folder}: has no config.json; save_pretrained makes such a folder")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise DataError(
+                f"{what} {folder}: has pickled weights ({pickles[0]}), which are programs and are never loaded; "
+                "save it as safetensors"
+            )
+        raise DataError(f"{what} {folder}: has no weights (*.safetensors); save_pretrained writes them")
+    return folder
+
+
+def _from_hub(name: str, what: str) -> Path:
+    if Path(name).is_absolute() or not _HUB_NAME.fullmatch(name):
+        raise DataError(f"{what} {name}: is no folder, nor can it be a name on the hub (owner/name, owner/name/folder)")
+    owner, repository, *subfolder = name.split("/")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["/".join([*subfolder, pattern]) for pattern in _HUB_FILES]
+        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns), *subfolder)
+    except Exception as error:  # whatever the hub's client raises, of its own classes and of several libraries'
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"{what} {name}: is no folder, and the hub does not give it ({cause})") from None
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a name of an encoder's files: configuration, and of each weight its place, shape and first bytes."""
+    digest = xxhash.xxh3_64()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.txt")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + header)
+            begin = 8 + len(header)
+            fields = json.loads(header)
+            for name in sorted(fields.keys() - {"__metadata__"}):
+                file.seek(begin + fields[name]["data_offsets"][0])
+                digest.update(file.read(min(_SAMPLED_BYTES, fields[name]["data_offsets"][1])))
+    return digest.hexdigest()
+
+
+def _refuse_missing(who: str, names: Sequence[str]) -> None:
+    if names:
+        raise DataError(
+            f"{who}: {len(names)} weights are not in its files, or of another shape, such as {sorted(names)[0]}; they "
+            "would be random"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+@contextmanager
+def _explained(message: str) -> Iterator[None]:
+    """Keep the libraries quiet, and turn what they raise into one line that begins with `message`."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except _FAILURES as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"{message} ({cause})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""From what a user names to a source: a folder, a list, Parquet files, tars, or a Hugging Face dataset."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from ecdit_ds.data.listings import LIST_SUFFIXES, open_folder, open_list
+from ecdit_ds.data.source import IMAGE_SUFFIXES, Columns, Source, files_below
+from ecdit_ds.data.tables import open_hub, open_parquet, open_saved
+from ecdit_ds.data.tars import open_tars
+from ecdit_ds.errors import DataError
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+
+
+def open_source(
+    name: str, *, unit_samples: int, columns: Columns | None = None, split: str = "train", images: Path | None = None
+) -> Source:
+    """Open what a user names.
+
+    Args:
+        name: a folder, a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.tar` file, or a dataset's name on the hub.
+        unit_samples: samples of a unit of work, where the source can be cut; a tar is a unit.
+        columns: which to read of a table; by default the usual names.
+        split: of a Hugging Face dataset.
+        images: what paths in a list are relative to; by default the list's folder.
+
+    Raises:
+        DataError: there is no such thing, or it cannot be read as a whole.
+    """
+    columns = columns or Columns()
+    path = Path(name).absolute()
+    if images is not None and path.suffix.lower() not in LIST_SUFFIXES:
+        raise DataError(f"{name}: is no list ({', '.join(LIST_SUFFIXES)}), so --images {images} has no effect on it")
+    if path.is_file():
+        return _open_file(path.resolve(), unit_samples, columns, images)
+    if not path.is_dir():
+        if not _HUB_NAME.fullmatch(name):
+            raise DataError(f"{name}: is no file or folder, nor can it be a dataset's name on the hub")
+        return open_hub(name, split, unit_samples=unit_samples, columns=columns)
+    root = path.resolve()
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return open_saved(root, split, unit_samples=unit_samples, columns=columns)
+
+    files, _links = files_below(root)
+    packed = [file for file in files if file.name.lower().endswith(_COMPRESSED_TARS)]
+    if packed:
+        raise DataError(f"{root / packed[0]}: is a compressed tar, and {len(packed)} of them are here; unpack it first")
+    of_kind = {
+        kind: [file for file in files if file.suffix.lower() in suffixes]
+        for kind, suffixes in (("tars", (".tar",)), ("Parquet files", (".parquet",)), ("pictures", IMAGE_SUFFIXES))
+    }
+    kinds = [kind for kind, found in of_kind.items() if found]
+    if len(kinds) > 1:
+        counts = " and ".join(f"{len(of_kind[kind])} {kind}" for kind in kinds)
+        raise DataError(f"{root}: holds {counts}; name a folder that holds one kind, so that none is left out unseen")
+    wanted = of_kind[kinds[0]] if kinds else []
+    ignored = Counter(file.suffix.lower() or file.name for file in files if file not in set(wanted))
+    if kinds == ["tars"]:
+        return open_tars(root, wanted, columns=columns, ignored=ignored)
+    if kinds == ["Parquet files"]:
+        return open_parquet(root, wanted, unit_samples=unit_samples, columns=columns, ignored=ignored)
+    return open_folder(root, unit_samples=unit_samples, columns=columns)
+
+
+def _open_file(path: Path, unit_samples: int, columns: Columns, images: Path | None) -> Source:
+    suffix, name = path.suffix.lower(), Path(path.name)
+    if suffix in LIST_SUFFIXES:
+        root = (images or path.parent).resolve()
+        return open_list(path, root, unit_samples=unit_samples, columns=columns)
+    if suffix == ".tar":
+        return open_tars(path.parent, [name], columns=columns, ignored={})
+    if suffix == ".parquet":
+        return open_parquet(path.parent, [name], unit_samples=unit_samples, columns=columns, ignored={})
+    raise DataError(f"{path}: is of no known kind ({', '.join((*LIST_SUFFIXES, '.parquet', '.tar'))}, or a folder)")

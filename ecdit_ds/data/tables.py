@@ -1,0 +1,198 @@
+"""Sources that are tables: Parquet files, and Hugging Face datasets on disk or by name."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.source import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Columns,
+    RawSample,
+    Unit,
+    choose_column,
+    cut,
+    fingerprint_of,
+    raw_sample,
+    read_inside,
+    sizes_of,
+)
+from ecdit_ds.errors import DataError
+
+_ROWS_AT_ONCE = 16
+_FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource:
+    """Rows of Parquet files; a `Source`."""
+
+    root: Path
+    """Resolved; images given by their path lie within it."""
+    units: Sequence[Unit]
+    fingerprint: str
+    ignored: Mapping[str, int]
+    columns: Columns
+    kind: str = "Parquet files"
+
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
+        """Yield rows of a file in order, or why they are no samples; of a damaged part, how many are lost."""
+        done = unit.start
+        path = self.root / unit.name
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                names = file.schema_arrow.names
+                image = choose_column(names, self.columns.image, IMAGE_COLUMNS, str(path), "image")
+                caption = choose_column(names, self.columns.caption, CAPTION_COLUMNS, str(path), "caption")
+                for row in _rows(file, unit, [image, caption]):
+                    yield raw_sample(f"{unit.name}#{done}", _content(row[image], self.root), row[caption])
+                    done += 1
+        except _FAILURES:
+            pass
+        if done < unit.stop:
+            name = f"{unit.name}#{done} to {unit.stop - 1}"
+            yield BadSample(cause="damaged archive", name=name, samples=unit.stop - done)
+
+
+def open_parquet(
+    root: Path, files: Sequence[Path], *, unit_samples: int, columns: Columns, ignored: Mapping[str, int]
+) -> ParquetSource:
+    """Open Parquet files below a folder.
+
+    Args:
+        root: resolved.
+        files: relative to it, sorted.
+
+    Raises:
+        DataError: one cannot be read, leads out of the folder, or lacks a column.
+    """
+    units: list[Unit] = []
+    for name in files:
+        path = root / name
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path}: is a link out of {root}; copy the file there, or leave it out")
+        try:
+            with pq.ParquetFile(path) as file:
+                count, names = file.metadata.num_rows, file.schema_arrow.names
+        except _FAILURES as error:
+            raise DataError(
+                f"{path}: is no whole Parquet file ({_first_line(error)}); fetch it again, or leave it out"
+            ) from None
+        choose_column(names, columns.image, IMAGE_COLUMNS, str(path), "image")
+        choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
+        units += cut(str(name), count, unit_samples)
+    return ParquetSource(
+        root=root, units=units, fingerprint=fingerprint_of(sizes_of(root, files)), ignored=ignored, columns=columns
+    )
+
+
+def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield rows `unit.start` to `unit.stop`, reading only the row groups they are in."""
+    first = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if first < unit.stop and unit.start < first + count:
+            place = first
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=names):
+                begin, end = max(0, unit.start - place), min(len(batch), unit.stop - place)
+                if begin < end:
+                    yield from batch.slice(begin, end - begin).to_pylist()
+                place += len(batch)
+        first += count
+
+
+def _content(value: Any, root: Path) -> bytes | Cause:
+    """Return the image that a cell holds, or the content of the file that it names."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and value:
+        return read_inside(root, value)
+    return value if isinstance(value, bytes) else "no image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceSource:
+    """Rows of a dataset of the `datasets` library; a `Source`."""
+
+    rows: datasets.Dataset
+    root: Path
+    image: str
+    caption: str
+    units: Sequence[Unit]
+    fingerprint: str
+    ignored: Mapping[str, int]
+    kind: str = "Hugging Face dataset"
+
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
+        """Yield rows in order, or why they are no samples."""
+        for i in range(unit.start, unit.stop):
+            try:
+                row = self.rows[i]
+            except _FAILURES:
+                yield BadSample(cause="damaged archive", name=f"row {i}")
+                continue
+            yield raw_sample(f"row-{i}", _content(row[self.image], self.root), row[self.caption])
+
+
+def open_saved(root: Path, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
+    """Open a folder that `save_to_disk` wrote.
+
+    Raises:
+        DataError: it is damaged, names files outside itself, has no such split, or lacks a column.
+    """
+    folder = root
+    try:
+        if (root / "dataset_dict.json").is_file():
+            splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
+            if split not in splits:
+                raise DataError(f"{root}: has no split {split!r}; it has {', '.join(splits)}; name one by --split")
+            folder = root / split
+        names = [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+        for name in names:
+            if not (folder / name).resolve().is_relative_to(root):
+                raise DataError(f"{folder / 'state.json'}: names {name}, which lies outside {root}; mend it")
+        rows = datasets.load_from_disk(str(folder))
+    except _FAILURES as error:
+        raise DataError(f"{folder}: is no whole dataset on disk ({_first_line(error)}); save it again") from None
+    facts = sizes_of(folder, [Path(name) for name in names])
+    return _of_rows(rows, root, str(root), facts, unit_samples, columns)
+
+
+def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
+    """Open a dataset of the Hugging Face hub, or of its local cache when offline.
+
+    Raises:
+        DataError: it cannot be had, or lacks a column.
+    """
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # whatever the hub's client raises, of its own classes and of several libraries'
+        raise DataError(
+            f"{name}: is neither here nor a dataset that the hub gave ({_first_line(error)}); name a file or folder"
+        ) from None
+    return _of_rows(rows, Path("/nonexistent"), name, [rows._fingerprint, len(rows)], unit_samples, columns)
+
+
+def _of_rows(
+    rows: datasets.Dataset, root: Path, where: str, facts: Sequence[object], unit_samples: int, columns: Columns
+) -> HuggingFaceSource:
+    image = choose_column(rows.column_names, columns.image, IMAGE_COLUMNS, where, "image")
+    caption = choose_column(rows.column_names, columns.caption, CAPTION_COLUMNS, where, "caption")
+    rows = rows.select_columns([image, caption])
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    return HuggingFaceSource(
+        rows=rows, root=root, image=image, caption=caption, units=cut("rows", len(rows), unit_samples),
+        fingerprint=fingerprint_of(facts), ignored={},
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,226 @@
+"""WebDataset tars as a source: members of one sample stand together and share their name up to the first dot.
+
+Python's reader takes a damaged header for the end of the archive and says nothing. So after it stops, what is left is
+compared with the zeros that an archive ends with: if there is more, the damage is counted and the walk goes on at the
+next header whose checksum holds.
+"""
+
+import json
+import tarfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.images import MAX_FILE_BYTES
+from ecdit_ds.data.source import (
+    CAPTION_COLUMNS,
+    IMAGE_SUFFIXES,
+    Columns,
+    RawSample,
+    Unit,
+    fingerprint_of,
+    raw_sample,
+    sizes_of,
+)
+from ecdit_ds.errors import DataError
+
+_BLOCK = tarfile.BLOCKSIZE
+_FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A file of an archive."""
+
+    name: str
+    content: bytes
+
+
+@dataclass
+class _Group:
+    """The members of one sample."""
+
+    key: str
+    parts: dict[str, bytes] = field(default_factory=dict)
+    """Content by suffix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarSource:
+    """WebDataset tars, each a unit; a `Source`."""
+
+    root: Path
+    units: Sequence[Unit]
+    fingerprint: str
+    ignored: Mapping[str, int]
+    columns: Columns
+    kind: str = "WebDataset tars"
+
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
+        """Yield the samples of a tar in order, or why they are none."""
+        seen: set[str] = set()
+        group: _Group | None = None
+        for member in walk_tar(self.root / unit.name):
+            if isinstance(member, BadSample):
+                yield member
+                continue
+            path = PurePosixPath(member.name)
+            stem, _, suffix = path.name.partition(".")
+            key = str(path.parent / stem)
+            if group is not None and group.key != key:
+                yield from self._finish(group, unit, seen)
+                group = None
+            if group is None:
+                group = _Group(key=key)
+            if suffix.lower() in group.parts:
+                yield BadSample(cause="duplicate key", name=f"{unit.name}/{member.name}")
+            else:
+                group.parts[suffix.lower()] = member.content
+        if group is not None:
+            yield from self._finish(group, unit, seen)
+
+    def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample]:
+        name = f"{unit.name}/{group.key}"
+        if group.key in seen:
+            yield BadSample(cause="duplicate key", name=name)
+            return
+        seen.add(group.key)
+        images = [suffix for suffix in group.parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+        image: bytes | Cause = group.parts[images[0]] if images else "no image"
+        yield raw_sample(name, image, self._caption(group))
+
+    def _caption(self, group: _Group) -> object:
+        asked = [self.columns.caption] if self.columns.caption else list(CAPTION_COLUMNS)
+        for suffix in asked:
+            if suffix in group.parts:
+                return group.parts[suffix].decode("utf-8", "surrogateescape")
+        if "json" in group.parts:
+            try:
+                fields = _json_object(group.parts["json"])
+            except (ValueError, RecursionError):
+                return b""
+            return next((fields[name] for name in asked if name in fields), None)
+        return None
+
+
+def _json_object(content: bytes) -> dict[str, object]:
+    """Return a JSON object; raise ValueError for anything else."""
+    fields = json.loads(content)
+    if not isinstance(fields, dict):
+        raise ValueError("no object")
+    return fields
+
+
+def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: Mapping[str, int]) -> TarSource:
+    """Open tars below a folder.
+
+    Args:
+        root: resolved.
+        files: relative to it, sorted.
+
+    Raises:
+        DataError: one is a link that leads out of the folder.
+    """
+    for file in files:
+        if not (root / file).resolve().is_relative_to(root):
+            raise DataError(f"{root / file}: is a link out of {root}; copy the tar there, or leave it out")
+    return TarSource(
+        root=root,
+        units=[Unit(name=str(file)) for file in files],
+        fingerprint=fingerprint_of(sizes_of(root, files)),
+        ignored=ignored,
+        columns=columns,
+    )
+
+
+def walk_tar(path: Path) -> Iterator[Member | BadSample]:
+    """Yield the files of an archive in order, and everything that is wrong with it.
+
+    Links, devices, absolute names and names with `..` are refused; folders are no samples.
+    """
+    try:
+        file = path.open("rb")
+    except OSError:
+        yield BadSample(cause="damaged archive", name=path.name)
+        return
+    with file:
+        size, start = path.stat().st_size, 0
+        while True:
+            stopped = yield from _walk_from(file, path.name, start)
+            rest = _first_nonzero(file, stopped)
+            if rest is None:
+                if size - stopped < 2 * _BLOCK:  # two blocks of zeros are the end mark
+                    yield BadSample(cause="archive ends early", name=f"{path.name} at byte {size}")
+                return
+            yield BadSample(cause="damaged archive", name=f"{path.name} at byte {stopped}")
+            found = _next_header(file, stopped + _BLOCK, size)
+            if found is None:
+                return
+            start = found
+
+
+def _walk_from(file: BinaryIO, archive: str, start: int) -> Generator[Member | BadSample, None, int]:
+    """Yield the members from a place on; return where the reader stopped."""
+    file.seek(start)
+    stopped = start
+    try:
+        with tarfile.TarFile(fileobj=file, mode="r", errorlevel=0) as tar:
+            stopped = tar.offset
+            for info in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the archive
+                entry = _read_member(tar, info, archive)
+                if entry is not None:
+                    yield entry
+                stopped = tar.offset
+            stopped = tar.offset
+    except _FAILURES:
+        pass
+    return stopped
+
+
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str) -> Member | BadSample | None:
+    name = f"{archive}/{info.name}"
+    path = PurePosixPath(info.name)
+    if path.is_absolute() or ".." in path.parts or "\x00" in info.name:
+        return BadSample(cause="outside the source", name=name)
+    if info.isdir():
+        return None
+    if not info.isreg():
+        return BadSample(cause="no regular file", name=name)
+    if info.size > MAX_FILE_BYTES:
+        return BadSample(cause="too many bytes", name=name)
+    try:
+        reader = tar.extractfile(info)
+        content = reader.read() if reader else b""
+    except _FAILURES:  # the file ends within this member
+        content = b""
+    if len(content) != info.size:
+        return BadSample(cause="archive ends early", name=name)
+    return Member(name=str(path), content=content)
+
+
+def _first_nonzero(file: BinaryIO, start: int) -> int | None:
+    """Return where the first byte that is not zero lies, from `start` on; None where all are."""
+    file.seek(start)
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            return start + len(chunk) - len(chunk.lstrip(b"\x00"))
+        start += len(chunk)
+    return None
+
+
+def _next_header(file: BinaryIO, start: int, size: int) -> int | None:
+    """Return where the next header with a right checksum begins."""
+    for place in range(start, size - _BLOCK + 1, _BLOCK):
+        file.seek(place)
+        block = file.read(_BLOCK)
+        if block[257:262] != b"ustar":
+            continue
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            continue
+        return place
+    return None

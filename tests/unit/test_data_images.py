@@ -1,0 +1,163 @@
+"""Image files of every kind become RGB pictures of a size, and what is none is named by its cause."""
+
+import tracemalloc
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.images import buckets_of, decode_image, fit_image, nearest_bucket, to_tensor
+from tests.helpers.photographs import encoded, huge_png, photographs
+
+PAGE = b"\n <!DOCTYPE html><html><body>404 Not Found</body></html>"
+
+
+def decoded(content: bytes) -> Image.Image:
+    """Return an image that must be good."""
+    image = decode_image(content, "name")
+    assert isinstance(image, Image.Image), image
+    assert image.mode == "RGB"
+    return image
+
+
+def pixels(image: Image.Image) -> npt.NDArray[np.int64]:
+    """Return (H, W, 3)."""
+    return np.asarray(image).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    """Return a temple."""
+    return photographs()[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda content: b"", "empty image file"),
+        (lambda content: PAGE, "web page instead of an image"),
+        (lambda content: b"\xef\xbb\xbf<html>", "web page instead of an image"),
+        (lambda content: b"MZ\x90 a program", "not an image"),
+        (lambda content: content[: len(content) // 2], "truncated image"),
+        (lambda content: content[:6], "truncated image"),
+        (lambda content: huge_png(), "too many pixels"),
+        (lambda content: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_a_file_that_is_no_whole_image_is_named_by_its_cause(
+    photograph: Image.Image, damage: Callable[[bytes], bytes], cause: str
+) -> None:
+    bad = decode_image(damage(encoded(photograph)), "a/b.jpg")
+    assert bad == BadSample(cause=cause, name="a/b.jpg")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_a_truncated_file_of_any_format_is_bad(photograph: Image.Image, file_format: str) -> None:
+    content = encoded(photograph, file_format)
+    bad = decode_image(content[: len(content) * 2 // 3], "cut")
+    assert isinstance(bad, BadSample)
+    assert bad.cause in ("truncated image", "damaged image", "not an image")
+
+
+def test_a_png_that_claims_196_megapixels_takes_no_memory() -> None:
+    content = huge_png()
+    assert len(content) < 30_000
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert isinstance(decode_image(content, "bomb"), BadSample)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_limit_of_pixels_counts_the_whole_image(photograph: Image.Image) -> None:
+    count = photograph.width * photograph.height
+    assert isinstance(decode_image(encoded(photograph), "x", max_pixels=count), Image.Image)
+    assert decode_image(encoded(photograph), "x", max_pixels=count - 1) == BadSample(cause="too many pixels", name="x")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_as_its_camera_was_held(photograph: Image.Image, orientation: int) -> None:
+    stored = {
+        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
+    }[orientation]  # fmt: skip
+    turned = photograph
+    for step in stored:
+        turned = turned.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(decoded(encoded(turned, "PNG", exif=exif))), pixels(photograph))
+
+
+def test_cmyk_palette_and_grey_pictures_look_as_they_did(photograph: Image.Image) -> None:
+    grey = photograph.convert("L")
+    assert np.array_equal(pixels(decoded(encoded(grey, "PNG"))), pixels(grey.convert("RGB")))
+    palette = photograph.quantize(64)
+    assert np.array_equal(pixels(decoded(encoded(palette, "PNG"))), pixels(palette.convert("RGB")))
+    cmyk = pixels(decoded(encoded(photograph.convert("CMYK"), "JPEG", quality=95)))
+    assert np.abs(cmyk - pixels(photograph)).mean() < 4
+
+
+def test_sixteen_bits_become_eight_by_scaling() -> None:
+    deep = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    for file_format in ("PNG", "TIFF"):
+        shown = pixels(decoded(encoded(Image.fromarray(deep), file_format)))
+        assert shown[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_transparent_parts_are_white() -> None:
+    layer = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
+    layer.putpixel((1, 0), (200, 0, 0, 0))
+    layer.putpixel((2, 0), (0, 0, 0, 51))
+    assert pixels(decoded(encoded(layer, "PNG"))).tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 204]]]
+    grey = Image.new("LA", (1, 1), (0, 0))
+    assert pixels(decoded(encoded(grey, "PNG"))).tolist() == [[[255, 255, 255]]]
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([9, 9, 9])
+    assert pixels(decoded(encoded(palette, "PNG", transparency=0))).tolist() == [[[255, 255, 255]]]
+
+
+def test_a_picture_is_cut_at_its_middle() -> None:
+    bars = np.zeros((10, 30, 3), dtype=np.uint8)
+    bars[:, 10:20] = 255
+    assert pixels(fit_image(Image.fromarray(bars), (10, 10))).min() == 255
+    assert fit_image(Image.fromarray(bars), (8, 16)).size == (16, 8)
+
+
+def test_pixels_span_minus_one_to_one() -> None:
+    images = to_tensor([Image.new("RGB", (4, 2), (0, 255, 51))])
+    assert images.shape == (1, 3, 2, 4)
+    assert images[0, :, 0, 0].tolist() == pytest.approx([-1.0, 1.0, -0.6])
+    assert images.dtype == torch.float32
+
+
+def test_buckets_have_no_more_patches_than_the_square() -> None:
+    for side, unit in ((256, 16), (512, 16), (1024, 16), (96, 8)):
+        buckets = buckets_of(side * side, unit // 8, 8)
+        assert (side, side) in buckets
+        assert all(height % unit == 0 and width % unit == 0 for height, width in buckets)
+        assert all(0.7 * side * side <= height * width <= side * side for height, width in buckets)
+        assert {(width, height) for height, width in buckets} == set(buckets)
+
+
+def test_buckets_by_hand() -> None:
+    # 16 x 16 patches of 16 pixels; at 1:2 the short side is round(11.3) = 11, the long one 256 // 11 = 23
+    assert buckets_of(256 * 256, 2, 8, (0.5, 1.0)) == ((368, 176), (256, 256))
+
+
+def test_a_picture_goes_to_the_bucket_of_the_nearest_proportions() -> None:
+    buckets = ((400, 200), (256, 256), (200, 400))
+    assert nearest_bucket((1000, 1000), buckets) == 1
+    assert nearest_bucket((300, 1000), buckets) == 2
+    # Half way by the logarithm is the root of two, not one and a half.
+    assert nearest_bucket((100, 141), buckets) == 1
+    assert nearest_bucket((100, 142), buckets) == 2

@@ -1,0 +1,158 @@
+"""Encoders of other makers: they give what their own libraries give, and a doubtful folder is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, T5EncoderModel
+
+from ecdit_ds.data.images import to_tensor
+from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
+from tests.helpers.photographs import crops
+from tests.helpers.tiny_encoders import SCALING, SHIFT, save_clip_text, save_t5, save_vae
+
+Refusal = Callable[[Callable[[], object]], str]
+CAPTIONS = ["a temple", "a yellow flower", ""]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of a tiny autoencoder, a T5 and a CLIP."""
+    root = tmp_path_factory.mktemp("encoders")
+    return {"vae": save_vae(root / "vae"), "t5": save_t5(root / "t5"), "clip": save_clip_text(root / "clip")}
+
+
+@pytest.fixture
+def copy_of(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Return `copy_of(name)`: a folder that may be changed."""
+    return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
+
+
+def test_latents_are_the_mode_shifted_and_scaled_as_the_config_says(folders: dict[str, Path]) -> None:
+    encoder = load_image_encoder(str(folders["vae"]))
+    images = to_tensor(crops(3, side=24))
+    own = AutoencoderKL.from_pretrained(folders["vae"]).eval()
+    with torch.no_grad():
+        mode = own.encode(images).latent_dist.mode()
+        reconstruction = own(images, sample_posterior=False).sample.clamp(-1, 1)
+    latents = encoder.encode(images)
+    assert encoder.downsampling == 4 and latents.shape == (3, 5, 6, 6)
+    torch.testing.assert_close(latents, (mode - SHIFT) * SCALING)
+    torch.testing.assert_close(encoder.decode(latents), reconstruction, rtol=0, atol=1e-5)
+    assert reconstruction.std() > 0.01
+
+
+def test_t5_gives_its_last_layer_and_the_mean_of_its_tokens(folders: dict[str, Path]) -> None:
+    encoder = load_text_encoder([str(folders["t5"])], max_tokens=18)
+    assert (encoder.embed_dim, encoder.max_tokens) == (12, 18)
+    text = encoder.encode(CAPTIONS)
+    counts = encoder.count_tokens(CAPTIONS)
+    assert text.mask_BT.sum(dim=1).tolist() == counts
+    assert counts[2] == 1, "the end mark stands for no text"
+    own = T5EncoderModel.from_pretrained(folders["t5"]).eval()
+    ids = encoder.towers[0].tokenizer(CAPTIONS[1], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        alone = own(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(text.embeds_BTD[1, : counts[1]], alone)
+    torch.testing.assert_close(text.pooled_BD[1], alone.mean(dim=0))
+    assert (text.embeds_BTD[~text.mask_BT] == 0).all()
+    assert torch.equal(encoder.null().embeds_BTD, encoder.encode([""]).embeds_BTD)
+
+
+def test_clip_gives_its_own_pooled_vector(folders: dict[str, Path]) -> None:
+    encoder = load_text_encoder([str(folders["clip"])])
+    assert encoder.max_tokens == 20, "its positions end there"
+    own = CLIPTextModel.from_pretrained(folders["clip"]).eval()
+    ids = encoder.towers[0].tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        pooled = own(input_ids=ids).pooler_output[0]
+    torch.testing.assert_close(encoder.encode(CAPTIONS).pooled_BD[0], pooled)
+
+
+def test_two_encoders_stand_side_by_side(folders: dict[str, Path]) -> None:
+    t5, clip = (load_text_encoder([str(folders[name])], max_tokens=30) for name in ("t5", "clip"))
+    both = load_text_encoder([str(folders["t5"]), str(folders["clip"])], max_tokens=30)
+    text = both.encode(CAPTIONS)
+    assert text.embeds_BTD.shape == (3, 30, 28) and text.pooled_BD.shape == (3, 28)
+    assert torch.equal(text.embeds_BTD[:, :, :12], t5.encode(CAPTIONS).embeds_BTD)
+    assert torch.equal(text.embeds_BTD[:, :20, 12:], clip.encode(CAPTIONS).embeds_BTD)
+    assert (text.embeds_BTD[:, 20:, 12:] == 0).all()
+    assert torch.equal(text.mask_BT[:, :20], t5.encode(CAPTIONS).mask_BT[:, :20] | clip.encode(CAPTIONS).mask_BT)
+    long_caption = "a flower with 24 tokens"  # more than CLIP's 20, fewer than T5's 30
+    assert clip.count_tokens([long_caption])[0] > 20
+    assert both.encode([long_caption]).mask_BT.sum() == both.count_tokens([long_caption])[0]
+
+
+def test_a_caption_over_the_limit_is_refused(folders: dict[str, Path], refusal_of: Refusal) -> None:
+    encoder = load_text_encoder([str(folders["t5"])], max_tokens=10)
+    assert "12 tokens are more than the text encoder's 10" in refusal_of(lambda: encoder.encode(["abcdefghij"]))
+
+
+def test_an_identity_is_that_of_the_weights_and_not_of_the_place(
+    folders: dict[str, Path], copy_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    identity = load_image_encoder(str(folders["vae"])).identity
+    assert load_image_encoder(str(copy_of("vae"))).identity == identity
+    assert load_image_encoder(str(save_vae(tmp_path / "other", seed=1))).identity != identity
+    both = load_text_encoder([str(folders["t5"]), str(folders["clip"])])
+    assert both.identity != load_text_encoder([str(folders["clip"]), str(folders["t5"])]).identity
+    assert both.identity != load_text_encoder([str(folders["t5"]), str(folders["clip"])], max_tokens=64).identity
+
+
+@pytest.mark.parametrize("name", ["vae", "t5"])
+def test_pickled_weights_are_refused(copy_of: Callable[[str], Path], refusal_of: Refusal, name: str) -> None:
+    folder = copy_of(name)
+    for path in folder.glob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    load = load_image_encoder if name == "vae" else lambda folder: load_text_encoder([folder])
+    message = refusal_of(lambda: load(str(folder)))
+    assert "pickled weights" in message and ".bin" in message
+
+
+@pytest.mark.parametrize(("name", "part"), [("vae", "conv_out"), ("t5", "layer_norm"), ("clip", "position")])
+def test_a_missing_weight_is_refused(copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, part: str) -> None:
+    (path,) = (folder := copy_of(name)).glob("*.safetensors")
+    kept = {key: value for key, value in load_file(path).items() if part not in key}
+    save_file(kept, path, metadata={"format": "pt"})
+    load = load_image_encoder if name == "vae" else lambda folder: load_text_encoder([folder])
+    message = refusal_of(lambda: load(str(folder)))
+    assert "would be random" in message and part in message
+
+
+def test_folders_that_are_no_encoders_are_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, tmp_path: Path
+) -> None:
+    assert "has no config.json" in refusal_of(lambda: load_image_encoder(str(tmp_path)))
+    assert "nor can it be a name on the hub" in refusal_of(lambda: load_image_encoder("/no/where"))
+    folder = copy_of("vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderDC"}))
+    assert "is a AutoencoderDC" in refusal_of(lambda: load_image_encoder(str(folder)))
+    (folder / "config.json").write_text("{")
+    assert "cannot be read" in refusal_of(lambda: load_image_encoder(str(folder)))
+    folder = copy_of("t5")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "has no tokenizer" in refusal_of(lambda: load_text_encoder([str(folder)]))
+
+
+def test_code_in_a_folder_is_not_run(copy_of: Callable[[str], Path], refusal_of: Refusal, tmp_path: Path) -> None:
+    folder = copy_of("t5")
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"model_type": "novelty", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    refusal_of(lambda: load_text_encoder([str(folder)]))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_batch_does_not_change_what_a_caption_means(folders: dict[str, Path]) -> None:
+    encoder = load_text_encoder([str(folders["t5"]), str(folders["clip"])], max_tokens=20)
+    together, alone = encoder.encode(CAPTIONS), encoder.encode(CAPTIONS[1:2])
+    np.testing.assert_allclose(together.embeds_BTD[1], alone.embeds_BTD[0], atol=1e-5)

@@ -1,0 +1,379 @@
+"""Sources give every picture with its caption, in order, and name what is wrong with the others."""
+
+import csv
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.source import Columns, RawSample
+from ecdit_ds.data.sources import open_source
+from tests.helpers.photographs import crops, encoded
+
+JPEGS = [encoded(image) for image in crops(7)]
+CAPTIONS = [f"part {i} of a photograph" for i in range(7)]
+
+
+def read_all(name: object, *, unit_samples: int = 3, **options: Any) -> tuple[list[RawSample], list[BadSample]]:
+    """Return the samples of a source, and what is wrong with others; every unit gives the same twice."""
+    source = open_source(str(name), unit_samples=unit_samples, **options)
+    results = [result for unit in source.units for result in source.read(unit)]
+    assert results == [result for unit in source.units for result in source.read(unit)]
+    good = [result for result in results if isinstance(result, RawSample)]
+    return good, [result for result in results if isinstance(result, BadSample)]
+
+
+def causes(bad: list[BadSample]) -> list[tuple[str, str]]:
+    """Return causes with names, sorted."""
+    return sorted((str(one.cause), one.name) for one in bad)
+
+
+def assert_all_there(good: list[RawSample]) -> None:
+    """Check that a source gave the seven photographs in order."""
+    assert [sample.content for sample in good] == JPEGS
+    assert [sample.caption for sample in good] == CAPTIONS
+    assert len({sample.key for sample in good}) == 7
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder of seven photographs with captions beside them, two of them deeper."""
+    root = tmp_path / "pictures"
+    (root / "z").mkdir(parents=True)
+    for i in range(7):
+        place = root / ("z" if i > 4 else ".") / f"{i}.jpg"
+        place.write_bytes(JPEGS[i])
+        place.with_suffix(".txt").write_text(f" {CAPTIONS[i]}\n")
+    return root
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """Write an archive as WebDataset does."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members(start: int = 0, stop: int = 7) -> list[tuple[str, bytes]]:
+    """Return the members of an archive of photographs."""
+    pairs = [((f"{i:04}.jpg", JPEGS[i]), (f"{i:04}.txt", CAPTIONS[i].encode())) for i in range(start, stop)]
+    return [member for pair in pairs for member in pair]
+
+
+def test_a_folder_gives_its_pictures_by_name(folder: Path) -> None:
+    (folder / "README.md").write_text("about")
+    good, bad = read_all(folder)
+    assert_all_there(good)
+    assert bad == []
+    source = open_source(str(folder), unit_samples=3)
+    assert [(unit.start, unit.stop) for unit in source.units] == [(0, 3), (3, 6), (6, 7)]
+    assert source.ignored == {".md": 1}
+
+
+def test_what_is_wrong_in_a_folder_is_named(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret caption")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "0.txt").unlink()
+    (folder / "1.txt").write_text(" \n")
+    (folder / "2.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "3.txt").unlink()
+    (folder / "3.txt").symlink_to(secret)
+    (folder / "4.jpg").unlink()
+    (folder / "4.jpg").symlink_to("/etc/hostname")
+    (folder / "deep").symlink_to(tmp_path / "elsewhere")
+    (folder / "z" / "5.png").write_bytes(b"")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "pipe.txt").write_text("waits for ever")
+    (folder / "lonely.txt").write_text("no picture")
+    good, bad = read_all(folder)
+    assert [sample.key for sample in good] == ["z/5", "z/6"]
+    assert causes(bad) == [
+        ("caption is not text", "2"),
+        ("duplicate key", "z/5.png"),
+        ("empty caption", "1"),
+        ("no caption", "0.jpg"),
+        ("no image", "lonely.txt"),
+        ("no regular file", "deep"),
+        ("no regular file", "pipe"),
+        ("outside the source", "3.txt"),
+        ("outside the source", "4"),
+    ]
+
+
+def test_links_within_a_folder_are_read(folder: Path) -> None:
+    (folder / "0.jpg").rename(folder / "z" / "kept")
+    (folder / "0.jpg").symlink_to("z/kept")
+    assert_all_there(read_all(folder)[0])
+
+
+def rows() -> list[dict[str, Any]]:
+    """Return a list of the folder's pictures."""
+    return [{"path": f"{'z/' if i > 4 else ''}{i}.jpg", "caption": CAPTIONS[i]} for i in range(7)]
+
+
+def write_csv(path: Path, table: list[dict[str, Any]], **options: Any) -> Path:
+    """Write a table with a head line."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]), **options)
+        writer.writeheader()
+        writer.writerows(table)
+    return path
+
+
+def test_lists_give_the_pictures_they_name(folder: Path, tmp_path: Path) -> None:
+    lists = [
+        write_csv(folder / "list.csv", rows()),
+        write_csv(folder / "list.tsv", rows(), delimiter="\t"),
+        folder / "list.jsonl",
+    ]
+    lists[2].write_text("\n".join(json.dumps(row) for row in rows()))
+    for path in lists:
+        good, bad = read_all(path)
+        assert_all_there(good)
+        assert bad == []
+    outside = write_csv(tmp_path / "elsewhere.csv", rows())
+    assert_all_there(read_all(outside, images=folder)[0])
+    assert {one.cause for one in read_all(outside)[1]} == {"no image"}
+
+
+def test_a_metadata_file_describes_its_folder(folder: Path) -> None:
+    write_csv(folder / "metadata.csv", [{"file_name": row["path"], "text": row["caption"]} for row in rows()])
+    assert_all_there(read_all(folder)[0])
+
+
+def test_what_is_wrong_in_a_list_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(JPEGS[0])
+    lines = [
+        "path,caption", "0.jpg,one", "0.jpg,again", "../secret.jpg,stolen", f"{tmp_path}/secret.jpg,stolen",
+        "missing.jpg,gone", "1.jpg,", "2.jpg", ",no path", '3.jpg,"never closed', "4.jpg,lost", "",
+    ]  # fmt: skip
+    (folder / "list.csv").write_text("\n".join(lines))
+    good, bad = read_all(folder / "list.csv")
+    assert [sample.key for sample in good] == ["0.jpg"]
+    assert sum(one.samples for one in bad if one.cause == "damaged row") == 1 + 2
+    assert [cause for cause, _ in causes(bad)] == [
+        "damaged row", "damaged row", "duplicate key", "empty caption", "no image", "no image", "outside the source",
+        "outside the source",
+    ]  # fmt: skip
+
+
+def test_damaged_lines_of_json_are_named(folder: Path) -> None:
+    (folder / "list.jsonl").write_text('{"path": "0.jpg", "text": "one"}\n{"path": \n[1]\n{"path": "1.jpg", "text": 5}')
+    good, bad = read_all(folder / "list.jsonl")
+    assert len(good) == 1
+    assert causes(bad) == [
+        ("caption is not text", "1.jpg"),
+        ("damaged row", "list.jsonl line 2"),
+        ("damaged row", "list.jsonl line 3"),
+    ]
+
+
+@pytest.mark.parametrize("form", ["binary", "struct", "path"])
+def test_parquet_gives_its_rows_across_row_groups(folder: Path, tmp_path: Path, form: str) -> None:
+    images: dict[str, list[Any]] = {
+        "binary": list(JPEGS),
+        "struct": [{"bytes": content, "path": None} for content in JPEGS],
+        "path": [row["path"] for row in rows()],
+    }
+    path = (folder if form == "path" else tmp_path) / "table.parquet"
+    pq.write_table(pa.table({"image": images[form], "other": range(7), "text": CAPTIONS}), path, row_group_size=2)
+    good, bad = read_all(path)
+    assert_all_there(good)
+    assert bad == []
+
+
+def test_a_damaged_page_of_parquet_costs_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    table = pa.table({"image": JPEGS, "text": CAPTIONS})
+    pq.write_table(table, path, row_group_size=2, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(JPEGS[4]) + 100] ^= 1
+    path.write_bytes(content)
+    good, bad = read_all(path, unit_samples=7)
+    assert [sample.caption for sample in good] == CAPTIONS[:4]
+    assert [(one.cause, one.samples) for one in bad] == [("damaged archive", 3)]
+
+
+def test_a_truncated_parquet_file_is_refused_before_work_begins(
+    tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"image": JPEGS, "text": CAPTIONS}), path)
+    os.truncate(path, path.stat().st_size - 100)
+    assert "is no whole Parquet file" in refusal_of(lambda: read_all(path))
+
+
+def test_a_table_without_captions_is_refused_with_what_it_has(
+    tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"image": JPEGS, "alt": CAPTIONS}), path)
+    message = refusal_of(lambda: read_all(path))
+    assert "image, alt" in message and "--caption-column" in message
+    assert_all_there(read_all(path, columns=Columns(caption="alt"))[0])
+
+
+def test_tars_give_their_samples(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "b.tar", members(4, 7))
+    write_tar(tmp_path / "tars" / "a.tar", members(0, 4))
+    good, bad = read_all(tmp_path / "tars")
+    assert_all_there(good)
+    assert bad == []
+
+
+def test_a_caption_may_stand_in_a_tars_json(tmp_path: Path) -> None:
+    text = json.dumps({"alt": CAPTIONS[0], "caption": "another"}).encode()
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", text)])
+    assert read_all(path)[0][0].caption == "another"
+    assert read_all(path, columns=Columns(caption="alt"))[0][0].caption == CAPTIONS[0]
+
+
+def test_a_damaged_header_costs_its_member_and_no_more(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", members())
+    with tarfile.open(path) as tar:
+        header = tar.getmember("0002.jpg").offset
+    content = bytearray(path.read_bytes())
+    content[header + 3] ^= 1
+    path.write_bytes(content)
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == 4, "Python says nothing: the reason for our own walk"
+    good, bad = read_all(path)
+    assert [sample.caption for sample in good] == CAPTIONS[:2] + CAPTIONS[3:]
+    assert causes(bad) == [("damaged archive", f"a.tar at byte {header}"), ("no image", "a.tar/0002")]
+
+
+def test_a_zeroed_header_is_no_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", members())
+    with tarfile.open(path) as tar:
+        header = tar.getmember("0003.jpg").offset
+    content = bytearray(path.read_bytes())
+    content[header : header + 512] = bytes(512)
+    path.write_bytes(content)
+    good, bad = read_all(path)
+    assert len(good) == 6
+    assert "damaged archive" in dict(causes(bad))
+
+
+def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", members())
+    with tarfile.open(path) as tar:
+        last, middle = tar.getmember("0006.jpg").offset, tar.getmember("0005.jpg").offset_data + 100
+    os.truncate(path, last)  # at the border of a member, where nothing else looks wrong
+    good, bad = read_all(path)
+    assert len(good) == 6
+    assert [one.cause for one in bad] == ["archive ends early"]
+    os.truncate(path, middle)
+    good, bad = read_all(path)
+    assert len(good) == 5
+    assert "archive ends early" in dict(causes(bad))
+    os.truncate(path, 0)
+    assert "archive ends early" in dict(causes(read_all(path)[1]))
+
+
+def test_no_damage_to_headers_loses_a_sample_silently(tmp_path: Path) -> None:
+    path, draws = write_tar(tmp_path / "a.tar", members()), random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(draws.choice((1, 2, 5))):
+            content[draws.randrange(len(content) // 512) * 512 + draws.randrange(160)] ^= 1 << draws.randrange(8)
+        path.write_bytes(content[: draws.choice((len(content), draws.randrange(len(content))))])
+        good, bad = read_all(path)
+        assert len(good) == 7 or bad
+
+
+def test_members_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*members(0, 1), ("../out.jpg", JPEGS[1]), ("/root.jpg", JPEGS[2])])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("null.jpg", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    good, bad = read_all(path)
+    assert len(good) == 1
+    assert causes(bad) == [
+        ("no regular file", "a.tar/hard.jpg"),
+        ("no regular file", "a.tar/link.jpg"),
+        ("no regular file", "a.tar/null.jpg"),
+        ("outside the source", "a.tar/../out.jpg"),
+        ("outside the source", "a.tar//root.jpg"),
+    ]
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_key_that_comes_back_is_a_duplicate(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*members(0, 2), *members(0, 1), ("1.jpg", b"x"), ("1.jpg", b"y")])
+    good, bad = read_all(path)
+    assert [sample.key for sample in good] == ["a.tar/0000", "a.tar/0001"]
+    assert [cause for cause, _ in causes(bad)] == ["duplicate key", "duplicate key", "no caption"]
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_a_dataset_on_disk_gives_its_rows(tmp_path: Path, in_splits: bool) -> None:
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    images = [{"bytes": content, "path": None} for content in JPEGS]
+    table = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}, features=features)
+    saved = datasets.DatasetDict({"train": table}) if in_splits else table
+    saved.save_to_disk(str(tmp_path / "saved"))
+    good, bad = read_all(tmp_path / "saved")
+    assert_all_there(good)
+    assert bad == []
+
+
+def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    def load(name: str, *, split: str) -> datasets.Dataset:
+        if (name, split) != ("owner/photographs", "test"):
+            raise ConnectionError("offline mode is enabled")
+        return datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert_all_there(read_all("owner/photographs", split="test")[0])
+    assert "(offline mode is enabled)" in refusal_of(lambda: read_all("owner/other"))
+
+
+def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"image": ["/etc/hostname"], "text": ["stolen"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert causes(read_all("owner/photographs")[1]) == [("outside the source", "row-0")]
+
+
+def test_a_dataset_that_names_files_elsewhere_is_refused(
+    tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+    table.save_to_disk(str(tmp_path / "saved"))
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    state["_data_files"][0]["filename"] = "../other.arrow"
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    assert "outside" in refusal_of(lambda: read_all(tmp_path / "saved"))
+
+
+def test_sources_that_are_none_are_refused(
+    folder: Path, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no picture" in refusal_of(lambda: read_all(tmp_path / "empty"))
+    assert "no file or folder" in refusal_of(lambda: read_all("/no/such/place"))
+    (tmp_path / "notes.docx").write_text("x")
+    assert "of no known kind" in refusal_of(lambda: read_all(tmp_path / "notes.docx"))
+    write_tar(folder / "a.tar", members())
+    assert "1 tars and 7 pictures" in refusal_of(lambda: read_all(folder))
+    (folder / "a.tar").rename(folder / "a.tar.gz")
+    assert "compressed tar" in refusal_of(lambda: read_all(folder))

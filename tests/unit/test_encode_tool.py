@@ -1,0 +1,135 @@
+"""tools/encode_data.py: from a folder to a set and its contact sheet, and every wrong flag in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.errors import ConfigError, ExitCode
+from tests.helpers.photographs import crops, encoded
+from tests.helpers.tiny_encoders import save_t5, save_vae
+from tools.encode_data import main, task_of
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Return a folder of five photographs with captions, and one that is empty."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i, image in enumerate(crops(5)):
+        (root / f"{i}.jpg").write_bytes(encoded(image))
+        (root / f"{i}.txt").write_text(f"part {i}")
+    (root / "none.jpg").write_bytes(b"")
+    (root / "none.txt").write_text("nothing")
+    return root
+
+
+def run(*arguments: object) -> int:
+    """Run the tool in this process."""
+    return main([str(argument) for argument in arguments])
+
+
+def test_a_folder_becomes_a_set_with_a_sheet(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    destination = tmp_path / "set"
+    assert run("encode", pictures, destination, "--size", 32, "--max-bad", 0.2) == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert "5 samples, 1 left out" in shown and "1  empty image file: none" in shown
+    index = LatentDataset(destination).index
+    assert (index.latents_dtype, index.buckets, index.text_shape) == ("bfloat16", ((3, 32, 32),), (64, 128))
+    assert run("inspect", destination, "--count", 4) == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert "5 samples" in shown and "every size and checksum holds" in shown and "3 x 32 x 32: 5 samples" in shown
+    with Image.open(tmp_path / "set.png") as sheet:
+        assert sheet.width > 4 * 100
+
+
+def test_real_encoders_are_named_by_their_folders(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae, t5 = save_vae(tmp_path / "vae"), save_t5(tmp_path / "t5")
+    arguments = ["encode", pictures, tmp_path / "set", "--vae", vae, "--text", t5, "--text-tokens", 24, "--buckets",
+                 "--size", 32, "--dtype", "fp32", "--max-bad", 1]  # fmt: skip
+    assert run(*arguments) == ExitCode.DONE
+    index = json.loads((tmp_path / "set" / "index.json").read_text())
+    assert index["image_encoder"]["name"] == str(vae) and index["text_encoder"]["names"] == [str(t5)]
+    assert index["buckets"] == [[5, 8, 8]] and index["text_shape"] == [24, 12]
+    vae.rename(tmp_path / "moved")
+    assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
+    assert run("inspect", tmp_path / "set", "--vae", tmp_path / "moved") == ExitCode.DONE
+
+
+def test_too_many_bad_samples_end_with_two_and_nothing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("encode", pictures, tmp_path / "set", "--size", 32) == ExitCode.USER_ERROR == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "1 of 6 samples are bad (16.7%)" in line and "empty image file" in line
+    assert not (tmp_path / "set").exists()
+    assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 0.2) == ExitCode.DONE
+
+
+def test_tasks_of_the_command_line_share_the_work(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1, "--shard-samples", 2]
+    assert run(*common, "--task", "0/2") == ExitCode.DONE
+    assert "other tasks have units left" in capsys.readouterr().out
+    assert not (tmp_path / "set").exists()
+    assert run(*common, "--task", "1/2") == ExitCode.DONE
+    assert len(LatentDataset(tmp_path / "set")) == 5
+
+
+def test_a_damaged_set_is_told_by_inspect(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1)
+    path = tmp_path / "set" / "shard-00000.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
+    assert f"{path}: has checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "task"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "0", "WORLD_SIZE": "1"}, (1, 2)),
+    ],
+)
+def test_a_task_is_the_arrays_or_the_launchers(environment: dict[str, str], task: tuple[int, int]) -> None:
+    assert task_of(None, environment) == task
+    assert task_of("5/8", environment) == (5, 8)
+
+
+@pytest.mark.parametrize("asked", ["4/4", "-1/4", "x", "1/0", ""])
+def test_a_task_that_is_none_is_refused(asked: str) -> None:
+    with pytest.raises(ConfigError):
+        task_of(asked, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--size", "33"], "is not a multiple of 2"),
+        (["--max-bad", "5"], "is a share"),
+        (["--size", "0"], "must be at least 1"),
+        (["--text-width", "8", "--text", "x"], "--text-width 8"),
+        (["--caption-column", "alt"], "no columns"),
+        (["--images", "."], "has no effect"),
+    ],
+)
+def test_wrong_flags_are_one_line(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], part: str
+) -> None:
+    code = run("encode", pictures, tmp_path / "set", "--max-bad", "1", "--size", "32", *flags)
+    assert code == ExitCode.USER_ERROR
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert part in line

@@ -1,0 +1,239 @@
+"""Encode pictures with captions into a training set, once:  python tools/encode_data.py COMMAND ...
+
+    encode SRC DST    SRC through both encoders into DST
+    inspect DIR       what is in a set, whether it is whole, and a sheet of its pictures
+
+SRC is a folder of pictures with captions beside them (a.jpg, a.txt) or in its metadata.csv or metadata.jsonl; a .csv,
+.tsv or .jsonl that names pictures; a .parquet file or a folder of them; a WebDataset .tar or a folder of them; a
+dataset that save_to_disk wrote; or a dataset's name on the Hugging Face hub.
+
+Work is done in DST.partial and renamed when the last unit is done. Interrupted or killed, the same command goes on
+where it was. Several tasks share the work: --task 0/4 to 3/4, or a Slurm array, or the ranks of a launcher. What is
+left out is counted by its cause; more than --max-bad of all samples, and nothing is published.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from ecdit_ds.data.corpus import Job, encode_corpus
+from ecdit_ds.data.corpus_unit import Encoding
+from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, text_facts
+from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
+from ecdit_ds.data.folder import read_index
+from ecdit_ds.data.images import Size, buckets_of
+from ecdit_ds.data.pretrained import DEFAULT_TOKENS, load_image_encoder, load_text_encoder
+from ecdit_ds.data.source import Columns
+from ecdit_ds.data.sources import open_source
+from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
+from ecdit_ds.pictures import save_grid, to_uint8
+from tools.command_line import OneLineParser
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+WORD_WIDTH, WORD_TOKENS = 128, 64
+SHEET_COLUMNS = 6
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line; see --help."""
+    parser = OneLineParser(
+        prog="tools/encode_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    encode = commands.add_parser("encode", help="make a set")
+    encode.add_argument("source", metavar="SRC")
+    encode.add_argument("destination", type=Path, metavar="DST", help="must not exist; DST.partial until it is whole")
+    add = encode.add_argument
+    add("--vae", metavar="DIR", help="AutoencoderKL of diffusers: folder or hub name (default: pixels are latents)")
+    add("--text", nargs="+", default=[], metavar="DIR",
+        help="T5, CLIP or other text model of transformers; several are joined (default: embedded words)")  # fmt: skip
+    add("--text-tokens", type=_positive, metavar="N",
+        help=f"longest caption (default: {DEFAULT_TOKENS}, embedded: {WORD_TOKENS})")  # fmt: skip
+    add("--text-width", type=_positive, metavar="N", help=f"of embedded words (default: {WORD_WIDTH})")
+    add("--image-column", metavar="NAME")
+    add("--caption-column", metavar="NAME", help="of a table, or the suffix or JSON field in a tar")
+    add("--split", default="train", help="of a Hugging Face dataset (default: train)")
+    add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
+    add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
+    add("--buckets", action="store_true", help="keep proportions: several sizes of the square's area")
+    add("--patch", type=_positive, default=2, metavar="N",
+        help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="bf16", help="on disk (default: bf16)")
+    add("--max-bad", type=float, default=0.05, metavar="SHARE", help="of samples left out (default: 0.05)")
+    add("--shard-samples", type=_positive, default=4096, metavar="N", help="of a unit of work (default: 4096)")
+    add("--batch-size", type=_positive, default=32, metavar="N", help="of the encoders (default: 32)")
+    add("--task", metavar="I/N", help="do every N-th unit from the I-th, from 0 (default: Slurm's array, or the rank)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    encode.set_defaults(run=_encode)
+    inspect = commands.add_parser("inspect", help="look into a set")
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("--vae", metavar="DIR", help="where its autoencoder is now, if not where it was")
+    inspect.add_argument("--sheet", type=Path, metavar="PNG", help="of its pictures (default: DIR.png)")
+    inspect.add_argument("--count", type=_positive, default=24, metavar="N", help="of pictures (default: 24)")
+    inspect.set_defaults(run=_inspect)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command, and turn what a user can get wrong into one line; return the exit code."""
+    try:
+        options = parse_arguments(arguments)
+        return int(options.run(options))
+    except EcditError as error:
+        print(" ".join(f"error: {error}".split()), file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+
+
+def task_of(asked: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return which task of how many this is: as asked, of a Slurm array, the rank of a launcher, or the only one.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    text, where = asked, "--task"
+    if text is None and "SLURM_ARRAY_TASK_ID" in environment:
+        first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
+        where = "SLURM_ARRAY_TASK_ID"
+        try:
+            i = (int(environment["SLURM_ARRAY_TASK_ID"]) - int(first)) // int(step)
+            text = f"{i}/{environment['SLURM_ARRAY_TASK_COUNT']}"
+        except (ValueError, KeyError, ZeroDivisionError):
+            text = ""
+    elif text is None and "RANK" in environment:
+        text, where = f"{environment['RANK']}/{environment.get('WORLD_SIZE', '')}", "RANK/WORLD_SIZE"
+    try:
+        task, tasks = (int(part) for part in (text if text is not None else "0/1").split("/"))
+    except ValueError:
+        raise ConfigError(f"{where}: {text!r} is no I/N, such as 0/4; name one by --task") from None
+    if not 0 <= task < tasks:
+        raise ConfigError(
+            f"{where}: {task}/{tasks}: tasks count from 0; choose 0/{tasks} to {max(1, tasks) - 1}/{tasks}"
+        )
+    return task, tasks
+
+
+def _encode(options: argparse.Namespace) -> int:
+    task, tasks = task_of(options.task, os.environ)
+    if not 0 <= options.max_bad <= 1:
+        raise ConfigError(f"--max-bad {options.max_bad}: is a share, from 0 to 1")
+    source = open_source(
+        options.source, unit_samples=options.shard_samples, split=options.split, images=options.images,
+        columns=Columns(image=options.image_column, caption=options.caption_column),
+    )  # fmt: skip
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    image_encoder, text_encoder = _encoders(options, device)
+    job = Job(
+        source=source,
+        destination=options.destination.absolute(),
+        encoding=Encoding(
+            image_encoder=image_encoder, text_encoder=text_encoder, sizes=_sizes(options, image_encoder),
+            dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
+        ),
+        image_facts=image_facts(image_encoder, options.vae and _place(options.vae)),
+        text_facts=text_facts(text_encoder, [_place(name) for name in options.text]),
+        settings={"shard_samples": options.shard_samples},
+        task=task,
+        tasks=tasks,
+        max_bad=options.max_bad,
+    )  # fmt: skip
+    report = encode_corpus(job)
+    if report is None:
+        print(f"task {task}/{tasks} is done; other tasks have units left, and the last one publishes {job.destination}")
+    else:
+        _tell(report, job.destination)
+    return ExitCode.DONE
+
+
+def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageEncoder, TextEncoder]:
+    if options.text and options.text_width:
+        raise ConfigError(f"--text-width {options.text_width}: is of embedded words, and --text has a width of its own")
+    image: ImageEncoder = load_image_encoder(options.vae, device=device) if options.vae else PixelCodec()
+    if options.text:
+        return image, load_text_encoder(
+            options.text, max_tokens=options.text_tokens or DEFAULT_TOKENS, device=device
+        )  # fmt: skip
+    words = WordEncoder(
+        embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS
+    )  # fmt: skip
+    return image, words
+
+
+def _sizes(options: argparse.Namespace, encoder: ImageEncoder) -> tuple[Size, ...]:
+    unit = options.patch * encoder.downsampling
+    if options.size % unit:
+        raise ConfigError(
+            f"--size {options.size}: is not a multiple of {unit}, which a patch covers (--patch {options.patch} x "
+            f"{encoder.downsampling} pixels a latent); the nearest is {max(1, round(options.size / unit)) * unit}"
+        )
+    if options.buckets:
+        return buckets_of(options.size**2, options.patch, encoder.downsampling)
+    return ((options.size, options.size),)
+
+
+def _place(name: str) -> str:
+    """Return a folder's absolute path, or a hub name as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def _tell(report: Mapping[str, Any], destination: Path) -> None:
+    print(f"{destination}: {report['samples']} samples, {report['left_out']} left out")
+    for cause, facts in report["causes"].items():
+        shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
+        print(f"  {facts['count']:>8}  {cause}: {shown}")
+    for suffix, count in report["ignored_files"].items():
+        print(f"  {count:>8}  files not looked at: {suffix}")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Print what a set holds, verify it whole, and draw some of its pictures."""
+    index = read_index(options.folder)
+    print(f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
+          f"{len(index.shards)} shards, {index.latents_dtype}")  # fmt: skip
+    print(f"images  {index.image_encoder['identity']}")
+    print(f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}")
+    for i, bucket in enumerate(index.buckets):
+        count = sum(shard.count for shard in index.shards if shard.bucket == i)
+        print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")
+    for name, values in (("mean", index.latents_mean), ("std", index.latents_std)):
+        print(f"latents {name:<5} {' '.join(f'{value:.3f}' for value in values)}")
+    dataset = LatentDataset(options.folder, whole=True)
+    print("checks  every size and checksum holds")
+    sheet = options.sheet or options.folder.with_name(options.folder.name + ".png")
+    encoder = open_image_encoder(index.image_encoder, name=options.vae)
+    images, captions = [], []
+    for i in np.unique(np.linspace(0, index.count - 1, options.count).round().astype(np.int64)):
+        sample = dataset[int(i)]
+        images.append(to_uint8(encoder.decode(sample.latents_CHW[None]))[0])
+        captions.append(sample.caption)
+    try:
+        save_grid(images, captions, min(SHEET_COLUMNS, len(images)), sheet)
+    except OSError as error:
+        raise DataError(f"{sheet}: cannot be written ({error.strerror}); name another place by --sheet") from None
+    print(f"sheet   {sheet}")
+    return ExitCode.DONE
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -126,11 +126,11 @@ def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDatas
     """Open the training and the held-out set; rank 0 makes them first where they are missing."""
     encoders = None if recipe.data.dataset == "encoded" else encoders_of(recipe)
 
-    def open_both() -> tuple[LatentDataset, LatentDataset]:
-        return open_split(recipe, "train", encoders), open_split(recipe, "heldout", encoders)
+    def open_both(*, whole: bool) -> tuple[LatentDataset, LatentDataset]:
+        return open_split(recipe, "train", encoders, whole=whole), open_split(recipe, "heldout", encoders, whole=whole)
 
-    world.on_first(lambda: open_both() and None)
-    return world.together(open_both)
+    world.on_first(lambda: open_both(whole=True) and None)
+    return world.together(partial(open_both, whole=False))
 
 
 def _restore(

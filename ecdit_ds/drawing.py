@@ -1,8 +1,10 @@
 """From prompts to images: what training's sample grids, the pipeline and the tools draw with."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.encode import check_digit_scenes
+from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
+from ecdit_ds.data.folder import read_index
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
@@ -25,14 +29,20 @@ def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
     """Return the frozen encoders that a recipe's data goes through.
 
     Raises:
-        DataError: they are not here.
+        DataError: those that an encoded set was made with are not where it says.
     """
     if recipe.data.dataset == "encoded":
-        raise DataError(
-            "data.dataset: encoded: its encoders are not part of this version, so this model can draw no prompt"
-        )
+        if recipe.data.path is None:
+            raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
+        return _encoders_of_set(recipe.data.path)
     text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
     return PixelCodec(), text
+
+
+@functools.lru_cache(maxsize=1)
+def _encoders_of_set(path: str) -> tuple[ImageEncoder, TextEncoder]:
+    index = read_index(Path(path))
+    return open_image_encoder(index.image_encoder), open_text_encoder(index.text_encoder)
 
 
 def check_encodable(recipe: Recipe) -> None:
@@ -41,13 +51,14 @@ def check_encodable(recipe: Recipe) -> None:
     Raises:
         DataError: naming the fields, or the prompt that is too long.
     """
-    drawn = {"prompts": recipe.sample.prompts, "scenes_per_kind": recipe.sample.scenes_per_kind}
     if recipe.data.dataset == "encoded":
-        for name, value in drawn.items():
-            if value:
-                raise DataError(
-                    f"sample.{name}: {value} with data.dataset: encoded, whose encoders are not here; leave it out"
-                )
+        if recipe.sample.scenes_per_kind:
+            raise DataError(
+                f"sample.scenes_per_kind: {recipe.sample.scenes_per_kind} with data.dataset: encoded: only models of "
+                "digit scenes draw them; leave it out"
+            )
+        if recipe.sample.prompts:
+            encoders_of(recipe)[1].encode(recipe.sample.prompts)
         return
     image_encoder, text_encoder = encoders_of(recipe)
     check_digit_scenes(recipe.model, image_encoder, text_encoder)

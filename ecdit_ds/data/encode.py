@@ -190,11 +190,14 @@ def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
     return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)
 
 
-def open_split(recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None) -> LatentDataset:
+def open_split(
+    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, whole: bool = True
+) -> LatentDataset:
     """Open the training or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
         encoders: for digit scenes; an encoded corpus needs none.
+        whole: compare an encoded corpus with its checksums, which reads all of it; else with its sizes.
 
     Raises:
         DataError: the set does not fit the model, cannot be written, or is damaged.
@@ -207,7 +210,7 @@ def open_split(recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextE
         )  # fmt: skip
     check_split(recipe, split)
     path = recipe.data.path if split == "train" else recipe.data.heldout_path
-    return LatentDataset(Path(path or ""))
+    return LatentDataset(Path(path or ""), whole=whole)
 
 
 def check_split(recipe: Recipe, split: Split) -> int:
@@ -229,13 +232,18 @@ def check_split(recipe: Recipe, split: Split) -> int:
 def _check_fits(index: SetIndex, model: ModelConfig, who: str) -> None:
     latents_shape = (model.in_channels, model.latent_height, model.latent_width)
     text_shape = (model.max_text_tokens, model.text_embed_dim)
+    held = " and ".join(map(str, index.buckets))
+    if len(index.buckets) > 1:
+        raise DataError(f"{who}: holds latents {held}, but training reads sets of one size; encode without --buckets")
     if latents_shape not in index.buckets:
-        held = " and ".join(map(str, index.buckets))
         raise DataError(f"{who}: holds latents {held}, but the model's are {latents_shape}; set "
                         "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
     if index.text_shape != text_shape:
         raise DataError(f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
                         "set model.max_text_tokens and text_embed_dim to the former")  # fmt: skip
+    if index.pooled_width != model.text_embed_dim:
+        raise DataError(f"{who}: holds pooled texts of width {index.pooled_width}, but the model reads them as it "
+                        f"reads texts, {model.text_embed_dim} wide; use encoders where they agree")  # fmt: skip
 
 
 def open_digit_scenes(

@@ -306,6 +306,11 @@ class Recipe:
                 "the paper's sizes suggest"
             )
         kept, images = model.num_kept_tokens(ratio), model.routing_group
+        if kept == model.num_tokens:
+            raise ConfigError(
+                f"train.mask_ratio: {ratio} of {model.num_tokens} tokens is less than one, so it has no effect; use "
+                f"{1 / model.num_tokens:.3g} or more, or 0"
+            )
         places = model.capacity_factor * kept * images / model.num_experts
         if model.ffn == "expert_choice" and places < 1:
             raise ConfigError(

@@ -62,7 +62,10 @@ def dry_run(
     if 1 < topology.world_size <= MAX_RANKS:
         lines += ["", draw_layout(recipe, topology)]
     lines += ["", *_memory_table(recipe, topology, deepspeed_config, rank), ""]
-    return "\n".join([*lines, "all checks passed; nothing was trained"])
+    unnamed = [f"data.{key}" for key in ("path", "heldout_path") if getattr(recipe.data, key) is None]
+    is_ready = recipe.data.dataset != "encoded" or not unnamed
+    verdict = "all checks passed" if is_ready else f"all checks passed, but training needs {' and '.join(unnamed)}"
+    return "\n".join([*lines, f"{verdict}; nothing was trained"])
 
 
 def _sizes(recipe: Recipe, topology: Topology, stage: int) -> list[str]:

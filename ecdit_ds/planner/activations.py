@@ -67,23 +67,26 @@ def shapes_of(recipe: Recipe, topology: Topology, mask_ratio: float, *, is_gpu: 
 
 
 def peak_activations(recipe: Recipe, shapes: Shapes) -> int:
-    """Return the most bytes of activations that live at one time of a forward and backward.
+    """Return the most bytes of activations that live at one time of a forward and backward."""
+    return max(live_activations(recipe, shapes))
+
+
+def live_activations(recipe: Recipe, shapes: Shapes) -> list[int]:
+    """Return the bytes of activations that live in the backward of each block, and at last in that of the final layer.
 
     Backward goes through the blocks from the last to the first. At block l there live what blocks 0 to l keep, its own
     transients and, if it is recomputed, all that its forward keeps once more. What the blocks after l kept is gone.
     """
-    model = recipe.model
-    kept, peak = ends_bytes(shapes), 0
+    model, kept, live = recipe.model, ends_bytes(shapes), []
     for layer in range(model.num_layers + model.decoder_layers):
         whole = block_bytes(shapes, layer)
         if is_recomputed(recipe, layer):
             kept += shapes.stream(layer) + _exchanged(recipe, shapes, layer)
-            peak = max(peak, kept + whole - shapes.stream(layer) + backward_bytes(shapes, layer))
+            live.append(kept + whole - shapes.stream(layer) + backward_bytes(shapes, layer))
         else:
             kept += whole
-            peak = max(peak, kept + backward_bytes(shapes, layer))
-    last = model.num_layers + model.decoder_layers - 1
-    return max(peak, kept + last_bytes(shapes, last))
+            live.append(kept + backward_bytes(shapes, layer))
+    return [*live, kept + last_bytes(shapes, len(live) - 1)]
 
 
 def ends_bytes(shapes: Shapes) -> int:

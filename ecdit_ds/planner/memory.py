@@ -2,22 +2,28 @@
 
 A step has three moments at which memory may be fullest:
 
-    forward's end        all activations; of gradients only those of micro-batches before, if there are any
+    backward             activations that are still needed, and gradients that are already there: at its beginning
+                         all of the former, and of the latter only those of micro-batches before, if there are any;
+                         recomputed blocks are fullest near its end
     backward's end       all gradients, and the bucket that the last ones travel in
     the optimizer step   gradients of one group once more, flat and in fp32, and what the optimizer computes with
 
 `Memory.total` is the largest of the three.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.activations import peak_activations, shapes_of
+from ecdit_ds.planner.activations import live_activations, shapes_of
 from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings
-from ecdit_ds.planner.zero_groups import Group, local_groups, touched_numbers
+from ecdit_ds.planner.zero_groups import Group, local_groups, local_size, touched_numbers
 
 _FP32 = 4
 _FP64 = 8
@@ -40,8 +46,8 @@ class Memory:
     """The most at one time, with the checkpointing that the recipe asks for."""
     buffers: int
     """Buckets of gradients in backward, and under ZeRO-3 the weights that are gathered."""
-    held_gradients: int = 0
-    """Of the micro-batches before, when activations are at their peak."""
+    backward: int = 0
+    """The most that activations and gradients take together on the way through backward."""
     step: int = 0
     """What the optimizer step takes besides gradients, while activations and buckets are gone."""
 
@@ -49,19 +55,40 @@ class Memory:
     def total(self) -> int:
         """Bytes at the fullest of the three moments."""
         always = self.parameters + self.optimizer + self.ema
-        forward = self.held_gradients + self.activations + self.buffers
-        return always + max(forward, self.gradients + self.buffers, self.gradients + self.step)
+        return always + max(self.backward + self.buffers, self.gradients + self.buffers, self.gradients + self.step)
 
 
 def memory_of_rank(
     recipe: Recipe, topology: Topology, zero: ZeroSettings, mask_ratio: float, rank: int | None = None
 ) -> Memory:
     """Return what `rank` needs while `mask_ratio` of the tokens is left out; None for the fullest rank."""
-    activations = peak_activations(recipe, shapes_of(recipe, topology, mask_ratio, is_gpu=True))
+    live = live_activations(recipe, shapes_of(recipe, topology, mask_ratio, is_gpu=True))
     groups = local_groups(recipe, topology)
     kept = _kept_by_zero_3(recipe, groups, zero) if zero.stage == 3 else _kept(recipe, topology, groups, zero, rank)
-    held = kept["gradients"] if zero.stage == 3 or _accumulates(recipe, topology) else 0
-    return Memory(activations=activations, held_gradients=held, **kept)
+    is_held = zero.stage == 3 or _accumulates(recipe, topology)
+    there = [1.0] * len(live) if is_held else shares_after(recipe.model, topology)
+    backward = fullest_in_backward(live, there, kept["gradients"])
+    return Memory(activations=max(live), backward=backward, **kept)
+
+
+def fullest_in_backward(activations: Sequence[int], shares: Sequence[float], gradients: int) -> int:
+    """Return the most bytes of both, block by block: activations that live then, and the share of gradients."""
+    return max(bytes_ + math.ceil(share * gradients) for bytes_, share in zip(activations, shares, strict=True))
+
+
+@lru_cache(maxsize=256)
+def shares_after(model: ModelConfig, topology: Topology) -> tuple[float, ...]:
+    """Return the share of a rank's parameters that backward is through with: at each block, and at the final layer."""
+    names = [f"blocks.{n}." for n in range(model.num_layers)] + [f"decoder.{n}." for n in range(model.decoder_layers)]
+    places = {name: place for place, name in enumerate(names)}
+    numbers = [0] * (len(names) + 1)
+    for parameter in parameters(model):
+        place = places.get(
+            ".".join(parameter.name.split(".")[:2]) + ".", len(names) if "final" in parameter.name else 0
+        )
+        numbers[place] += local_size(parameter, topology)
+    after = list(itertools.accumulate(reversed(numbers), initial=0))[:-1]
+    return tuple(count / sum(numbers) for count in reversed(after))
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

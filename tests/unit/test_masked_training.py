@@ -185,6 +185,12 @@ def test_a_mask_needs_blocks_that_see_every_position(tiny_recipe: Recipe, refusa
     replace(tiny_recipe, train=masked, model=replace(tiny_recipe.model, decoder_layers=1))
 
 
+def test_a_mask_that_leaves_nothing_out_is_refused(tiny_recipe: Recipe, refusal_of: Refusal) -> None:
+    model = replace(tiny_recipe.model, decoder_layers=1)
+    message = refusal_of(lambda: replace(tiny_recipe, model=model, train=replace(tiny_recipe.train, mask_ratio=0.06)))
+    assert "train.mask_ratio: 0.06 of 16 tokens is less than one" in message and "0.0625 or more" in message
+
+
 def test_a_mask_that_leaves_less_than_a_token_an_expert_is_refused_with_the_numbers(
     tiny_recipe: Recipe, refusal_of: Refusal
 ) -> None:

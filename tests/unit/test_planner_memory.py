@@ -17,8 +17,22 @@ from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner import zero_groups
-from ecdit_ds.planner.activations import block_bytes, ends_bytes, last_bytes, peak_activations, shapes_of
-from ecdit_ds.planner.memory import Memory, checkpoint_bytes, memory_of_rank
+from ecdit_ds.planner.activations import (
+    block_bytes,
+    ends_bytes,
+    last_bytes,
+    live_activations,
+    peak_activations,
+    shapes_of,
+)
+from ecdit_ds.planner.memory import (
+    Memory,
+    checkpoint_bytes,
+    fullest_in_backward,
+    memory_of_rank,
+    shares_after,
+)  # fmt: skip
+from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
 from ecdit_ds.planner.zero_groups import Group
 from ecdit_ds.recipe_file import load_recipe
@@ -57,16 +71,16 @@ def recipe_of(base: Recipe, model: Changes, train: Changes, images: int = 8) -> 
     return replace(base, model=replace(WIDE, **model), train=replace(base.train, **changes))
 
 
-def measured(recipe: Recipe) -> tuple[int, int]:
+def measured(recipe: Recipe, *, with_gradients: bool = False) -> tuple[int, int]:
     """Return the bytes that live after a forward, and the most until backward's end.
 
-    The weights, their gradients and the batch are not counted.
+    The weights and the batch are not counted, nor are gradients, unless asked for.
     """
     model_config, images = recipe.model, recipe.micro_batch_size(1)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     model = build_model(recipe, SerialLayers(), torch.device("cpu")).to(dtype)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = None if with_gradients else torch.zeros_like(parameter)
     size = (images, model_config.in_channels, model_config.latent_height, model_config.latent_width)
     kept = model_config.num_kept_tokens(recipe.train.mask_ratio)
     batch = FlowBatch(
@@ -101,6 +115,30 @@ def test_activations_are_within_a_twentieth_of_what_a_real_step_holds(
     if recipe.train.recompute == "none":
         kept = ends_bytes(shapes) + sum(block_bytes(shapes, layer) for layer in layers) + last_bytes(shapes, layers[-1])
         assert kept == pytest.approx(after_forward, rel=0.02)
+
+
+@pytest.mark.parametrize(("recompute", "images"), [("none", 2), ("block", 2), ("block", 1)])
+def test_gradients_gather_while_activations_go(tiny_recipe: Recipe, recompute: str, images: int) -> None:
+    recipe = recipe_of(tiny_recipe, {"num_layers": 8}, {"recompute": recompute}, images)
+    topology = Topology(world_size=1)
+    gradients = 4 * sum(parameter.size for parameter in parameters(recipe.model))
+    live = live_activations(recipe, shapes_of(recipe, topology, 0.0, is_gpu=False))
+    planned = fullest_in_backward(live, shares_after(recipe.model, topology), gradients)
+    assert planned == pytest.approx(measured(recipe, with_gradients=True)[1], rel=0.05)
+    if recompute == "block":
+        assert planned > 1.05 * max(max(live), gradients)
+
+
+def test_backward_is_through_with_the_last_blocks_first(tiny_recipe: Recipe) -> None:
+    shares = shares_after(replace(tiny_recipe.model, decoder_layers=1), Topology(world_size=1))
+    assert len(shares) == 6 and shares[-1] == 0.0
+    assert list(shares) == sorted(shares, reverse=True) and 0.6 < shares[0] < 1.0
+    block = replace(tiny_recipe.model, num_layers=2, ffn="dense")
+    two = shares_after(block, Topology(world_size=1))
+    whole = sum(parameter.size for parameter in parameters(block))
+    last = sum(parameter.size for parameter in parameters(block) if parameter.name.startswith("final"))
+    a_block = sum(parameter.size for parameter in parameters(block) if parameter.name.startswith("blocks.1."))
+    assert two[1:] == pytest.approx((last / whole, 0.0)) and two[0] == pytest.approx((last + a_block) / whole)
 
 
 def settings(stage: int, **changes: Any) -> dict[str, Any]:
@@ -181,9 +219,8 @@ def test_large_experts_are_not_cut_in_the_gradients_of_zero_2(tiny_recipe: Recip
 
 def test_the_fullest_moment_counts() -> None:
     kinds: dict[str, Any] = {"parameters": 1, "gradients": 20, "optimizer": 2, "ema": 3, "buffers": 5}
-    assert Memory(activations=100, **kinds).total == 1 + 2 + 3 + 100 + 5
-    assert Memory(activations=100, held_gradients=20, **kinds).total == 131
-    assert Memory(activations=10, **kinds).total == 1 + 2 + 3 + 20 + 5
+    assert Memory(activations=100, backward=110, **kinds).total == 1 + 2 + 3 + 110 + 5
+    assert Memory(activations=10, backward=12, **kinds).total == 1 + 2 + 3 + 20 + 5
     assert Memory(activations=10, step=50, **kinds).total == 1 + 2 + 3 + 20 + 50
 
 

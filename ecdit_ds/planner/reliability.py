@@ -59,10 +59,11 @@ def mean_seconds_between(failures_per_1000_node_days: float, nodes: int) -> floa
 
 def best_interval(stall_seconds: float, mean_seconds: float, save_seconds: float) -> float:
     """Return Daly's interval, but no shorter than a save takes: one must be on disk before the next begins."""
+    if stall_seconds >= 2 * mean_seconds:  # x >= 1; a mean may be 0, where a rate is beyond what floats hold
+        return max(mean_seconds, save_seconds)
     x = stall_seconds / (2 * mean_seconds)
     root = math.sqrt(2 * stall_seconds * mean_seconds)
-    best = root * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds if x < 1 else mean_seconds
-    return max(best, save_seconds)
+    return max(root * (1 + math.sqrt(x) / 3 + x / 9) - stall_seconds, save_seconds)
 
 
 def effective_share(interval: float, cost: CheckpointCost, mean_seconds: float, recovery_seconds: float) -> float:
@@ -72,8 +73,10 @@ def effective_share(interval: float, cost: CheckpointCost, mean_seconds: float, 
     way, and the recovery; what is left, T of every T + d is training:
     ETTR = (1 - (T / 2 + save + recovery) / M) / (1 + d / T).
     """
-    lost = (interval / 2 + cost.save_seconds + recovery_seconds) / mean_seconds
-    return max(0.0, 1 - lost) / (1 + cost.stall_seconds / interval)
+    lost = interval / 2 + cost.save_seconds + recovery_seconds
+    if lost >= mean_seconds:
+        return 0.0
+    return (1 - lost / mean_seconds) / (1 + cost.stall_seconds / interval)
 
 
 def outlook(
@@ -89,9 +92,9 @@ def outlook(
     mean = mean_seconds_between(rate, nodes)
     best = best_interval(cost.stall_seconds, mean, cost.save_seconds)
     share = effective_share(best, cost, mean, recovery_seconds)
-    wall = training_seconds / share if share else math.inf
+    interruptions = training_seconds / share / mean if share else math.inf
     return Outlook(
-        failures_per_1000_node_days=rate, mean_seconds_between=mean, interruptions=wall / mean,
+        failures_per_1000_node_days=rate, mean_seconds_between=mean, interruptions=interruptions,
         best_interval_seconds=best, effective_share=share,
         effective_share_as_set=effective_share(max(set_interval, cost.save_seconds), cost, mean, recovery_seconds),
     )  # fmt: skip

@@ -6,7 +6,8 @@ what the settings let run side by side is taken off:
 
     gradients   behind backward, where the DeepSpeed JSON sets overlap_comm: ZeRO-1 behind the last micro-batch's alone
     weights     ZeRO-3's gatherings behind what is left of forward and backward, where it sets overlap_comm
-    exchanges   behind experts, where parallel.dispatch_chunks k is 2 or more: at most (k - 1) / k of either
+    exchanges   behind their own pass's experts, where parallel.dispatch_chunks k is 2 or more: at most (k - 1) / k of
+                either; the experts' time that hides them hides no gradients or weights
 
 Sums of tensor parallelism and ZeRO-1/2's gathering after the step hide behind nothing. Not counted: latency of small
 messages, stragglers, waiting for data, evaluation.
@@ -22,12 +23,13 @@ from ecdit_ds.planner.communication import (
     LinkBytes,
     Traffic,
     by_link,
+    exchange_bytes,
     expert_rows,
     held_by_rank,
     place,
     traffic_of_step,
 )
-from ecdit_ds.planner.flops import Flops, forward_flops, is_recomputed, recomputed_flops, training_flops
+from ecdit_ds.planner.flops import Flops, is_recomputed, recomputed_flops, training_flops
 from ecdit_ds.planner.hardware import Machine
 from ecdit_ds.planner.zero import ZeroSettings
 
@@ -79,7 +81,8 @@ def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: M
         sent = by_link(traffic, place(topology, traffic.axis, machine.gpus_per_node))
         seconds = max(sent.link / machine.link_bytes_per_s, sent.network / machine.network_bytes_per_s)
         communication.append(CollectiveTime(traffic=traffic, bytes=sent, seconds=seconds))
-    hidden = _hidden(recipe, topology, zero, compute, communication)
+    once = compute_seconds(_computed_once(recipe), topology, zero, machine, mask_ratio)
+    hidden = _hidden(recipe, topology, zero, compute, once, communication)
     return StepTime(compute=compute, communication=communication, hidden=hidden)
 
 
@@ -196,20 +199,32 @@ def _part_of(name: str, is_expert: bool) -> str:
     return next((part for mark, part in marks.items() if mark in name), "other")
 
 
+def _computed_once(recipe: Recipe) -> Recipe:
+    """Return the recipe that keeps all activations."""
+    return replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1))
+
+
 def _hidden(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, compute: dict[str, float],
+    recipe: Recipe, topology: Topology, zero: ZeroSettings, compute: dict[str, float], once: dict[str, float],
     communication: list[CollectiveTime],
 ) -> dict[str, float]:  # fmt: skip
+    """Return, by purpose, the seconds that overlap takes off; no second of computing hides two collectives.
+
+    Of what is computed `once`, without recomputation, a third is forward; the rest and all recomputation is backward.
+    """
     times = {line.traffic.purpose: line.seconds for line in communication}
     hidden = {}
-    chunks = recipe.parallel.dispatch_chunks
-    if chunks > 1 and "token_exchanges" in times:
-        hidden["token_exchanges"] = (chunks - 1) / chunks * min(times["token_exchanges"], compute["experts"])
+    in_forward = in_backward = 0.0
+    if recipe.parallel.dispatch_chunks > 1 and "token_exchanges" in times:
+        again = compute["experts"] - once["experts"]
+        in_forward, in_backward = _hidden_exchanges(recipe, topology, times["token_exchanges"], once["experts"], again)
+        hidden["token_exchanges"] = in_forward + in_backward
     if not zero.overlap_comm:
         return hidden
-    passing = sum(seconds for part, seconds in compute.items() if part != "optimizer")
-    again = recomputed_share(recipe)
-    budget = passing * (2 + again) / (3 + again)
+    forward = (sum(once.values()) - once["optimizer"]) / 3
+    recomputed = sum(compute.values()) - sum(once.values())
+    # While an exchange hides, it has the link; what of it does not hide lengthens the step, and no gradient uses that.
+    budget = 2 * forward + recomputed - in_backward
     if zero.stage == 1:
         budget *= recipe.micro_batch_size(topology.dp) * topology.dp / recipe.train.global_batch_size
     for purpose in ("dense_gradients", "expert_gradients"):
@@ -217,7 +232,7 @@ def _hidden(
             hidden[purpose] = min(times[purpose], budget)
             budget -= hidden[purpose]
     if zero.stage == 3:
-        budget += passing / (3 + again)
+        budget += forward - in_forward
         for purpose in ("dense_weights", "expert_weights"):
             if purpose in times:
                 hidden[purpose] = min(times[purpose], budget)
@@ -225,13 +240,22 @@ def _hidden(
     return hidden
 
 
-def recomputed_share(recipe: Recipe) -> float:
-    """Return recomputed over forward FLOPs, between 0 and 1; recipes of other micro-batches share it."""
-    train = replace(recipe.train, micro_batch_size="auto")
-    return _recomputed_share(replace(recipe, train=train))
+def _hidden_exchanges(
+    recipe: Recipe, topology: Topology, seconds: float, experts: float, experts_again: float
+) -> tuple[float, float]:
+    """Return the seconds of exchanges that hide in forward and in backward, each pass behind its own experts.
 
+    Forward and backward exchange as much. What is left of `seconds` is exchanged again with what is recomputed:
+    nothing with `selective`, whose recomputed experts hence hide nothing.
 
-@lru_cache(maxsize=256)
-def _recomputed_share(recipe: Recipe) -> float:
-    kept = recipe.model.num_tokens
-    return recomputed_flops(recipe, kept, 1).total / forward_flops(recipe.model, kept, 1).total
+    Args:
+        experts: seconds of experts without recomputation, a third of them forward.
+        experts_again: seconds of recomputed experts.
+    """
+    micro, chunks = recipe.micro_batch_size(topology.dp), recipe.parallel.dispatch_chunks
+    first, every = (
+        exchange_bytes(one, topology, micro, recipe.model.num_tokens) for one in (_computed_once(recipe), recipe)
+    )
+    each = seconds * (first / every) / 2
+    backward = min(each, 2 * experts / 3) + min(seconds - 2 * each, experts_again)
+    return (chunks - 1) / chunks * min(each, experts / 3), (chunks - 1) / chunks * backward

@@ -135,12 +135,12 @@ def _plan(options: argparse.Namespace) -> int:
         best = _best(found, recipe, machine, choices)
         path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
+    if options.write and plan.fits:  # before the tables: who reads those may go away in their midst
+        write_launch_files(plan, path, options.write, overwrite=options.overwrite)
+        print(f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt", file=sys.stderr)
     _print(plan, found, options)
     if not plan.fits:
         raise ConfigError(_way_out(plan, found, recipe, machine, options))
-    if options.write:
-        write_launch_files(plan, path, options.write, overwrite=options.overwrite)
-        print(f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -236,14 +236,14 @@ def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> C
 
 def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(to_json(plan, found), indent=2, allow_nan=False))
+        print(json.dumps(to_json(plan, found), indent=2, allow_nan=False), flush=True)
         return
     usable = plan.machine.usable_bytes
     if found is not None and plan.fits:
         print("\n".join([*describe_search(found, options.top, usable), ""]))
     elif found is not None:
         print("\n".join([*describe_refusals(found, usable), ""]))
-    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)))
+    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)), flush=True)
 
 
 def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, options: argparse.Namespace) -> str:

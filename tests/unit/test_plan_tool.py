@@ -1,6 +1,7 @@
 """tools/plan.py as a user meets it: tables, JSON, files, and one line for each mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.planner.hardware import default_assumptions
+from ecdit_ds.planner.launch_files import FILES
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import ROOT
 from tools.plan import main
@@ -189,6 +191,19 @@ def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], 
     (tmp_path / "header.sh").write_text("old")
     assert plan(*write, "--overwrite").code == 0
     assert (tmp_path / "header.sh").read_text() != "old"
+
+
+def test_files_are_written_though_nobody_reads_the_tables(tmp_path: Path) -> None:
+    folder, tool = tmp_path / "run", ROOT / "tools" / "plan.py"
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as nobody:
+        ended = subprocess.run(
+            [sys.executable, str(tool), *FIXED, "--write", str(folder)],
+            stdout=nobody, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert ended.returncode == 0 and ended.stderr.startswith("wrote ") and ended.stderr.count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == set(FILES)
 
 
 BIG = ("--config", "ecdit_m_64e", "--nodes", "64", "--gpu", "h100-80gb")

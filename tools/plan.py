@@ -7,8 +7,10 @@ measured: how good the predictions are stands in docs/97b.md. Needs neither torc
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,9 @@ from tools.command_line import OneLineParser
 STAGES = (1, 2, 3)
 STAGE_FILES = {stage: DEFAULT_PATH.parent / f"zero{stage}.json" for stage in STAGES}
 GIGABIT = 1e9 / 8
+SPEEDS, RATES, MINUTES, SHARES, HOST_SPEEDS = (1e-3, 1e6), (1e-3, 1e6), (0.0, 1e5), (0.01, 1.0), (1e6, 1e13)
+"""What flags that are no whole numbers may say: gigabits a second, interruptions per 1000 node-days, minutes, shares of
+a peak, bytes a second. Far beyond any machine, and near enough that everything predicted stays finite."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,17 +68,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=_positive, metavar="N", help="images a rank sees in one forward")
     parser.add_argument("--recompute", choices=("none", "block", "selective"), help="activation checkpointing")
     parser.add_argument("--recompute-every", type=_positive, metavar="N", help="of n blocks, the last is recomputed")
-    parser.add_argument("--network-gbps", type=float, metavar="X", help="gigabits a second and GPU between nodes")
+    parser.add_argument("--network-gbps", type=_within(*SPEEDS), metavar="X", help="gigabits a second and GPU between nodes")
     parser.add_argument(
-        "--storage-gbps", type=float, default=160.0, metavar="X",
+        "--storage-gbps", type=_within(*SPEEDS), default=160.0, metavar="X",
         help="gigabits a second to storage, of the whole job (default: %(default)s, which is 20 GB/s)",
     )  # fmt: skip
     parser.add_argument(
-        "--failures-per-1000-node-days", type=float, action="append", metavar="X",
+        "--failures-per-1000-node-days", type=_within(*RATES), action="append", metavar="X",
         help=f"interruptions; may be repeated (default: {' and '.join(f'{r:g}' for r in FAILURE_RATES.values())})",
     )  # fmt: skip
     parser.add_argument(
-        "--recovery-minutes", type=float, default=10.0, metavar="X",
+        "--recovery-minutes", type=_within(*MINUTES), default=10.0, metavar="X",
         help="from an interruption to the next step (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--top", type=_positive, default=10, metavar="N", help="layouts to list (default: %(default)s)")
@@ -84,8 +89,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="with --write: replace such files")
     for name, value in asdict(default_assumptions()).items():
+        limits = HOST_SPEEDS if name == "host_bytes_per_s" else SHARES
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=float, metavar="X",
+            f"--{name.replace('_', '-')}", type=_within(*limits), metavar="X",
             help=f"{reasons()[name]} (default: {value:g})".replace("%", "%%"),
         )  # fmt: skip
     return parser.parse_args(arguments)
@@ -167,8 +173,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _machine(options: argparse.Namespace) -> Machine:
     gpu = find_gpu(options.gpu)
     if options.network_gbps is not None:
-        if not options.network_gbps > 0:
-            raise ConfigError(f"--network-gbps: {options.network_gbps:g} is not a positive number")
         gpu = replace(gpu, network_bytes_per_s=options.network_gbps * GIGABIT)
     usual = asdict(default_assumptions())
     given = {name: getattr(options, name) for name in usual if getattr(options, name) is not None}
@@ -263,6 +267,21 @@ def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, 
     nodes = smallest_nodes(with_micro_batch(recipe, 1) if found is None else recipe, machine, choices)
     more = f"the smallest number that fits is {nodes} nodes" if nodes else "nor does it on more nodes; use a larger GPU"
     return f"no layout fits on {machine.nodes} nodes, the nearest being {name}, which {needs}; {more}"
+
+
+def _within(least: float, most: float) -> Callable[[str], float]:
+    """Return what reads a number of a flag, and refuses those outside both limits, infinity and NaN among them."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        return value
+
+    return read
 
 
 def _positive(text: str) -> int:

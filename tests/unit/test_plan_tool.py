@@ -221,10 +221,10 @@ MISTAKES = {
     "a file that is not there": ((*FIXED, "--deepspeed", "none.json"), "none.json"),
     "a mask that leaves too little": ((*BIG, "--set", "train.mask_ratio=0.99"), "less than one token"),
     "a flag and --set": ((*FIXED, "--set", "parallel.tp=2"), "--set parallel.tp=2: the flag for parallel.tp says 1"),
-    "a network without speed": ((*FIXED, "--network-gbps", "0"), "--network-gbps: 0 is not a positive number"),
+    "a network without speed": ((*FIXED, "--network-gbps", "0"), "--network-gbps: '0' is not a number from 0.001 to 1e+06"),
     "storage without speed": ((*FIXED, "--storage-gbps", "-1"), "--storage-gbps"),
-    "a negative recovery": ((*FIXED, "--recovery-minutes", "-1"), "--recovery-minutes: -1 is negative"),
-    "an impossible efficiency": ((*FIXED, "--matmul-efficiency", "2"), "--matmul-efficiency: 2.0 is outside (0, 1]"),
+    "a negative recovery": ((*FIXED, "--recovery-minutes", "-1"), "--recovery-minutes: '-1' is not a number from 0 to 100000"),
+    "an impossible efficiency": ((*FIXED, "--matmul-efficiency", "2"), "--matmul-efficiency: '2' is not a number from 0.01 to 1"),
     "recompute-every alone": ((*FIXED, "--recompute-every", "2"), "no effect without --recompute"),
     "overwrite alone": ((*FIXED, "--overwrite"), "no effect without --write"),
     "an unknown flag": ((*FIXED, "--gpu-count", "8"), "(see --help)"),
@@ -239,6 +239,33 @@ def test_a_mistake_is_told_in_one_line_with_exit_code_2(plan: Callable[..., Answ
     assert answer.code == 2 and answer.out == ""
     assert len(answer.err.strip().splitlines()) == 1 and answer.err.startswith("error: ")
     assert said in answer.err
+
+
+FRACTIONAL = {
+    "--network-gbps": ("1e-3", "1e6"),
+    "--storage-gbps": ("1e-3", "1e6"),
+    "--failures-per-1000-node-days": ("1e-3", "1e6"),
+    "--recovery-minutes": ("0", "1e5"),
+    "--host-bytes-per-s": ("1e6", "1e13"),
+    **{f"--{name.replace('_', '-')}": ("0.01", "1") for name in vars(default_assumptions()) if "host" not in name},
+}
+
+
+@pytest.mark.parametrize("flag", FRACTIONAL)
+def test_a_number_beyond_any_machine_is_refused_with_the_range(plan: Callable[..., Answer], flag: str) -> None:
+    least, most = map(float, FRACTIONAL[flag])
+    for text in ("inf", "nan", "-1", "1e-320" if least else "-2", "1e300", "fast"):
+        answer = plan(*FIXED, flag, text)
+        assert answer.code == 2 and answer.out == ""
+        said = f"error: argument {flag}: {text!r} is not a number from {least:g} to {most:g} (see --help)"
+        assert answer.err.strip() == said
+
+
+def test_everything_stays_finite_at_the_ends_of_the_ranges(plan: Callable[..., Answer]) -> None:
+    for end in (0, 1):
+        flags = [word for flag, ends in FRACTIONAL.items() if flag != "--usable-memory" for word in (flag, ends[end])]
+        answer = plan(*FIXED, *flags, "--json")
+        assert answer.code == 0 and answer.numbers["run"]["days"] > 0
 
 
 def test_a_json_that_contradicts_the_recipe_is_refused(plan: Callable[..., Answer], tmp_path: Path) -> None:

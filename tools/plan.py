@@ -23,7 +23,7 @@ from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, reasons
-from ecdit_ds.planner.launch_files import write_launch_files
+from ecdit_ds.planner.launch_files import phase_notes, write_launch_files
 from ecdit_ds.planner.models import describe_models
 from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
 from ecdit_ds.planner.reliability import FAILURE_RATES
@@ -142,8 +142,9 @@ def _plan(options: argparse.Namespace) -> int:
         path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
     if options.write and plan.fits:  # before the tables: who reads those may go away in their midst
-        write_launch_files(plan, path, options.write, overwrite=options.overwrite)
-        print(f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt", file=sys.stderr)
+        write_launch_files(plan, load_recipe(options.config), path, options.write, overwrite=options.overwrite)
+        wrote = f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt"
+        print("\n".join([wrote, *phase_notes(plan)]), file=sys.stderr)
     _print(plan, found, options)
     if not plan.fits:
         raise ConfigError(_way_out(plan, found, recipe, machine, options))
@@ -187,16 +188,19 @@ def _files(options: argparse.Namespace) -> list[Path]:
         return [STAGE_FILES[stage] for stage in STAGES] if is_free else [STAGE_FILES[options.zero or 2]]
     if options.zero is not None:
         stage = _stage_of(options.deepspeed)
-        if stage != options.zero:
-            raise ConfigError(f"--zero {options.zero}: {options.deepspeed} says stage {stage}; leave one away")
+        if stage in STAGES and stage != options.zero:
+            raise ConfigError(
+                f"--zero {options.zero}: {options.deepspeed} says stage {stage}; leave --zero away, or --deepspeed"
+            )
     return [options.deepspeed]
 
 
 def _stage_of(path: Path) -> Any:
+    """Return the stage, or None where a file is broken: what is wrong with it is said by who loads it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError):
-        return "nothing that can be read"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> Choices:

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.planner.hardware import default_assumptions
-from ecdit_ds.planner.launch_files import FILES
+from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
+from ecdit_ds.planner.launch_files import FILES, write_launch_files
+from ecdit_ds.planner.plan import Plan, Surroundings, make_plan
+from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import ROOT
 from tools.plan import main
@@ -63,6 +67,16 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
         return Answer(code=code, out=seen.out, err=seen.err)
 
     return run
+
+
+@pytest.fixture
+def recipe_plan() -> Plan:
+    """Return a plan for 16 GPUs."""
+    recipe = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", "parallel.ep=8"])
+    machine = Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=default_assumptions())
+    zero = zero_settings(load_deepspeed_config(DEFAULT_PATH, recipe, 16))
+    around = Surroundings(storage_bytes_per_s=2e10, recovery_seconds=600)
+    return make_plan(recipe, Topology(world_size=16, tp=1, ep=8), zero, machine, around)
 
 
 def test_a_plan_of_a_layout_says_what_a_user_wants_to_know(plan: Callable[..., Answer]) -> None:
@@ -179,8 +193,77 @@ def test_what_is_written_is_the_plan_that_was_printed(plan: Callable[..., Answer
         assert f"#SBATCH {line}" in header
     overrides = (folder / "overrides.txt").read_text()
     lines = [line.removeprefix("--set ") for line in overrides.splitlines() if line.startswith("--set ")]
-    again = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", *lines])
-    assert again == recipe
+    assert load_recipe("ecdit_xl_8e", lines) == recipe
+    assert "parallel.tp=1" not in lines  # as the recipe has it
+
+
+def test_overrides_hold_all_that_differs_from_the_named_recipe(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    changed = ("train.global_batch_size=1024", "train.unmasked_from_step=null", "optimizer.weight_decay=1e-5")
+    sets = [word for change in changed for word in ("--set", change)]
+    assert plan(*SMALL, *sets, "--tp", "2", "--write", str(tmp_path)).code == 0
+    lines = [line.removeprefix("--set ") for line in (tmp_path / "overrides.txt").read_text().splitlines()]
+    assert {"train.global_batch_size=1024", "parallel.tp=2", "train.unmasked_from_step=null"} <= set(lines)
+    assert load_recipe("ecdit_xl_8e", lines) == load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def test_the_recipe_fits_in_both_phases_and_says_what_the_first_has_room_for(
+    plan: Callable[..., Answer], tmp_path: Path
+) -> None:
+    answer = plan(*SMALL, "--gpu", "a100-40gb", "--tp", "1", "--json", "--write", str(tmp_path))
+    sizes = answer.numbers["search"]["feasible"][0]["micro_batch"]
+    assert sizes["masked"] > sizes["unmasked"]
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert recipe.train.micro_batch_size == sizes["unmasked"]
+    for text in (answer.err, *((tmp_path / name).read_text() for name in ("recipe.yaml", "overrides.txt"))):
+        assert f"--set train.micro_batch_size={sizes['masked']}" in text
+        assert f"steps 0 to {recipe.train.unmasked_from_step} (masked)" in text
+    same = plan(*SMALL, "--micro-batch", "8", "--write", str(tmp_path), "--overwrite")
+    assert "train.micro_batch_size" not in same.err and "#" not in (tmp_path / "overrides.txt").read_text()
+
+
+def test_slurm_warns_an_hour_before_the_end_at_most(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    for gbps, seconds in (("0.001", 3600), ("1e6", 300)):
+        assert plan(*FIXED, "--storage-gbps", gbps, "--write", str(tmp_path), "--overwrite").code == 0
+        assert f"--signal=USR1@{seconds}\n" in (tmp_path / "header.sh").read_text()
+
+
+def test_a_folder_that_cannot_be_is_refused_with_a_way_out(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder, said in ((file, "is a file"), (file / "run", "cannot be made a folder (Not a directory)")):
+        answer = plan(*FIXED, "--write", str(folder))
+        assert answer.code == 2 and answer.out == ""
+        assert answer.err == f"error: --write {folder}: {said}; choose another name\n"
+    assert file.read_text() == "mine"
+
+
+def test_a_contradiction_is_found_before_anything_is_written(tmp_path: Path, recipe_plan: Plan) -> None:
+    path, folder = tmp_path / "zero.json", tmp_path / "run"
+    path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(ConfigError, match="7 differs"):
+        write_launch_files(recipe_plan, recipe_plan.recipe, path, folder, overwrite=False)
+    assert not folder.exists()
+    write_launch_files(recipe_plan, recipe_plan.recipe, DEFAULT_PATH, folder, overwrite=False)
+    assert {path.name for path in folder.iterdir()} == set(FILES)  # and no drafts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds list, not an object"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage: 7; choose 1, 2 or 3"),
+    ],
+)
+@pytest.mark.parametrize("layout", [("--tp", "1", "--ep", "8"), ()])
+def test_a_broken_file_beside_zero_says_what_is_broken(
+    plan: Callable[..., Answer], tmp_path: Path, content: str, said: str, layout: tuple[str, ...]
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    answer = plan(*SMALL, *layout, "--zero", "2", "--deepspeed", str(path))
+    assert answer.code == 2 and answer.out == "" and said in answer.err and len(answer.err.splitlines()) == 1
+    assert "most often" not in answer.err
 
 
 def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], tmp_path: Path) -> None:

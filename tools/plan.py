@@ -33,9 +33,10 @@ from ecdit_ds.planner.search import (
     Choices,
     Found,
     all_choices,
+    check_before_search,
+    require_experts_divide,
     search,
     smallest_nodes,
-    working_nodes,
 )
 from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.recipe_file import load_recipe, recipe_names
@@ -68,7 +69,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=_positive, metavar="N", help="images a rank sees in one forward")
     parser.add_argument("--recompute", choices=("none", "block", "selective"), help="activation checkpointing")
     parser.add_argument("--recompute-every", type=_positive, metavar="N", help="of n blocks, the last is recomputed")
-    parser.add_argument("--network-gbps", type=_within(*SPEEDS), metavar="X", help="gigabits a second and GPU between nodes")
+    parser.add_argument(
+        "--network-gbps", type=_within(*SPEEDS), metavar="X", help="gigabits a second and GPU between nodes"
+    )
     parser.add_argument(
         "--storage-gbps", type=_within(*SPEEDS), default=160.0, metavar="X",
         help="gigabits a second to storage, of the whole job (default: %(default)s, which is 20 GB/s)",
@@ -131,14 +134,18 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("--overwrite: has no effect without --write DIR")
     found = None
     if options.tp and options.ep:
-        topology, path = Topology(world_size=machine.world_size, tp=options.tp, ep=options.ep), _files(options)[-1]
+        path = _files(options)[-1]
         _check_tp(options.tp, machine)
+        check_before_search(recipe, machine, replace(_choices(options, recipe, machine), deepspeed_files=(path,)))
+        require_experts_divide(recipe, machine.world_size // options.tp, options.ep)
+        topology = Topology(world_size=machine.world_size, tp=options.tp, ep=options.ep)
         zero = zero_settings(load_deepspeed_config(path, recipe, topology.dp))
         plan = make_plan(recipe, topology, zero, machine, surroundings)
     else:
         choices = _choices(options, recipe, machine)
+        check_before_search(recipe, machine, choices)
         found = search(recipe, machine, choices)
-        best = _best(found, recipe, machine, choices)
+        best = _best(found)
         path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
     if options.write and plan.fits:  # before the tables: who reads those may go away in their midst
@@ -227,7 +234,7 @@ def _check_tp(tp: int, machine: Machine) -> None:
         )
 
 
-def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> Candidate:
+def _best(found: Found) -> Candidate:
     """Return the fastest layout, or the one nearest to fitting.
 
     Raises:
@@ -237,9 +244,7 @@ def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> C
     if candidates:
         return candidates[0]
     reason, _ = found.refusals.most_common(1)[0]
-    nodes = [n for n in working_nodes(recipe, machine, choices) if n != machine.nodes]
-    way_out = f"; the batch splits over {' or '.join(map(str, nodes))} nodes" if nodes else ""
-    raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}{way_out}")
+    raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}")
 
 
 def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None:

@@ -115,12 +115,17 @@ def main(arguments: list[str] | None = None) -> int:
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _read_no_more()
         return ExitCode.DONE
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _read_no_more() -> None:
+    """Let what is still printed vanish: who read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -152,7 +157,10 @@ def _plan(options: argparse.Namespace) -> int:
         write_launch_files(plan, load_recipe(options.config), path, options.write, overwrite=options.overwrite)
         wrote = f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt"
         print("\n".join([wrote, *phase_notes(plan)]), file=sys.stderr)
-    _print(plan, found, options)
+    try:
+        _print(plan, found, options)
+    except BrokenPipeError:  # whether the plan fits is said all the same
+        _read_no_more()
     if not plan.fits:
         raise ConfigError(_way_out(plan, found, recipe, machine, options))
     return ExitCode.DONE

@@ -284,17 +284,27 @@ def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], 
     assert (tmp_path / "header.sh").read_text() != "old"
 
 
-def test_files_are_written_though_nobody_reads_the_tables(tmp_path: Path) -> None:
-    folder, tool = tmp_path / "run", ROOT / "tools" / "plan.py"
+def _unread(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool with a standard output that nobody reads."""
     reads, writes = os.pipe()
     os.close(reads)
     with os.fdopen(writes, "wb") as nobody:
-        ended = subprocess.run(
-            [sys.executable, str(tool), *FIXED, "--write", str(folder)],
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
             stdout=nobody, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
         )  # fmt: skip
+
+
+def test_files_are_written_though_nobody_reads_the_tables(tmp_path: Path) -> None:
+    ended = _unread(*FIXED, "--write", str(tmp_path))
     assert ended.returncode == 0 and ended.stderr.startswith("wrote ") and ended.stderr.count("\n") == 1
-    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+def test_a_plan_that_does_not_fit_fails_though_nobody_reads_the_tables(tmp_path: Path) -> None:
+    ended = _unread(*BIG, "--tp", "1", "--ep", "1", "--write", str(tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 BIG = ("--config", "ecdit_m_64e", "--nodes", "64", "--gpu", "h100-80gb")

@@ -1,13 +1,21 @@
 """Refusals that name the field, the value and what would work. No torch: a recipe is checked on a laptop."""
 
 import math
+from functools import lru_cache
 
 from ecdit_ds.errors import ConfigError
 
 
+@lru_cache(maxsize=256)
+def divisors_of(n: int) -> tuple[int, ...]:
+    """Return the divisors of `n`, ascending: those up to its root, and their partners; none below 1."""
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return *small, *(n // d for d in reversed(small) if d * d != n)
+
+
 def divisors(n: int) -> str:
     """Return the divisors of `n`, for messages."""
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    return ", ".join(map(str, divisors_of(n)))
 
 
 def require_multiple_of_4(name: str, value: int, who_needs_it: str) -> None:

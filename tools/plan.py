@@ -7,8 +7,10 @@ measured: how good the predictions are stands in docs/97b.md. Needs neither torc
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, reasons
-from ecdit_ds.planner.launch_files import write_launch_files
+from ecdit_ds.planner.launch_files import phase_notes, write_launch_files
 from ecdit_ds.planner.models import describe_models
 from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
 from ecdit_ds.planner.reliability import FAILURE_RATES
@@ -31,9 +33,10 @@ from ecdit_ds.planner.search import (
     Choices,
     Found,
     all_choices,
+    check_before_search,
+    require_experts_divide,
     search,
     smallest_nodes,
-    working_nodes,
 )
 from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.recipe_file import load_recipe, recipe_names
@@ -42,6 +45,9 @@ from tools.command_line import OneLineParser
 STAGES = (1, 2, 3)
 STAGE_FILES = {stage: DEFAULT_PATH.parent / f"zero{stage}.json" for stage in STAGES}
 GIGABIT = 1e9 / 8
+SPEEDS, RATES, MINUTES, SHARES, HOST_SPEEDS = (1e-3, 1e6), (1e-3, 1e6), (0.0, 1e5), (0.01, 1.0), (1e6, 1e13)
+"""What flags that are no whole numbers may say: gigabits a second, interruptions per 1000 node-days, minutes, shares of
+a peak, bytes a second. Far beyond any machine, and near enough that everything predicted stays finite."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,17 +69,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=_positive, metavar="N", help="images a rank sees in one forward")
     parser.add_argument("--recompute", choices=("none", "block", "selective"), help="activation checkpointing")
     parser.add_argument("--recompute-every", type=_positive, metavar="N", help="of n blocks, the last is recomputed")
-    parser.add_argument("--network-gbps", type=float, metavar="X", help="gigabits a second and GPU between nodes")
     parser.add_argument(
-        "--storage-gbps", type=float, default=160.0, metavar="X",
+        "--network-gbps", type=_within(*SPEEDS), metavar="X", help="gigabits a second and GPU between nodes"
+    )
+    parser.add_argument(
+        "--storage-gbps", type=_within(*SPEEDS), default=160.0, metavar="X",
         help="gigabits a second to storage, of the whole job (default: %(default)s, which is 20 GB/s)",
     )  # fmt: skip
     parser.add_argument(
-        "--failures-per-1000-node-days", type=float, action="append", metavar="X",
+        "--failures-per-1000-node-days", type=_within(*RATES), action="append", metavar="X",
         help=f"interruptions; may be repeated (default: {' and '.join(f'{r:g}' for r in FAILURE_RATES.values())})",
     )  # fmt: skip
     parser.add_argument(
-        "--recovery-minutes", type=float, default=10.0, metavar="X",
+        "--recovery-minutes", type=_within(*MINUTES), default=10.0, metavar="X",
         help="from an interruption to the next step (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--top", type=_positive, default=10, metavar="N", help="layouts to list (default: %(default)s)")
@@ -84,8 +92,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="with --write: replace such files")
     for name, value in asdict(default_assumptions()).items():
+        limits = HOST_SPEEDS if name == "host_bytes_per_s" else SHARES
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=float, metavar="X",
+            f"--{name.replace('_', '-')}", type=_within(*limits), metavar="X",
             help=f"{reasons()[name]} (default: {value:g})".replace("%", "%%"),
         )  # fmt: skip
     return parser.parse_args(arguments)
@@ -106,12 +115,17 @@ def main(arguments: list[str] | None = None) -> int:
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _read_no_more()
         return ExitCode.DONE
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _read_no_more() -> None:
+    """Let what is still printed vanish: who read it has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -125,22 +139,30 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("--overwrite: has no effect without --write DIR")
     found = None
     if options.tp and options.ep:
-        topology, path = Topology(world_size=machine.world_size, tp=options.tp, ep=options.ep), _files(options)[-1]
+        path = _files(options)[-1]
         _check_tp(options.tp, machine)
+        check_before_search(recipe, machine, replace(_choices(options, recipe, machine), deepspeed_files=(path,)))
+        require_experts_divide(recipe, machine.world_size // options.tp, options.ep)
+        topology = Topology(world_size=machine.world_size, tp=options.tp, ep=options.ep)
         zero = zero_settings(load_deepspeed_config(path, recipe, topology.dp))
         plan = make_plan(recipe, topology, zero, machine, surroundings)
     else:
         choices = _choices(options, recipe, machine)
+        check_before_search(recipe, machine, choices)
         found = search(recipe, machine, choices)
-        best = _best(found, recipe, machine, choices)
+        best = _best(found)
         path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
-    _print(plan, found, options)
+    if options.write and plan.fits:  # before the tables: who reads those may go away in their midst
+        write_launch_files(plan, load_recipe(options.config), path, options.write, overwrite=options.overwrite)
+        wrote = f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt"
+        print("\n".join([wrote, *phase_notes(plan)]), file=sys.stderr)
+    try:
+        _print(plan, found, options)
+    except BrokenPipeError:  # whether the plan fits is said all the same
+        _read_no_more()
     if not plan.fits:
         raise ConfigError(_way_out(plan, found, recipe, machine, options))
-    if options.write:
-        write_launch_files(plan, path, options.write, overwrite=options.overwrite)
-        print(f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt", file=sys.stderr)
     return ExitCode.DONE
 
 
@@ -167,8 +189,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _machine(options: argparse.Namespace) -> Machine:
     gpu = find_gpu(options.gpu)
     if options.network_gbps is not None:
-        if not options.network_gbps > 0:
-            raise ConfigError(f"--network-gbps: {options.network_gbps:g} is not a positive number")
         gpu = replace(gpu, network_bytes_per_s=options.network_gbps * GIGABIT)
     usual = asdict(default_assumptions())
     given = {name: getattr(options, name) for name in usual if getattr(options, name) is not None}
@@ -183,16 +203,19 @@ def _files(options: argparse.Namespace) -> list[Path]:
         return [STAGE_FILES[stage] for stage in STAGES] if is_free else [STAGE_FILES[options.zero or 2]]
     if options.zero is not None:
         stage = _stage_of(options.deepspeed)
-        if stage != options.zero:
-            raise ConfigError(f"--zero {options.zero}: {options.deepspeed} says stage {stage}; leave one away")
+        if stage in STAGES and stage != options.zero:
+            raise ConfigError(
+                f"--zero {options.zero}: {options.deepspeed} says stage {stage}; leave --zero away, or --deepspeed"
+            )
     return [options.deepspeed]
 
 
 def _stage_of(path: Path) -> Any:
+    """Return the stage, or None where a file is broken: what is wrong with it is said by who loads it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError):
-        return "nothing that can be read"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> Choices:
@@ -219,7 +242,7 @@ def _check_tp(tp: int, machine: Machine) -> None:
         )
 
 
-def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> Candidate:
+def _best(found: Found) -> Candidate:
     """Return the fastest layout, or the one nearest to fitting.
 
     Raises:
@@ -229,21 +252,19 @@ def _best(found: Found, recipe: Recipe, machine: Machine, choices: Choices) -> C
     if candidates:
         return candidates[0]
     reason, _ = found.refusals.most_common(1)[0]
-    nodes = [n for n in working_nodes(recipe, machine, choices) if n != machine.nodes]
-    way_out = f"; the batch splits over {' or '.join(map(str, nodes))} nodes" if nodes else ""
-    raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}{way_out}")
+    raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}")
 
 
 def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(to_json(plan, found), indent=2, allow_nan=False))
+        print(json.dumps(to_json(plan, found), indent=2, allow_nan=False), flush=True)
         return
     usable = plan.machine.usable_bytes
     if found is not None and plan.fits:
         print("\n".join([*describe_search(found, options.top, usable), ""]))
     elif found is not None:
         print("\n".join([*describe_refusals(found, usable), ""]))
-    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)))
+    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)), flush=True)
 
 
 def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, options: argparse.Namespace) -> str:
@@ -263,6 +284,21 @@ def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, 
     nodes = smallest_nodes(with_micro_batch(recipe, 1) if found is None else recipe, machine, choices)
     more = f"the smallest number that fits is {nodes} nodes" if nodes else "nor does it on more nodes; use a larger GPU"
     return f"no layout fits on {machine.nodes} nodes, the nearest being {name}, which {needs}; {more}"
+
+
+def _within(least: float, most: float) -> Callable[[str], float]:
+    """Return what reads a number of a flag, and refuses those outside both limits, infinity and NaN among them."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        return value
+
+    return read
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,8 @@ import yaml
 from ecdit_ds.errors import ConfigError
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
+MOST_NODES, MOST_GPUS_PER_NODE = 100_000, 64
+"""Beyond any machine; a search asks for every number of nodes up to here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,11 @@ class Machine:
     assumptions: Assumptions
 
     def __post_init__(self) -> None:
-        for flag, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise ConfigError(f"{flag}: {value} is not a positive whole number")
+        for flag, value, most in (
+            ("--nodes", self.nodes, MOST_NODES), ("--gpus-per-node", self.gpus_per_node, MOST_GPUS_PER_NODE),
+        ):  # fmt: skip
+            if not 1 <= value <= most:
+                raise ConfigError(f"{flag}: {value} is outside 1 to {most}")
 
     @property
     def world_size(self) -> int:

@@ -1,40 +1,79 @@
 """The files that a plan is started with: recipe, DeepSpeed configuration, and the head of a Slurm script."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+from ecdit_ds.config import Recipe, changed_fields
 from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.planner.plan import Plan
-from ecdit_ds.recipe_file import dump_recipe
+from ecdit_ds.planner.plan import Plan, with_micro_batch
+from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 
 FILES = ("recipe.yaml", "deepspeed.json", "header.sh", "overrides.txt")
 SIGNAL_SECONDS_BEFORE_END = 300
 """Slurm may send it 60 s early; a synchronous save must fit."""
+MOST_SIGNAL_SECONDS = 3600
+"""Slurm takes no more than 65535, and a job that is warned hours before its end stops hours too early."""
 
 
-def write_launch_files(plan: Plan, deepspeed_file: Path, folder: Path, *, overwrite: bool) -> None:
+def write_launch_files(plan: Plan, named: Recipe, deepspeed_file: Path, folder: Path, *, overwrite: bool) -> None:
     """Write FILES into `folder`, so that `train.py --config recipe.yaml --deepspeed deepspeed.json` is the plan.
 
+    A micro-batch that only the first phase has room for is told in comments: a life that goes on into the next phase
+    would run out of memory with it.
+
     Args:
+        named: the recipe that the plan began with, before flags and search; overrides.txt says what they changed.
         deepspeed_file: the configuration that the plan was made with, copied as it is.
 
     Raises:
-        ConfigError: one of them is there and `overwrite` is false.
+        ConfigError: one of them is there and `overwrite` is false, `folder` cannot be one, or DeepSpeed's file and the
+            recipe contradict each other; nothing is written then.
     """
+    recipe, notes = recipe_for_all_phases(plan), "".join(f"# {note}\n" for note in phase_notes(plan))
+    load_deepspeed_config(deepspeed_file, recipe, plan.topology.dp)
+    texts = (
+        notes + dump_recipe(recipe), deepspeed_file.read_text(encoding="utf-8"), slurm_header(plan),
+        notes + overrides(named, recipe),
+    )  # fmt: skip
     there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
         raise ConfigError(f"--write {folder}: {there[0]} is there; choose another folder, or give --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = (dump_recipe(plan.recipe), deepspeed_file.read_text(encoding="utf-8"), slurm_header(plan), overrides(plan))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if folder.is_file() else f"cannot be made a folder ({error.strerror})"
+        raise ConfigError(f"--write {folder}: {reason}; choose another name") from None
     for name, text in zip(FILES, texts, strict=True):
-        (folder / name).write_text(text, encoding="utf-8")
-    load_deepspeed_config(folder / "deepspeed.json", plan.recipe, plan.topology.dp)
+        replace_durably(folder / name, text.encode())
+
+
+def recipe_for_all_phases(plan: Plan) -> Recipe:
+    """Return the plan's recipe with the micro-batch that fits in every phase, the smallest of theirs."""
+    sizes = {phase.micro_batch for phase in plan.phases}
+    return plan.recipe if len(sizes) == 1 else with_micro_batch(plan.recipe, min(sizes))
+
+
+def phase_notes(plan: Plan) -> list[str]:
+    """Return, for each phase that has room for a larger micro-batch than the whole run, how to use it."""
+    smallest, notes, at = min(phase.micro_batch for phase in plan.phases), [], 0
+    for phase in plan.phases:
+        if phase.micro_batch > smallest:
+            notes.append(
+                f"train.micro_batch_size is {smallest}, which fits in all phases; lives within steps {at} to "
+                f"{at + phase.steps} ({phase.name}) may run, and resume, with --set "
+                f"train.micro_batch_size={phase.micro_batch}"
+            )
+        at += phase.steps
+    return notes
 
 
 def slurm_header(plan: Plan) -> str:
     """Return the #SBATCH lines: one task a GPU, a warning signal in time for a save, and a second life after a loss."""
     machine = plan.machine
-    signal_at = int(SIGNAL_SECONDS_BEFORE_END + plan.checkpoint.save_seconds)
+    signal_at = int(min(MOST_SIGNAL_SECONDS, SIGNAL_SECONDS_BEFORE_END + plan.checkpoint.save_seconds))
     return "\n".join([
         "#!/bin/bash",
         f"#SBATCH --job-name={plan.recipe.name}",
@@ -49,19 +88,12 @@ def slurm_header(plan: Plan) -> str:
     ])  # fmt: skip
 
 
-def overrides(plan: Plan) -> str:
-    """Return the plan as `--set` lines for the recipe's own name, and what changes between phases."""
-    train, parallel = plan.recipe.train, plan.recipe.parallel
-    lines = [
-        f"--set parallel.tp={parallel.tp}",
-        f"--set parallel.ep={parallel.ep}",
-        f"--set train.micro_batch_size={train.micro_batch_size}",
-        f"--set train.recompute={train.recompute}",
-        f"--set train.recompute_every={train.recompute_every}",
-    ]
-    at = 0
-    for phase in plan.phases:
-        if phase.micro_batch != plan.phases[0].micro_batch:
-            lines.append(f"# from step {at} on, resume with: --set train.micro_batch_size={phase.micro_batch}")
-        at += phase.steps
-    return "\n".join([*lines, ""])
+def overrides(named: Recipe, recipe: Recipe) -> str:
+    """Return `--set key=value` lines that make `recipe` of `named`, one for each field that differs."""
+    changes = changed_fields(named.to_dict(), recipe.to_dict())
+    return "".join(f"--set {key}={_as_yaml(value)}\n" for key, (_, value) in changes.items())
+
+
+def _as_yaml(value: Any) -> str:
+    is_plain = isinstance(value, str) and value.isidentifier() and parse_yaml(value) == value
+    return value if is_plain else json.dumps(value)

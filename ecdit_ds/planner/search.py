@@ -4,6 +4,7 @@ A layout is tensor and expert parallelism, ZeRO stage and activation checkpointi
 largest micro-batch that fits, since larger ones only save traffic. What a recipe or a topology refuses, it says itself.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,18 +15,20 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.hardware import Machine
+from ecdit_ds.planner.hardware import MOST_NODES, Machine
 from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
 from ecdit_ds.planner.timing import step_time
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
-from ecdit_ds.validation import require_divides
+from ecdit_ds.validation import divisors_of, require_divides
 
 Mode = Literal["none", "block", "selective"]
 ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (
     ("none", 1), ("selective", 2), ("selective", 1), ("block", 2), ("block", 1),
 )  # fmt: skip
 """train.recompute and train.recompute_every; 2 means the blocks with experts."""
+MOST_IMAGES = 10**12
+"""A batch beyond any run, whose divisors are still found in no time."""
 MAX_NODE_COUNTS = 12
 """How many larger machines are tried where nothing fits."""
 
@@ -92,7 +95,7 @@ def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, .
     """Return every layout worth a try: tensor parallelism within a node, experts over any divisor of their number."""
     experts = recipe.model.num_experts if recipe.model.is_sparse else 1
     return Choices(
-        tp=_divisors(machine.gpus_per_node), ep=_divisors(experts), deepspeed_files=deepspeed_files,
+        tp=divisors_of(machine.gpus_per_node), ep=divisors_of(experts), deepspeed_files=deepspeed_files,
         recompute=ALL_RECOMPUTATIONS, micro_batch=None,
     )  # fmt: skip
 
@@ -118,13 +121,10 @@ def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | 
     """Return the smallest larger number of nodes on which a layout fits, or None among those that were tried."""
     strongest = replace(choices, recompute=choices.recompute[-1:])
     tried = 0
-    for nodes in range(
-        machine.nodes + 1, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node + 1
-    ):
-        larger = machine.with_nodes(nodes)
-        if not any(_splits(recipe, larger, tp) for tp in choices.tp):
+    for nodes in range(machine.nodes + 1, _most_nodes(recipe, machine, choices) + 1):
+        if not _split_sizes(recipe, machine, nodes, choices):
             continue
-        if search(recipe, larger, strongest).feasible:
+        if search(recipe, machine.with_nodes(nodes), strongest).feasible:
             return nodes
         tried += 1
         if tried == MAX_NODE_COUNTS:
@@ -133,11 +133,67 @@ def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | 
 
 
 def working_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> list[int]:
-    """Return the nearest numbers of nodes, fewer and more, over which the batch splits."""
-    most = recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node
-    good = [n for n in range(1, most + 1) if any(_splits(recipe, machine.with_nodes(n), tp) for tp in choices.tp)]
-    below, above = [n for n in good if n < machine.nodes], [n for n in good if n > machine.nodes]
-    return below[-1:] + above[:1]
+    """Return the nearest numbers of nodes, fewer and more, over which the batch splits as the recipe wants it."""
+    above = range(machine.nodes + 1, _most_nodes(recipe, machine, choices) + 1)
+    nearest = (
+        next((nodes for nodes in each if _split_sizes(recipe, machine, nodes, choices)), None)
+        for each in (range(machine.nodes - 1, 0, -1), above)
+    )
+    return [nodes for nodes in nearest if nodes is not None]
+
+
+def check_before_search(recipe: Recipe, machine: Machine, choices: Choices) -> None:
+    """Refuse what no layout can mend: a batch that no ranks share, experts, a DeepSpeed file given alone.
+
+    Raises:
+        ConfigError: with the numbers, and the nearest numbers of nodes that work.
+    """
+    train = recipe.train
+    if train.global_batch_size > MOST_IMAGES:
+        raise ConfigError(f"train.global_batch_size: {train.global_batch_size} is more than {MOST_IMAGES} images")
+    within = [tp for tp in choices.tp if tp <= machine.gpus_per_node]
+    ranks = {tp: machine.world_size // tp for tp in within if machine.world_size % tp == 0}
+    sizes = _split_sizes(recipe, machine, machine.nodes, choices)
+    if ranks and not sizes:
+        splitting = [tp for tp, dp in ranks.items() if train.global_batch_size % dp == 0]
+        nodes = working_nodes(recipe, machine, choices)
+        way_out = f"the batch splits over {' or '.join(map(str, nodes))} nodes" if nodes else ""
+        if splitting:
+            reason = _refusal(recipe, ranks[splitting[0]], choices.micro_batch)
+            raise ConfigError("; ".join(filter(None, (reason, way_out))))
+        split = ", ".join(f"{dp} (tp {tp})" for tp, dp in ranks.items())
+        raise ConfigError(
+            f"--nodes {machine.nodes}: train.global_batch_size({train.global_batch_size}) is no multiple of the "
+            f"data-parallel ranks of {machine.world_size} GPUs, which are {split}; {way_out or 'change the batch'}"
+        )
+    if len(choices.deepspeed_files) == 1 and sizes:
+        _check_file(recipe, choices.deepspeed_files[0], sizes)
+
+
+def _check_file(recipe: Recipe, path: Path, sizes: dict[int, int]) -> None:
+    refusals = list[ConfigError]()
+    for dp, size in sizes.items():
+        try:
+            load_deepspeed_config(path, with_micro_batch(recipe, size), dp)
+        except ConfigError as error:
+            refusals.append(error)
+    if len(refusals) == len(sizes):
+        raise refusals[0]
+
+
+def require_experts_divide(recipe: Recipe, dp: int, ep: int) -> None:
+    """Refuse expert parallelism that the ranks cannot be cut into, naming what divides them and the experts.
+
+    Raises:
+        ConfigError: `ep` does not divide `dp`.
+    """
+    if dp % ep:
+        experts = recipe.model.num_experts if recipe.model.is_sparse else 1
+        both = divisors_of(math.gcd(dp, experts))
+        raise ConfigError(
+            f"parallel.ep({ep}) does not divide the {dp} data-parallel ranks; choose ep from "
+            f"{', '.join(map(str, both))}, which divide both them and model.num_experts({experts})"
+        )
 
 
 def _layouts(
@@ -152,6 +208,8 @@ def _layouts(
                         f"parallel.tp: {tp} is more than the {machine.gpus_per_node} GPUs of a node, and its sums "
                         "would cross the network in every layer; use fewer"
                     )
+                if machine.world_size % tp == 0:
+                    require_experts_divide(recipe, machine.world_size // tp, ep)
                 topology = Topology(world_size=machine.world_size, tp=tp, ep=ep)
                 placed = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1),
                                  parallel=replace(recipe.parallel, tp=tp, ep=ep))  # fmt: skip
@@ -220,7 +278,7 @@ def _micro_batches(recipe: Recipe, topology: Topology) -> list[int]:
     """
     require_divides("data-parallel ranks", topology.dp, "train.global_batch_size", recipe.train.global_batch_size)
     share = recipe.train.global_batch_size // topology.dp
-    sizes = [size for size in _divisors(share) if _accepts(recipe, topology, size)]
+    sizes = [size for size in divisors_of(share) if _accepts(recipe, topology, size)]
     if not sizes:
         with_micro_batch(recipe, share).micro_batch_size(topology.dp)
     return sizes
@@ -234,10 +292,28 @@ def _accepts(recipe: Recipe, topology: Topology, size: int) -> bool:
     return True
 
 
-def _splits(recipe: Recipe, machine: Machine, tp: int) -> bool:
-    dp, rest = divmod(machine.world_size, tp)
-    return not rest and recipe.train.global_batch_size % dp == 0
+def _split_sizes(recipe: Recipe, machine: Machine, nodes: int, choices: Choices) -> dict[int, int]:
+    """Return the data-parallel ranks among which `nodes` can split the batch, and the smallest micro-batch on each."""
+    found, world = dict[int, int](), nodes * machine.gpus_per_node
+    for tp in choices.tp:
+        dp, rest = divmod(world, tp)
+        if tp > machine.gpus_per_node or rest or recipe.train.global_batch_size % dp:
+            continue
+        topology = Topology(world_size=dp)
+        sizes = [choices.micro_batch] if choices.micro_batch else divisors_of(recipe.train.global_batch_size // dp)
+        smallest = next((size for size in sizes if _accepts(recipe, topology, size)), None)
+        if smallest is not None:
+            found[dp] = smallest
+    return found
 
 
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(divisor for divisor in range(1, number + 1) if number % divisor == 0)
+def _refusal(recipe: Recipe, dp: int, micro_batch: int | None) -> str:
+    try:
+        with_micro_batch(recipe, micro_batch or recipe.train.global_batch_size // dp).micro_batch_size(dp)
+    except ConfigError as error:
+        return str(error)
+    return f"train.micro_batch_size: none is accepted on {dp} data-parallel ranks"
+
+
+def _most_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int:
+    return min(MOST_NODES, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node)

@@ -1,8 +1,10 @@
 """tools/plan.py as a user meets it: tables, JSON, files, and one line for each mistake."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,13 @@ from typing import Any
 import pytest
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.planner.hardware import default_assumptions
+from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
+from ecdit_ds.planner.launch_files import FILES, write_launch_files
+from ecdit_ds.planner.plan import Plan, Surroundings, make_plan
+from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import ROOT
 from tools.plan import main
@@ -61,6 +68,16 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
         return Answer(code=code, out=seen.out, err=seen.err)
 
     return run
+
+
+@pytest.fixture
+def recipe_plan() -> Plan:
+    """Return a plan for 16 GPUs."""
+    recipe = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", "parallel.ep=8"])
+    machine = Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=default_assumptions())
+    zero = zero_settings(load_deepspeed_config(DEFAULT_PATH, recipe, 16))
+    around = Surroundings(storage_bytes_per_s=2e10, recovery_seconds=600)
+    return make_plan(recipe, Topology(world_size=16, tp=1, ep=8), zero, machine, around)
 
 
 def test_a_plan_of_a_layout_says_what_a_user_wants_to_know(plan: Callable[..., Answer]) -> None:
@@ -177,8 +194,84 @@ def test_what_is_written_is_the_plan_that_was_printed(plan: Callable[..., Answer
         assert f"#SBATCH {line}" in header
     overrides = (folder / "overrides.txt").read_text()
     lines = [line.removeprefix("--set ") for line in overrides.splitlines() if line.startswith("--set ")]
-    again = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", *lines])
-    assert again == recipe
+    assert load_recipe("ecdit_xl_8e", lines) == recipe
+    assert "parallel.tp=1" not in lines  # as the recipe has it
+
+
+def test_overrides_hold_all_that_differs_from_the_named_recipe(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    changed = ("train.global_batch_size=1024", "train.unmasked_from_step=null", "optimizer.weight_decay=1e-5")
+    sets = [word for change in changed for word in ("--set", change)]
+    assert plan(*SMALL, *sets, "--tp", "2", "--write", str(tmp_path)).code == 0
+    lines = [line.removeprefix("--set ") for line in (tmp_path / "overrides.txt").read_text().splitlines()]
+    assert {"train.global_batch_size=1024", "parallel.tp=2", "train.unmasked_from_step=null"} <= set(lines)
+    assert load_recipe("ecdit_xl_8e", lines) == load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+WHOLE = (
+    "--config", "ecdit_xl_8e", "--set", "train.global_batch_size=512", "--nodes", "1", "--gpu", "a100-40gb", "--ep",
+    "8", "--zero", "2",
+)  # fmt: skip
+"""A model that the phases have different room beside."""
+
+
+def test_the_recipe_fits_in_both_phases_and_says_what_the_first_has_room_for(
+    plan: Callable[..., Answer], tmp_path: Path
+) -> None:
+    answer = plan(*WHOLE, "--json", "--write", str(tmp_path))
+    sizes = answer.numbers["search"]["feasible"][0]["micro_batch"]
+    assert sizes["masked"] > sizes["unmasked"]
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert recipe.train.micro_batch_size == sizes["unmasked"]
+    for text in (answer.err, *((tmp_path / name).read_text() for name in ("recipe.yaml", "overrides.txt"))):
+        assert f"--set train.micro_batch_size={sizes['masked']}" in text
+        assert f"steps 0 to {recipe.train.unmasked_from_step} (masked)" in text
+    same = plan(*WHOLE, "--micro-batch", "8", "--write", str(tmp_path), "--overwrite")
+    assert "train.micro_batch_size" not in same.err and "#" not in (tmp_path / "overrides.txt").read_text()
+
+
+def test_slurm_warns_an_hour_before_the_end_at_most(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    for gbps, seconds in (("0.001", 3600), ("1e6", 300)):
+        assert plan(*FIXED, "--storage-gbps", gbps, "--write", str(tmp_path), "--overwrite").code == 0
+        assert f"--signal=USR1@{seconds}\n" in (tmp_path / "header.sh").read_text()
+
+
+def test_a_folder_that_cannot_be_is_refused_with_a_way_out(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder, said in ((file, "is a file"), (file / "run", "cannot be made a folder (Not a directory)")):
+        answer = plan(*FIXED, "--write", str(folder))
+        assert answer.code == 2 and answer.out == ""
+        assert answer.err == f"error: --write {folder}: {said}; choose another name\n"
+    assert file.read_text() == "mine"
+
+
+def test_a_contradiction_is_found_before_anything_is_written(tmp_path: Path, recipe_plan: Plan) -> None:
+    path, folder = tmp_path / "zero.json", tmp_path / "run"
+    path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    with pytest.raises(ConfigError, match="7 differs"):
+        write_launch_files(recipe_plan, recipe_plan.recipe, path, folder, overwrite=False)
+    assert not folder.exists()
+    write_launch_files(recipe_plan, recipe_plan.recipe, DEFAULT_PATH, folder, overwrite=False)
+    assert {path.name for path in folder.iterdir()} == set(FILES)  # and no drafts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds list, not an object"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage: 7; choose 1, 2 or 3"),
+    ],
+)
+@pytest.mark.parametrize("layout", [("--tp", "1", "--ep", "8"), ()])
+def test_a_broken_file_beside_zero_says_what_is_broken(
+    plan: Callable[..., Answer], tmp_path: Path, content: str, said: str, layout: tuple[str, ...]
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    answer = plan(*SMALL, *layout, "--zero", "2", "--deepspeed", str(path))
+    assert answer.code == 2 and answer.out == "" and said in answer.err and len(answer.err.splitlines()) == 1
+    assert "most often" not in answer.err
 
 
 def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], tmp_path: Path) -> None:
@@ -191,12 +284,47 @@ def test_written_files_are_replaced_only_when_told(plan: Callable[..., Answer], 
     assert (tmp_path / "header.sh").read_text() != "old"
 
 
+def _unread(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool with a standard output that nobody reads."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as nobody:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
+            stdout=nobody, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+
+def test_files_are_written_though_nobody_reads_the_tables(tmp_path: Path) -> None:
+    ended = _unread(*FIXED, "--write", str(tmp_path))
+    assert ended.returncode == 0 and ended.stderr.startswith("wrote ") and ended.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+def test_a_plan_that_does_not_fit_fails_though_nobody_reads_the_tables(tmp_path: Path) -> None:
+    ended = _unread(*BIG, "--tp", "1", "--ep", "1", "--write", str(tmp_path / "run"))
+    assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 BIG = ("--config", "ecdit_m_64e", "--nodes", "64", "--gpu", "h100-80gb")
 MISTAKES = {
     "an unknown GPU": ((*FIXED, "--gpu", "h10"), "--gpu h10: is not known; did you mean h100-80gb"),
-    "nodes that do not divide": ((*FIXED, "--nodes", "3"), "does not divide"),
+    "nodes that do not divide": ((*FIXED, "--nodes", "3"), "the batch splits over 2 or 4 nodes"),
     "nodes that divide for no layout": ((*SMALL, "--nodes", "3"), "the batch splits over 2 or 4 nodes"),
-    "no nodes": ((*FIXED, "--nodes", "0"), "--nodes: 0 is not a positive whole number"),
+    "no nodes": ((*FIXED, "--nodes", "0"), "--nodes: 0 is outside 1 to 100000"),
+    "too many nodes": ((*FIXED, "--nodes", "100001"), "--nodes: 100001 is outside 1 to 100000"),
+    "too many GPUs": ((*BIG, "--gpus-per-node", "1000000000"), "--gpus-per-node: 1000000000 is outside 1 to 64"),
+    "too many images": ((*BIG, "--set", "train.global_batch_size=1000000000001"), "is more than 1000000000000 images"),
+    "nodes that split no batch": (
+        (*BIG, "--nodes", "63"), "which are 504 (tp 1), 252 (tp 2), 126 (tp 4), 63 (tp 8); the batch splits over"
+    ),
+    "EP that does not divide ranks": (
+        (*BIG, "--nodes", "1", "--tp", "1", "--ep", "64"), "choose ep from 1, 2, 4, 8, which divide both them and"
+    ),
+    "a file that is not there, in a search": (
+        (*BIG, "--tp", "2", "--deepspeed", "/none.json"), "error: --deepspeed /none.json: No such file"
+    ),
     "EP that does not divide experts": ((*SMALL, "--tp", "1", "--ep", "3"), "parallel.ep(3) does not divide"),
     "EP in a search that does not divide": ((*SMALL, "--ep", "3"), "parallel.ep(3) does not divide"),
     "TP across nodes": ((*SMALL, "--gpus-per-node", "1", "--nodes", "16", "--tp", "2", "--ep", "1"), "within a node"),
@@ -206,10 +334,10 @@ MISTAKES = {
     "a file that is not there": ((*FIXED, "--deepspeed", "none.json"), "none.json"),
     "a mask that leaves too little": ((*BIG, "--set", "train.mask_ratio=0.99"), "less than one token"),
     "a flag and --set": ((*FIXED, "--set", "parallel.tp=2"), "--set parallel.tp=2: the flag for parallel.tp says 1"),
-    "a network without speed": ((*FIXED, "--network-gbps", "0"), "--network-gbps: 0 is not a positive number"),
+    "a network without speed": ((*FIXED, "--network-gbps", "0"), "--network-gbps: '0' is not a number"),
     "storage without speed": ((*FIXED, "--storage-gbps", "-1"), "--storage-gbps"),
-    "a negative recovery": ((*FIXED, "--recovery-minutes", "-1"), "--recovery-minutes: -1 is negative"),
-    "an impossible efficiency": ((*FIXED, "--matmul-efficiency", "2"), "--matmul-efficiency: 2.0 is outside (0, 1]"),
+    "a negative recovery": ((*FIXED, "--recovery-minutes", "-1"), "--recovery-minutes: '-1' is not a number"),
+    "an impossible efficiency": ((*FIXED, "--matmul-efficiency", "2"), "--matmul-efficiency: '2' is not a number"),
     "recompute-every alone": ((*FIXED, "--recompute-every", "2"), "no effect without --recompute"),
     "overwrite alone": ((*FIXED, "--overwrite"), "no effect without --write"),
     "an unknown flag": ((*FIXED, "--gpu-count", "8"), "(see --help)"),
@@ -226,10 +354,47 @@ def test_a_mistake_is_told_in_one_line_with_exit_code_2(plan: Callable[..., Answ
     assert said in answer.err
 
 
-def test_a_json_that_contradicts_the_recipe_is_refused(plan: Callable[..., Answer], tmp_path: Path) -> None:
+FRACTIONAL = {
+    "--network-gbps": ("1e-3", "1e6"),
+    "--storage-gbps": ("1e-3", "1e6"),
+    "--failures-per-1000-node-days": ("1e-3", "1e6"),
+    "--recovery-minutes": ("0", "1e5"),
+    "--host-bytes-per-s": ("1e6", "1e13"),
+    **{f"--{name.replace('_', '-')}": ("0.01", "1") for name in vars(default_assumptions()) if "host" not in name},
+}
+
+
+@pytest.mark.parametrize("flag", FRACTIONAL)
+def test_a_number_beyond_any_machine_is_refused_with_the_range(plan: Callable[..., Answer], flag: str) -> None:
+    least, most = map(float, FRACTIONAL[flag])
+    for text in ("inf", "nan", "-1", "1e-320" if least else "-2", "1e300", "fast"):
+        answer = plan(*FIXED, flag, text)
+        assert answer.code == 2 and answer.out == ""
+        said = f"error: argument {flag}: {text!r} is not a number from {least:g} to {most:g} (see --help)"
+        assert answer.err.strip() == said
+
+
+def test_everything_stays_finite_at_the_ends_of_the_ranges(plan: Callable[..., Answer]) -> None:
+    for end in (0, 1):
+        flags = [word for flag, ends in FRACTIONAL.items() if flag != "--usable-memory" for word in (flag, ends[end])]
+        answer = plan(*FIXED, *flags, "--json")
+        assert answer.code == 0 and answer.numbers["run"]["days"] > 0
+
+
+def test_a_batch_of_a_million_million_images_is_answered(plan: Callable[..., Answer]) -> None:
+    began = time.process_time()
+    answer = plan(*BIG, "--set", "train.global_batch_size=1000000000000", "--ep", "64", "--zero", "2")
+    assert time.process_time() - began < 10 and answer.code in (0, 2) and len(answer.err.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("layout", [("--tp", "1", "--ep", "8"), ("--tp", "1"), ()])
+def test_a_json_that_contradicts_the_recipe_is_refused(
+    plan: Callable[..., Answer], tmp_path: Path, layout: tuple[str, ...]
+) -> None:
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
-    answer = plan(*FIXED, "--deepspeed", str(path))
+    answer = plan(*SMALL, *layout, "--deepspeed", str(path))
+    assert answer.err.startswith(f"error: {path}: ")
     assert (
         answer.code == 2 and "train_batch_size: 7 differs from the recipe's train.global_batch_size: 512" in answer.err
     )

@@ -8,11 +8,22 @@ import pytest
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import DEFAULT_PATH
+from ecdit_ds.errors import ConfigError
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
 from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
-from ecdit_ds.planner.search import Candidate, Found, all_choices, search, smallest_nodes, working_nodes
+from ecdit_ds.planner.search import (
+    Candidate,
+    Found,
+    all_choices,
+    check_before_search,
+    require_experts_divide,
+    search,
+    smallest_nodes,
+    working_nodes,
+)
 from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.validation import divisors_of
 
 STAGES = tuple(DEFAULT_PATH.parent / f"zero{stage}.json" for stage in (1, 2, 3))
 SECONDS_AT_MOST = 10.0
@@ -128,3 +139,28 @@ def test_the_97b_model_on_512_gpus_is_searched_in_seconds() -> None:
     found = _search(recipe, _machine(64))
     assert time.process_time() - began < SECONDS_AT_MOST
     assert found.feasible and found.too_large
+
+
+def test_divisors_are_those_that_leave_no_rest_each_once() -> None:
+    for number in range(-1, 200):
+        assert divisors_of(number) == tuple(n for n in range(1, number + 1) if number % n == 0)
+
+
+@pytest.mark.parametrize(("dp", "ep", "both"), [(8, 64, "1, 2, 4, 8"), (12, 8, "1, 2, 4"), (3, 2, "1")])
+def test_expert_parallelism_is_offered_as_ranks_and_experts_allow(recipe: Recipe, dp: int, ep: int, both: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        require_experts_divide(recipe, dp, ep)
+    assert f"choose ep from {both}, which divide both them and model.num_experts(8)" in str(refused.value)
+    require_experts_divide(recipe, dp, 1)
+
+
+def test_a_batch_is_checked_once_before_a_search(recipe: Recipe) -> None:
+    machine = _machine(3)
+    choices = all_choices(recipe, machine, STAGES)
+    with pytest.raises(ConfigError, match=r"24 \(tp 1\), 12 \(tp 2\), 6 \(tp 4\), 3 \(tp 8\).* over 2 or 4 nodes"):
+        check_before_search(recipe, machine, choices)
+    check_before_search(recipe, _machine(4), choices)
+    with pytest.raises(ConfigError, match=r"micro_batch_size may be 1, 2, 4; the batch splits over 1 nodes"):
+        check_before_search(recipe, _machine(16), replace(choices, tp=(1,), micro_batch=64))
+    with pytest.raises(ConfigError, match=r"train.micro_batch_size\(24\) does not divide[^;]*; choose[^;]*$"):
+        check_before_search(recipe, _machine(2), replace(choices, micro_batch=24))

@@ -35,7 +35,8 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import peak_activations, shapes_of
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.planner.memory import checkpoint_bytes, memory_of_rank
-from ecdit_ds.planner.parameters import count_parameters
+from ecdit_ds.planner.parameters import NUMBER_BYTES, count_parameters
+from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
 
 _FP32 = 4
@@ -90,7 +91,7 @@ def _sizes(recipe: Recipe, topology: Topology, stage: int) -> list[str]:
         f"batch        {train.global_batch_size} images a step = {topology.dp} ranks x {micro} "
         f"x {train.global_batch_size // (micro * topology.dp)} accumulated",
     ]
-    for ratio in sorted({train.mask_ratio_at(0), train.mask_ratio_at(train.max_steps - 1)}, reverse=True):
+    for _, _, ratio in phases_of(recipe):
         kept = config.num_kept_tokens(ratio)
         whole, main = (
             training_flops(dataclasses.replace(config, decoder_layers=layers), kept, config.pool_images(micro)).total
@@ -141,7 +142,7 @@ def _gb(num_bytes: float) -> str:
 
 def _memory_table(recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], rank: int) -> list[str]:
     zero = zero_settings(deepspeed_config)
-    ratio = min(recipe.train.mask_ratio_at(0), recipe.train.mask_ratio_at(recipe.train.max_steps - 1))
+    ratio = min(ratio for _, _, ratio in phases_of(recipe))
     counted = count_memory(recipe, topology, deepspeed_config, rank, ratio)
     planned = memory_of_rank(recipe, topology, zero, ratio, rank)
     shapes = shapes_of(recipe, topology, ratio, is_gpu=False)
@@ -168,7 +169,7 @@ def count_memory(
     lives at one time in a forward and backward of one micro-batch.
     """
     zero = deepspeed_config["zero_optimization"]
-    is_offloaded, width = "offload_optimizer" in zero, 2 if recipe.train.precision == "bf16" else _FP32
+    is_offloaded, width = "offload_optimizer" in zero, NUMBER_BYTES[recipe.train.precision]
     layers = _layers_of_rank(topology, rank, recipe.parallel.dispatch_chunks)
     recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
     with torch.device("meta"):
@@ -177,8 +178,8 @@ def count_memory(
     for group in optimizer_groups(model, recipe.optimizer.weight_decay, zero["stage"]):
         of_group = count_group(group["params"], is_cut_by_parameter=zero["stage"] == 3)
         whole, kept, touched = (total + more for total, more in zip((whole, kept, touched), of_group, strict=True))
-    persistence = zero_settings(deepspeed_config).param_persistence_threshold if zero["stage"] == 3 else 0
-    small = sum(parameter.numel() for parameter in model.parameters() if parameter.numel() < persistence)
+    is_persistent = zero_settings(deepspeed_config).is_persistent
+    small = sum(parameter.numel() for parameter in model.parameters() if is_persistent(parameter.numel()))
     on_device = 0 if is_offloaded else kept
     gradients = {1: whole, 2: touched, 3: kept}[zero["stage"]]
     return {

@@ -13,6 +13,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import is_recomputed
+from ecdit_ds.planner.parameters import NUMBER_BYTES
 
 _FP32 = 4
 _INT64 = 8
@@ -59,7 +60,7 @@ def shapes_of(recipe: Recipe, topology: Topology, mask_ratio: float, *, is_gpu: 
         model=recipe.model,
         images=recipe.micro_batch_size(topology.dp),
         kept_tokens=recipe.model.num_kept_tokens(mask_ratio),
-        width=2 if recipe.train.precision == "bf16" else _FP32,
+        width=NUMBER_BYTES[recipe.train.precision],
         tp=topology.tp,
         ep=topology.ep,
         is_gpu=is_gpu,

@@ -8,7 +8,6 @@ payloads with the calls of real runs. Left out, being bytes: losses, norms, the 
 Suffixes and letters: B images of a micro-batch, N tokens a block sees, D hidden_size, E experts, C expert capacity.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,15 +15,13 @@ from typing import Literal
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.cutting import cut_axes
 from ecdit_ds.parallel.topology import Axis, Topology
 from ecdit_ds.planner.flops import is_recomputed
-from ecdit_ds.planner.parameters import parameters
+from ecdit_ds.planner.parameters import NUMBER_BYTES, parameters
 from ecdit_ds.planner.zero import ZeroSettings
+from ecdit_ds.planner.zero_groups import local_size
 
 Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
-NUMBER_BYTES = {"fp32": 4, "bf16": 2}
-"""Of weights, activations and gradients on the wire, by train.precision."""
 _GATE_BYTES = 4
 
 
@@ -50,10 +47,6 @@ class Placement:
     ranks: int
     here: int
     """Of them on one node, itself included; the fewest of any node."""
-
-    @property
-    def nodes(self) -> float:
-        return self.ranks / self.here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,19 +216,15 @@ class Held:
 @lru_cache(maxsize=256)
 def held_by_rank(config: ModelConfig, tp: int, ep: int) -> tuple[Held, ...]:
     """Return what one rank computes with under tensor and expert parallelism."""
-    ways = {"tp": tp, "ep": ep}
     return tuple(
-        Held(
-            name=parameter.name, size=parameter.size // math.prod(ways[way] for way in cut_axes(parameter.name)),
-            is_expert=parameter.is_expert,
-        )
+        Held(name=parameter.name, size=local_size(parameter, tp, ep), is_expert=parameter.is_expert)
         for parameter in parameters(config)
-    )  # fmt: skip
+    )
 
 
 def _persistent(zero: ZeroSettings, sizes: dict[str, int]) -> dict[str, int]:
     """Return the parameters that ZeRO-3 keeps whole: gathered once, after the step."""
-    return {name: size for name, size in sizes.items() if size <= zero.param_persistence_threshold}
+    return {name: size for name, size in sizes.items() if zero.is_persistent(size)}
 
 
 def _gathered_again(recipe: Recipe, zero: ZeroSettings, sizes: dict[str, int]) -> float:

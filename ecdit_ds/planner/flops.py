@@ -8,6 +8,7 @@ Letters: N tokens that a block sees, T text tokens, D hidden_size, F ffn_hidden_
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.model_config import ModelConfig
@@ -65,6 +66,7 @@ def forward_flops(config: ModelConfig, kept_tokens: int, pool_images: int) -> Fl
     return total
 
 
+@lru_cache(maxsize=256)
 def training_flops(config: ModelConfig, kept_tokens: int, pool_images: int) -> Flops:
     """Return the "model FLOPs" of one image's forward and backward; nothing that is computed again counts.
 

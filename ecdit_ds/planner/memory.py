@@ -21,7 +21,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import live_activations, shapes_of
-from ecdit_ds.planner.parameters import parameters
+from ecdit_ds.planner.parameters import NUMBER_BYTES, parameters
 from ecdit_ds.planner.zero import ZeroSettings
 from ecdit_ds.planner.zero_groups import Group, local_groups, local_size, touched_numbers
 
@@ -86,7 +86,7 @@ def shares_after(model: ModelConfig, topology: Topology) -> tuple[float, ...]:
         place = places.get(
             ".".join(parameter.name.split(".")[:2]) + ".", len(names) if "final" in parameter.name else 0
         )
-        numbers[place] += local_size(parameter, topology)
+        numbers[place] += local_size(parameter, topology.tp, topology.ep)
     after = list(itertools.accumulate(reversed(numbers), initial=0))[:-1]
     return tuple(count / sum(numbers) for count in reversed(after))
 
@@ -115,7 +115,7 @@ def _kept(
     Buffers: a bucket (two with overlap_comm), and a flat copy of what is reduced: a bucket or one larger parameter.
     Offloaded, fp32 weights, states, average and gradients are in host memory, and one parameter's gradient travels.
     """
-    w = _width(recipe)
+    w = NUMBER_BYTES[recipe.train.precision]
     whole = sum(group.part * group.ranks for group in groups)
     part, largest = sum(group.part for group in groups), max(max(group.sizes) for group in groups)
     touched = touched_numbers(groups, topology, rank)
@@ -144,11 +144,11 @@ def _kept_by_zero_3(recipe: Recipe, groups: list[Group], zero: ZeroSettings) -> 
     tensor of all parts, always.
     Buffers: the bucket and what is scattered from it, and gathered weights: as many as may live, or the largest.
     """
-    w = _width(recipe)
+    w = NUMBER_BYTES[recipe.train.precision]
     parts = [[math.ceil(size / group.ranks) for size in group.sizes] for group in groups]
     part = sum(map(sum, parts))
     sizes = [size for group in groups for size in group.sizes]
-    persistent = sum(size for size in sizes if size < zero.param_persistence_threshold)
+    persistent = sum(size for size in sizes if zero.is_persistent(size))
     gathered = min(sum(sizes) - persistent, max(zero.max_live_parameters, max(sizes)))
     on_device = 0 if zero.is_offloaded else _FP32 * part
     updated_at_once = [min(sum(piece), zero.sub_group_size + max(piece)) for piece in parts]
@@ -179,7 +179,3 @@ def _step_bytes(recipe: Recipe, width: int, updated_at_once: list[int], largest:
 
 def _accumulates(recipe: Recipe, topology: Topology) -> bool:
     return recipe.train.global_batch_size > recipe.micro_batch_size(topology.dp) * topology.dp
-
-
-def _width(recipe: Recipe) -> int:
-    return 2 if recipe.train.precision == "bf16" else _FP32

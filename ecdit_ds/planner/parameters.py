@@ -12,6 +12,8 @@ from functools import lru_cache
 
 from ecdit_ds.model_config import ModelConfig
 
+NUMBER_BYTES = {"fp32": 4, "bf16": 2}
+"""Of weights, activations and gradients, by train.precision."""
 TIMESTEP_WAVES = 256
 """Sines and cosines that a time becomes."""
 TEXT_ENCODER_PARAMETERS = 670_000_000

@@ -19,7 +19,6 @@ from functools import lru_cache
 from ecdit_ds.config import Recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.communication import (
-    NUMBER_BYTES,
     LinkBytes,
     Traffic,
     by_link,
@@ -31,6 +30,7 @@ from ecdit_ds.planner.communication import (
 )
 from ecdit_ds.planner.flops import Flops, is_recomputed, recomputed_flops, training_flops
 from ecdit_ds.planner.hardware import Machine
+from ecdit_ds.planner.parameters import NUMBER_BYTES
 from ecdit_ds.planner.zero import ZeroSettings
 
 _CUT_BY_TP = ("attention", "cross_attention", "dense_ffn", "experts")

@@ -29,11 +29,15 @@ class ZeroSettings:
     prefetch_bucket_size: int
     """ZeRO-3: weights gathered ahead of their use."""
     param_persistence_threshold: int
-    """ZeRO-3: parameters smaller than this are never cut."""
+    """ZeRO-3: parameters of at most so many are never cut."""
     max_live_parameters: int
     """ZeRO-3: weights that may be whole at one time."""
     max_reuse_distance: int
     """ZeRO-3: weights that are needed again within so many stay whole."""
+
+    def is_persistent(self, size: int) -> bool:
+        """Return whether ZeRO-3 keeps a parameter of that many numbers whole."""
+        return size <= self.param_persistence_threshold
 
 
 def zero_settings(deepspeed_config: dict[str, Any]) -> ZeroSettings:

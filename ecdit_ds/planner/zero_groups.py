@@ -48,9 +48,9 @@ class Group:
         return found
 
 
-def local_size(parameter: Parameter, topology: Topology) -> int:
+def local_size(parameter: Parameter, tp: int, ep: int) -> int:
     """Return how many of a parameter's numbers one rank's model has."""
-    ways = {"tp": topology.tp, "ep": topology.ep}
+    ways = {"tp": tp, "ep": ep}
     return parameter.size // math.prod(ways[way] for way in cut_axes(parameter.name))
 
 
@@ -65,7 +65,7 @@ def _groups(model: ModelConfig, topology: Topology) -> tuple[Group, ...]:
     for parameter in parameters(model):
         is_matrix = len(parameter.shape) >= 2 and "table" not in parameter.name
         into = experts if parameter.is_expert else decayed if is_matrix else rest
-        into.append(local_size(parameter, topology))
+        into.append(local_size(parameter, topology.tp, topology.ep))
     groups = [Group(sizes=tuple(sizes), ranks=topology.dp, is_expert=False) for sizes in (decayed, rest)]
     chunks = _expert_chunks(experts)
     return (*groups, *(Group(sizes=tuple(chunk), ranks=topology.edp, is_expert=True) for chunk in chunks))

@@ -21,13 +21,15 @@ Run = Callable[..., tuple[int, str, str]]
 
 ENTRY = Path(train.__file__)
 
+# It leaves as train.py does: a process group that Python takes down may abort.
 SEVERAL_RUNS = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 from ecdit_ds.train import main
 for flags in json.load(sys.stdin):
     with contextlib.redirect_stderr(io.StringIO()) as told:
         code = main(flags)
-    print(json.dumps([code, told.getvalue()]))
+    print(json.dumps([code, told.getvalue()]), flush=True)
+os._exit(0)
 """
 
 

@@ -205,6 +205,7 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
     # Several tasks may be here at once: each writes beside, and all write the same.
     draft = job.partial / "drafts" / uuid.uuid4().hex
     draft.mkdir()
+    moment("null text")
     null_text = null_columns(job.encoding.text_encoder, DTYPES[job.encoding.dtype])
     facts = write_null_text(draft, null_text)
     write_durably(draft / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode("ascii"))

@@ -25,7 +25,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 from datasets.arrow_writer import ArrowWriter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ecdit_ds.durable import put_on_disk, write_durably
@@ -144,8 +144,8 @@ def write_arrow_shard(path: Path, tables: Iterable[pa.Table]) -> tuple[int, int,
 def write_null_text(folder: Path, null_text: dict[str, Tensor]) -> dict[str, Any]:
     """Write the text of no text, by column with B = 1; return what the index says of the file."""
     path = folder / NULL_TEXT_FILE
-    save_file({name: part.to("cpu").contiguous() for name, part in null_text.items()}, path)
-    put_on_disk(path)
+    # Not `save_file`: its errors are no OSErrors, and a full disk or a folder that is gone would look like a bug.
+    write_durably(path, save({name: part.to("cpu").contiguous() for name, part in null_text.items()}))
     return {"null_text_bytes": path.stat().st_size, "null_text_xxh3": checksum_of(path)}
 
 

@@ -291,7 +291,7 @@ def test_tasks_may_race_for_everything(make_job: MakeJob, tmp_path: Path) -> Non
 
 
 def test_a_task_that_is_slower_than_the_others_finds_the_set(make_job: MakeJob) -> None:
-    for late in ("plan", "unit", "batch", "shard", "record", "index", "part", "publish", "clear"):
+    for late in ("plan", "unit", "batch", "shard", "record", "index", "null text", "part", "publish", "clear"):
         job = make_job()
         raced: list[object] = []
 
@@ -307,7 +307,7 @@ def test_a_task_that_is_slower_than_the_others_finds_the_set(make_job: MakeJob) 
         shutil.rmtree(job.partial, ignore_errors=True)
 
 
-@pytest.mark.parametrize("full_at", ["batch", "shard", "record", "part"])
+@pytest.mark.parametrize("full_at", ["batch", "shard", "record", "null text", "part"])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     make_job: MakeJob, tmp_path: Path, refusal_of: Refusal, full_at: str
 ) -> None:

@@ -15,9 +15,10 @@ from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.encode import LatentDataset, Samples, check_split, open_split
+from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.validation import (
@@ -19,39 +20,6 @@ from ecdit_ds.validation import (
     require_not_negative,
     require_positive,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The corpus and how it is read."""
-
-    dataset: Literal["digit_scenes", "encoded"] = "digit_scenes"
-    """Embedded scenes, encoded before the first step, or folders that hold encoded samples."""
-    path: str | None = None
-    """Of the encoded training set; a recipe may leave it to the command line."""
-    heldout_path: str | None = None
-    """Of the encoded held-out set."""
-    seed: int = 0
-    """Which scenes; not the training seed, so that runs of several seeds share one set."""
-    num_train: int = 16384
-    """Scenes in the training set."""
-    num_heldout: int = 256
-    """Scenes, of other digit images and other captions, for the held-out loss."""
-    cache_dir: str = "runs/cache"
-    """Where encoded sets are kept, memory-mapped, one folder per setting."""
-    num_workers: int = 1
-    """Loader processes a rank; 0 reads in the training process."""
-
-    def __post_init__(self) -> None:
-        for name in ("path", "heldout_path"):
-            if self.dataset != "encoded" and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"data.{name}: {getattr(self, name)} has no effect with data.dataset: {self.dataset}; set "
-                    "data.dataset=encoded"
-                )
-        require_positive("data", "num_train", self.num_train)
-        require_positive("data", "num_heldout", self.num_heldout)
-        require_not_negative("data", "num_workers", self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.encode import check_digit_scenes
 from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import read_index
+from ecdit_ds.data.scene_set import check_digit_scenes
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
@@ -32,9 +32,9 @@ def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
         DataError: those that an encoded set was made with are not where it says.
     """
     if recipe.data.dataset == "encoded":
-        if recipe.data.path is None:
+        if not recipe.data.paths:
             raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
-        return _encoders_of_set(recipe.data.path)
+        return _encoders_of_set(recipe.data.paths[0])  # of several sets, all have the same
     text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
     return PixelCodec(), text
 

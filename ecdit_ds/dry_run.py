@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
-from ecdit_ds.data.encode import check_split
+from ecdit_ds.data.splits import check_split
 from ecdit_ds.drawing import check_encodable
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
 from ecdit_ds.errors import ConfigError
@@ -109,13 +109,13 @@ def _data(recipe: Recipe) -> list[str]:
     data = recipe.data
     if data.dataset == "digit_scenes":
         return [f"data         {data.num_train} digit scenes, {data.num_heldout} held out; encoded in {data.cache_dir}"]
-    splits: list[tuple[Split, str, str | None]] = [
-        ("train", "path", data.path), ("heldout", "heldout_path", data.heldout_path),
+    splits: list[tuple[Split, str, tuple[str, ...]]] = [
+        ("train", "path", data.paths), ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
     ]  # fmt: skip
     return [
-        f"data         data.{key} names no folder yet, and training will not start without" if path is None
-        else f"data         {check_split(recipe, split)} encoded samples in {path}"
-        for split, key, path in splits
+        f"data         data.{key} names no folder yet, and training will not start without" if not paths
+        else f"data         {check_split(recipe, split)} encoded samples in {' and '.join(paths)}"
+        for split, key, paths in splits
     ]  # fmt: skip
 
 

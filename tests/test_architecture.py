@@ -18,7 +18,7 @@ PACKAGE = "ecdit_ds"
 LAYERS = (
     ("errors",),
     ("validation", "durable"),
-    ("model_config",),
+    ("model_config", "data_config"),
     ("config",),
     ("recipe_file", "deepspeed_config", "parallel.topology", "parallel.cutting"),
     ("planner",),
@@ -56,7 +56,7 @@ LAYERS = (
 USES_ONLY = {
     "model": ("config", "model_config", "errors", "seeding", "parallel"),
     "flow": ("config", "model_config", "errors", "seeding"),
-    "data": ("config", "model_config", "errors", "seeding", "durable"),
+    "data": ("config", "data_config", "model_config", "errors", "seeding", "durable"),
     "checkpoint": ("config", "model_config", "errors", "durable"),
 }
 """Packages that know less than their row would allow."""
@@ -77,6 +77,7 @@ NEVER_IN = {
         "errors",
         "validation",
         "model_config",
+        "data_config",
         "config",
         "recipe_file",
         "deepspeed_config",

@@ -27,7 +27,7 @@ import torch
 
 from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
-from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, text_facts
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import read_index

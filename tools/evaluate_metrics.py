@@ -15,7 +15,7 @@ from PIL import Image
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.encode import open_split
+from ecdit_ds.data.splits import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
 from ecdit_ds.evaluation.digit_detector import find_objects

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ecdit_ds.data.encode import LatentDataset, Samples
+from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed

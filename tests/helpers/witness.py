@@ -18,7 +18,7 @@ import ecdit_ds
 from ecdit_ds.build import _Transform
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import save_checkpoint
-from ecdit_ds.data.encode import Samples
+from ecdit_ds.data.dataset import Samples
 from ecdit_ds.engine import StepResult
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.saver import Saver

@@ -9,7 +9,7 @@ import pytest
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
-from ecdit_ds.data.encode import open_split
+from ecdit_ds.data.splits import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ExitCode
 from ecdit_ds.optim import STATE_NAMES

@@ -11,7 +11,6 @@ import pytest
 
 from ecdit_ds.config import (
     MAY_CHANGE_ON_RESUME,
-    DataConfig,
     FlowConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -20,6 +19,7 @@ from ecdit_ds.config import (
     TrainConfig,
     changed_fields,
 )
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.recipe_file import recipe_from_dict
 

@@ -19,7 +19,7 @@ import torch
 
 from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
-from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.images import decode_image, fit_image, to_tensor

@@ -16,11 +16,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig, Recipe
+from ecdit_ds.config import Recipe
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import draw_scene
-from ecdit_ds.data.encode import LatentDataset, open_digit_scenes, open_split
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.folder import SCHEMA_VERSION
+from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data.splits import open_split
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.model_config import ModelConfig
 
 NUM_TRAIN = 300

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecdit_ds.config import DataConfig
-from ecdit_ds.data.encode import LatentDataset, Samples, open_digit_scenes
+from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.loader import evaluation_batches, training_batches
 from ecdit_ds.data.order import sample_order
+from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.model_config import ModelConfig
 
 NUM_SAMPLES = 21
@@ -192,7 +193,7 @@ def test_workers_end_with_the_iteration(dataset: LatentDataset) -> None:
 PROCESS_THAT_FAILS = """
 import sys
 from pathlib import Path
-from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.loader import training_batches
 batches = training_batches(
     LatentDataset(Path(sys.argv[1])), seed=0, global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=1,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds import train
-from ecdit_ds.config import DataConfig
-from ecdit_ds.data.encode import open_split
+from ecdit_ds.data.splits import open_split
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.forked import in_a_copy

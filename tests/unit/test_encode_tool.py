@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ecdit_ds.data.encode import LatentDataset
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.errors import ConfigError, ExitCode
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae

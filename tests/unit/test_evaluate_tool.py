@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.encode import open_digit_scenes
+from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.loading import load_drawer
 from tests.helpers.evaluate_tool import EvaluateTool, content

@@ -1,0 +1,170 @@
+"""Encoded sets as training reads them: memory-mapped, by sample.
+
+Suffixes: B batch, C channels, H, W latent height and width, T text tokens, D text_embed_dim.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.columns import DTYPES
+from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.folder import (
+    SetIndex,
+    ShardInfo,
+    read_index,
+    read_null_text,
+    verify_set,
+)
+from ecdit_ds.data.shard import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One encoded image and its caption; floats are fp32."""
+
+    latents_CHW: Tensor
+    text_embeds_TD: Tensor
+    text_mask_T: Tensor
+    text_pooled_D: Tensor
+    caption: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
+
+    latents_BCHW: Tensor
+    text_embeds_BTD: Tensor
+    text_mask_BT: Tensor
+    """bool, True at tokens."""
+    text_pooled_BD: Tensor
+    captions: tuple[str, ...]
+    stream_index_B: Tensor
+    """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
+    bad: Mapping[int, BadSample] = field(default_factory=dict)
+    """Of which places of the batch the tensors hold nothing to train on, and why."""
+
+    def float(self) -> "Samples":
+        """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
+        return replace(
+            self,
+            latents_BCHW=self.latents_BCHW.to(torch.float32),
+            text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
+            text_pooled_BD=self.text_pooled_BD.to(torch.float32),
+        )
+
+
+class LatentDataset:
+    """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
+
+    def __init__(self, folder: Path, *, whole: bool = True) -> None:
+        """Open a folder of encoded samples and verify it.
+
+        Args:
+            whole: read every byte and compare checksums; otherwise compare sizes alone.
+
+        Raises:
+            DataError: a file is missing or damaged; names it.
+        """
+        self.index = read_index(folder)
+        verify_set(folder, self.index, whole=whole)
+        self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
+        self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
+        parts = read_null_text(folder)
+        self.null_text = TextEmbeddings(
+            embeds_BTD=parts["text_embeds"].float(), mask_BT=parts["text_mask"], pooled_BD=parts["text_pooled"].float()
+        )
+        """The text of no text, B = 1."""
+
+    def __len__(self) -> int:
+        return self.index.count
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        batch = self.gather(np.array([i]), np.array([i])).float()
+        return Sample(
+            latents_CHW=batch.latents_BCHW[0],
+            text_embeds_TD=batch.text_embeds_BTD[0],
+            text_mask_T=batch.text_mask_BT[0],
+            text_pooled_D=batch.text_pooled_BD[0],
+            caption=batch.captions[0],
+            kind=self.texts("kind", np.array([i]))[0],
+        )
+
+    def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return which of `index.buckets` the latents of each sample have the shape of."""
+        buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
+        return buckets[np.searchsorted(self._starts, indices, side="right") - 1]
+
+    def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
+        """Return the samples at `indices`, in that order, repeats allowed; floats are as they are stored.
+
+        Args:
+            indices: int64 (B,) in [0, len(self)), all of one bucket.
+            stream_indices: int64 (B,), carried along as `stream_index_B`.
+        """
+        buckets = np.unique(self.buckets_of(indices))
+        assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
+        num_tokens, embed_dim = self.index.text_shape
+        stored = DTYPES[self.index.latents_dtype]
+
+        def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
+            return self._read_column(column, indices, dtype, row_shape)
+
+        return Samples(
+            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
+            text_mask_BT=read("text_mask", torch.bool, num_tokens),
+            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
+            captions=tuple(self.texts("caption", indices)),
+            stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
+        )
+
+    def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
+        """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
+        found = [""] * len(indices)
+        for shard, places, rows in self._by_shard(indices):
+            for place, text in zip(places, shard.texts(column, rows), strict=True):
+                found[place] = text
+        return found
+
+    def _read_column(
+        self, column: str, indices: npt.NDArray[np.int64], dtype: torch.dtype, row_shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return (B, *row_shape) of its own memory; each row is copied once."""
+        tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
+        into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
+        for shard, places, rows in self._by_shard(indices):
+            shard.copy_rows(column, rows, into, places)
+        return tensor
+
+    def _by_shard(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[Shard, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield each shard that holds some of the samples, their places among `indices`, and their rows in it."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(shards):
+            places = np.flatnonzero(shards == number)
+            yield self._shards[number], places, indices[places] - self._starts[number]
+
+
+def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
+    float_bytes = DTYPES[index.latents_dtype].itemsize
+    tokens, width = index.text_shape
+    row_bytes = {
+        "latents": math.prod(index.buckets[shard.bucket]) * float_bytes,
+        "text_embeds": tokens * width * float_bytes,
+        "text_mask": tokens,
+        "text_pooled": index.pooled_width * float_bytes,
+    }
+    return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)

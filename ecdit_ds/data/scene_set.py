@@ -1,0 +1,159 @@
+"""Digit scenes through the embedded encoders: written once for each setting, then read like any other set.
+
+Suffixes: B batch, C channels, H, W pixels of the canvas.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from ecdit_ds.data.columns import LatentSums, null_columns, table_of, total_of
+from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.digit_scenes import Split, draw_scene
+from ecdit_ds.data.encoder_facts import image_facts, text_facts
+from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.folder import (
+    SCHEMA_VERSION,
+    SetIndex,
+    ShardInfo,
+    new_draft,
+    publish_set,
+    write_arrow_shard,
+    write_index,
+    write_null_text,
+)
+from ecdit_ds.data_config import DataConfig
+from ecdit_ds.errors import DataError
+from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.seeding import stable_seed
+
+_ROWS_PER_BATCH = 256
+_SHARD_FILE = "shard-00000.arrow"
+
+
+def open_digit_scenes(
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    split: Split,
+    seed: int,
+    image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
+) -> LatentDataset:
+    """Open a split of the digit scenes, encoded; write it first where `data.cache_dir` does not hold it yet.
+
+    Args:
+        model: gives the sizes of latents and text.
+        data: gives the number of scenes and the folder of the cache.
+        split: `train` or `heldout`.
+        seed: of the corpus.
+        image_encoder: its downsampling times the latent size is the canvas.
+        text_encoder: must have the model's text sizes.
+
+    Raises:
+        DataError: encoders do not fit the model, the folder cannot be written, or what is there is damaged.
+    """
+    check_digit_scenes(model, image_encoder, text_encoder)
+    settings: dict[str, str | int] = {
+        "schema": SCHEMA_VERSION,
+        "split": split,
+        "seed": seed,
+        "count": data.num_train if split == "train" else data.num_heldout,
+        "canvas_height": model.latent_height * image_encoder.downsampling,
+        "canvas_width": model.latent_width * image_encoder.downsampling,
+        "image_encoder": image_encoder.identity,
+        "text_encoder": text_encoder.identity,
+    }
+    digest = f"{stable_seed('digit_scenes settings', json.dumps(settings, sort_keys=True)):016x}"
+    folder = Path(data.cache_dir) / f"digit_scenes-{digest}"
+    if not folder.exists():
+        try:
+            _write_scenes(folder, model, settings, image_encoder, text_encoder)
+        except OSError as error:
+            raise DataError(f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; "
+                            "free space there or set data.cache_dir elsewhere") from None  # fmt: skip
+    return LatentDataset(folder)
+
+
+def _write_scenes(
+    folder: Path, model: ModelConfig, settings: dict[str, str | int], image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
+) -> None:  # fmt: skip
+    """Write a split beside its place, and publish it."""
+    draft = new_draft(folder)
+    try:
+        parts: list[LatentSums] = []
+        tables = _encode_scenes(settings, image_encoder, text_encoder, parts)
+        count, size, checksum = write_arrow_shard(draft / _SHARD_FILE, tables)
+        shard = ShardInfo(file=_SHARD_FILE, bucket=0, count=count, bytes=size, xxh3=checksum)
+        null_text = null_columns(text_encoder, torch.float32)
+        mean, std = total_of(parts).statistics()
+        index = SetIndex(
+            schema=SCHEMA_VERSION, count=count, image_encoder=image_facts(image_encoder),
+            text_encoder=text_facts(text_encoder), latents_dtype="float32",
+            text_shape=(model.max_text_tokens, model.text_embed_dim), pooled_width=null_text["text_pooled"].shape[1],
+            buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
+            latents_mean=mean, latents_std=std, settings=settings, **write_null_text(draft, null_text),
+        )  # fmt: skip
+        write_index(draft, index)
+        publish_set(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+    """Check that the encoders fit the model and that scenes fit the canvas.
+
+    Raises:
+        DataError: naming the fields to change.
+    """
+    for field, wanted, given in (
+        ("text_embed_dim", model.text_embed_dim, text_encoder.embed_dim),
+        ("max_text_tokens", model.max_text_tokens, text_encoder.max_tokens),
+    ):
+        if wanted != given:
+            raise DataError(f"text encoder {text_encoder.identity} gives {given}, but model.{field} is {wanted}; "
+                            f"set model.{field}={given} or take another encoder")  # fmt: skip
+    latents_shape = (model.in_channels, model.latent_height, model.latent_width)
+    height, width = (side * image_encoder.downsampling for side in latents_shape[1:])
+    with torch.no_grad():
+        given_shape = tuple(image_encoder.encode(torch.zeros(1, 3, height, width)).shape[1:])
+    if given_shape != latents_shape:
+        raise DataError(f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
+                        f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
+                        "latent_height and latent_width to the former")  # fmt: skip
+    draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
+
+
+def _encode_scenes(
+    settings: dict[str, str | int], image_encoder: ImageEncoder, text_encoder: TextEncoder, parts: list[LatentSums]
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded scenes, in order, and append the sums of each to `parts`."""
+    seed, count, split = int(settings["seed"]), int(settings["count"]), cast(Split, settings["split"])
+    height, width = int(settings["canvas_height"]), int(settings["canvas_width"])
+    # disable=None shows the bar on terminals only.
+    with tqdm(total=count, desc="encoding scenes", unit="scene", disable=None) as progress:
+        for start in range(0, count, _ROWS_PER_BATCH):
+            indices = range(start, min(start + _ROWS_PER_BATCH, count))
+            scenes = [
+                draw_scene(seed=seed, split=split, index=i, canvas_height=height, canvas_width=width) for i in indices
+            ]
+            images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
+            images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1.0
+            captions = [scene.caption for scene in scenes]
+            with torch.no_grad():
+                latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
+            parts.append(LatentSums.of(latents_BCHW))
+            yield table_of(
+                keys=[f"{split}-{i}" for i in indices], captions=captions, kinds=[scene.kind for scene in scenes],
+                latents_BCHW=latents_BCHW, text=text, dtype=torch.float32,
+            )  # fmt: skip
+            progress.update(len(scenes))

@@ -1,0 +1,94 @@
+"""The part of a recipe that says what is trained on."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.validation import require_not_negative, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus and how it is read."""
+
+    dataset: Literal["digit_scenes", "encoded"] = "digit_scenes"
+    """Embedded scenes, encoded before the first step, or what `path` names."""
+    path: str | tuple[str, ...] | None = None
+    """Of the training set, or of several that are mixed; a recipe may leave it to the command line."""
+    weights: tuple[float, ...] = ()
+    """Share of the training samples that each path gives, up to a common factor; by default as many as it holds."""
+    heldout_path: str | None = None
+    """Of the held-out set."""
+    encode: Literal["offline", "online"] = "offline"
+    """`offline`: the paths hold what tools/encode_data.py wrote. `online`, for small trials: they are what it would
+    read, and pictures and captions go through the frozen encoders beside training."""
+    vae: str | None = None
+    """Online: folder of the image encoder; without one, pixels are the latents."""
+    text: tuple[str, ...] = ()
+    """Online: folders of the text encoders; without one, words get fixed vectors."""
+    image_column: str | None = None
+    """Online: of a table; by default the first of the usual names."""
+    caption_column: str | None = None
+    """Online: likewise."""
+    max_bad: float = 0.01
+    """Share of the samples read that may be bad, and are replaced, before the run ends."""
+    seed: int = 0
+    """Which scenes; not the training seed, so that runs of several seeds share one set."""
+    num_train: int = 16384
+    """Scenes in the training set."""
+    num_heldout: int = 256
+    """Scenes, of other digit images and other captions, for the held-out loss."""
+    cache_dir: str = "runs/cache"
+    """Where encoded sets are kept, memory-mapped, one folder per setting."""
+    num_workers: int = 1
+    """Loader processes a rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        self._check_effects()
+        require_positive("data", "num_train", self.num_train)
+        require_positive("data", "num_heldout", self.num_heldout)
+        require_not_negative("data", "num_workers", self.num_workers)
+        if not 0.0 <= self.max_bad < 1.0:
+            raise ConfigError(f"data.max_bad: {self.max_bad} is outside [0, 1); 0.01 is one bad sample in a hundred")
+        if len(set(self.paths)) < len(self.paths):
+            raise ConfigError(f"data.path: {', '.join(self.paths)} names a set twice; give it a higher data.weights")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ConfigError(
+                f"data.weights: {len(self.weights)} for {len(self.paths)} of data.path; give one for each"
+            )
+        for weight in self.weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(
+                    f"data.weights: {weight} is no positive number; leave out the path that is not wanted"
+                )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path of the training set."""
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def is_online(self) -> bool:
+        """Whether raw pictures and captions go through the encoders beside training."""
+        return self.dataset == "encoded" and self.encode == "online"
+
+    def _check_effects(self) -> None:
+        """Refuse what would have no effect."""
+        others = ("path", "weights", "heldout_path")
+        if self.dataset != "encoded":
+            self._refuse((*others, *_ONLINE), "data.dataset", self.dataset, "encoded")
+            if self.encode != "offline":
+                raise ConfigError(f"data.encode: {self.encode} has no effect with data.dataset: {self.dataset}; set "
+                                  "data.dataset=encoded")  # fmt: skip
+        elif self.encode != "online":
+            self._refuse(_ONLINE, "data.encode", self.encode, "online")
+
+    def _refuse(self, names: tuple[str, ...], key: str, value: str, wanted: str) -> None:
+        for name in names:
+            given = getattr(self, name)
+            if given:
+                raise ConfigError(f"data.{name}: {given} has no effect with {key}: {value}; set {key}={wanted}")
+
+
+_ONLINE = ("vae", "text", "image_column", "caption_column")

@@ -117,45 +117,55 @@ class LatentDataset:
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
         num_tokens, embed_dim = self.index.text_shape
         stored = DTYPES[self.index.latents_dtype]
-
-        def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
-            return self._read_column(column, indices, dtype, row_shape)
-
+        batch = _Columns(len(indices), {
+            "latents": (stored, self.index.buckets[buckets[0]]),
+            "text_embeds": (stored, (num_tokens, embed_dim)),
+            "text_mask": (torch.bool, (num_tokens,)),
+            "text_pooled": (stored, (self.index.pooled_width,)),
+        })  # fmt: skip
+        captions = []
+        for place, (shard, row) in enumerate(self._rows_of(indices)):
+            batch.put(place, shard.row(row))
+            captions.append(shard.text("caption", row))
         return Samples(
-            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
-            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
-            text_mask_BT=read("text_mask", torch.bool, num_tokens),
-            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
-            captions=tuple(self.texts("caption", indices)),
+            latents_BCHW=batch.tensor("latents"),
+            text_embeds_BTD=batch.tensor("text_embeds"),
+            text_mask_BT=batch.tensor("text_mask"),
+            text_pooled_BD=batch.tensor("text_pooled"),
+            captions=tuple(captions),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
         """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
-        found = [""] * len(indices)
-        for shard, places, rows in self._by_shard(indices):
-            for place, text in zip(places, shard.texts(column, rows), strict=True):
-                found[place] = text
-        return found
+        return [shard.text(column, row) for shard, row in self._rows_of(indices)]
 
-    def _read_column(
-        self, column: str, indices: npt.NDArray[np.int64], dtype: torch.dtype, row_shape: tuple[int, ...]
-    ) -> Tensor:
-        """Return (B, *row_shape) of its own memory; each row is copied once."""
-        tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
-        into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
-        for shard, places, rows in self._by_shard(indices):
-            shard.copy_rows(column, rows, into, places)
-        return tensor
+    def _rows_of(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[Shard, int]]:
+        """Yield of each sample the shard that holds it, and its row in it."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        for number, row in zip(numbers.tolist(), (indices - self._starts[numbers]).tolist(), strict=True):
+            yield self._shards[number], row
 
-    def _by_shard(
-        self, indices: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[Shard, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Yield each shard that holds some of the samples, their places among `indices`, and their rows in it."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(shards):
-            places = np.flatnonzero(shards == number)
-            yield self._shards[number], places, indices[places] - self._starts[number]
+
+class _Columns:
+    """The tensors of a batch while rows are copied into them, each row once."""
+
+    def __init__(self, count: int, columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self._count, self._columns = count, columns
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in columns.values()]
+        # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
+        self._bytes = [np.empty(count * size, dtype=np.uint8) for size in sizes]
+        self._into = [(memoryview(column), size) for column, size in zip(self._bytes, sizes, strict=True)]
+
+    def put(self, place: int, row: list[memoryview]) -> None:
+        """Copy the columns of one sample."""
+        for (into, size), part in zip(self._into, row, strict=True):
+            into[place * size : (place + 1) * size] = part
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a column as (count, *shape)."""
+        dtype, shape = self._columns[name]
+        return torch.from_numpy(self._bytes[list(self._columns).index(name)]).view(dtype).view(self._count, *shape)
 
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:

@@ -4,7 +4,7 @@ Suffixes: B batch, C channels, H, W latent height and width, T text tokens, D te
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ecdit_ds.data.folder import (
     read_null_text,
     verify_set,
 )
-from ecdit_ds.data.shard import Shard
+from ecdit_ds.data.shard import Rows, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,55 +117,44 @@ class LatentDataset:
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
         num_tokens, embed_dim = self.index.text_shape
         stored = DTYPES[self.index.latents_dtype]
-        batch = _Columns(len(indices), {
-            "latents": (stored, self.index.buckets[buckets[0]]),
-            "text_embeds": (stored, (num_tokens, embed_dim)),
-            "text_mask": (torch.bool, (num_tokens,)),
-            "text_pooled": (stored, (self.index.pooled_width,)),
-        })  # fmt: skip
-        captions = []
-        for place, (shard, row) in enumerate(self._rows_of(indices)):
-            batch.put(place, shard.row(row))
-            captions.append(shard.text("caption", row))
+        found = self._find(indices)
+
+        def read(column: int, dtype: torch.dtype, *row_shape: int) -> Tensor:
+            return _copied(found, column, dtype, row_shape)
+
         return Samples(
-            latents_BCHW=batch.tensor("latents"),
-            text_embeds_BTD=batch.tensor("text_embeds"),
-            text_mask_BT=batch.tensor("text_mask"),
-            text_pooled_BD=batch.tensor("text_pooled"),
-            captions=tuple(captions),
+            latents_BCHW=read(0, stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read(1, stored, num_tokens, embed_dim),
+            text_mask_BT=read(2, torch.bool, num_tokens),
+            text_pooled_BD=read(3, stored, self.index.pooled_width),
+            captions=tuple(rows.text("caption", row) for rows, row in found),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
         """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
-        return [shard.text(column, row) for shard, row in self._rows_of(indices)]
+        return [rows.text(column, row) for rows, row in self._find(indices)]
 
-    def _rows_of(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[Shard, int]]:
-        """Yield of each sample the shard that holds it, and its row in it."""
+    def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[Rows, int]]:
+        """Return of each sample the rows among which it is in its shard, and which of them it is."""
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        for number, row in zip(numbers.tolist(), (indices - self._starts[numbers]).tolist(), strict=True):
-            yield self._shards[number], row
+        within = indices - self._starts[numbers]
+        return [self._shards[number].find(row) for number, row in zip(numbers.tolist(), within.tolist(), strict=True)]
 
 
-class _Columns:
-    """The tensors of a batch while rows are copied into them, each row once."""
+def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor column of some rows, (B, *row_shape), of its own memory; each row is copied once.
 
-    def __init__(self, count: int, columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._count, self._columns = count, columns
-        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in columns.values()]
-        # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
-        self._bytes = [np.empty(count * size, dtype=np.uint8) for size in sizes]
-        self._into = [(memoryview(column), size) for column, size in zip(self._bytes, sizes, strict=True)]
-
-    def put(self, place: int, row: list[memoryview]) -> None:
-        """Copy the columns of one sample."""
-        for (into, size), part in zip(self._into, row, strict=True):
-            into[place * size : (place + 1) * size] = part
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a column as (count, *shape)."""
-        dtype, shape = self._columns[name]
-        return torch.from_numpy(self._bytes[list(self._columns).index(name)]).view(dtype).view(self._count, *shape)
+    By slices of bytes, not arrays of one row: beside copying some kB, making those would take most of the time.
+    """
+    size = math.prod(row_shape) * dtype.itemsize
+    # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
+    copied = np.empty(len(found) * size, dtype=np.uint8)
+    into, end = copied.data, 0
+    for rows, row in found:
+        start, end = end, end + size
+        into[start:end] = rows.tensors[column][row * size : (row + 1) * size]
+    return torch.from_numpy(copied).view(dtype).view(len(found), *row_shape)
 
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:

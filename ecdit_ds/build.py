@@ -18,6 +18,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
@@ -200,10 +201,11 @@ def _work(
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
     transform = _Transform(recipe, train_set.null_text)
+    mixture = Mixture([train_set], seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size)
 
     def batches(start_sample: int) -> Any:
         return training_batches(
-            train_set, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size, micro_batch_size=micro,
+            mixture, micro_batch_size=micro,
             dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
             end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
             transform=transform,

@@ -229,11 +229,13 @@ def _report_of(records: Sequence[UnitRecord], ignored: Mapping[str, int]) -> dic
         for cause, some in record.bad_names.items():
             known = names.setdefault(cause, [])
             known += some[: MAX_NAMES - len(known)]
+    converted = sum((Counter(record.converted) for record in records), Counter())
     good = sum(record.count for record in records)
     return {
         "samples": good,
         "left_out": sum(counts.values()),
         "causes": {cause: {"count": counts[cause], "names": names[cause]} for cause in sorted(counts)},
+        "converted": dict(sorted(converted.items())),
         "ignored_files": dict(sorted(ignored.items())),
     }
 

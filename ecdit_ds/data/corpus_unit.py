@@ -64,6 +64,11 @@ class UnitRecord:
         """Samples in all shards."""
         return sum(shard.count for shard in self.shards)
 
+    @property
+    def num_bad(self) -> int:
+        """Samples left out."""
+        return sum(self.bad_counts.values())
+
     def to_json(self) -> bytes:
         """Return what `read_record` reads."""
         fields: dict[str, Any] = {

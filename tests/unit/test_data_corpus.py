@@ -236,6 +236,20 @@ def test_a_sample_that_an_encoder_has_no_numbers_for_is_left_out(make_job: MakeJ
     assert np.isfinite(dataset.index.latents_mean).all()
 
 
+def test_a_source_that_is_mostly_bad_is_not_read_to_its_end(
+    make_job: MakeJob, tmp_path: Path, refusal_of: Refusal
+) -> None:
+    (tmp_path / "list").mkdir()
+    rows = [json.dumps({"path": f"{i}.jpg", "caption": "nothing"}) for i in range(2400)]
+    (tmp_path / "list" / "all.jsonl").write_text("\n".join(rows))
+    job = make_job()
+    units: list[str] = []
+    job = replace(job, source=open_source(str(tmp_path / "list" / "all.jsonl"), unit_samples=600))
+    message = refusal_of(lambda: encode_corpus(job, moment=units.append))
+    assert "no sample of 1200 is usable, most for: no image (1200, such as" in message
+    assert units.count("unit") == 2, "after a thousand it is plain"
+
+
 def test_a_source_without_one_good_sample_is_refused(make_job: MakeJob, tmp_path: Path, refusal_of: Refusal) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ecdit_ds.data.dataset import LatentDataset, Samples
-from ecdit_ds.data.mixture import Mixture
+from ecdit_ds.data.dataset import Samples
+from ecdit_ds.data.mixture import Mixture, Part, SampleSet
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
 
@@ -100,25 +100,28 @@ def _require_whole_steps(name: str, sample: int, global_batch_size: int) -> None
 
 
 def evaluation_batches(
-    dataset: LatentDataset, *, batch_size: int, dp_rank: int, dp_size: int
+    dataset: SampleSet, *, batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[tuple[Samples, Tensor]]:
-    """Iterate once over a fixed set, split over the ranks.
+    """Iterate once over a fixed set, bucket by bucket, split over the ranks.
 
     Args:
-        dataset: read in its own order; `stream_index_B` is the sample's place in it.
+        dataset: read in its own order, of each bucket; `stream_index_B` is the sample's place in it.
         batch_size: samples a rank sees at a time.
         dp_rank: data-parallel rank, in [0, dp_size).
         dp_size: data-parallel ranks.
 
     Returns:
         Pairs of samples and weights_B (fp32): 1 for each sample of the set exactly once over all ranks, 0 for the
-        repeats of the last sample that give every rank equally many batches of equal size.
+        repeats of a bucket's last sample that give every rank equally many batches of equal size. All ranks are at the
+        same bucket at a time.
     """
-    for start in range(0, len(dataset), batch_size * dp_size):
-        places_B = start + dp_rank * batch_size + np.arange(batch_size)
-        indices_B = np.minimum(places_B, len(dataset) - 1)
-        weights_B = torch.from_numpy((places_B < len(dataset)).astype(np.float32))
-        yield dataset.gather(indices_B, indices_B), weights_B
+    for bucket in range(len(dataset.buckets)):
+        part = Part(dataset.runs, bucket)
+        for start in range(0, len(part), batch_size * dp_size):
+            places_B = start + dp_rank * batch_size + np.arange(batch_size)
+            indices_B = part.samples(np.minimum(places_B, len(part) - 1))
+            weights_B = torch.from_numpy((places_B < len(part)).astype(np.float32))
+            yield dataset.gather(indices_B, indices_B), weights_B
 
 
 @dataclass(frozen=True, kw_only=True)

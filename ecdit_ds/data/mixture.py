@@ -30,6 +30,9 @@ from ecdit_ds.seeding import stable_seed
 Bucket = tuple[int, int, int]
 """(C, H, W) of latents."""
 
+_SHUFFLED_STEPS = 32
+"""Within so many steps, the order of buckets is left to chance; over more, each comes as often as it should."""
+
 
 class SampleSet(Protocol):
     """What can be mixed: samples by number, each of one of a few sizes. Cheap to pickle and to fork."""
@@ -121,6 +124,8 @@ class Mixture:
         self.buckets = tuple(shares)
         """Sizes of latents, each of them of some set's samples."""
         self._counts = counts_of([sum(of_sets.values(), Fraction()) for of_sets in shares.values()])
+        self._window: tuple[int, list[tuple[int, int]]] = (-1, [])
+        """Bucket and turn of the steps that were last asked for: they are found together."""
         is_one = sum(map(len, shares.values())) == 1
         self._streams = [
             _Stream(
@@ -162,7 +167,9 @@ class Mixture:
         bucket, turn = self._bucket_at(step)
         stream = self._streams[bucket]
         own_positions = positions + (turn - step) * self.global_batch_size
-        which, places = interleave(own_positions, stream.counts, self.seed, f"sets of {self.buckets[bucket]}")
+        which, places = interleave(
+            own_positions, stream.counts, self.seed, f"sets of {self.buckets[bucket]}", self.global_batch_size
+        )
         sets_B, samples_B = np.empty_like(which), np.empty_like(which)
         for i in np.unique(which):
             is_here, component = which == i, stream.components[i]
@@ -186,8 +193,18 @@ class Mixture:
 
     def _bucket_at(self, step: int) -> tuple[int, int]:
         """Return the number of a step's bucket, and how many steps had it before."""
-        buckets, turns = interleave(np.array([step]), self._counts, self.seed, "buckets")
-        return int(buckets[0]), int(turns[0])
+        window, here = divmod(step, _SHUFFLED_STEPS)
+        if self._window[0] != window:
+            self._window = window, self._buckets_of(window)
+        return self._window[1][here]
+
+    def _buckets_of(self, window: int) -> list[tuple[int, int]]:
+        steps = np.arange(window * _SHUFFLED_STEPS, (window + 1) * _SHUFFLED_STEPS)
+        buckets, turns = interleave(steps, self._counts, self.seed, "buckets", _SHUFFLED_STEPS)
+        for bucket in np.unique(buckets):
+            # The turns at a bucket, put in order: then its samples come epoch after epoch.
+            turns[buckets == bucket] = np.sort(turns[buckets == bucket])
+        return list(zip(buckets.tolist(), turns.tolist(), strict=True))
 
 
 def held_by(buckets: Sequence[Bucket], runs: Sequence[tuple[int, int]]) -> Counter[Bucket]:

@@ -4,7 +4,9 @@ Position n lies in epoch n // num_samples. Each epoch is its own permutation of 
 asked for and never stored: a Feistel network (a keyed bijection of a power of four) walked until it lands in the set
 (Black & Rogaway 2002, cycle walking). So a loader's whole state is one integer, under any layout.
 
-Several streams become one in the same way: what is permuted then are the slots of a block, so many for each stream.
+Several streams become one by dealing out the slots of a block, so many to each stream and evenly (Bresenham 1965), and
+by permuting them within a window. Evenly, since then the place in a stream follows from the slot, and streams are read
+from front to back; were a whole block permuted, a small set might be read twice before it is read once.
 """
 
 from collections.abc import Sequence
@@ -42,19 +44,20 @@ def sample_order(positions: npt.NDArray[np.int64], num_samples: int, seed: int) 
 
 
 def interleave(
-    positions: npt.NDArray[np.int64], counts: Sequence[int], seed: int, purpose: str
+    positions: npt.NDArray[np.int64], counts: Sequence[int], seed: int, purpose: str, window: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return which of several endless streams each position of their mixture belongs to, and its place there.
 
-    Of each `sum(counts)` successive positions, a block, stream j gets exactly `counts[j]`, and every block has an order
-    of its own. So positions and (stream, place) are in bijection, and each stream is read place after place, none left
-    out, give or take a block.
+    Of each `sum(counts)` successive positions, a block, stream j gets exactly `counts[j]`, evenly spread. Positions and
+    (stream, place) are in bijection. All places of a stream in one window come before all in the next; within a window,
+    every position is as likely to belong to a stream as any other.
 
     Args:
         positions: int64 of any shape, 0 or more.
         counts: of each stream, 1 or more; 2**40 together at most. One stream alone is its own mixture.
         seed: the run's seed.
         purpose: what is mixed; other purposes have other orders.
+        window: within how many successive positions, from a multiple of it on, the order is left to chance.
 
     Returns:
         Streams and places, int64 of the shape of `positions`.
@@ -64,14 +67,54 @@ def interleave(
     assert positions.min(initial=0) >= 0, positions
     if len(counts) == 1:
         return np.zeros_like(positions), positions
-    blocks, slots = np.divmod(positions.ravel(), total)
-    # Blocks may be as short as two slots, so their keys are made all at once.
-    keys = _mix(_keys(seed, purpose) ^ _mix(blocks.astype(np.uint64)))
-    permuted = _permute(slots, total, keys)
-    ends, sizes = np.cumsum(counts), np.array(counts, dtype=np.int64)
-    streams = np.searchsorted(ends, permuted, side="right")
-    places = blocks * sizes[streams] + permuted - (ends - sizes)[streams]
+    blocks, slots = np.divmod(_shuffled(positions.ravel(), total, window, _keys(seed, purpose)), total)
+    # Each block is dealt from a start of its own, lest a rare stream always come at the end of one.
+    start_key = np.uint64(stable_seed(seed, purpose, "start"))
+    starts = (_mix(start_key ^ _mix(blocks.astype(np.uint64))) % np.uint64(total)).astype(np.int64)
+    streams, places = _deal((slots + starts) % total, starts, counts)
+    places += blocks * np.array(counts, dtype=np.int64)[streams]
     return streams.reshape(positions.shape), places.reshape(positions.shape)
+
+
+def _shuffled(
+    positions: npt.NDArray[np.int64], block: int, window: int, keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """Permute positions within what lies in one window and in one block; each such piece has an order of its own."""
+    firsts = np.maximum(positions // window * window, positions // block * block)
+    ends = np.minimum(positions // window * window + window, positions // block * block + block)
+    keys = _mix(keys ^ _mix(firsts.astype(np.uint64)))
+    shuffled = np.empty_like(positions)
+    for size in np.unique(ends - firsts):  # three in a window: its first and last piece, and whole blocks
+        is_here = ends - firsts == size
+        within = (positions - firsts)[is_here]
+        shuffled[is_here] = firsts[is_here] + _permute(within, int(size), keys[:, is_here])
+    return shuffled
+
+
+def _deal(
+    slots: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], counts: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the stream of each slot of a block, and how many of that stream's lie between the block's start and it.
+
+    Blocks are circles of sum(counts) slots, each counted from a start of its own. The first stream takes its slots as
+    evenly as it can, the second takes its own of those that are left, and so on.
+    """
+    streams, places = np.empty_like(slots), np.empty_like(slots)
+    left, rest = np.arange(len(slots)), sum(counts)
+    for stream, count in enumerate(counts):
+        before, before_start = _share(slots, count, rest), _share(starts, count, rest)
+        is_own = _share(slots + 1, count, rest) > before
+        streams[left[is_own]] = stream
+        places[left[is_own]] = (before - before_start)[is_own] % count
+        slots, starts, left = (kept[~is_own] for kept in (slots - before, starts - before_start, left))
+        rest -= count
+    return streams, places
+
+
+def _share(values: npt.NDArray[np.int64], count: int, of: int) -> npt.NDArray[np.int64]:
+    """Return floor(values * count / of), exactly, for values up to `of`."""
+    wide = values if of * count < 1 << 63 else values.astype(object)
+    return (wide * count // of).astype(np.int64)
 
 
 def replacement_order(

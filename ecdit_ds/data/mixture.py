@@ -194,9 +194,10 @@ class Mixture:
     def _bucket_at(self, step: int) -> tuple[int, int]:
         """Return the number of a step's bucket, and how many steps had it before."""
         window, here = divmod(step, _SHUFFLED_STEPS)
-        if self._window[0] != window:
-            self._window = window, self._buckets_of(window)
-        return self._window[1][here]
+        known = self._window  # one look, since another thread may be at another window
+        if known[0] != window:
+            self._window = known = window, self._buckets_of(window)
+        return known[1][here]
 
     def _buckets_of(self, window: int) -> list[tuple[int, int]]:
         steps = np.arange(window * _SHUFFLED_STEPS, (window + 1) * _SHUFFLED_STEPS)

@@ -44,7 +44,7 @@ lint: $(VENV)/installed
 # Tests of single functions share the cores file by file; launches of several ranks have them to themselves.
 test: lint
 	failed=0; \
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(UNIT_TESTS) || failed=1; \
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(UNIT_TESTS) || failed=1; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(UNIT_TESTS)) || failed=1; \
 	exit $$failed
 

@@ -15,9 +15,10 @@ from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.dataset import LatentDataset, Samples
+from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, encoders_of
 from ecdit_ds.ending import RunStatus, own_seat
@@ -67,7 +68,7 @@ def run(
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
-    train_set, heldout_set = _open_data(recipe, world)
+    mixture, heldout_set = _open_data(recipe, world)
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
@@ -83,7 +84,7 @@ def run(
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
         status=status, stop=stop,
-        **_work(recipe, topology, device, world, train_set, heldout_set),
+        **_work(recipe, topology, device, world, mixture, heldout_set),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
@@ -123,12 +124,17 @@ def _claim(
     return lease, folder.candidates(resume)
 
 
-def _open_data(recipe: Recipe, world: World) -> tuple[LatentDataset, LatentDataset]:
-    """Open the training and the held-out set; rank 0 makes them first where they are missing."""
+def _open_data(recipe: Recipe, world: World) -> tuple[Mixture, SampleSet]:
+    """Open what is trained on and the held-out set; rank 0 makes them first where they are missing."""
     encoders = None if recipe.data.dataset == "encoded" else encoders_of(recipe)
 
-    def open_both(*, whole: bool) -> tuple[LatentDataset, LatentDataset]:
-        return open_split(recipe, "train", encoders, whole=whole), open_split(recipe, "heldout", encoders, whole=whole)
+    def open_both(*, whole: bool) -> tuple[Mixture, SampleSet]:
+        mixture = Mixture(
+            open_split(recipe, "train", encoders, whole=whole), weights=recipe.data.weights, seed=recipe.train.seed,
+            global_batch_size=recipe.train.global_batch_size,
+        )  # fmt: skip
+        (heldout_set,) = open_split(recipe, "heldout", encoders, whole=whole)
+        return mixture, heldout_set
 
     world.on_first(lambda: open_both(whole=True) and None)
     return world.together(partial(open_both, whole=False))
@@ -194,16 +200,16 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 
 def _work(
-    recipe: Recipe, topology: Topology, device: torch.device, world: World, train_set: LatentDataset,
-    heldout_set: LatentDataset,
+    recipe: Recipe, topology: Topology, device: torch.device, world: World, mixture: Mixture,
+    heldout_set: SampleSet,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
-    transform = _Transform(recipe, train_set.null_text)
+    transform = _Transform(recipe, mixture.null_text)
 
     def batches(start_sample: int) -> Any:
         return training_batches(
-            train_set, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size, micro_batch_size=micro,
+            mixture, micro_batch_size=micro,
             dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
             end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
             transform=transform,
@@ -216,16 +222,25 @@ def _work(
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
-        "flops_per_image": partial(_flops_per_image, recipe, micro),
+        "flops_per_image": _Flops(recipe, mixture, micro),
         "peak_flops_per_s": peak * world.size if peak else None,
     }
 
 
-def _flops_per_image(recipe: Recipe, micro_batch_size: int, step: int) -> float:
-    """Return the model FLOPs of an image's forward and backward at `step` (from 0), with the mask of that step."""
-    model = recipe.model
-    kept = model.num_kept_tokens(recipe.train.mask_ratio_at(step))
-    return training_flops(model, kept, model.pool_images(micro_batch_size)).total
+class _Flops:
+    """Step (from 0) -> model FLOPs of an image's forward and backward, with the mask and the size of that step."""
+
+    def __init__(self, recipe: Recipe, mixture: Mixture, micro_batch_size: int) -> None:
+        self._recipe, self._mixture = recipe, mixture
+        self._pool_images = recipe.model.pool_images(micro_batch_size)
+        self._known: dict[tuple[Bucket, float], float] = {}
+
+    def __call__(self, step: int) -> float:
+        key = bucket, ratio = self._mixture.bucket_at(step), self._recipe.train.mask_ratio_at(step)
+        if key not in self._known:
+            model = self._recipe.model.resized(*bucket[1:])
+            self._known[key] = training_flops(model, model.num_kept_tokens(ratio), self._pool_images).total
+        return self._known[key]
 
 
 class _Transform:
@@ -245,12 +260,13 @@ class _Transform:
             text_embeds_BTD=where_text(kept_B, samples.text_embeds_BTD, self._null.embeds_BTD),
             text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
             text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
-            kept_BN=draw_kept_tokens(index_B, seed, self._recipe.model.num_tokens, self._num_kept(index_B)),
+            kept_BN=self._draw_kept(index_B, samples.latents_BCHW.shape),
         )
 
-    def _num_kept(self, stream_index_B: Tensor) -> int:
-        step = int(stream_index_B[0]) // self._recipe.train.global_batch_size
-        return self._recipe.model.num_kept_tokens(self._recipe.train.mask_ratio_at(step))
+    def _draw_kept(self, stream_index_B: Tensor, latents_shape: torch.Size) -> Tensor | None:
+        train, model = self._recipe.train, self._recipe.model.resized(*latents_shape[-2:])
+        num_kept = model.num_kept_tokens(train.mask_ratio_at(int(stream_index_B[0]) // train.global_batch_size))
+        return draw_kept_tokens(stream_index_B, train.seed, model.num_tokens, num_kept)
 
 
 class _SampleFiles(Callback):

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
-from ecdit_ds.data.splits import check_split
+from ecdit_ds.data.splits import SplitFacts, check_split
 from ecdit_ds.drawing import check_encodable
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
 from ecdit_ds.errors import ConfigError
@@ -114,9 +115,22 @@ def _data(recipe: Recipe) -> list[str]:
     ]  # fmt: skip
     return [
         f"data         data.{key} names no folder yet, and training will not start without" if not paths
-        else f"data         {check_split(recipe, split)} encoded samples in {' and '.join(paths)}"
+        else f"data         {_told(check_split(recipe, split))}"
         for split, key, paths in splits
     ]  # fmt: skip
+
+
+def _told(facts: SplitFacts) -> str:
+    """Say how many samples a split has, in which sets, and of which sizes; shares where there are several."""
+    sets = _with_shares(dict(facts.sets))
+    sizes = _with_shares({f"{height} x {width}": share for (_, height, width), share in facts.buckets.items()})
+    return f"{facts.count} encoded samples in {sets}; latents {sizes}"
+
+
+def _with_shares(shares: dict[str, Fraction]) -> str:
+    if len(shares) == 1:
+        return next(iter(shares))
+    return ", ".join(f"{name} ({float(100 * share):.3g} %)" for name, share in shares.items())
 
 
 def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Scene
+from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.drawing import TextToImage, encoders_of
 from ecdit_ds.evaluation.alignment import drawn_alignment
 from ecdit_ds.evaluation.heldout import heldout_loss
@@ -34,7 +34,7 @@ class Monitor:
     topology: Topology
     world: World
     device: torch.device
-    heldout_set: LatentDataset
+    heldout_set: SampleSet
 
     def heldout_losses(self, model: nn.Module) -> list[float]:
         """Return the held-out loss at each fixed time."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.splits import open_split
+from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
 from ecdit_ds.evaluation.digit_detector import find_objects
@@ -44,7 +44,10 @@ def loss(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--batch-size: {options.batch_size} is no multiple of model.routing_group({recipe.model.routing_group})"
         )
-    samples = options.samples or recipe.data.num_heldout
+    is_encoded = recipe.data.dataset == "encoded"
+    if is_encoded and options.samples:
+        raise ConfigError("--samples: has no effect with data.dataset: encoded, whose loss is over all held out")
+    samples = check_split(recipe, "heldout").count if is_encoded else options.samples or recipe.data.num_heldout
     data = dataclasses.replace(recipe.data, num_heldout=samples, cache_dir=options.cache_dir or recipe.data.cache_dir)
 
     def work() -> dict[str, Any]:
@@ -54,7 +57,7 @@ def loss(options: argparse.Namespace) -> None:
         )
         task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
         losses = heldout_loss(
-            drawer.model, task.crew.world.together(open_set), batch_size=options.batch_size,
+            drawer.model, task.crew.world.together(open_set)[0], batch_size=options.batch_size,
             dp_rank=task.crew.dp.index, dp_size=task.crew.dp.count, device=task.crew.device,
             total=task.crew.world.sum, num_times=options.times,
         )  # fmt: skip

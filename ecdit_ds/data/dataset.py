@@ -101,6 +101,16 @@ class LatentDataset:
             kind=self.texts("kind", np.array([i]))[0],
         )
 
+    @property
+    def buckets(self) -> tuple[tuple[int, int, int], ...]:
+        """The sizes of latents, (C, H, W)."""
+        return self.index.buckets
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(bucket, count) of successive samples of one bucket, from sample 0 to the last."""
+        return [(shard.bucket, shard.count) for shard in self.index.shards]
+
     def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return which of `index.buckets` the latents of each sample have the shape of."""
         buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.loader import evaluation_batches
+from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_losses
 
 NUM_TIMES = 8
@@ -22,7 +22,7 @@ def heldout_times(num_times: int = NUM_TIMES) -> Tensor:
 @torch.no_grad()
 def heldout_loss(
     model: VelocityModel,
-    dataset: LatentDataset,
+    dataset: SampleSet,
     *,
     batch_size: int,
     dp_rank: int,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
@@ -219,6 +219,7 @@ def _work(
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,
+        "counts_samples": topology.coordinates(world.rank).tp == 0,
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
@@ -261,6 +262,7 @@ class _Transform:
             text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
             text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
             kept_BN=self._draw_kept(index_B, samples.latents_BCHW.shape),
+            replaced=tuple(bad for place in sorted(samples.replaced) for bad in samples.replaced[place]),
         )
 
     def _draw_kept(self, stream_index_B: Tensor, latents_shape: torch.Size) -> Tensor | None:
@@ -283,6 +285,7 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
     return [
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
+        BadSampleLines(folder.bad_samples),
         TensorBoard(folder.tensorboard, progress.step, progress.step - progress.num_updates),
         _SampleFiles(folder.samples),
     ]

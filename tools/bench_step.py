@@ -16,6 +16,7 @@ import torch
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, flow_losses
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.parallel.layers import SerialLayers
@@ -83,8 +84,8 @@ def _as_read(samples: Samples) -> Samples:
 def _batches(corpus: Corpus, count: int, workers: int, transform: Callable[[Samples], Any]) -> Any:
     size = corpus.batch_size
     return training_batches(
-        corpus.ours, seed=0, global_batch_size=size, micro_batch_size=size, dp_rank=0, dp_size=1, start_sample=0,
-        end_sample=count * size, num_workers=workers, transform=transform,
+        Mixture([corpus.ours], seed=0, global_batch_size=size), micro_batch_size=size, dp_rank=0, dp_size=1,
+        start_sample=0, end_sample=count * size, num_workers=workers, transform=transform,
     )  # fmt: skip
 
 

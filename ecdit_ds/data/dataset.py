@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, Replaced
 from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
@@ -52,6 +52,8 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
     """Of which places of the batch the tensors hold nothing to train on, and why."""
+    replaced: Mapping[int, tuple[Replaced, ...]] = field(default_factory=dict)
+    """At which places other samples stand in, and for which ones, in the order they were tried."""
 
     def float(self) -> "Samples":
         """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
@@ -75,6 +77,8 @@ class LatentDataset:
         Raises:
             DataError: a file is missing or damaged; names it.
         """
+        self.name = str(folder)
+        """Where it was opened."""
         self.index = read_index(folder)
         verify_set(folder, self.index, whole=whole)
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
@@ -140,6 +144,10 @@ class LatentDataset:
             captions=tuple(rows.text("caption", row) for rows, row in found),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
         )
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in the source that it was encoded from."""
+        return self.texts("key", np.array([sample]))[0]
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
         """Return a column of strings (`key`, `caption` or `kind`) of some samples."""

@@ -19,8 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
+from ecdit_ds.data.encoder_facts import count_frozen
 from ecdit_ds.data.splits import check_split
-from ecdit_ds.drawing import check_encodable
+from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
@@ -112,11 +113,22 @@ def _data(recipe: Recipe) -> list[str]:
     splits: list[tuple[Split, str, tuple[str, ...]]] = [
         ("train", "path", data.paths), ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
     ]  # fmt: skip
+    kind = "pictures, of an archive that does not say how many one," if data.is_online else "encoded samples"
     return [
         f"data         data.{key} names no folder yet, and training will not start without" if not paths
-        else f"data         {check_split(recipe, split)} encoded samples in {' and '.join(paths)}"
+        else f"data         {check_split(recipe, split)} {kind} in {' and '.join(paths)}"
         for split, key, paths in splits
-    ]  # fmt: skip
+    ] + _beside(recipe)  # fmt: skip
+
+
+def _beside(recipe: Recipe) -> list[str]:
+    """Say what is encoded beside training, and what that keeps on each device."""
+    if not runs_encoders(recipe):
+        return []
+    what = "pictures and captions" if recipe.data.is_online else "captions"
+    counts = [count_frozen(encoder) for encoder in encoders_of(recipe)]
+    sizes = f"{counts[0]:,} parameters of the image encoder and {counts[1]:,} of the text encoder"
+    return [f"beside       {what} are encoded beside training: each device keeps {sizes}, {_gb(_FP32 * sum(counts))}"]
 
 
 def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:

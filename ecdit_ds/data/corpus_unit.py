@@ -41,6 +41,8 @@ class Encoding:
     batch_size: int
     threads: int
     """That decode images."""
+    has_text: bool = True
+    """Whether text vectors are stored; otherwise captions are counted and no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +206,10 @@ def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, draf
     bucket, captions = batch[0].bucket, [sample.caption for sample in batch]
     with torch.no_grad():
         latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
-        text = encoding.text_encoder.encode(captions)
+        text = encoding.text_encoder.encode(captions) if encoding.has_text else None
     if bucket not in output.writers:
         output.paths[bucket] = drafts / f"{uuid.uuid4().hex}.arrow"
-        output.writers[bucket] = ShardWriter(output.paths[bucket])
+        output.writers[bucket] = ShardWriter(output.paths[bucket], has_text=encoding.has_text)
         output.shapes[bucket] = tuple(latents_BCHW.shape[1:])
     dtype = DTYPES[encoding.dtype]
     output.sums.append(LatentSums.of(latents_BCHW.to(dtype)))

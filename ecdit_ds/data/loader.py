@@ -12,6 +12,7 @@ travels with the sample as `stream_index_B`; all randomness about the sample is 
 import atexit
 import ctypes
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ecdit_ds.data.dataset import LatentDataset, Samples
+from ecdit_ds.data.dataset import Samples, SampleSet
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
@@ -36,7 +37,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def training_batches(
-    dataset: LatentDataset,
+    dataset: SampleSet,
     *,
     seed: int,
     global_batch_size: int,
@@ -103,7 +104,7 @@ def _require_whole_steps(name: str, sample: int, global_batch_size: int) -> None
 
 
 def evaluation_batches(
-    dataset: LatentDataset, *, batch_size: int, dp_rank: int, dp_size: int
+    dataset: SampleSet, *, batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[tuple[Samples, Tensor]]:
     """Iterate once over a fixed set, split over the ranks.
 
@@ -115,13 +116,15 @@ def evaluation_batches(
 
     Returns:
         Pairs of samples and weights_B (fp32): 1 for each sample of the set exactly once over all ranks, 0 for the
-        repeats of the last sample that give every rank equally many batches of equal size.
+        repeats of the last sample that give every rank equally many batches of equal size, and for bad samples.
     """
     for start in range(0, len(dataset), batch_size * dp_size):
         places_B = start + dp_rank * batch_size + np.arange(batch_size)
         indices_B = np.minimum(places_B, len(dataset) - 1)
         weights_B = torch.from_numpy((places_B < len(dataset)).astype(np.float32))
-        yield dataset.gather(indices_B, indices_B), weights_B
+        samples = dataset.gather(indices_B, indices_B)
+        weights_B[list(samples.bad)] = 0.0
+        yield samples, weights_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ class _RankPositions(Sampler[npt.NDArray[np.int64]]):
 class _Stream(Dataset[T]):
     """The endless stream as torch's loader wants it: indexed by an array of positions."""
 
-    dataset: LatentDataset
+    dataset: SampleSet
     seed: int
     transform: Callable[[Samples], T]
 
@@ -169,6 +172,8 @@ def _steps(loader: DataLoader[T], num_micro_batches: int) -> Iterator[list[T]]:
 
 
 def _prepare_worker(worker: int) -> None:
+    # Its tokenizers would share out work to threads that a fork left behind.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # the training process beside it has use for the other cores
     # Schedulers and terminals signal all processes of a job. Whether to stop is for the training process to decide,
     # after it has saved; a worker ends with it.

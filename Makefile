@@ -6,6 +6,7 @@ OUTPUT ?= runs/demo
 LONG_OUTPUT ?= runs/demo_long
 RANKS ?= 2
 PORT ?= 29500
+UNIT_TESTS := tests/unit tests/test_architecture.py tests/test_repository.py
 
 # Modules are compiled where they are first imported, once; an environment that forbids it would pay at every start.
 export PYTHONDONTWRITEBYTECODE :=
@@ -40,8 +41,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Tests of single functions share the cores file by file; launches of several ranks have them to themselves.
 test: lint
-	$(BIN)/python -m pytest
+	failed=0; \
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(UNIT_TESTS) || failed=1; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(UNIT_TESTS)) || failed=1; \
+	exit $$failed
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/resume/soak.py --kills 100 --output runs/soak

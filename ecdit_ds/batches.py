@@ -35,15 +35,15 @@ class Draw:
     def __call__(self, samples: Samples) -> FlowBatch | Unfinished:
         samples = samples.float()
         seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B
-        kept_B = draw_text_kept(index_B, seed, flow)
+        kept_B, shape = draw_text_kept(index_B, seed, flow), self._latents_shape(samples)
         batch = FlowBatch(
             latents_BCHW=samples.latents_BCHW,
-            noise_BCHW=draw_noise(self._latents_shape(samples), index_B, seed),
+            noise_BCHW=draw_noise(shape, index_B, seed),
             timesteps_B=draw_timesteps(index_B, seed, self._recipe.train.global_batch_size, flow),
             text_embeds_BTD=samples.text_embeds_BTD,
             text_mask_BT=samples.text_mask_BT,
             text_pooled_BD=samples.text_pooled_BD,
-            kept_BN=draw_kept_tokens(index_B, seed, self._recipe.model.num_tokens, self._num_kept(index_B)),
+            kept_BN=self._draw_kept(index_B, shape),
         )
         if samples.lacks_latents or samples.lacks_text:
             return Unfinished(batch=batch, samples=samples, text_kept_B=kept_B)
@@ -55,9 +55,10 @@ class Draw:
             return model.in_channels, model.latent_height, model.latent_width
         return tuple(samples.latents_BCHW.shape[1:])
 
-    def _num_kept(self, stream_index_B: Tensor) -> int:
-        step = int(stream_index_B[0]) // self._recipe.train.global_batch_size
-        return self._recipe.model.num_kept_tokens(self._recipe.train.mask_ratio_at(step))
+    def _draw_kept(self, stream_index_B: Tensor, latents_shape: tuple[int, ...]) -> Tensor | None:
+        train, model = self._recipe.train, self._recipe.model.resized(*latents_shape[-2:])
+        num_kept = model.num_kept_tokens(train.mask_ratio_at(int(stream_index_B[0]) // train.global_batch_size))
+        return draw_kept_tokens(stream_index_B, train.seed, model.num_tokens, num_kept)
 
 
 def with_text(batch: FlowBatch, samples: Samples, text_kept_B: Tensor, null_text: TextEmbeddings) -> FlowBatch:

@@ -17,8 +17,8 @@ from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.ahead import encoded_ahead
 from ecdit_ds.data.beside import EncodersBeside, encoders_beside
-from ecdit_ds.data.dataset import SampleSet
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.ending import RunStatus, own_seat
@@ -68,7 +68,7 @@ def run(
     held_locks: list[IO[str]] = []
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
     encoders = world.together(partial(_open_encoders, recipe, device))
-    train_set, heldout_set = _open_data(recipe, world, encoders)
+    mixture, heldout_set = _open_data(recipe, world, encoders)
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
@@ -84,7 +84,7 @@ def run(
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
         status=status, stop=stop,
-        **_work(recipe, topology, device, world, train_set, heldout_set, encoders),
+        **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
@@ -129,14 +129,19 @@ def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | Non
     return encoders_beside(*encoders_of(recipe, device), device) if runs_encoders(recipe) else None
 
 
-def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[SampleSet, SampleSet]:
-    """Open the training and the held-out set; rank 0 makes them first where they are missing."""
+def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:
+    """Open what is trained on and the held-out set; rank 0 makes them first where they are missing."""
     encoders = (beside.image_encoder, beside.text_encoder) if beside else None
     if recipe.data.dataset == "digit_scenes":
         encoders = encoders_of(recipe)
 
-    def open_both(*, whole: bool) -> tuple[SampleSet, SampleSet]:
-        return open_split(recipe, "train", encoders, whole=whole), open_split(recipe, "heldout", encoders, whole=whole)
+    def open_both(*, whole: bool) -> tuple[Mixture, SampleSet]:
+        mixture = Mixture(
+            open_split(recipe, "train", encoders, whole=whole), weights=recipe.data.weights, seed=recipe.train.seed,
+            global_batch_size=recipe.train.global_batch_size,
+        )  # fmt: skip
+        (heldout_set,) = open_split(recipe, "heldout", encoders, whole=whole)
+        return mixture, heldout_set
 
     world.on_first(lambda: open_both(whole=True) and None)
     return world.together(partial(open_both, whole=False))
@@ -202,24 +207,24 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 
 def _work(
-    recipe: Recipe, topology: Topology, device: torch.device, world: World, train_set: SampleSet,
+    recipe: Recipe, topology: Topology, device: torch.device, world: World, mixture: Mixture,
     heldout_set: SampleSet, encoders: EncodersBeside | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
-    transform = Draw(recipe, train_set.null_text)
+    transform = Draw(recipe, mixture.null_text)
 
     def batches(start_sample: int) -> Any:
         steps = training_batches(
-            train_set, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size, micro_batch_size=micro,
+            mixture, micro_batch_size=micro,
             dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
             end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
             transform=transform,
         )  # fmt: skip
-        if train_set.is_whole:
+        if mixture.is_whole:
             return steps
         assert encoders is not None
-        return encoded_ahead(steps, Finish(encoders=encoders, null_text=train_set.null_text))
+        return encoded_ahead(steps, Finish(encoders=encoders, null_text=mixture.null_text))
 
     monitor = Monitor(
         recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders
@@ -230,16 +235,25 @@ def _work(
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
-        "flops_per_image": partial(_flops_per_image, recipe, micro),
+        "flops_per_image": _Flops(recipe, mixture, micro),
         "peak_flops_per_s": peak * world.size if peak else None,
     }
 
 
-def _flops_per_image(recipe: Recipe, micro_batch_size: int, step: int) -> float:
-    """Return the model FLOPs of an image's forward and backward at `step` (from 0), with the mask of that step."""
-    model = recipe.model
-    kept = model.num_kept_tokens(recipe.train.mask_ratio_at(step))
-    return training_flops(model, kept, model.pool_images(micro_batch_size)).total
+class _Flops:
+    """Step (from 0) -> model FLOPs of an image's forward and backward, with the mask and the size of that step."""
+
+    def __init__(self, recipe: Recipe, mixture: Mixture, micro_batch_size: int) -> None:
+        self._recipe, self._mixture = recipe, mixture
+        self._pool_images = recipe.model.pool_images(micro_batch_size)
+        self._known: dict[tuple[Bucket, float], float] = {}
+
+    def __call__(self, step: int) -> float:
+        key = bucket, ratio = self._mixture.bucket_at(step), self._recipe.train.mask_ratio_at(step)
+        if key not in self._known:
+            model = self._recipe.model.resized(*bucket[1:])
+            self._known[key] = training_flops(model, model.num_kept_tokens(ratio), self._pool_images).total
+        return self._known[key]
 
 
 class _SampleFiles(Callback):

@@ -313,9 +313,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, ready for YAML and JSON."""
-        sample = dataclasses.asdict(self.sample)
-        lists = {name: list(value) for name, value in sample.items() if isinstance(value, tuple)}
-        return dataclasses.asdict(self) | {"sample": sample | lists}
+        return dataclasses.asdict(self, dict_factory=_with_lists)
 
     def micro_batch_size(self, dp_size: int) -> int:
         """Return the images a rank sees in one forward.
@@ -337,6 +335,10 @@ class Recipe:
             pools = micro // self.model.pool_images(micro)
             require_divides("parallel.dispatch_chunks", self.parallel.dispatch_chunks, "pools of a micro-batch", pools)
         return micro
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
 _CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")

@@ -1,7 +1,7 @@
 """The architecture: what a checkpoint's weights mean. `config.py` holds the rest of a recipe."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -79,6 +79,14 @@ class ModelConfig:
         Decoder blocks, from `num_layers` on, never do.
         """
         return self.is_sparse and layer % 2 == 1 and layer < self.num_layers
+
+    def resized(self, latent_height: int, latent_width: int) -> "ModelConfig":
+        """Return the same model as it sees latents of another size.
+
+        Raises:
+            ConfigError: it cannot take them.
+        """
+        return replace(self, latent_height=latent_height, latent_width=latent_width)
 
     def num_kept_tokens(self, mask_ratio: float) -> int:
         """Return how many tokens of an image the main blocks see when they are not shown a share of `mask_ratio`."""

@@ -14,8 +14,8 @@ from torch import nn
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import EncodersBeside
-from ecdit_ds.data.dataset import SampleSet
 from ecdit_ds.data.digit_scenes import Scene
+from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.drawing import TextToImage, encoders_of
 from ecdit_ds.evaluation.alignment import drawn_alignment
 from ecdit_ds.evaluation.heldout import heldout_loss

@@ -14,8 +14,9 @@ import xxhash
 from PIL import Image
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.splits import open_split
+from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
 from ecdit_ds.evaluation.digit_detector import find_objects
@@ -44,7 +45,10 @@ def loss(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--batch-size: {options.batch_size} is no multiple of model.routing_group({recipe.model.routing_group})"
         )
-    samples = options.samples or recipe.data.num_heldout
+    is_encoded = recipe.data.dataset == "encoded"
+    if is_encoded and options.samples:
+        raise ConfigError("--samples: has no effect with data.dataset: encoded, whose loss is over all held out")
+    samples = check_split(recipe, "heldout").count if is_encoded else options.samples or recipe.data.num_heldout
     data = dataclasses.replace(recipe.data, num_heldout=samples, cache_dir=options.cache_dir or recipe.data.cache_dir)
 
     def work() -> dict[str, Any]:
@@ -53,10 +57,12 @@ def loss(options: argparse.Namespace) -> None:
             open_split, dataclasses.replace(recipe, data=data), "heldout", (drawer.image_encoder, drawer.text_encoder)
         )
         task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
+        (held_out,), device = task.crew.world.together(open_set), task.crew.device
+        beside = None if held_out.is_whole else encoders_beside(*encoders_of(recipe, device), device)
         losses = heldout_loss(
-            drawer.model, task.crew.world.together(open_set), batch_size=options.batch_size,
-            dp_rank=task.crew.dp.index, dp_size=task.crew.dp.count, device=task.crew.device,
-            total=task.crew.world.sum, num_times=options.times,
+            drawer.model, held_out, batch_size=options.batch_size, dp_rank=task.crew.dp.index,
+            dp_size=task.crew.dp.count, device=device, total=task.crew.world.sum, num_times=options.times,
+            finish=beside.finish if beside else None,
         )  # fmt: skip
         times = heldout_times(options.times).tolist()
         return {"mean": sum(losses) / len(losses), "by_time": [list(pair) for pair in zip(times, losses, strict=True)]}

@@ -7,7 +7,7 @@ Cause = Literal[
     "empty image file", "web page instead of an image", "not an image", "truncated image", "damaged image",
     "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
     "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
-    "damaged archive", "archive ends early",
+    "damaged archive", "archive ends early", "not finite",
 ]  # fmt: skip
 
 

@@ -41,6 +41,9 @@ from ecdit_ds.data.source import Source
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
+_LEAST_JUDGED = 1000
+"""Samples that a task has looked at before it may stop in the middle because too many are bad."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -163,22 +166,35 @@ def _compare(there: dict[str, Any], plan: dict[str, Any], message: str) -> None:
 
 
 def _do_units(job: Job, moment: Callable[[str], None]) -> None:
-    """Encode those of this task's units that have no record yet."""
+    """Encode those of this task's units that have no record yet.
+
+    Raises:
+        DataError: more samples are bad than allowed, as soon as enough were looked at to say so.
+    """
     units = range(job.task, len(job.source.units), job.tasks)
     sizes = [job.source.units[i].stop - job.source.units[i].start for i in units]
     total = None if any(size < 0 for size in sizes) else sum(sizes)
+    done: list[UnitRecord] = []
+    bad = seen = 0
     # disable=None shows the bar on terminals only.
     with tqdm(total=total, desc="encoding", unit="sample", disable=None) as progress:
         for i in units:
             record = _whole_record(job, i)
-            if record is not None:
-                progress.update(record.count + sum(record.bad_counts.values()))
-                continue
-            moment("unit")
-            encode_unit(
-                i, job.source.read(job.source.units[i]), job.encoding, shards=job.partial / "set",
-                drafts=job.partial / "drafts", records=job.partial / "records", moment=moment, tell=progress.update,
-            )  # fmt: skip
+            if record is None:
+                moment("unit")
+                encode_unit(
+                    i, job.source.read(job.source.units[i]), job.encoding, shards=job.partial / "set",
+                    drafts=job.partial / "drafts", records=job.partial / "records", moment=moment, tell=progress.update,
+                )  # fmt: skip
+                record = _whole_record(job, i)
+            else:
+                progress.update(record.count + record.num_bad)
+            if record is None:  # another task has published the set, and cleared this away
+                return
+            done.append(record)
+            bad, seen = bad + record.num_bad, seen + record.num_bad + record.count
+            if seen >= _LEAST_JUDGED and bad > job.max_bad * seen:
+                _check_share(_report_of(done, {}), job)
 
 
 def _whole_record(job: Job, unit: int) -> UnitRecord | None:
@@ -233,11 +249,13 @@ def _report_of(records: Sequence[UnitRecord], ignored: Mapping[str, int]) -> dic
         for cause, some in record.bad_names.items():
             known = names.setdefault(cause, [])
             known += some[: MAX_NAMES - len(known)]
+    converted = sum((Counter(record.converted) for record in records), Counter())
     good = sum(record.count for record in records)
     return {
         "samples": good,
         "left_out": sum(counts.values()),
         "causes": {cause: {"count": counts[cause], "names": names[cause]} for cause in sorted(counts)},
+        "converted": dict(sorted(converted.items())),
         "ignored_files": dict(sorted(ignored.items())),
     }
 

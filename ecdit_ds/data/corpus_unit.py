@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.columns import DTYPES, LatentSums, table_of, total_of
-from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.data.folder import ShardInfo, ShardWriter
 from ecdit_ds.data.images import Size, decode_image, fit_image, nearest_bucket, to_tensor
 from ecdit_ds.data.source import RawSample
@@ -57,11 +58,18 @@ class UnitRecord:
     sums: LatentSums
     bad_counts: dict[str, int]
     bad_names: dict[str, list[str]]
+    converted: dict[str, int]
+    """Pictures that were no upright RGB ones, by what was changed."""
 
     @property
     def count(self) -> int:
         """Samples in all shards."""
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def num_bad(self) -> int:
+        """Samples left out."""
+        return sum(self.bad_counts.values())
 
     def to_json(self) -> bytes:
         """Return what `read_record` reads."""
@@ -72,6 +80,7 @@ class UnitRecord:
             "sums": self.sums.to_dict(),
             "bad_counts": self.bad_counts,
             "bad_names": self.bad_names,
+            "converted": self.converted,
         }
         return json.dumps(fields, indent=1).encode("ascii")
 
@@ -88,6 +97,7 @@ def read_record(path: Path) -> UnitRecord | None:
             sums=LatentSums(numbers=sums["numbers"], sums_C=tuple(sums["sums_C"]), squares_C=tuple(sums["squares_C"])),
             bad_counts=fields["bad_counts"],
             bad_names=fields["bad_names"],
+            converted=fields["converted"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -101,6 +111,7 @@ class _Ready:
     caption: str
     bucket: int
     image: Image.Image
+    converted: list[str]
 
 
 @dataclass
@@ -113,6 +124,7 @@ class _Output:
     sums: list[LatentSums] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
+    converted: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, bad: BadSample) -> None:
         self.counts[bad.cause] += bad.samples
@@ -181,8 +193,9 @@ def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> I
             return image
         bucket = nearest_bucket((image.height, image.width), encoding.sizes)
         return _Ready(
-            key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket])
-        )
+            key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket]),
+            converted=image.info["converted"],
+        )  # fmt: skip
 
     def checked(result: _Ready | BadSample) -> _Ready | BadSample:
         # Here and not in the threads: tokenizers are not made for several at once.
@@ -203,21 +216,47 @@ def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> I
 
 
 def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, drafts: Path) -> None:
-    bucket, captions = batch[0].bucket, [sample.caption for sample in batch]
+    bucket = batch[0].bucket
     with torch.no_grad():
         latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
-        text = encoding.text_encoder.encode(captions) if encoding.has_text else None
+        text = encoding.text_encoder.encode([sample.caption for sample in batch]) if encoding.has_text else None
+    latents_BCHW, text, batch = _finite(latents_BCHW, text, batch, output)
+    if not batch:
+        return
     if bucket not in output.writers:
         output.paths[bucket] = drafts / f"{uuid.uuid4().hex}.arrow"
         output.writers[bucket] = ShardWriter(output.paths[bucket], has_text=encoding.has_text)
         output.shapes[bucket] = tuple(latents_BCHW.shape[1:])
     dtype = DTYPES[encoding.dtype]
+    output.converted.update(name for sample in batch for name in sample.converted)
     output.sums.append(LatentSums.of(latents_BCHW.to(dtype)))
     keys = [sample.key.encode("utf-8", "backslashreplace").decode() for sample in batch]
     table = table_of(
-        keys=keys, captions=captions, kinds=[KIND] * len(batch), latents_BCHW=latents_BCHW, text=text, dtype=dtype
+        keys=keys,
+        captions=[sample.caption for sample in batch],
+        kinds=[KIND] * len(batch),
+        latents_BCHW=latents_BCHW,
+        text=text,
+        dtype=dtype,
     )
     output.writers[bucket].write(table)
+
+
+def _finite(
+    latents_BCHW: Tensor, text: TextEmbeddings | None, batch: list[_Ready], output: _Output
+) -> tuple[Tensor, TextEmbeddings | None, list[_Ready]]:
+    """Leave out what an encoder gave no numbers for: autoencoders overflow in half precision."""
+    parts = (latents_BCHW,) if text is None else (latents_BCHW, text.embeds_BTD, text.pooled_BD)
+    is_finite_B = torch.stack([part.flatten(1).isfinite().all(dim=1).cpu() for part in parts]).all(dim=0)
+    if is_finite_B.all():
+        return latents_BCHW, text, batch
+    places = is_finite_B.nonzero().flatten()
+    for i in (~is_finite_B).nonzero().flatten().tolist():
+        output.leave_out(BadSample(cause="not finite", name=batch[i].key))
+    kept = text and TextEmbeddings(
+        embeds_BTD=text.embeds_BTD[places], mask_BT=text.mask_BT[places], pooled_BD=text.pooled_BD[places]
+    )
+    return latents_BCHW[places], kept, [batch[i] for i in places.tolist()]
 
 
 def _keep(
@@ -240,6 +279,7 @@ def _keep(
         sums=total_of(output.sums),
         bad_counts=dict(sorted(output.counts.items())),
         bad_names=dict(sorted(output.names.items())),
+        converted=dict(sorted(output.converted.items())),
     )
     moment("record")
     draft = drafts / f"{uuid.uuid4().hex}.json"

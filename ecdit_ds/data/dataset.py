@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -87,26 +86,6 @@ def no_pixels(count: int) -> Tensor:
     return torch.empty((count, 0, 0, 3), dtype=torch.uint8)
 
 
-class SampleSet(Protocol):
-    """A set that training reads, in whatever form it holds its samples."""
-
-    @property
-    def null_text(self) -> TextEmbeddings:
-        """The text of no text, B = 1."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether samples come with latents and text vectors, so that no encoder need run beside training."""
-
-    def __len__(self) -> int: ...
-
-    def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return which size each sample has, by number."""
-
-    def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
-        """Return the samples at `indices`, in that order, repeats allowed, all of one size."""
-
-
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
@@ -149,6 +128,16 @@ class LatentDataset:
             caption=batch.captions[0],
             kind=self.texts("kind", np.array([i]))[0],
         )
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int, int], ...]:
+        """The sizes of latents, (C, H, W)."""
+        return self.index.buckets
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(bucket, count) of successive samples of one bucket, from sample 0 to the last."""
+        return [(shard.bucket, shard.count) for shard in self.index.shards]
 
     def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return which of `index.buckets` the latents of each sample have the shape of."""

@@ -130,13 +130,13 @@ class ShardWriter:
             self._writer.close()
 
 
-def write_arrow_shard(path: Path, tables: Iterable[pa.Table]) -> tuple[int, int, str]:
+def write_arrow_shard(path: Path, tables: Iterable[pa.Table], *, has_text: bool = True) -> tuple[int, int, str]:
     """Write a shard of some tables at once, as `ShardWriter`; return number of samples, size in bytes and checksum.
 
     Raises:
         OSError: no space, or no permission.
     """
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, has_text=has_text)
     try:
         for table in tables:
             writer.write(table)

@@ -9,10 +9,11 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ecdit_ds.data.causes import BadSample, Cause
@@ -35,6 +36,8 @@ Size = tuple[int, int]
 def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image | BadSample:
     """Return an upright RGB image, transparent parts white; of an animation, the first picture.
 
+    Its `info["converted"]` lists what was changed of it: `CMYK`, `palette`, `grey`, `16 bits`, `alpha`, `turned`.
+
     Args:
         content: of the file.
         name: of the sample, for a BadSample.
@@ -51,7 +54,10 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
                 if image.width * image.height > max_pixels:
                     return BadSample(cause="too many pixels", name=name)
                 image.load()
-                return _to_rgb(_upright(image))
+                converted = _conversions(image)
+                rgb = _to_rgb(_upright(image))
+                rgb.info = {"converted": converted}
+                return rgb
         except Image.DecompressionBombError:
             return BadSample(cause="too many pixels", name=name)
         except UnidentifiedImageError:
@@ -64,6 +70,26 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
 def _cause_of_unknown(content: bytes) -> Cause:
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return "web page instead of an image" if start.startswith(_PAGE_STARTS) else "not an image"
+
+
+def _conversions(image: Image.Image) -> list[str]:
+    """Return what has to be changed before an image is RGB and upright."""
+    kinds = {"CMYK": "CMYK", "P": "palette", "PA": "palette", "L": "grey", "LA": "grey", "1": "grey"}
+    found = [kinds[image.mode]] if image.mode in kinds else []
+    if image.mode.startswith("I"):
+        found.append("16 bits")
+    if image.has_transparency_data:
+        found.append("alpha")
+    if _orientation(image) in range(2, 9):
+        found.append("turned")
+    return found
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except _FAILURES:  # as `_upright`
+        return None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """Batches for training and for the held-out loss, alike under any layout.
 
-Training reads an endless stream: position n holds sample `sample_order(n)`. A step takes `global_batch_size`
+Training reads an endless stream: at position n stands what `Mixture.ids_at(n)` says. A step takes `global_batch_size`
 positions; its micro-batch m of data-parallel rank r holds
 
     start of the step + (m * dp_size + r) * micro_batch_size + j,    j < micro_batch_size
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ecdit_ds.data.dataset import Samples, SampleSet
-from ecdit_ds.data.order import sample_order
+from ecdit_ds.data.dataset import Samples
+from ecdit_ds.data.mixture import Mixture, Part, SampleSet
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
 
@@ -37,10 +37,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def training_batches(
-    dataset: SampleSet,
+    mixture: Mixture,
     *,
-    seed: int,
-    global_batch_size: int,
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
@@ -52,9 +50,7 @@ def training_batches(
     """Iterate over steps, each the list of this rank's micro-batches.
 
     Args:
-        dataset: what the stream permutes, epoch after epoch.
-        seed: of the order.
-        global_batch_size: samples of a step over all ranks.
+        mixture: the stream.
         micro_batch_size: samples of one forward of one rank.
         dp_rank, dp_size: which data-parallel rank, of how many.
         start_sample: samples seen so far; the loader's whole state.
@@ -65,6 +61,7 @@ def training_batches(
     Raises:
         DataError: the range is not one of whole steps, or the micro-batches do not fill the global batch.
     """
+    global_batch_size = mixture.global_batch_size
     if global_batch_size % (micro_batch_size * dp_size):
         raise DataError(
             f"global_batch_size({global_batch_size}) is not a multiple of micro_batch_size({micro_batch_size}) x "
@@ -81,7 +78,7 @@ def training_batches(
         end_sample=end_sample,
     )
     loader = DataLoader(
-        _Stream(dataset=dataset, seed=seed, transform=transform),
+        _Stream(mixture=mixture, transform=transform),
         batch_size=None,  # the sampler gives whole micro-batches
         sampler=positions,
         num_workers=num_workers,
@@ -89,7 +86,7 @@ def training_batches(
         worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
         # Without one of its own, a loader advances torch's global generator.
-        generator=torch.Generator().manual_seed(stable_seed(seed, "loader")),
+        generator=torch.Generator().manual_seed(stable_seed(mixture.seed, "loader")),
     )
     return _steps(loader, global_batch_size // (micro_batch_size * dp_size))
 
@@ -106,25 +103,28 @@ def _require_whole_steps(name: str, sample: int, global_batch_size: int) -> None
 def evaluation_batches(
     dataset: SampleSet, *, batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[tuple[Samples, Tensor]]:
-    """Iterate once over a fixed set, split over the ranks.
+    """Iterate once over a fixed set, bucket by bucket, split over the ranks.
 
     Args:
-        dataset: read in its own order; `stream_index_B` is the sample's place in it.
+        dataset: read in its own order, of each bucket; `stream_index_B` is the sample's place in it.
         batch_size: samples a rank sees at a time.
         dp_rank: data-parallel rank, in [0, dp_size).
         dp_size: data-parallel ranks.
 
     Returns:
         Pairs of samples and weights_B (fp32): 1 for each sample of the set exactly once over all ranks, 0 for the
-        repeats of the last sample that give every rank equally many batches of equal size, and for bad samples.
+        repeats of a bucket's last sample that give every rank equally many batches of equal size, and for bad samples.
+        All ranks are at the same bucket at a time.
     """
-    for start in range(0, len(dataset), batch_size * dp_size):
-        places_B = start + dp_rank * batch_size + np.arange(batch_size)
-        indices_B = np.minimum(places_B, len(dataset) - 1)
-        weights_B = torch.from_numpy((places_B < len(dataset)).astype(np.float32))
-        samples = dataset.gather(indices_B, indices_B)
-        weights_B[list(samples.bad)] = 0.0
-        yield samples, weights_B
+    for bucket in range(len(dataset.buckets)):
+        part = Part(dataset.runs, bucket)
+        for start in range(0, len(part), batch_size * dp_size):
+            places_B = start + dp_rank * batch_size + np.arange(batch_size)
+            indices_B = part.samples(np.minimum(places_B, len(part) - 1))
+            weights_B = torch.from_numpy((places_B < len(part)).astype(np.float32))
+            samples = dataset.gather(indices_B, indices_B)
+            weights_B[list(samples.bad)] = 0.0
+            yield samples, weights_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +149,11 @@ class _RankPositions(Sampler[npt.NDArray[np.int64]]):
 class _Stream(Dataset[T]):
     """The endless stream as torch's loader wants it: indexed by an array of positions."""
 
-    dataset: SampleSet
-    seed: int
+    mixture: Mixture
     transform: Callable[[Samples], T]
 
     def __getitem__(self, positions: npt.NDArray[np.int64]) -> T:
-        indices = sample_order(positions, len(self.dataset), self.seed)
-        return self.transform(self.dataset.gather(indices, positions))
+        return self.transform(self.mixture.read(positions))
 
 
 def _steps(loader: DataLoader[T], num_micro_batches: int) -> Iterator[list[T]]:

@@ -43,22 +43,20 @@ class RawSet:
     What is no sample has its place too, and is told as `Samples.bad`: nothing is looked at before it is asked for.
     """
 
-    def __init__(self, source: Source, *, size: Size, text_encoder: TextEncoder, where: str) -> None:
+    def __init__(
+        self, source: Source, *, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
+    ) -> None:
         """Count the samples; archives that do not say how many they hold are read for it.
 
         Args:
-            size: (height, width) of images in pixels.
+            latents: (C, H, W) that images will have.
+            downsampling: image pixels per latent pixel.
             text_encoder: counts tokens, which needs no accelerator, and gives the text of no text.
-            where: what a user named, for errors.
-
-        Raises:
-            DataError: it holds nothing.
         """
-        self._source, self._size, self._text_encoder = source, size, text_encoder
+        self._source, self._latents, self._text_encoder = source, latents, text_encoder
+        self._size: Size = latents[1] * downsampling, latents[2] * downsampling
         self._starts = np.cumsum([0, *(_length_of(source, unit) for unit in source.units)])
         self._cache = _Cache(_CACHED_BYTES)
-        if not len(self):
-            raise DataError(f"{where}: holds no sample; name a source that does")
         null = text_encoder.null()
         self._null = replace(
             null, embeds_BTD=null.embeds_BTD.cpu(), mask_BT=null.mask_BT.cpu(), pooled_BD=null.pooled_BD.cpu()
@@ -74,12 +72,18 @@ class RawSet:
         """Never: both encoders run beside training."""
         return False
 
+    @property
+    def buckets(self) -> tuple[tuple[int, int, int], ...]:
+        """The only size of latents, (C, H, W)."""
+        return (self._latents,)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(bucket, count): all samples have the only bucket."""
+        return [(0, len(self))]
+
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the size of each sample by number: there is one."""
-        return np.zeros(len(indices), dtype=np.int64)
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, in that order, repeats allowed; bad ones are black and say nothing.
@@ -138,13 +142,28 @@ class RawSet:
         return items[-1] if is_told else BadSample(cause="damaged archive", name=unit.name)
 
 
-def open_raw_set(name: str, data: DataConfig, *, size: Size, text_encoder: TextEncoder) -> RawSet:
-    """Open what `data.path` or `data.heldout_path` names, to be encoded beside training.
+def open_raw_set(
+    name: str, data: DataConfig, *, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
+) -> RawSet:
+    """Open what `data.path` or `data.heldout_path` names, to be encoded beside training; see `RawSet`.
 
     Raises:
-        DataError: it is not there, cannot be read as a whole, or holds nothing.
+        DataError: it is not there, or cannot be read as a whole.
     """
-    return RawSet(open_raw_source(name, data), size=size, text_encoder=text_encoder, where=name)
+    source = open_raw_source(name, data)
+    return RawSet(source, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
+
+
+def count_samples(source: Source, name: str) -> int:
+    """Return how many samples a source has, bad ones included.
+
+    Raises:
+        DataError: it has none.
+    """
+    count = sum(_length_of(source, unit) for unit in source.units)
+    if not count:
+        raise DataError(f"{name}: holds no sample; name a source that does")
+    return count
 
 
 def open_raw_source(name: str, data: DataConfig) -> Source:

@@ -1,46 +1,63 @@
-"""The sets that a recipe names, checked against its model and opened."""
+"""The sets that a recipe names, checked against its model and each other, and opened."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.data.dataset import LatentDataset, SampleSet
+from ecdit_ds.config import Recipe, SampleConfig
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.folder import SetIndex, read_index
-from ecdit_ds.data.raw_set import open_raw_set, open_raw_source
+from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
+from ecdit_ds.data.raw_set import count_samples, open_raw_set, open_raw_source
 from ecdit_ds.data.scene_set import open_digit_scenes
-from ecdit_ds.errors import DataError
+from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """What a split holds, from its sets' indexes alone."""
+
+    count: int
+    """Samples in all sets."""
+    sets: Mapping[str, Fraction]
+    """Path -> share of what is read."""
+    buckets: Mapping[Bucket, Fraction]
+    """(C, H, W) of latents -> share of what is read."""
 
 
 def open_split(
     recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, whole: bool = True
-) -> SampleSet:
-    """Open the training or the held-out set of a recipe; digit scenes are encoded first where they are missing.
+) -> tuple[SampleSet, ...]:
+    """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
         encoders: for digit scenes and raw files; an encoded corpus needs none.
         whole: compare an encoded corpus with its checksums, which reads all of it; else with its sizes.
 
     Raises:
-        DataError: the set does not fit the model, cannot be written, or is damaged.
+        DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
-    if recipe.data.dataset == "digit_scenes":
-        assert encoders is not None
-        image_encoder, text_encoder = encoders
-        return open_digit_scenes(
-            recipe.model, recipe.data, split=split, seed=recipe.data.seed,
-            image_encoder=image_encoder, text_encoder=text_encoder,
-        )  # fmt: skip
-    path = _path_of(recipe, split)
+    if recipe.data.dataset == "encoded" and not recipe.data.is_online:
+        check_split(recipe, split)
+        return tuple(LatentDataset(Path(path), whole=whole) for path in _paths(recipe, split))
+    assert encoders is not None, "pictures are encoded here"
+    image_encoder, text_encoder = encoders
     if recipe.data.is_online:
-        assert encoders is not None
-        image_encoder, text_encoder = encoders
-        size = (recipe.model.latent_height, recipe.model.latent_width)
-        height, width = (side * image_encoder.downsampling for side in size)
-        return open_raw_set(path, recipe.data, size=(height, width), text_encoder=text_encoder)
-    check_split(recipe, split)
-    return LatentDataset(Path(path), whole=whole)
+        latents = _own_bucket(recipe.model)
+        return tuple(
+            open_raw_set(path, recipe.data, latents=latents, downsampling=image_encoder.downsampling,
+                         text_encoder=text_encoder)
+            for path in _paths(recipe, split)
+        )  # fmt: skip
+    scenes = open_digit_scenes(
+        recipe.model, recipe.data, split=split, seed=recipe.data.seed,
+        image_encoder=image_encoder, text_encoder=text_encoder,
+    )  # fmt: skip
+    return (scenes,)
 
 
 def _paths(recipe: Recipe, split: Split) -> tuple[str, ...]:
@@ -48,43 +65,107 @@ def _paths(recipe: Recipe, split: Split) -> tuple[str, ...]:
     return recipe.data.paths if split == "train" else () if heldout is None else (heldout,)
 
 
-def _path_of(recipe: Recipe, split: Split) -> str:
-    key, paths = "path" if split == "train" else "heldout_path", _paths(recipe, split)
-    if not paths and recipe.data.is_online:
-        raise DataError(f"data.{key}: names no pictures, which data.encode: online reads; --set data.{key}=SRC")
-    if not paths:
-        raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
-    return paths[0]
-
-
-def check_split(recipe: Recipe, split: Split) -> int:
-    """Check a set by its index, or raw files by their names, without reading all; return the number of samples.
-
-    Of archives that do not say how many they hold, each counts as one.
+def check_split(recipe: Recipe, split: Split) -> SplitFacts:
+    """Check encoded sets by their indexes, and raw files by their names, and return what they hold.
 
     Raises:
-        DataError: it is not named, not there, cannot be read, or does not fit the model.
+        DataError: one is not named, not there, holds nothing, or does not fit the model or what it is mixed with.
     """
-    key, path = "path" if split == "train" else "heldout_path", _path_of(recipe, split)
+    key, paths = "path" if split == "train" else "heldout_path", _paths(recipe, split)
     if recipe.data.is_online:
-        units = open_raw_source(path, recipe.data).units
-        return sum(unit.stop - unit.start if unit.stop >= 0 else 1 for unit in units)
-    if not Path(path).is_dir():
-        raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
-    index = read_index(Path(path))
-    _check_fits(index, recipe.model, f"data.{key}: {path}")
-    return index.count
+        return _check_raw(recipe, split, f"data.{key}", paths)
+    if not paths:
+        raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
+    indexes: dict[str, SetIndex] = {}
+    for path in paths:
+        if not Path(path).is_dir():
+            raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
+        indexes[path] = read_index(Path(path))
+        _check_alike(f"data.{key}", paths[0], indexes[paths[0]], path, indexes[path])
+    held = {path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
+            for path, index in indexes.items()}  # fmt: skip
+    is_of_one_size = len(set().union(*held.values())) == 1
+    for path, index in indexes.items():
+        who = f"data.{key}: {path}"
+        for bucket in held[path]:
+            _check_size(bucket, recipe, who, is_of_one_size=is_of_one_size)
+        _check_texts(index, recipe.model, who)
+    return _facts_of(held, recipe.data.weights if split == "train" else ())
 
 
-def _check_fits(index: SetIndex, model: ModelConfig, who: str) -> None:
-    latents_shape = (model.in_channels, model.latent_height, model.latent_width)
-    text_shape = (model.max_text_tokens, model.text_embed_dim)
-    held = " and ".join(map(str, index.buckets))
-    if len(index.buckets) > 1:
-        raise DataError(f"{who}: holds latents {held}, but training reads sets of one size; encode without --buckets")
-    if latents_shape not in index.buckets:
-        raise DataError(f"{who}: holds latents {held}, but the model's are {latents_shape}; set "
+def _check_raw(recipe: Recipe, split: Split, key: str, paths: tuple[str, ...]) -> SplitFacts:
+    if not paths:
+        raise DataError(f"{key}: names no pictures, which data.encode: online reads; --set {key}=SRC")
+    bucket = _own_bucket(recipe.model)
+    held = {path: {bucket: count_samples(open_raw_source(path, recipe.data), path)} for path in paths}
+    return _facts_of(held, recipe.data.weights if split == "train" else ())
+
+
+def _own_bucket(model: ModelConfig) -> Bucket:
+    return model.in_channels, model.latent_height, model.latent_width
+
+
+def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ...]) -> SplitFacts:
+    shares = shares_of(list(held.values()), weights)
+    return SplitFacts(
+        count=sum(sum(of_set.values()) for of_set in held.values()),
+        sets={
+            path: sum((of_bucket.get(number, Fraction()) for of_bucket in shares.values()), Fraction())
+            for number, path in enumerate(held)
+        },
+        buckets={bucket: sum(of_sets.values(), Fraction()) for bucket, of_sets in shares.items()},
+    )
+
+
+def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: SetIndex) -> None:
+    """Refuse to mix what the model would have to tell apart."""
+
+    def channels(of_set: SetIndex) -> list[int]:
+        return sorted({bucket[0] for bucket in of_set.buckets})
+
+    for what, here, there in (
+        ("image encoder", index.image_encoder.get("identity"), other.image_encoder.get("identity")),
+        ("text encoder", index.text_encoder.get("identity"), other.text_encoder.get("identity")),
+        ("texts (tokens, width)", index.text_shape, other.text_shape),
+        ("width of pooled texts", index.pooled_width, other.pooled_width),
+        ("channels", channels(index), channels(other)),
+        ("text vectors", _stored(index), _stored(other)),
+    ):
+        if here != there:
+            raise DataError(
+                f"{key}: {path} and {other_path} cannot be mixed: {what} {here} in the former, {there} in the latter; "
+                "encode both alike"
+            )
+
+
+def _stored(index: SetIndex) -> str:
+    return "stored" if index.has_text else "not stored"
+
+
+def _check_size(bucket: Bucket, recipe: Recipe, who: str, *, is_of_one_size: bool) -> None:
+    model = recipe.model
+    channels, height, width = bucket
+    own = _own_bucket(model)
+    if is_of_one_size and bucket != own:
+        raise DataError(f"{who}: holds latents {bucket}, but the model's are {own}; set "
                         "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
+    if channels != model.in_channels:
+        raise DataError(f"{who}: holds latents of {channels} channels, but the model's have {model.in_channels}; set "
+                        "model.in_channels to the former")  # fmt: skip
+    try:
+        # Of the whole recipe, since a mask must leave enough of small pictures too; drawing has sizes of its own.
+        sized = replace(recipe, model=model.resized(height, width), sample=SampleConfig()).model
+    except ConfigError as error:
+        raise DataError(f"{who}: holds latents {bucket}, which the model cannot take ({error}); encode with other "
+                        "--buckets, or without") from None  # fmt: skip
+    if sized.num_tokens > model.num_tokens:
+        raise DataError(f"{who}: holds latents {bucket}, {sized.num_tokens} tokens, but memory is planned for the "
+                        f"model's {own}, {model.num_tokens} tokens; set model.latent_height and latent_width to the "
+                        "largest size")  # fmt: skip
+
+
+def _check_texts(index: SetIndex, model: ModelConfig, who: str) -> None:
+    text_shape = (model.max_text_tokens, model.text_embed_dim)
     if index.text_shape != text_shape:
         raise DataError(f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
                         "set model.max_text_tokens and text_embed_dim to the former")  # fmt: skip
@@ -102,5 +183,5 @@ def sets_without_text(recipe: Recipe) -> dict[str, SetIndex]:
     if recipe.data.dataset != "encoded" or recipe.data.is_online:
         return {}
     paths = [path for path in (*_paths(recipe, "train"), *_paths(recipe, "heldout")) if Path(path).is_dir()]
-    indices = {path: read_index(Path(path)) for path in paths}
-    return {path: index for path, index in indices.items() if not index.has_text}
+    indexes = {path: read_index(Path(path)) for path in paths}
+    return {path: index for path, index in indexes.items() if not index.has_text}

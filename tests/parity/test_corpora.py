@@ -1,4 +1,4 @@
-"""Photographs with captions, through a real autoencoder and a real text encoder, become a run and pictures."""
+"""Photographs with captions, through a real autoencoder and real text encoders, become a run and pictures."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.recipes import SMALL_MODEL, arguments
-from tests.helpers.tiny_encoders import save_t5, save_vae
+from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 from tools import encode_data
 
 STEPS, HALFWAY = 6, 3
@@ -22,22 +22,28 @@ PROMPT = "part 1 of a picture"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Encode 24 photographs and 8 held-out ones; train on one rank, on two, and in two lives; draw."""
     root = tmp_path_factory.mktemp("corpora")
-    vae, t5 = save_vae(root / "vae"), save_t5(root / "t5")
+    vae, t5, clip = save_vae(root / "vae"), save_t5(root / "t5"), save_clip_text(root / "clip")
     images = crops(32)
     for name, part in (("train", slice(24)), ("heldout", slice(24, 32))):
         (root / f"{name}_pictures").mkdir()
         for i, image in enumerate(images[part]):
             (root / f"{name}_pictures" / f"{i}.jpg").write_bytes(encoded(image))
             (root / f"{name}_pictures" / f"{i}.txt").write_text(f"part {i} of a picture")
-        source, to = str(root / f"{name}_pictures"), str(root / f"{name}_set")
-        tools = ["--vae", str(vae), "--text", str(t5), "--text-tokens", "24", "--size", "32", "--shard-samples", "10"]
-        assert encode_data.main(["encode", source, to, *tools]) == 0
+        source = str(root / f"{name}_pictures")
+        tools = ["--vae", str(vae), "--text-tokens", "24", "--size", "32", "--shard-samples", "10"]
+        assert encode_data.main(["encode", source, str(root / f"{name}_set"), *tools, "--text", str(t5)]) == 0
+        both = ["--text", str(t5), str(clip), "--dtype", "bf16"]
+        assert encode_data.main(["encode", source, str(root / f"{name}_joined"), *tools, *both]) == 0
     common = (
         *SMALL_MODEL, "data.num_train=16384", "data.num_heldout=256", "data.dataset=encoded",
         f"data.path={root / 'train_set'}", f"data.heldout_path={root / 'heldout_set'}", "model.in_channels=5",
         "model.latent_height=8", "model.latent_width=8", "model.patch_size=2", "model.text_embed_dim=12",
         "model.max_text_tokens=24", f"sample.prompts=[{PROMPT}]", "sample.num_steps=2", "data.num_workers=1",
         f"train.checkpoint_every={HALFWAY}",
+    )  # fmt: skip
+    joined = (
+        *common, f"data.path={root / 'train_joined'}", f"data.heldout_path={root / 'heldout_joined'}",
+        "model.text_embed_dim=28",
     )  # fmt: skip
     whole = f"train.max_steps={STEPS}"
     train_many(
@@ -46,11 +52,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (1, arguments(root / "one", root / "unused", *common, whole)),
             (2, arguments(root / "two", root / "unused", *common, whole, "parallel.ep=2", "data.num_workers=0")),
             (1, arguments(root / "lives", root / "unused", *common, f"train.max_steps={HALFWAY}")),
+            (1, arguments(root / "joined", root / "unused", *joined, whole)),
+            (1, arguments(root / "joined_lives", root / "unused", *joined, f"train.max_steps={HALFWAY}")),
         ],
         [
             (1, arguments(root / "lives", root / "unused", *common, whole)),
+            (1, arguments(root / "joined_lives", root / "unused", *joined, whole)),
             Planned(1, ["--checkpoint", str(root / "one"), "--prompt", PROMPT, "--output", str(root / "drawn")],
                     tool="sample.py"),
+            Planned(1, ["--checkpoint", str(root / "joined"), "--prompt", PROMPT, "--output",
+                        str(root / "drawn_joined")], tool="sample.py"),
         ],
     )  # fmt: skip
     return root
@@ -69,19 +80,27 @@ def test_a_corpus_trains_the_same_on_one_rank_and_on_two(runs: Path) -> None:
         assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-5), key
 
 
-def test_a_corpus_goes_on_after_a_stop_as_if_there_had_been_none(runs: Path) -> None:
-    whole, lives = metrics_of(runs / "one"), metrics_of(runs / "lives")
+@pytest.mark.parametrize(("unbroken", "stopped"), [("one", "lives"), ("joined", "joined_lives")])
+def test_a_corpus_goes_on_after_a_stop_as_if_there_had_been_none(runs: Path, unbroken: str, stopped: str) -> None:
+    whole, lives = metrics_of(runs / unbroken), metrics_of(runs / stopped)
     assert [m["loss"] for m in lives] == [m["loss"] for m in whole]
     losses = [[json.loads(line)["heldout_loss"] for line in (runs / run / "evaluations.jsonl").read_text().splitlines()]
-              for run in ("one", "lives")]  # fmt: skip
+              for run in (unbroken, stopped)]  # fmt: skip
     assert losses[0][-1] == losses[1][-1]
 
 
-def test_prompts_are_drawn_through_the_encoders_that_made_the_set(runs: Path) -> None:
+def test_other_text_encoders_make_another_run(runs: Path) -> None:
+    one, joined = metrics_of(runs / "one"), metrics_of(runs / "joined")
+    assert len(joined) == STEPS
+    assert joined[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("run", "drawn"), [("one", "drawn"), ("joined", "drawn_joined")])
+def test_prompts_are_drawn_through_the_encoders_that_made_the_set(runs: Path, run: str, drawn: str) -> None:
     assert not (runs / "unused").exists()
-    assert list((runs / "one" / "samples").glob("*.png"))
-    (line,) = (runs / "drawn" / "pictures.jsonl").read_text().splitlines()
-    with Image.open(runs / "drawn" / json.loads(line)["file"]) as picture:
+    assert list((runs / run / "samples").glob("*.png"))
+    (line,) = (runs / drawn / "pictures.jsonl").read_text().splitlines()
+    with Image.open(runs / drawn / json.loads(line)["file"]) as picture:
         pixels = np.asarray(picture)
     assert pixels.shape == (32, 32, 3)
     assert pixels.std() > 0

@@ -72,7 +72,7 @@ def test_a_set_holds_the_pictures_in_order(make_job: MakeJob, pictures: Path) ->
     job = make_job()
     report = encode_corpus(job)
     dataset = LatentDataset(job.destination)
-    assert report == {"samples": COUNT, "left_out": 0, "causes": {}, "ignored_files": {}}
+    assert report == {"samples": COUNT, "left_out": 0, "causes": {}, "converted": {}, "ignored_files": {}}
     assert [shard.count for shard in dataset.index.shards] == [4, 4, 4, 4, 1]
     batch = dataset.gather(np.array([16, 0, 5, 0]), np.arange(4))
     assert batch.captions == tuple(f"part {i} of a photograph" for i in (16, 0, 5, 0))
@@ -211,7 +211,43 @@ def test_every_bad_sample_has_its_line_in_the_report(make_job: MakeJob, tmp_path
         "empty caption": (1, ["blank"]),
         "duplicate key": (1, ["plain.webp"]),
     }
+    assert report["converted"] == {"16 bits": 1, "CMYK": 1, "alpha": 1, "grey": 1, "palette": 1, "turned": 1}
     assert len(LatentDataset(job.destination)) == 7
+
+
+class _Overflowing(PixelCodec):
+    """An encoder that gives infinity for the brightest of each batch."""
+
+    def encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        latents_BCHW = super().encode(images_B3HW)
+        latents_BCHW[images_B3HW.mean(dim=(1, 2, 3)).argmax(), 0, 1, 2] = torch.inf
+        return latents_BCHW
+
+
+def test_a_sample_that_an_encoder_has_no_numbers_for_is_left_out(make_job: MakeJob) -> None:
+    job = make_job(max_bad=0.6)
+    job = replace(job, encoding=replace(job.encoding, image_encoder=_Overflowing()))
+    report = encode_corpus(job)
+    # Units of four, in batches of three and of one: nine batches, and in those of one nothing is left.
+    assert report is not None and (report["samples"], report["left_out"]) == (COUNT - 9, 9)
+    assert report["causes"]["not finite"]["count"] == 9
+    dataset = LatentDataset(job.destination)
+    assert dataset.gather(np.arange(COUNT - 9), np.arange(COUNT - 9)).latents_BCHW.isfinite().all()
+    assert np.isfinite(dataset.index.latents_mean).all()
+
+
+def test_a_source_that_is_mostly_bad_is_not_read_to_its_end(
+    make_job: MakeJob, tmp_path: Path, refusal_of: Refusal
+) -> None:
+    (tmp_path / "list").mkdir()
+    rows = [json.dumps({"path": f"{i}.jpg", "caption": "nothing"}) for i in range(2400)]
+    (tmp_path / "list" / "all.jsonl").write_text("\n".join(rows))
+    job = make_job()
+    units: list[str] = []
+    job = replace(job, source=open_source(str(tmp_path / "list" / "all.jsonl"), unit_samples=600))
+    message = refusal_of(lambda: encode_corpus(job, moment=units.append))
+    assert "no sample of 1200 is usable, most for: no image (1200, such as" in message
+    assert units.count("unit") == 2, "after a thousand it is plain"
 
 
 def test_a_source_without_one_good_sample_is_refused(make_job: MakeJob, tmp_path: Path, refusal_of: Refusal) -> None:

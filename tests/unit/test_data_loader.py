@@ -19,6 +19,7 @@ from torch import Tensor
 from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.loader import evaluation_batches, training_batches
+from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.data_config import DataConfig
@@ -52,10 +53,9 @@ def dataset(tiny_config: ModelConfig, tmp_path: Path) -> LatentDataset:
 def read(dataset: LatentDataset) -> Callable[..., Steps]:
     """Return `read(**changes)`: the first six steps of one rank as a list, with some arguments changed."""
 
-    def read_changed(**changes: Any) -> Steps:
+    def read_changed(*, seed: int = 0, **changes: Any) -> Steps:
+        mixture = Mixture([dataset], seed=seed, global_batch_size=GLOBAL_BATCH)
         arguments: dict[str, Any] = {
-            "seed": 0,
-            "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": 2,
             "dp_rank": 0,
             "dp_size": 1,
@@ -64,7 +64,7 @@ def read(dataset: LatentDataset) -> Callable[..., Steps]:
             "num_workers": 0,
             "transform": as_read,
         }
-        return list(training_batches(dataset, **(arguments | changes)))
+        return list(training_batches(mixture, **(arguments | changes)))
 
     return read_changed
 
@@ -156,9 +156,10 @@ def test_reading_leaves_the_global_generators_alone(read: Callable[..., Steps], 
 def test_ranges_and_sizes_that_cut_a_step_are_refused_before_any_is_read(
     dataset: LatentDataset, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, int], parts: list[str]
 ) -> None:
-    numbers = {"global_batch_size": 8, "micro_batch_size": 2, "dp_size": 1, "start_sample": 0, "end_sample": 48}
-    arguments: dict[str, Any] = {"seed": 0, "dp_rank": 0, "num_workers": 0, "transform": as_read, **numbers, **change}
-    message = refusal_of(lambda: training_batches(dataset, **arguments))
+    mixture = Mixture([dataset], seed=0, global_batch_size=8)
+    numbers = {"micro_batch_size": 2, "dp_size": 1, "start_sample": 0, "end_sample": 48}
+    arguments: dict[str, Any] = {"dp_rank": 0, "num_workers": 0, "transform": as_read, **numbers, **change}
+    message = refusal_of(lambda: training_batches(mixture, **arguments))
     assert [part for part in parts if part not in message] == []
 
 
@@ -168,8 +169,8 @@ def test_a_signal_to_the_whole_job_does_not_stop_the_batches(
 ) -> None:
     """A scheduler signals workers too; the training process must still be able to finish its step and save."""
     batches = training_batches(
-        dataset, seed=0, global_batch_size=GLOBAL_BATCH, micro_batch_size=2, dp_rank=0, dp_size=1, start_sample=0,
-        end_sample=6 * GLOBAL_BATCH, num_workers=1, transform=as_read,
+        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH), micro_batch_size=2, dp_rank=0, dp_size=1,
+        start_sample=0, end_sample=6 * GLOBAL_BATCH, num_workers=1, transform=as_read,
     )  # fmt: skip
     first = next(batches)
     (worker,) = multiprocessing.active_children()
@@ -181,8 +182,8 @@ def test_a_signal_to_the_whole_job_does_not_stop_the_batches(
 
 def test_workers_end_with_the_iteration(dataset: LatentDataset) -> None:
     batches = training_batches(
-        dataset, seed=0, global_batch_size=GLOBAL_BATCH, micro_batch_size=2, dp_rank=0, dp_size=1, start_sample=0,
-        end_sample=100 * GLOBAL_BATCH, num_workers=1, transform=as_read,
+        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH), micro_batch_size=2, dp_rank=0, dp_size=1,
+        start_sample=0, end_sample=100 * GLOBAL_BATCH, num_workers=1, transform=as_read,
     )  # fmt: skip
     next(batches)
     assert len(multiprocessing.active_children()) == 1
@@ -195,8 +196,9 @@ import sys
 from pathlib import Path
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.loader import training_batches
+from ecdit_ds.data.mixture import Mixture
 batches = training_batches(
-    LatentDataset(Path(sys.argv[1])), seed=0, global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=1,
+    Mixture([LatentDataset(Path(sys.argv[1]))], seed=0, global_batch_size=8), micro_batch_size=2, dp_rank=0, dp_size=1,
     start_sample=0, end_sample=8000, num_workers=1, transform=lambda samples: samples,
 )
 next(batches)

@@ -1,6 +1,7 @@
 """The planner's FLOPs are what torch counts, part by part."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecdit_ds.build import _flops_per_image
+from ecdit_ds.build import _Flops
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.flow.objective import draw_kept_tokens
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.recompute import Recompute
@@ -138,9 +140,33 @@ def test_token_choice_is_counted_as_expert_choice(tiny_config: ModelConfig) -> N
     assert forward_flops(token_choice, 16, 1) == forward_flops(tiny_config, 16, 1)
 
 
-def test_a_run_counts_each_step_by_its_own_mask(tiny_recipe: Recipe) -> None:
-    train = replace(tiny_recipe.train, mask_ratio=0.5, unmasked_from_step=2)
+@dataclass(frozen=True)
+class SizesOnly:
+    """Of a set, as much as a mixture asks before it reads: as many samples of each size."""
+
+    buckets: Sequence[tuple[int, int, int]]
+
+    @property
+    def runs(self) -> Sequence[tuple[int, int]]:
+        """One run a bucket."""
+        return [(number, 8) for number in range(len(self.buckets))]
+
+    def __len__(self) -> int:
+        return 8 * len(self.buckets)
+
+
+def test_a_run_counts_each_step_by_its_own_mask_and_size(tiny_recipe: Recipe) -> None:
+    train = replace(tiny_recipe.train, mask_ratio=0.5, unmasked_from_step=4)
     model = replace(tiny_recipe.model, decoder_layers=1)
     recipe = replace(tiny_recipe, model=model, train=train)
-    masked, whole = training_flops(model, 8, 1).total, training_flops(model, 16, 1).total
-    assert [_flops_per_image(recipe, 8, step) for step in range(4)] == [masked, masked, whole, whole]
+    sizes: Any = SizesOnly(((3, 8, 8), (3, 4, 8)))
+    mixture = Mixture([sizes], seed=0, global_batch_size=8)
+    flops = _Flops(recipe, mixture, 8)
+    seen = set()
+    for step in range(12):
+        height, kept = mixture.bucket_at(step)[1], 1 if step >= 4 else 2
+        tokens = height * 8 // 4
+        expected = training_flops(replace(model, latent_height=height), tokens // kept, 1).total
+        assert flops(step) == flops(step) == expected
+        seen.add((height, kept))
+    assert len(seen) == 4

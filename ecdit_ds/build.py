@@ -55,7 +55,8 @@ def run(
     Raises:
         EcditError: on all ranks, for what a user can mend.
     """
-    check_encodable(recipe)
+    if not runs_encoders(recipe):
+        check_encodable(recipe)
     if recipe.data.dataset == "encoded":
         check_split(recipe, "train")
         check_split(recipe, "heldout")
@@ -64,10 +65,10 @@ def run(
     faults = world.together(lambda: faults_from_environment(world.rank))
     status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(own_seat())
     status.watch_peers()
+    encoders = world.together(partial(_open_encoders, recipe, device))
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
-    encoders = world.together(partial(_open_encoders, recipe, device))
     mixture, heldout_set = _open_data(recipe, world, encoders)
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
@@ -126,7 +127,10 @@ def _claim(
 
 def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | None:
     """Return the frozen encoders on this rank's device, where some run beside training."""
-    return encoders_beside(*encoders_of(recipe, device), device) if runs_encoders(recipe) else None
+    if not runs_encoders(recipe):
+        return None
+    check_encodable(recipe, device)  # here, so that they are loaded once
+    return encoders_beside(*encoders_of(recipe, device), device)
 
 
 def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:

@@ -70,8 +70,11 @@ def runs_encoders(recipe: Recipe) -> bool:
     return recipe.data.is_online or bool(sets_without_text(recipe))
 
 
-def check_encodable(recipe: Recipe) -> None:
+def check_encodable(recipe: Recipe, device: torch.device | None = None) -> None:
     """Check, before anything is trained, that the encoders fit the model and the recipe's prompts fit the encoder.
+
+    Args:
+        device: of the encoders, as `encoders_of` has it.
 
     Raises:
         DataError: naming the fields, or the prompt that is too long.
@@ -83,16 +86,16 @@ def check_encodable(recipe: Recipe) -> None:
             "digit scenes draw them; leave it out"
         )
     if recipe.data.is_online:
-        check_encoders_fit(recipe.model, *encoders_of(recipe))
+        check_encoders_fit(recipe.model, *encoders_of(recipe, device))
     elif not is_corpus:
-        check_digit_scenes(recipe.model, *encoders_of(recipe))
+        check_digit_scenes(recipe.model, *encoders_of(recipe, device))
     for path, index in sets_without_text(recipe).items():
-        given, wanted = encoders_of(recipe)[1].identity, index.text_encoder["identity"]
+        given, wanted = encoders_of(recipe, device)[1].identity, index.text_encoder["identity"]
         if given != wanted:
             raise DataError(f"{path}: its captions are for the text encoder {wanted}, but those of data.path go "
                             f"through {given}; encode it with the latter")  # fmt: skip
     if recipe.sample.prompts:
-        encoders_of(recipe)[1].encode(recipe.sample.prompts)
+        encoders_of(recipe, device)[1].encode(recipe.sample.prompts)
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> NoiseFn:

@@ -67,6 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run("captions", "captions", "data.num_workers=1"),
             run("online", "pictures"),
             run("two", "pictures", "parallel.ep=2", "data.num_workers=1", ranks=2),
+            run("tensors", "pictures", "parallel.tp=2", ranks=2),
             run("lives", "pictures", "data.num_workers=2", steps=HALFWAY),
         ],
         [
@@ -98,11 +99,12 @@ def test_what_is_encoded_beside_training_trains_as_what_was_encoded_before(runs:
     assert samples_of(runs, run) == samples_of(runs, "whole")
 
 
-def test_pictures_train_the_same_on_one_rank_and_on_two(runs: Path) -> None:
-    one, two = metrics_of(runs / "online"), metrics_of(runs / "two")
+@pytest.mark.parametrize("run", ["two", "tensors"])
+def test_pictures_train_the_same_on_one_rank_and_on_two(runs: Path, run: str) -> None:
+    one, two = metrics_of(runs / "online"), metrics_of(runs / run)
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in two] == pytest.approx([m[key] for m in one], rel=1e-5), key
-    assert samples_of(runs, "two") == samples_of(runs, "online")
+    assert samples_of(runs, run) == sorted(samples_of(runs, "online") * (2 if run == "tensors" else 1))
 
 
 def test_a_run_on_pictures_goes_on_to_the_bit_with_any_number_of_workers(runs: Path) -> None:

@@ -1,6 +1,6 @@
 """Encoded sets as training reads them: memory-mapped, by sample.
 
-Suffixes: B batch, C channels, H, W latent height and width, T text tokens, D text_embed_dim.
+Suffixes: B batch, C channels, H, W latent height and width (of an image, for pixels), T text tokens, D text_embed_dim.
 """
 
 import math
@@ -17,6 +17,7 @@ from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
+    TEXT_COLUMNS,
     SetIndex,
     ShardInfo,
     read_index,
@@ -24,6 +25,7 @@ from ecdit_ds.data.folder import (
     verify_set,
 )
 from ecdit_ds.data.shard import Shard
+from ecdit_ds.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
+    """A batch of images and their captions; floats are as the set stores them until `float` is asked for.
+
+    What frozen encoders have yet to make has no numbers: latents are (B, 0, 0, 0) while there are pixels, and text
+    vectors (B, 0, 0) while there are captions alone (the mask (B, 0), pooled text (B, 0)).
+    """
 
     latents_BCHW: Tensor
     text_embeds_BTD: Tensor
@@ -52,6 +58,18 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
     """Of which places of the batch the tensors hold nothing to train on, and why."""
+    pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))
+    """uint8 images that have no latents yet; (B, 0, 0, 3) where there are latents."""
+
+    @property
+    def lacks_latents(self) -> bool:
+        """Whether the image encoder has yet to be run."""
+        return self.latents_BCHW.numel() == 0
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the text encoder has yet to be run."""
+        return self.text_embeds_BTD.numel() == 0
 
     def float(self) -> "Samples":
         """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
@@ -61,6 +79,11 @@ class Samples:
             text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
             text_pooled_BD=self.text_pooled_BD.to(torch.float32),
         )
+
+
+def no_pixels(count: int) -> Tensor:
+    """Return what `Samples.pixels_BHW3` is where latents are there already."""
+    return torch.empty((count, 0, 0, 3), dtype=torch.uint8)
 
 
 class LatentDataset:
@@ -87,6 +110,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.index.count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether text vectors are stored; latents always are."""
+        return self.index.has_text
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
@@ -125,7 +153,7 @@ class LatentDataset:
         """
         buckets = np.unique(self.buckets_of(indices))
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
-        num_tokens, embed_dim = self.index.text_shape
+        num_tokens, embed_dim = self.index.text_shape if self.index.has_text else (0, 0)
         stored = DTYPES[self.index.latents_dtype]
 
         def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
@@ -135,13 +163,20 @@ class LatentDataset:
             latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
             text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
             text_mask_BT=read("text_mask", torch.bool, num_tokens),
-            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
+            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width if self.index.has_text else 0),
             captions=tuple(self.texts("caption", indices)),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
+            pixels_BHW3=no_pixels(len(indices)),
         )
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
-        """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
+        """Return a column of strings (`key`, `caption` or `kind`) of some samples.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        if column not in TEXT_COLUMNS:
+            raise DataError(f"a set has no strings {column!r}; ask for {', '.join(TEXT_COLUMNS)}")
         found = [""] * len(indices)
         for shard, places, rows in self._by_shard(indices):
             for place, text in zip(places, shard.texts(column, rows), strict=True):
@@ -153,6 +188,8 @@ class LatentDataset:
     ) -> Tensor:
         """Return (B, *row_shape) of its own memory; each row is copied once."""
         tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
+        if not tensor.numel():
+            return tensor
         into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
         for shard, places, rows in self._by_shard(indices):
             shard.copy_rows(column, rows, into, places)
@@ -170,11 +207,12 @@ class LatentDataset:
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
     float_bytes = DTYPES[index.latents_dtype].itemsize
-    tokens, width = index.text_shape
-    row_bytes = {
-        "latents": math.prod(index.buckets[shard.bucket]) * float_bytes,
-        "text_embeds": tokens * width * float_bytes,
-        "text_mask": tokens,
-        "text_pooled": index.pooled_width * float_bytes,
-    }
+    row_bytes = {"latents": math.prod(index.buckets[shard.bucket]) * float_bytes}
+    if index.has_text:
+        tokens, width = index.text_shape
+        row_bytes |= {
+            "text_embeds": tokens * width * float_bytes,
+            "text_mask": tokens,
+            "text_pooled": index.pooled_width * float_bytes,
+        }
     return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)

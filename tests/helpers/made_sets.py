@@ -14,7 +14,7 @@ Shape = tuple[int, int, int]
 
 def write_set(
     folder: Path, runs: Sequence[tuple[Shape, int]], *, dtype: str = "float32", tokens: int = 4, width: int = 6,
-    pooled: int | None = None, image: str = "made pictures", text: str = "made words",
+    pooled: int | None = None, image: str = "made pictures", text: str = "made words", has_text: bool = True,
 ) -> Path:  # fmt: skip
     """Write a set and return its folder; all numbers of sample i are i, and its caption is `<folder> <i>`.
 
@@ -25,6 +25,7 @@ def write_set(
         tokens, width: of a text.
         pooled: width of pooled texts; `width` by default.
         image, text: identities of the encoders.
+        has_text: whether text vectors are stored.
     """
     folder.mkdir(parents=True)
     buckets = tuple(dict.fromkeys(shape for shape, _ in runs))
@@ -40,11 +41,13 @@ def write_set(
                 embeds_BTD=values.view(-1, 1, 1).expand(-1, tokens, width),
                 mask_BT=torch.ones(count, tokens, dtype=torch.bool),
                 pooled_BD=values.view(-1, 1).expand(-1, pooled or width),
-            ),
+            )
+            if has_text
+            else None,
             dtype=DTYPES[dtype],
         )
         name = f"shard-{number:05}.arrow"
-        rows, size, checksum = write_arrow_shard(folder / name, [table])
+        rows, size, checksum = write_arrow_shard(folder / name, [table], has_text=has_text)
         shards.append(ShardInfo(file=name, bucket=buckets.index(shape), count=rows, bytes=size, xxh3=checksum))
         first += count
     null_text = {
@@ -54,9 +57,9 @@ def write_set(
     }
     index = SetIndex(
         schema=SCHEMA_VERSION, count=first, image_encoder={"identity": image}, text_encoder={"identity": text},
-        latents_dtype=dtype, text_shape=(tokens, width), pooled_width=pooled or width, buckets=buckets,
-        shards=tuple(shards), latents_mean=(0.0,) * buckets[0][0], latents_std=(1.0,) * buckets[0][0], settings={},
-        **write_null_text(folder, null_text),
+        latents_dtype=dtype, text_shape=(tokens, width), pooled_width=pooled or width, has_text=has_text,
+        buckets=buckets, shards=tuple(shards), latents_mean=(0.0,) * buckets[0][0], latents_std=(1.0,) * buckets[0][0],
+        settings={}, **write_null_text(folder, null_text),
     )  # fmt: skip
     write_index(folder, index)
     return folder

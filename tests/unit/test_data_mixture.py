@@ -31,6 +31,7 @@ class Claimed:
     buckets: Sequence[Bucket]
     runs: Sequence[tuple[int, int]]
     null_text: Any = None
+    is_whole: bool = True
 
     def __len__(self) -> int:
         return sum(count for _, count in self.runs)

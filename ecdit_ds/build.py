@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ecdit_ds.batches import Draw, Finish
-from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
@@ -236,6 +236,7 @@ def _work(
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,
+        "counts_samples": topology.coordinates(world.rank).tp == 0,
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
@@ -274,6 +275,7 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
     return [
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
+        BadSampleLines(folder.bad_samples),
         TensorBoard(folder.tensorboard, progress.step, progress.step - progress.num_updates),
         _SampleFiles(folder.samples),
     ]

@@ -38,6 +38,10 @@ class SampleSet(Protocol):
     """What can be mixed: samples by number, each of one of a few sizes. Cheap to pickle and to fork."""
 
     @property
+    def name(self) -> str:
+        """Where it was opened."""
+
+    @property
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1."""
 
@@ -55,6 +59,9 @@ class SampleSet(Protocol):
 
     def __len__(self) -> int:
         """Return the number of samples."""
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in its source."""
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices` (B,), all of one bucket, in that order, repeats allowed."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ecdit_ds.batches import Draw
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.loader import training_batches
@@ -95,10 +96,8 @@ def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: in
     Args:
         threads: of the step, where it is measured; loading has one.
     """
-    from ecdit_ds.build import _Transform as Transform  # with DeepSpeed, which takes seconds
-
     recipe, order = corpus.recipe, corpus.order()
-    transform = Transform(recipe, corpus.ours.null_text)
+    transform = Draw(recipe, corpus.ours.null_text)
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:

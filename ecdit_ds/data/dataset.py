@@ -1,6 +1,6 @@
 """Encoded sets as training reads them: memory-mapped, by sample.
 
-Suffixes: B batch, C channels, H, W latent height and width, T text tokens, D text_embed_dim.
+Suffixes: B batch, C channels, H, W latent height and width (of an image, for pixels), T text tokens, D text_embed_dim.
 """
 
 import math
@@ -17,6 +17,7 @@ from ecdit_ds.data.causes import BadSample, Replaced
 from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
+    TEXT_COLUMNS,
     SetIndex,
     ShardInfo,
     read_index,
@@ -24,6 +25,7 @@ from ecdit_ds.data.folder import (
     verify_set,
 )
 from ecdit_ds.data.shard import Rows, Shard
+from ecdit_ds.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
+    """A batch of images and their captions; floats are as the set stores them until `float` is asked for.
+
+    What frozen encoders have yet to make has no numbers: latents are (B, 0, 0, 0) while there are pixels, and text
+    vectors (B, 0, 0) while there are captions alone (the mask (B, 0), pooled text (B, 0)).
+    """
 
     latents_BCHW: Tensor
     text_embeds_BTD: Tensor
@@ -54,6 +60,18 @@ class Samples:
     """Of which places of the batch the tensors hold nothing to train on, and why."""
     replaced: Mapping[int, tuple[Replaced, ...]] = field(default_factory=dict)
     """At which places other samples stand in, and for which ones, in the order they were tried."""
+    pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))
+    """uint8 images that have no latents yet; (B, 0, 0, 3) where there are latents."""
+
+    @property
+    def lacks_latents(self) -> bool:
+        """Whether the image encoder has yet to be run."""
+        return self.latents_BCHW.numel() == 0
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the text encoder has yet to be run."""
+        return self.text_embeds_BTD.numel() == 0
 
     def float(self) -> "Samples":
         """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
@@ -63,6 +81,11 @@ class Samples:
             text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
             text_pooled_BD=self.text_pooled_BD.to(torch.float32),
         )
+
+
+def no_pixels(count: int) -> Tensor:
+    """Return what `Samples.pixels_BHW3` is where latents are there already."""
+    return torch.empty((count, 0, 0, 3), dtype=torch.uint8)
 
 
 class LatentDataset:
@@ -91,6 +114,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.index.count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether text vectors are stored; latents always are."""
+        return self.index.has_text
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
@@ -129,7 +157,7 @@ class LatentDataset:
         """
         buckets = np.unique(self.buckets_of(indices))
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
-        num_tokens, embed_dim = self.index.text_shape
+        num_tokens, embed_dim = self.index.text_shape if self.index.has_text else (0, 0)
         stored = DTYPES[self.index.latents_dtype]
         found = self._find(indices)
 
@@ -140,9 +168,10 @@ class LatentDataset:
             latents_BCHW=read(0, stored, *self.index.buckets[buckets[0]]),
             text_embeds_BTD=read(1, stored, num_tokens, embed_dim),
             text_mask_BT=read(2, torch.bool, num_tokens),
-            text_pooled_BD=read(3, stored, self.index.pooled_width),
+            text_pooled_BD=read(3, stored, self.index.pooled_width if self.index.has_text else 0),
             captions=tuple(rows.text("caption", row) for rows, row in found),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
+            pixels_BHW3=no_pixels(len(indices)),
         )
 
     def name_of(self, sample: int) -> str:
@@ -150,7 +179,13 @@ class LatentDataset:
         return self.texts("key", np.array([sample]))[0]
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
-        """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
+        """Return a column of strings (`key`, `caption` or `kind`) of some samples.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        if column not in TEXT_COLUMNS:
+            raise DataError(f"a set has no strings {column!r}; ask for {', '.join(TEXT_COLUMNS)}")
         return [rows.text(column, row) for rows, row in self._find(indices)]
 
     def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[Rows, int]]:
@@ -166,6 +201,8 @@ def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_
     By slices of bytes, not arrays of one row: beside copying some kB, making those would take most of the time.
     """
     size = math.prod(row_shape) * dtype.itemsize
+    if not size:  # a column that is not stored
+        return torch.empty((len(found), *row_shape), dtype=dtype)
     # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
     copied = np.empty(len(found) * size, dtype=np.uint8)
     into, end = copied.data, 0
@@ -177,11 +214,12 @@ def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
     float_bytes = DTYPES[index.latents_dtype].itemsize
-    tokens, width = index.text_shape
-    row_bytes = {
-        "latents": math.prod(index.buckets[shard.bucket]) * float_bytes,
-        "text_embeds": tokens * width * float_bytes,
-        "text_mask": tokens,
-        "text_pooled": index.pooled_width * float_bytes,
-    }
+    row_bytes = {"latents": math.prod(index.buckets[shard.bucket]) * float_bytes}
+    if index.has_text:
+        tokens, width = index.text_shape
+        row_bytes |= {
+            "text_embeds": tokens * width * float_bytes,
+            "text_mask": tokens,
+            "text_pooled": index.pooled_width * float_bytes,
+        }
     return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)

@@ -13,6 +13,7 @@ are replaced where they are read (`replacing`).
 import atexit
 import ctypes
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -115,8 +116,8 @@ def evaluation_batches(
 
     Returns:
         Pairs of samples and weights_B (fp32): 1 for each sample of the set exactly once over all ranks, 0 for the
-        repeats of a bucket's last sample that give every rank equally many batches of equal size. All ranks are at the
-        same bucket at a time.
+        repeats of a bucket's last sample that give every rank equally many batches of equal size, and for bad samples.
+        All ranks are at the same bucket at a time.
     """
     for bucket in range(len(dataset.buckets)):
         part = Part(dataset.runs, bucket)
@@ -124,7 +125,9 @@ def evaluation_batches(
             places_B = start + dp_rank * batch_size + np.arange(batch_size)
             indices_B = part.samples(np.minimum(places_B, len(part) - 1))
             weights_B = torch.from_numpy((places_B < len(part)).astype(np.float32))
-            yield dataset.gather(indices_B, indices_B), weights_B
+            samples = dataset.gather(indices_B, indices_B)
+            weights_B[list(samples.bad)] = 0.0
+            yield samples, weights_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,8 @@ def _checked(micro_batch: T | _Failed) -> T:
 
 
 def _prepare_worker(worker: int) -> None:
+    # Its tokenizers would share out work to threads that a fork left behind.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # the training process beside it has use for the other cores
     # Schedulers and terminals signal all processes of a job. Whether to stop is for the training process to decide,
     # after it has saved; a worker ends with it.

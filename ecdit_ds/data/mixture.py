@@ -53,6 +53,10 @@ class SampleSet(Protocol):
     def runs(self) -> Sequence[tuple[int, int]]:
         """(bucket, count) of successive samples of one bucket, from sample 0 to the last."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether samples come with latents and text vectors, so that no encoder need run beside training."""
+
     def __len__(self) -> int:
         """Return the number of samples."""
 
@@ -156,6 +160,11 @@ class Mixture:
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1: the first set's, and every other's but for what it is stored as."""
         return self.sets[0].null_text
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all sets are."""
+        return all(of_set.is_whole for of_set in self.sets)
 
     def bucket_at(self, step: int) -> Bucket:
         """Return the size of all latents of a step (from 0)."""

@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]
 
 def write_set(
     folder: Path, runs: Sequence[tuple[Shape, int]], *, dtype: str = "float32", tokens: int = 4, width: int = 6,
-    pooled: int | None = None, image: str = "made pictures", text: str = "made words",
+    pooled: int | None = None, image: str = "made pictures", text: str = "made words", has_text: bool = True,
     broken: Mapping[int, str] = MappingProxyType({}),
 ) -> Path:  # fmt: skip
     """Write a set and return its folder; all numbers of sample i are i, and its caption is `<folder> <i>`.
@@ -27,6 +27,7 @@ def write_set(
         tokens, width: of a text.
         pooled: width of pooled texts; `width` by default.
         image, text: identities of the encoders.
+        has_text: whether text vectors are stored.
         broken: samples that cannot be trained on: `mask` for a text without a token, or the tensor of which the last
             number is what follows, such as `latents nan`.
     """
@@ -53,11 +54,11 @@ def write_set(
             captions=[f"{folder.name} {first + i}" for i in range(count)],
             kinds=["made"] * count,
             latents_BCHW=latents_BCHW,
-            text=made,
+            text=made if has_text else None,
             dtype=DTYPES[dtype],
         )
         name = f"shard-{number:05}.arrow"
-        rows, size, checksum = write_arrow_shard(folder / name, [table])
+        rows, size, checksum = write_arrow_shard(folder / name, [table], has_text=has_text)
         shards.append(ShardInfo(file=name, bucket=buckets.index(shape), count=rows, bytes=size, xxh3=checksum))
         first += count
     null_text = {
@@ -67,9 +68,9 @@ def write_set(
     }
     index = SetIndex(
         schema=SCHEMA_VERSION, count=first, image_encoder={"identity": image}, text_encoder={"identity": text},
-        latents_dtype=dtype, text_shape=(tokens, width), pooled_width=pooled or width, buckets=buckets,
-        shards=tuple(shards), latents_mean=(0.0,) * buckets[0][0], latents_std=(1.0,) * buckets[0][0], settings={},
-        **write_null_text(folder, null_text),
+        latents_dtype=dtype, text_shape=(tokens, width), pooled_width=pooled or width, has_text=has_text,
+        buckets=buckets, shards=tuple(shards), latents_mean=(0.0,) * buckets[0][0], latents_std=(1.0,) * buckets[0][0],
+        settings={}, **write_null_text(folder, null_text),
     )  # fmt: skip
     write_index(folder, index)
     return folder

@@ -31,6 +31,7 @@ class Claimed:
     buckets: Sequence[Bucket]
     runs: Sequence[tuple[int, int]]
     null_text: Any = None
+    is_whole: bool = True
     name: str = "claimed"
 
     def name_of(self, sample: int) -> str:

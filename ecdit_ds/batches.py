@@ -12,7 +12,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import EncodersBeside
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import TextEmbeddings
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, where_text
+from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, drop_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,6 @@ class Draw:
         self._recipe, self._null = recipe, null_text
 
     def __call__(self, samples: Samples) -> FlowBatch | Unfinished:
-        samples = samples.float()
         seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B
         kept_B, shape = draw_text_kept(index_B, seed, flow), self._latents_shape(samples)
         batch = FlowBatch(
@@ -63,12 +62,12 @@ class Draw:
 
 
 def with_text(batch: FlowBatch, samples: Samples, text_kept_B: Tensor, null_text: TextEmbeddings) -> FlowBatch:
-    """Return the batch with the samples' texts, and the text of no text where theirs are not kept."""
+    """Return the batch with the samples' texts; where they are not kept, the text of no text is written over them."""
     return replace(
         batch,
-        text_embeds_BTD=where_text(text_kept_B, samples.text_embeds_BTD, null_text.embeds_BTD),
-        text_mask_BT=where_text(text_kept_B, samples.text_mask_BT, null_text.mask_BT),
-        text_pooled_BD=where_text(text_kept_B, samples.text_pooled_BD, null_text.pooled_BD),
+        text_embeds_BTD=drop_text(samples.text_embeds_BTD, text_kept_B, null_text.embeds_BTD),
+        text_mask_BT=drop_text(samples.text_mask_BT, text_kept_B, null_text.mask_BT),
+        text_pooled_BD=drop_text(samples.text_pooled_BD, text_kept_B, null_text.pooled_BD),
     )
 
 

@@ -105,6 +105,7 @@ class LatentDataset:
         self.index = read_index(folder)
         verify_set(folder, self.index, whole=whole)
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
+        self._buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
         parts = read_null_text(folder)
         self.null_text = TextEmbeddings(
@@ -145,8 +146,7 @@ class LatentDataset:
 
     def buckets_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return which of `index.buckets` the latents of each sample have the shape of."""
-        buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
-        return buckets[np.searchsorted(self._starts, indices, side="right") - 1]
+        return self._buckets[np.searchsorted(self._starts, indices, side="right") - 1]
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, in that order, repeats allowed; floats are as they are stored.

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.mixture import Mixture, Part, SampleSet
+from ecdit_ds.data.packing import in_one_block
 from ecdit_ds.data.replacing import read_good
 from ecdit_ds.errors import DataError, EcditError
 from ecdit_ds.seeding import stable_seed
@@ -164,9 +165,10 @@ class _Stream(Dataset[T | _Failed]):
 
     def __getitem__(self, positions: npt.NDArray[np.int64]) -> T | _Failed:
         try:
-            return self.transform(read_good(self.mixture, positions))
+            batch = self.transform(read_good(self.mixture, positions))
         except EcditError as error:
             return _Failed(error=error)
+        return batch if get_worker_info() is None else in_one_block(batch)
 
 
 def _steps(loader: DataLoader[T | _Failed], num_micro_batches: int) -> Iterator[list[T]]:

@@ -20,7 +20,7 @@ from ecdit_ds.seeding import sample_rng
 
 @dataclass(frozen=True, kw_only=True)
 class FlowBatch:
-    """A micro-batch, ready for the model."""
+    """A micro-batch; on its device it is ready for the model."""
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
@@ -34,8 +34,11 @@ class FlowBatch:
     """Bad samples that some of these stand in for, for whoever counts them."""
 
     def to(self, device: torch.device) -> "FlowBatch":
-        """Return the batch on `device`; from pinned memory the host does not wait for the copy."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on `device`; from pinned memory the host does not wait for the copy.
+
+        Latents and texts that are stored as bf16 travel as such, and become fp32 there: the noise is, and so are sums.
+        """
+        return self._each(lambda tensor: _widened(tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> "FlowBatch":
         """Return the batch in pinned memory; torch's loader asks for this by name."""
@@ -45,6 +48,10 @@ class FlowBatch:
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: change(part) for name, part in given.items() if isinstance(part, Tensor)}
         return replace(self, **changed)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 class Predicted(Protocol):
@@ -91,9 +98,10 @@ def draw_kept_tokens(stream_index_B: Tensor, seed: int, num_tokens: int, num_kep
     return torch.from_numpy(np.sort(np.stack(draws), axis=1))
 
 
-def where_text(kept_B: Tensor, text: Tensor, null_text: Tensor) -> Tensor:
-    """Return each sample's text tensor, or the null text's where it is not kept; leading dimension B."""
-    return torch.where(kept_B.view(-1, *[1] * (text.dim() - 1)), text, null_text)
+def drop_text(text: Tensor, kept_B: Tensor, null_text: Tensor) -> Tensor:
+    """Put the null text where a sample's own is not kept, in place, and return it; leading dimension B."""
+    text[~kept_B] = null_text.to(text.dtype)
+    return text
 
 
 class FlowLosses(NamedTuple):

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,23 @@ def test_a_batch_of_each_size_keeps_its_own_share_of_its_own_tokens(make_sets: M
         assert batch.noise_BCHW.shape == batch.latents_BCHW.shape
         kept[mixture.bucket_at(step)] = (batch.kept_BN.shape[1], int(batch.kept_BN.max()))
     assert kept[SQUARE] == (8, 15) and kept[WIDE] == (6, 11)
+
+
+def test_what_is_stored_as_bf16_becomes_on_its_device_what_it_would_have_been_before(make_sets: MakeSets) -> None:
+    recipe = make_sets(a=[(SQUARE, 12)])
+    recipe = replace(recipe, flow=replace(recipe.flow, text_dropout_prob=0.5))
+    mixture = Mixture(open_split(recipe, "train", None), seed=0, global_batch_size=8)
+    positions = np.arange(8)
+    whole = mixture.read(positions).float()
+    stored = replace(
+        mixture.read(positions), latents_BCHW=whole.latents_BCHW.bfloat16(),
+        text_embeds_BTD=whole.text_embeds_BTD.bfloat16(), text_pooled_BD=whole.text_pooled_BD.bfloat16(),
+    )  # fmt: skip
+    draw, device = Draw(recipe, mixture.null_text), torch.device("cpu")
+    wide, narrow = draw(stored.float()), draw(stored)
+    assert isinstance(wide, FlowBatch) and isinstance(narrow, FlowBatch)
+    assert narrow.latents_BCHW.dtype == narrow.text_embeds_BTD.dtype == torch.bfloat16
+    for name, values in vars(wide.to(device)).items():
+        if isinstance(values, torch.Tensor):
+            there = getattr(narrow.to(device), name)
+            assert there.dtype == values.dtype and torch.equal(there, values), name

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ecdit_ds.config import FlowConfig, SampleConfig
 from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, flow_losses, where_text
+from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, drop_text, flow_losses
 from ecdit_ds.flow.rectified import interpolate, shift_timesteps, timesteps_from_uniform, velocity_target
 from ecdit_ds.flow.samplers import Step, VelocityFn, dpmpp_2m, euler, euler_ancestral, follow, heun, rule_of, time_grid
 from ecdit_ds.model.ecdit import Prediction
@@ -222,10 +222,10 @@ def test_text_is_dropped_for_the_asked_share_of_samples(share: float) -> None:
 
 def test_dropped_text_is_the_null_text_and_kept_text_is_untouched(draw: Draw) -> None:
     text, null = draw("text", 3, 4, 5), draw("null", 4, 5)
-    chosen = where_text(torch.tensor([True, False, True]), text, null)
+    chosen = drop_text(text.clone(), torch.tensor([True, False, True]), null)
     assert torch.equal(chosen, torch.stack([text[0], null, text[2]]))
-    mask = where_text(
-        torch.tensor([False, True]), torch.ones(2, 3, dtype=torch.bool), torch.tensor([True, False, False])
+    mask = drop_text(
+        torch.ones(2, 3, dtype=torch.bool), torch.tensor([False, True]), torch.tensor([True, False, False])
     )
     assert mask.tolist() == [[True, False, False], [True, True, True]]
 

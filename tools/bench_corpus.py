@@ -133,7 +133,8 @@ def _write_index(
         "text_pooled": torch.zeros(1, text_shape[1]),
     }  # fmt: skip
     write_index(folder, SetIndex(
-        schema=SCHEMA_VERSION, count=sum(shard.count for shard in shards), image_encoder={"identity": "random"},
+        schema=SCHEMA_VERSION, has_text=True, count=sum(shard.count for shard in shards),
+        image_encoder={"identity": "random"},
         text_encoder={"identity": "random"}, latents_dtype=dtype, text_shape=text_shape, pooled_width=text_shape[1],
         buckets=(shape,), shards=shards, latents_mean=(0.0,) * shape[0], latents_std=(1.0,) * shape[0], settings={},
         **write_null_text(folder, null_text),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ecdit_ds.batches import Draw
@@ -18,6 +19,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
+from ecdit_ds.data.replacing import read_good
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, flow_losses
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.parallel.layers import SerialLayers
@@ -82,10 +84,14 @@ def _as_read(samples: Samples) -> Samples:
     return samples
 
 
+def _mixture(corpus: Corpus) -> Mixture:
+    return Mixture([corpus.ours], seed=0, global_batch_size=corpus.batch_size)
+
+
 def _batches(corpus: Corpus, count: int, workers: int, transform: Callable[[Samples], Any]) -> Any:
     size = corpus.batch_size
     return training_batches(
-        Mixture([corpus.ours], seed=0, global_batch_size=size), micro_batch_size=size, dp_rank=0, dp_size=1,
+        _mixture(corpus), micro_batch_size=size, dp_rank=0, dp_size=1,
         start_sample=0, end_sample=count * size, num_workers=workers, transform=transform,
     )  # fmt: skip
 
@@ -106,20 +112,23 @@ def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: in
         seconds.setdefault(name, []).append(time.perf_counter() - began)
         return result
 
+    mixture = _mixture(corpus)
     for turn in range(max(rounds, 3)):
-        indices = order[turn % len(order)]
-        samples = timed("gather", partial(corpus.ours.gather, indices, indices))
+        positions = turn * corpus.batch_size + np.arange(corpus.batch_size)
+        timed("gather", partial(corpus.ours.gather, order[turn % len(order)], positions))
+        samples = timed("read", partial(read_good, mixture, positions))
         batch = timed("transform", partial(transform, samples))
         shape, index_B = tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B
         timed("noise", partial(draw_noise, shape, index_B, recipe.train.seed))
-        timed("cast", samples.float)
     parts = {name: statistics.median(values) for name, values in seconds.items()}
-    rest = max(0.0, parts["transform"] - parts["noise"] - parts["cast"])
+    split = {
+        "gather": parts["gather"], "order and check": max(0.0, parts["read"] - parts["gather"]),
+        "noise": parts["noise"], "rest": max(0.0, parts["transform"] - parts["noise"]),
+    }  # fmt: skip
     step_seconds = step.seconds or _measure_step(recipe, batch, threads)
     return {
         "micro_batch_size": corpus.batch_size, "step_seconds": step_seconds, "step_source": step.source,
-        "worker_seconds": parts["gather"] + parts["transform"],
-        "parts_seconds": {name: parts[name] for name in ("gather", "cast", "noise")} | {"rest": rest},
+        "worker_seconds": parts["read"] + parts["transform"], "parts_seconds": split,
         "waits_seconds": {count: _wait(corpus, transform, step_seconds, count) for count in (0, *workers)},
     }  # fmt: skip
 

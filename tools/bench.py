@@ -4,7 +4,8 @@
 FLOPs and against other Mixture-of-Experts layers; `python tools/bench.py dispatch` the way to experts on other ranks
 against the bare collective; `python tools/bench.py checkpoint` saving, loading and converting against moving the same
 bytes; `python tools/bench.py sample` drawing a picture against dense models; `python tools/bench.py loader` reading
-encoded samples against reading bytes. Sides run in one process and interleaved,
+encoded samples against reading bytes; `python tools/bench.py encode` encoding a corpus against the encoders alone.
+Sides run in one process and interleaved,
 so that a slow moment of the machine falls on all alike. Every figure of speed that the project publishes comes from
 here.
 
@@ -38,6 +39,7 @@ from ecdit_ds.validation import divisors
 from tools.bench_checkpoint import run_checkpoint
 from tools.bench_data import add_loader
 from tools.bench_dispatch import run_dispatch
+from tools.bench_encode import add_encode
 from tools.bench_flags import add_common, add_report, positive, positive_number
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
 from tools.bench_report import compare, describe_run, rotated, times_text
@@ -242,6 +244,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     _add_checkpoint(commands)
     _add_sample(commands)
     add_loader(commands)
+    add_encode(commands)
     options = parser.parse_args(arguments)
     for name, value in (options.quick_sizes if options.quick else options.full_sizes).items():
         if getattr(options, name) is None:

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_NAMES = 20
 """How many samples of a cause the report names."""
 KIND = "corpus"
 _AHEAD_PER_THREAD = 8
+_BATCHES_BEHIND = 2
+"""That may wait to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,21 +162,23 @@ def encode_unit(
     output = _Output()
     waiting: dict[int, list[_Ready]] = {}
     try:
-        for sample in _prepared(samples, encoding):
-            if isinstance(sample, BadSample):
-                output.leave_out(sample)
-                tell(sample.samples)
-                continue
-            batch = waiting.setdefault(sample.bucket, [])
-            batch.append(sample)
-            if len(batch) == encoding.batch_size:
+        with _Behind() as behind:
+            for sample in _prepared(samples, encoding):
+                if isinstance(sample, BadSample):
+                    output.leave_out(sample)
+                    tell(sample.samples)
+                    continue
+                batch = waiting.setdefault(sample.bucket, [])
+                batch.append(sample)
+                if len(batch) == encoding.batch_size:
+                    moment("batch")
+                    behind.do(_encode_batch(waiting.pop(sample.bucket), encoding, output, drafts))
+                    tell(len(batch))
+            for bucket in sorted(waiting):
                 moment("batch")
-                _encode_batch(waiting.pop(sample.bucket), encoding, output, drafts)
-                tell(len(batch))
-        for bucket in sorted(waiting):
-            moment("batch")
-            _encode_batch(waiting[bucket], encoding, output, drafts)
-            tell(len(waiting[bucket]))
+                behind.do(_encode_batch(waiting[bucket], encoding, output, drafts))
+                tell(len(waiting[bucket]))
+            behind.finish()
         _keep(unit, encoding, output, shards=shards, drafts=drafts, records=records, moment=moment)
     finally:
         for writer in output.writers.values():
@@ -215,11 +220,44 @@ def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> I
             yield checked(ahead.popleft().result())
 
 
-def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, drafts: Path) -> None:
-    bucket = batch[0].bucket
+class _Behind:
+    """Writes batches in one thread, in order, while the encoders are at the next ones."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Take on some work; what earlier work failed with is raised."""
+        self._waiting.append(self._pool.submit(work))
+        while len(self._waiting) > _BATCHES_BEHIND:
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait until all is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+
+def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, drafts: Path) -> Callable[[], None]:
+    """Run the encoders; return what is left to do, which needs them no more."""
     with torch.no_grad():
         latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
         text = encoding.text_encoder.encode([sample.caption for sample in batch]) if encoding.has_text else None
+    return partial(_write_batch, batch, latents_BCHW, text, encoding, output, drafts)
+
+
+def _write_batch(
+    batch: list[_Ready], latents_BCHW: Tensor, text: TextEmbeddings | None, encoding: Encoding, output: _Output,
+    drafts: Path,
+) -> None:  # fmt: skip
+    bucket = batch[0].bucket
     latents_BCHW, text, batch = _finite(latents_BCHW, text, batch, output)
     if not batch:
         return

@@ -40,7 +40,7 @@ from tools.bench_checkpoint import run_checkpoint
 from tools.bench_data import add_loader
 from tools.bench_dispatch import run_dispatch
 from tools.bench_encode import add_encode
-from tools.bench_flags import add_common, add_report, positive, positive_number
+from tools.bench_flags import add_common, add_report, check_folder, positive, positive_number
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
 from tools.bench_report import compare, describe_run, rotated, times_text
 from tools.bench_sample import check_sample, run_sample
@@ -373,8 +373,7 @@ def _check_dispatch(options: argparse.Namespace) -> None:
 
 
 def _check_checkpoint(options: argparse.Namespace) -> None:
-    if not options.folder.is_dir() or not os.access(options.folder, os.W_OK):
-        raise ConfigError(f"--folder {options.folder}: is no folder that can be written")
+    check_folder(options.folder)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.recipe_file import load_recipe
 from tools.bench_corpus import Corpus, Indices, write_corpus
-from tools.bench_flags import add_report, positive, positive_number
+from tools.bench_flags import add_report, check_folder, positive, positive_number
 from tools.bench_report import describe_run, rotated
 from tools.bench_step import step_time, way_lines, way_to_a_step, worker_row
 
@@ -84,18 +84,19 @@ def add_loader(commands: Any) -> None:
     loader.add_argument("--utilization", type=positive_number, default=0.4, help="of the estimate's H100 (default 0.4)")
     loader.add_argument("--folder", type=Path, default=Path(), help="where sets are written (default: here)")
     loader.set_defaults(
-        run=run_loader, check=check_folder, full_sizes=_FULL, quick_sizes=_QUICK, tokens=[], device="cpu", dtype="fp32"
+        run=run_loader, check=_check, full_sizes=_FULL, quick_sizes=_QUICK, tokens=[], device="cpu", dtype="fp32"
     )
 
 
-def check_folder(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> None:
     """Check what can be checked before anything is written.
 
     Raises:
-        ConfigError: a folder that cannot be written, or a share above 1.
+        ConfigError: a folder that cannot be written, no recipe, or a share above 1.
     """
-    if not options.folder.is_dir() or not os.access(options.folder, os.W_OK):
-        raise ConfigError(f"--folder {options.folder}: is no folder that can be written")
+    check_folder(options.folder)
+    for name in options.configs:
+        load_recipe(name)
     if options.utilization > 1:
         raise ConfigError(f"--utilization {options.utilization}: is a share of the peak, up to 1")
 

@@ -33,8 +33,8 @@ from ecdit_ds.data.folder import write_arrow_shard
 from ecdit_ds.data.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.durable import put_on_disk
-from tools.bench_data import check_folder
-from tools.bench_flags import add_report, positive
+from ecdit_ds.errors import ConfigError
+from tools.bench_flags import add_report, check_folder, positive
 from tools.bench_report import describe_run
 
 AIM = 0.1
@@ -145,9 +145,16 @@ def add_encode(commands: Any) -> None:
     encode.add_argument("--threads", type=positive, help="that decode images (default: as many as cores)")
     encode.add_argument("--folder", type=Path, default=Path(), help="where all is written (default: here)")
     encode.set_defaults(
-        run=run_encode, check=check_folder, full_sizes=_FULL, quick_sizes=_QUICK, tokens=[], device="cpu",
-        dtype="fp32", utilization=1.0,
+        run=run_encode, check=_check, full_sizes=_FULL, quick_sizes=_QUICK, tokens=[], device="cpu",
+        dtype="fp32",
     )  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_folder(options.folder)
+    for name in ("size", "width"):
+        if getattr(options, name) % 8:
+            raise ConfigError(f"--{name} {getattr(options, name)}: is no multiple of 8")
 
 
 def run_encode(options: argparse.Namespace) -> None:

@@ -2,7 +2,10 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
+
+from ecdit_ds.errors import ConfigError
 
 
 def add_common(command: argparse.ArgumentParser, what_rounds: str = "of each side and case (default 7)") -> None:
@@ -21,6 +24,16 @@ def add_report(command: argparse.ArgumentParser, what_rounds: str) -> None:
         "--json", type=Path, metavar="FILE", help="also write the rows, with device, versions, command"
     )
     command.add_argument("--rounds", type=positive, help=f"timings {what_rounds}")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that files can be written in a folder.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--folder {folder}: is no folder that can be written")
 
 
 def positive_number(text: str) -> float:

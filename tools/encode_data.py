@@ -217,7 +217,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")
     for name, values in (("mean", index.latents_mean), ("std", index.latents_std)):
         print(f"latents {name:<5} {' '.join(f'{value:.3f}' for value in values)}")
-    dataset = LatentDataset(options.folder, whole=True)
+    dataset = LatentDataset(options.folder)
     print("checks  every size and checksum holds")
     sheet = options.sheet or options.folder.with_name(options.folder.name + ".png")
     encoder = open_image_encoder(index.image_encoder, name=options.vae)

@@ -8,24 +8,23 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.batches import Draw, Finish
+from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.dataset import Samples
-from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.ahead import encoded_ahead
+from ecdit_ds.data.beside import EncodersBeside, encoders_beside
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
-from ecdit_ds.drawing import check_encodable, encoders_of
+from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.faults import faults_from_environment
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, where_text
 from ecdit_ds.metrics import peak_flops_per_s
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
@@ -56,7 +55,8 @@ def run(
     Raises:
         EcditError: on all ranks, for what a user can mend.
     """
-    check_encodable(recipe)
+    if not runs_encoders(recipe):
+        check_encodable(recipe)
     if recipe.data.dataset == "encoded":
         check_split(recipe, "train")
         check_split(recipe, "heldout")
@@ -65,10 +65,11 @@ def run(
     faults = world.together(lambda: faults_from_environment(world.rank))
     status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(own_seat())
     status.watch_peers()
+    encoders = world.together(partial(_open_encoders, recipe, device))
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
-    mixture, heldout_set = _open_data(recipe, world)
+    mixture, heldout_set = _open_data(recipe, world, encoders)
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
@@ -84,7 +85,7 @@ def run(
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
         status=status, stop=stop,
-        **_work(recipe, topology, device, world, mixture, heldout_set),
+        **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
@@ -124,9 +125,19 @@ def _claim(
     return lease, folder.candidates(resume)
 
 
-def _open_data(recipe: Recipe, world: World) -> tuple[Mixture, SampleSet]:
+def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | None:
+    """Return the frozen encoders on this rank's device, where some run beside training."""
+    if not runs_encoders(recipe):
+        return None
+    check_encodable(recipe, device)  # here, so that they are loaded once
+    return encoders_beside(*encoders_of(recipe, device), device)
+
+
+def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:
     """Open what is trained on and the held-out set; rank 0 makes them first where they are missing."""
-    encoders = None if recipe.data.dataset == "encoded" else encoders_of(recipe)
+    encoders = (beside.image_encoder, beside.text_encoder) if beside else None
+    if recipe.data.dataset == "digit_scenes":
+        encoders = encoders_of(recipe)
 
     def open_both(*, whole: bool) -> tuple[Mixture, SampleSet]:
         mixture = Mixture(
@@ -201,24 +212,31 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 def _work(
     recipe: Recipe, topology: Topology, device: torch.device, world: World, mixture: Mixture,
-    heldout_set: SampleSet,
+    heldout_set: SampleSet, encoders: EncodersBeside | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
-    transform = _Transform(recipe, mixture.null_text)
+    transform = Draw(recipe, mixture.null_text)
 
     def batches(start_sample: int) -> Any:
-        return training_batches(
+        steps = training_batches(
             mixture, micro_batch_size=micro,
             dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
             end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
             transform=transform,
         )  # fmt: skip
+        if mixture.is_whole:
+            return steps
+        assert encoders is not None
+        return encoded_ahead(steps, Finish(encoders=encoders, null_text=mixture.null_text))
 
-    monitor = Monitor(recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set)
+    monitor = Monitor(
+        recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders
+    )
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,
+        "counts_samples": topology.coordinates(world.rank).tp == 0,
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
@@ -243,32 +261,6 @@ class _Flops:
         return self._known[key]
 
 
-class _Transform:
-    """Samples to a flow batch, in the loader's worker; a class so that a worker of any kind can be handed it."""
-
-    def __init__(self, recipe: Recipe, null_text: TextEmbeddings) -> None:
-        self._recipe, self._null = recipe, null_text
-
-    def __call__(self, samples: Samples) -> FlowBatch:
-        samples = samples.float()
-        seed, flow, index_B = self._recipe.train.seed, self._recipe.flow, samples.stream_index_B
-        kept_B = draw_text_kept(index_B, seed, flow)
-        return FlowBatch(
-            latents_BCHW=samples.latents_BCHW,
-            noise_BCHW=draw_noise(tuple(samples.latents_BCHW.shape[1:]), index_B, seed),
-            timesteps_B=draw_timesteps(index_B, seed, self._recipe.train.global_batch_size, flow),
-            text_embeds_BTD=where_text(kept_B, samples.text_embeds_BTD, self._null.embeds_BTD),
-            text_mask_BT=where_text(kept_B, samples.text_mask_BT, self._null.mask_BT),
-            text_pooled_BD=where_text(kept_B, samples.text_pooled_BD, self._null.pooled_BD),
-            kept_BN=self._draw_kept(index_B, samples.latents_BCHW.shape),
-        )
-
-    def _draw_kept(self, stream_index_B: Tensor, latents_shape: torch.Size) -> Tensor | None:
-        train, model = self._recipe.train, self._recipe.model.resized(*latents_shape[-2:])
-        num_kept = model.num_kept_tokens(train.mask_ratio_at(int(stream_index_B[0]) // train.global_batch_size))
-        return draw_kept_tokens(stream_index_B, train.seed, model.num_tokens, num_kept)
-
-
 class _SampleFiles(Callback):
     """Sample grids as PNG."""
 
@@ -283,6 +275,7 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
     return [
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
+        BadSampleLines(folder.bad_samples),
         TensorBoard(folder.tensorboard, progress.step, progress.step - progress.num_updates),
         _SampleFiles(folder.samples),
     ]

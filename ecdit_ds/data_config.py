@@ -32,7 +32,8 @@ class DataConfig:
     caption_column: str | None = None
     """Online: likewise."""
     max_bad: float = 0.01
-    """Share of the samples read that may be bad, and are replaced, before the run ends."""
+    """Bad samples are replaced; a run ends at the report by which more than this share of those that it has read since
+    it was started were bad. Until 1,000 were read, the share is of 1,000: one of the first ten ends nothing."""
     seed: int = 0
     """Which scenes; not the training seed, so that runs of several seeds share one set."""
     num_train: int = 16384

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.config import Recipe, SampleConfig
+from ecdit_ds.data.beside import check_encoders_fit
 from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import read_index
+from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.scene_set import check_digit_scenes
+from ecdit_ds.data.splits import sets_without_text
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
@@ -25,45 +28,74 @@ from ecdit_ds.recipe_file import recipe_from_dict
 from ecdit_ds.seeding import sample_rng
 
 
-def encoders_of(recipe: Recipe) -> tuple[ImageEncoder, TextEncoder]:
-    """Return the frozen encoders that a recipe's data goes through.
+def encoders_of(recipe: Recipe, device: torch.device | None = None) -> tuple[ImageEncoder, TextEncoder]:
+    """Return the frozen encoders that a recipe's data goes through; those of the last call are kept.
+
+    Args:
+        device: where encoders with weights are; by default in host memory.
 
     Raises:
-        DataError: those that an encoded set was made with are not where it says.
+        DataError: those that an encoded set was made with, or that the recipe names, are not where it says.
     """
-    if recipe.data.dataset == "encoded":
-        if not recipe.data.paths:
+    data, model, place = recipe.data, recipe.model, str(device or "cpu")
+    if data.is_online:
+        return _encoders_online(data.vae, data.text, model.max_text_tokens, model.text_embed_dim, place)
+    if data.dataset == "encoded":
+        if not data.paths:
             raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
-        return _encoders_of_set(recipe.data.paths[0])  # of several sets, all have the same
-    text = WordEncoder(embed_dim=recipe.model.text_embed_dim, max_tokens=recipe.model.max_text_tokens)
-    return PixelCodec(), text
+        return _encoders_of_set(data.paths[0], place)  # of several sets, all have the same
+    return PixelCodec(), WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
 
 
 @functools.lru_cache(maxsize=1)
-def _encoders_of_set(path: str) -> tuple[ImageEncoder, TextEncoder]:
+def _encoders_of_set(path: str, device: str) -> tuple[ImageEncoder, TextEncoder]:
     index = read_index(Path(path))
-    return open_image_encoder(index.image_encoder), open_text_encoder(index.text_encoder)
+    at = torch.device(device)
+    return open_image_encoder(index.image_encoder, device=at), open_text_encoder(index.text_encoder, device=at)
 
 
-def check_encodable(recipe: Recipe) -> None:
+@functools.lru_cache(maxsize=1)
+def _encoders_online(
+    vae: str | None, text: tuple[str, ...], max_tokens: int, width: int, device: str
+) -> tuple[ImageEncoder, TextEncoder]:
+    at = torch.device(device)
+    image: ImageEncoder = PixelCodec() if vae is None else load_image_encoder(vae, device=at)
+    if text:
+        return image, load_text_encoder(text, max_tokens=max_tokens, device=at)
+    return image, WordEncoder(embed_dim=width, max_tokens=max_tokens)
+
+
+def runs_encoders(recipe: Recipe) -> bool:
+    """Return whether frozen encoders run beside training: raw files are read, or sets without text vectors."""
+    return recipe.data.is_online or bool(sets_without_text(recipe))
+
+
+def check_encodable(recipe: Recipe, device: torch.device | None = None) -> None:
     """Check, before anything is trained, that the encoders fit the model and the recipe's prompts fit the encoder.
+
+    Args:
+        device: of the encoders, as `encoders_of` has it.
 
     Raises:
         DataError: naming the fields, or the prompt that is too long.
     """
-    if recipe.data.dataset == "encoded":
-        if recipe.sample.scenes_per_kind:
-            raise DataError(
-                f"sample.scenes_per_kind: {recipe.sample.scenes_per_kind} with data.dataset: encoded: only models of "
-                "digit scenes draw them; leave it out"
-            )
-        if recipe.sample.prompts:
-            encoders_of(recipe)[1].encode(recipe.sample.prompts)
-        return
-    image_encoder, text_encoder = encoders_of(recipe)
-    check_digit_scenes(recipe.model, image_encoder, text_encoder)
+    is_corpus = recipe.data.dataset == "encoded"
+    if is_corpus and recipe.sample.scenes_per_kind:
+        raise DataError(
+            f"sample.scenes_per_kind: {recipe.sample.scenes_per_kind} with data.dataset: encoded: only models of "
+            "digit scenes draw them; leave it out"
+        )
+    if recipe.data.is_online:
+        check_encoders_fit(recipe.model, *encoders_of(recipe, device))
+    elif not is_corpus:
+        check_digit_scenes(recipe.model, *encoders_of(recipe, device))
+    for path, index in sets_without_text(recipe).items():
+        given, wanted = encoders_of(recipe, device)[1].identity, index.text_encoder["identity"]
+        if given != wanted:
+            raise DataError(f"{path}: its captions are for the text encoder {wanted}, but those of data.path go "
+                            f"through {given}; encode it with the latter")  # fmt: skip
     if recipe.sample.prompts:
-        text_encoder.encode(recipe.sample.prompts)
+        encoders_of(recipe, device)[1].encode(recipe.sample.prompts)
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> NoiseFn:

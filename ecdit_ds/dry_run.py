@@ -20,8 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
+from ecdit_ds.data.encoder_facts import count_frozen
 from ecdit_ds.data.splits import SplitFacts, check_split
-from ecdit_ds.drawing import check_encodable
+from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
@@ -113,18 +114,29 @@ def _data(recipe: Recipe) -> list[str]:
     splits: list[tuple[Split, str, tuple[str, ...]]] = [
         ("train", "path", data.paths), ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
     ]  # fmt: skip
-    return [
+    lines = [
         f"data         data.{key} names no folder yet, and training will not start without" if not paths
-        else f"data         {_told(check_split(recipe, split))}"
+        else f"data         {_told(check_split(recipe, split), 'raw' if data.is_online else 'encoded')}"
         for split, key, paths in splits
     ]  # fmt: skip
+    return [*lines, *_beside(recipe)]
 
 
-def _told(facts: SplitFacts) -> str:
+def _beside(recipe: Recipe) -> list[str]:
+    """Say what is encoded beside training, and what that keeps on each device."""
+    if not runs_encoders(recipe):
+        return []
+    what = "pictures and captions" if recipe.data.is_online else "captions"
+    counts = [count_frozen(encoder) for encoder in encoders_of(recipe)]
+    sizes = f"{counts[0]:,} parameters of the image encoder and {counts[1]:,} of the text encoder"
+    return [f"beside       {what} are encoded beside training: each device keeps {sizes}, {_gb(_FP32 * sum(counts))}"]
+
+
+def _told(facts: SplitFacts, kind: str) -> str:
     """Say how many samples a split has, in which sets, and of which sizes; shares where there are several."""
     sets = _with_shares(dict(facts.sets))
     sizes = _with_shares({f"{height} x {width}": share for (_, height, width), share in facts.buckets.items()})
-    return f"{facts.count} encoded samples in {sets}; latents {sizes}"
+    return f"{facts.count} {kind} samples in {sets}; latents {sizes}"
 
 
 def _with_shares(shares: dict[str, Fraction]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.beside import EncodersBeside
 from ecdit_ds.data.digit_scenes import Scene
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.drawing import TextToImage, encoders_of
@@ -35,13 +36,15 @@ class Monitor:
     world: World
     device: torch.device
     heldout_set: SampleSet
+    encoders: EncodersBeside | None = None
+    """Those that run beside training; without any, prompts are drawn through encoders in host memory."""
 
     def heldout_losses(self, model: nn.Module) -> list[float]:
         """Return the held-out loss at each fixed time."""
         dp = self._dp
         return heldout_loss(
             model, self.heldout_set, batch_size=self._batch_size, dp_rank=dp.index, dp_size=dp.count,
-            device=self.device, total=self.world.sum,
+            device=self.device, total=self.world.sum, finish=self.encoders.finish if self.encoders else None,
         )  # fmt: skip
 
     def draw(self, model: nn.Module) -> np.ndarray:
@@ -58,7 +61,7 @@ class Monitor:
         ).summary()  # fmt: skip
 
     def _pictures(self, model: nn.Module, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        image_encoder, text_encoder = encoders_of(self.recipe)
+        image_encoder, text_encoder = encoders_of(self.recipe, self.device if self.encoders else None)
         drawer = TextToImage(
             model=cast(ECDiT, model), recipe=self.recipe, image_encoder=image_encoder, text_encoder=text_encoder,
             device=self.device,

@@ -43,7 +43,7 @@ LAYERS = (
         "faults",
         "callbacks",
     ),
-    ("engine", "drawing", "evaluation"),
+    ("engine", "batches", "drawing", "evaluation"),
     ("snapshot", "interpret", "loading", "crew"),
     ("saver", "pipeline", "ledger", "monitoring"),
     ("gallery",),

@@ -60,6 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text-tokens", type=_positive, metavar="N",
         help=f"longest caption (default: {DEFAULT_TOKENS}, embedded: {WORD_TOKENS})")  # fmt: skip
     add("--text-width", type=_positive, metavar="N", help=f"of embedded words (default: {WORD_WIDTH})")
+    add("--captions-only", action="store_true",
+        help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
     add("--image-column", metavar="NAME")
     add("--caption-column", metavar="NAME", help="of a table, or the suffix or JSON field in a tar")
     add("--split", default="train", help="of a Hugging Face dataset (default: train)")
@@ -143,6 +145,7 @@ def _encode(options: argparse.Namespace) -> int:
         encoding=Encoding(
             image_encoder=image_encoder, text_encoder=text_encoder, sizes=_sizes(options, image_encoder),
             dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
+            has_text=not options.captions_only,
         ),
         image_facts=image_facts(image_encoder, options.vae and _place(options.vae)),
         text_facts=text_facts(text_encoder, [_place(name) for name in options.text]),
@@ -207,7 +210,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
           f"{len(index.shards)} shards, {index.latents_dtype}")  # fmt: skip
     print(f"images  {index.image_encoder['identity']}")
-    print(f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}")
+    stored = "" if index.has_text else ", not stored: captions are encoded beside training"
+    print(f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}{stored}")
     for i, bucket in enumerate(index.buckets):
         count = sum(shard.count for shard in index.shards if shard.bucket == i)
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")

@@ -14,6 +14,7 @@ import xxhash
 from PIL import Image
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
@@ -56,10 +57,12 @@ def loss(options: argparse.Namespace) -> None:
             open_split, dataclasses.replace(recipe, data=data), "heldout", (drawer.image_encoder, drawer.text_encoder)
         )
         task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
+        (held_out,), device = task.crew.world.together(open_set), task.crew.device
+        beside = None if held_out.is_whole else encoders_beside(*encoders_of(recipe, device), device)
         losses = heldout_loss(
-            drawer.model, task.crew.world.together(open_set)[0], batch_size=options.batch_size,
-            dp_rank=task.crew.dp.index, dp_size=task.crew.dp.count, device=task.crew.device,
-            total=task.crew.world.sum, num_times=options.times,
+            drawer.model, held_out, batch_size=options.batch_size, dp_rank=task.crew.dp.index,
+            dp_size=task.crew.dp.count, device=device, total=task.crew.world.sum, num_times=options.times,
+            finish=beside.finish if beside else None,
         )  # fmt: skip
         times = heldout_times(options.times).tolist()
         return {"mean": sum(losses) / len(losses), "by_time": [list(pair) for pair in zip(times, losses, strict=True)]}

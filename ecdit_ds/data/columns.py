@@ -23,19 +23,23 @@ def table_of(
     captions: Sequence[str],
     kinds: Sequence[str],
     latents_BCHW: Tensor,
-    text: TextEmbeddings,
+    text: TextEmbeddings | None,
     dtype: torch.dtype,
 ) -> pa.Table:
-    """Return B rows of a shard; floats are stored as `dtype`, the mask as a byte a token."""
-    return pa.table({
+    """Return B rows of a shard; floats are stored as `dtype`, the mask as a byte a token, and no text not at all."""
+    columns = {
         "key": list(keys),
         "caption": list(captions),
         "kind": list(kinds),
         "latents": _binary_column(latents_BCHW, dtype),
-        "text_embeds": _binary_column(text.embeds_BTD, dtype),
-        "text_mask": _binary_column(text.mask_BT, torch.bool),
-        "text_pooled": _binary_column(text.pooled_BD, dtype),
-    })  # fmt: skip
+    }
+    if text is not None:
+        columns |= {
+            "text_embeds": _binary_column(text.embeds_BTD, dtype),
+            "text_mask": _binary_column(text.mask_BT, torch.bool),
+            "text_pooled": _binary_column(text.pooled_BD, dtype),
+        }
+    return pa.table(columns)
 
 
 def null_columns(encoder: TextEncoder, dtype: torch.dtype) -> dict[str, Tensor]:

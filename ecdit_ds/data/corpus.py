@@ -78,6 +78,7 @@ class Job:
             "text_encoder": self.text_facts["identity"],
             "sizes": [list(size) for size in self.encoding.sizes],
             "dtype": self.encoding.dtype,
+            "has_text": self.encoding.has_text,
             "batch_size": self.encoding.batch_size,
             **self.settings,
         }
@@ -222,7 +223,10 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
     draft = job.partial / "drafts" / uuid.uuid4().hex
     draft.mkdir()
     moment("null text")
-    null_text = null_columns(job.encoding.text_encoder, DTYPES[job.encoding.dtype])
+    # Rounded as the captions' vectors are: those that are made beside training are not.
+    null_text = null_columns(
+        job.encoding.text_encoder, DTYPES[job.encoding.dtype if job.encoding.has_text else "float32"]
+    )
     facts = write_null_text(draft, null_text)
     write_durably(draft / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode("ascii"))
     write_index(draft, _index_of(job, records, facts, null_text["text_pooled"].shape[1]))
@@ -287,6 +291,7 @@ def _index_of(job: Job, records: Sequence[UnitRecord], facts: Mapping[str, Any],
         latents_dtype=job.encoding.dtype,
         text_shape=(text.max_tokens, text.embed_dim),
         pooled_width=pooled_width,
+        has_text=job.encoding.has_text,
         buckets=tuple((shapes[bucket][0], shapes[bucket][1], shapes[bucket][2]) for bucket in used),
         shards=shards,
         latents_mean=mean,

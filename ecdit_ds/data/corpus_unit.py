@@ -42,6 +42,8 @@ class Encoding:
     batch_size: int
     threads: int
     """That decode images."""
+    has_text: bool = True
+    """Whether text vectors are stored; otherwise captions are counted and no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,13 +219,13 @@ def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, draf
     bucket = batch[0].bucket
     with torch.no_grad():
         latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
-        text = encoding.text_encoder.encode([sample.caption for sample in batch])
+        text = encoding.text_encoder.encode([sample.caption for sample in batch]) if encoding.has_text else None
     latents_BCHW, text, batch = _finite(latents_BCHW, text, batch, output)
     if not batch:
         return
     if bucket not in output.writers:
         output.paths[bucket] = drafts / f"{uuid.uuid4().hex}.arrow"
-        output.writers[bucket] = ShardWriter(output.paths[bucket])
+        output.writers[bucket] = ShardWriter(output.paths[bucket], has_text=encoding.has_text)
         output.shapes[bucket] = tuple(latents_BCHW.shape[1:])
     dtype = DTYPES[encoding.dtype]
     output.converted.update(name for sample in batch for name in sample.converted)
@@ -241,17 +243,17 @@ def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, draf
 
 
 def _finite(
-    latents_BCHW: Tensor, text: TextEmbeddings, batch: list[_Ready], output: _Output
-) -> tuple[Tensor, TextEmbeddings, list[_Ready]]:
+    latents_BCHW: Tensor, text: TextEmbeddings | None, batch: list[_Ready], output: _Output
+) -> tuple[Tensor, TextEmbeddings | None, list[_Ready]]:
     """Leave out what an encoder gave no numbers for: autoencoders overflow in half precision."""
-    parts = (latents_BCHW, text.embeds_BTD, text.pooled_BD)
+    parts = (latents_BCHW,) if text is None else (latents_BCHW, text.embeds_BTD, text.pooled_BD)
     is_finite_B = torch.stack([part.flatten(1).isfinite().all(dim=1).cpu() for part in parts]).all(dim=0)
     if is_finite_B.all():
         return latents_BCHW, text, batch
     places = is_finite_B.nonzero().flatten()
     for i in (~is_finite_B).nonzero().flatten().tolist():
         output.leave_out(BadSample(cause="not finite", name=batch[i].key))
-    kept = TextEmbeddings(
+    kept = text and TextEmbeddings(
         embeds_BTD=text.embeds_BTD[places], mask_BT=text.mask_BT[places], pooled_BD=text.pooled_BD[places]
     )
     return latents_BCHW[places], kept, [batch[i] for i in places.tolist()]

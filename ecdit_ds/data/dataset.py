@@ -1,10 +1,10 @@
 """Encoded sets as training reads them: memory-mapped, by sample.
 
-Suffixes: B batch, C channels, H, W latent height and width, T text tokens, D text_embed_dim.
+Suffixes: B batch, C channels, H, W latent height and width (of an image, for pixels), T text tokens, D text_embed_dim.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,17 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, Replaced
 from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
+    TEXT_COLUMNS,
     SetIndex,
     ShardInfo,
     read_index,
     read_null_text,
     verify_set,
 )
-from ecdit_ds.data.shard import Shard
+from ecdit_ds.data.shard import Rows, Shard
+from ecdit_ds.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch of encoded images and their captions; floats are as the set stores them until `float` is asked for."""
+    """A batch of images and their captions; floats are as the set stores them until `float` is asked for.
+
+    What frozen encoders have yet to make has no numbers: latents are (B, 0, 0, 0) while there are pixels, and text
+    vectors (B, 0, 0) while there are captions alone (the mask (B, 0), pooled text (B, 0)).
+    """
 
     latents_BCHW: Tensor
     text_embeds_BTD: Tensor
@@ -52,6 +58,20 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
     """Of which places of the batch the tensors hold nothing to train on, and why."""
+    replaced: Mapping[int, tuple[Replaced, ...]] = field(default_factory=dict)
+    """At which places other samples stand in, and for which ones, in the order they were tried."""
+    pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))
+    """uint8 images that have no latents yet; (B, 0, 0, 3) where there are latents."""
+
+    @property
+    def lacks_latents(self) -> bool:
+        """Whether the image encoder has yet to be run."""
+        return self.latents_BCHW.numel() == 0
+
+    @property
+    def lacks_text(self) -> bool:
+        """Whether the text encoder has yet to be run."""
+        return self.text_embeds_BTD.numel() == 0
 
     def float(self) -> "Samples":
         """Return the same samples as fp32; casting takes longer than reading, so it is left to who needs it."""
@@ -61,6 +81,11 @@ class Samples:
             text_embeds_BTD=self.text_embeds_BTD.to(torch.float32),
             text_pooled_BD=self.text_pooled_BD.to(torch.float32),
         )
+
+
+def no_pixels(count: int) -> Tensor:
+    """Return what `Samples.pixels_BHW3` is where latents are there already."""
+    return torch.empty((count, 0, 0, 3), dtype=torch.uint8)
 
 
 class LatentDataset:
@@ -75,6 +100,8 @@ class LatentDataset:
         Raises:
             DataError: a file is missing or damaged; names it.
         """
+        self.name = str(folder)
+        """Where it was opened."""
         self.index = read_index(folder)
         verify_set(folder, self.index, whole=whole)
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
@@ -87,6 +114,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.index.count
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether text vectors are stored; latents always are."""
+        return self.index.has_text
 
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < len(self):
@@ -125,56 +157,69 @@ class LatentDataset:
         """
         buckets = np.unique(self.buckets_of(indices))
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
-        num_tokens, embed_dim = self.index.text_shape
+        num_tokens, embed_dim = self.index.text_shape if self.index.has_text else (0, 0)
         stored = DTYPES[self.index.latents_dtype]
+        found = self._find(indices)
 
-        def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
-            return self._read_column(column, indices, dtype, row_shape)
+        def read(column: int, dtype: torch.dtype, *row_shape: int) -> Tensor:
+            return _copied(found, column, dtype, row_shape)
 
         return Samples(
-            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
-            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
-            text_mask_BT=read("text_mask", torch.bool, num_tokens),
-            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width),
-            captions=tuple(self.texts("caption", indices)),
+            latents_BCHW=read(0, stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read(1, stored, num_tokens, embed_dim),
+            text_mask_BT=read(2, torch.bool, num_tokens),
+            text_pooled_BD=read(3, stored, self.index.pooled_width if self.index.has_text else 0),
+            captions=tuple(rows.text("caption", row) for rows, row in found),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
+            pixels_BHW3=no_pixels(len(indices)),
         )
 
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in the source that it was encoded from."""
+        return self.texts("key", np.array([sample]))[0]
+
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
-        """Return a column of strings (`key`, `caption` or `kind`) of some samples."""
-        found = [""] * len(indices)
-        for shard, places, rows in self._by_shard(indices):
-            for place, text in zip(places, shard.texts(column, rows), strict=True):
-                found[place] = text
-        return found
+        """Return a column of strings (`key`, `caption` or `kind`) of some samples.
 
-    def _read_column(
-        self, column: str, indices: npt.NDArray[np.int64], dtype: torch.dtype, row_shape: tuple[int, ...]
-    ) -> Tensor:
-        """Return (B, *row_shape) of its own memory; each row is copied once."""
-        tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
-        into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
-        for shard, places, rows in self._by_shard(indices):
-            shard.copy_rows(column, rows, into, places)
-        return tensor
+        Raises:
+            DataError: there is no such column.
+        """
+        if column not in TEXT_COLUMNS:
+            raise DataError(f"a set has no strings {column!r}; ask for {', '.join(TEXT_COLUMNS)}")
+        return [rows.text(column, row) for rows, row in self._find(indices)]
 
-    def _by_shard(
-        self, indices: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[Shard, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Yield each shard that holds some of the samples, their places among `indices`, and their rows in it."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(shards):
-            places = np.flatnonzero(shards == number)
-            yield self._shards[number], places, indices[places] - self._starts[number]
+    def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[Rows, int]]:
+        """Return of each sample the rows among which it is in its shard, and which of them it is."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        within = indices - self._starts[numbers]
+        return [self._shards[number].find(row) for number, row in zip(numbers.tolist(), within.tolist(), strict=True)]
+
+
+def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor column of some rows, (B, *row_shape), of its own memory; each row is copied once.
+
+    By slices of bytes, not arrays of one row: beside copying some kB, making those would take most of the time.
+    """
+    size = math.prod(row_shape) * dtype.itemsize
+    if not size:  # a column that is not stored
+        return torch.empty((len(found), *row_shape), dtype=dtype)
+    # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
+    copied = np.empty(len(found) * size, dtype=np.uint8)
+    into, end = copied.data, 0
+    for rows, row in found:
+        start, end = end, end + size
+        into[start:end] = rows.tensors[column][row * size : (row + 1) * size]
+    return torch.from_numpy(copied).view(dtype).view(len(found), *row_shape)
 
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
     float_bytes = DTYPES[index.latents_dtype].itemsize
-    tokens, width = index.text_shape
-    row_bytes = {
-        "latents": math.prod(index.buckets[shard.bucket]) * float_bytes,
-        "text_embeds": tokens * width * float_bytes,
-        "text_mask": tokens,
-        "text_pooled": index.pooled_width * float_bytes,
-    }
+    row_bytes = {"latents": math.prod(index.buckets[shard.bucket]) * float_bytes}
+    if index.has_text:
+        tokens, width = index.text_shape
+        row_bytes |= {
+            "text_embeds": tokens * width * float_bytes,
+            "text_mask": tokens,
+            "text_pooled": index.pooled_width * float_bytes,
+        }
     return Shard(path=folder / shard.file, count=shard.count, row_bytes=row_bytes)

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
-from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
+from ecdit_ds.data.pretrained import (
+    PretrainedImageEncoder,
+    PretrainedTextEncoder,
+    load_image_encoder,
+    load_text_encoder,
+)
 from ecdit_ds.errors import DataError
 
 
@@ -74,6 +79,16 @@ def open_text_encoder(
     except KeyError as error:
         raise DataError(f"text encoder {facts.get('identity')}: the set does not say its {error}") from None
     return _same(encoder, facts, "text encoder")
+
+
+def count_frozen(encoder: ImageEncoder | TextEncoder) -> int:
+    """Return the number of an encoder's parameters; the embedded ones have none."""
+    models = []
+    if isinstance(encoder, PretrainedImageEncoder):
+        models = [encoder.model]
+    elif isinstance(encoder, PretrainedTextEncoder):
+        models = [tower.model for tower in encoder.towers]
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
 def _same(encoder: Any, facts: Mapping[str, Any], what: str) -> Any:

@@ -31,13 +31,14 @@ from torch import Tensor
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raise it when scenes or columns change, so that no older folder is taken for a new one."""
 NULL_TEXT_FILE = "null_text.safetensors"
 INDEX_FILE = "index.json"
 REPORT_FILE = "report.json"
 TEXT_COLUMNS = ("key", "caption", "kind")
 TENSOR_COLUMNS = ("latents", "text_embeds", "text_mask", "text_pooled")
+"""A set whose captions are encoded beside training has only the first."""
 FLOAT_DTYPES = ("float32", "bfloat16")
 """What latents and text vectors may be stored as; the mask is one byte a token."""
 
@@ -72,6 +73,8 @@ class SetIndex:
     """(T, D)."""
     pooled_width: int
     """Components of the pooled text."""
+    has_text: bool
+    """Whether text vectors are stored; otherwise captions alone, which the text encoder reads beside training."""
     buckets: tuple[tuple[int, int, int], ...]
     """(C, H, W) of latents."""
     shards: tuple[ShardInfo, ...]
@@ -99,17 +102,18 @@ class SetIndex:
 class ShardWriter:
     """Writes one shard, table by table; the same tables give the same bytes."""
 
-    def __init__(self, path: Path) -> None:
-        """Begin a file that does not exist yet."""
+    def __init__(self, path: Path, *, has_text: bool = True) -> None:
+        """Begin a file that does not exist yet, with or without columns of text vectors."""
+        tensors = TENSOR_COLUMNS if has_text else TENSOR_COLUMNS[:1]
         features = datasets.Features(
             {name: datasets.Value("string") for name in TEXT_COLUMNS}
-            | {name: datasets.Value("binary") for name in TENSOR_COLUMNS}
+            | {name: datasets.Value("binary") for name in tensors}
         )
         self._path, self._count = path, 0
         self._writer = ArrowWriter(path=str(path), features=features)
 
     def write(self, table: pa.Table) -> None:
-        """Append rows with the columns TEXT_COLUMNS and TENSOR_COLUMNS; a tensor column's rows all have one size."""
+        """Append rows with the columns of this shard; a tensor column's rows all have one size."""
         self._writer.write_table(table)
         self._count += len(table)
 
@@ -126,13 +130,13 @@ class ShardWriter:
             self._writer.close()
 
 
-def write_arrow_shard(path: Path, tables: Iterable[pa.Table]) -> tuple[int, int, str]:
+def write_arrow_shard(path: Path, tables: Iterable[pa.Table], *, has_text: bool = True) -> tuple[int, int, str]:
     """Write a shard of some tables at once, as `ShardWriter`; return number of samples, size in bytes and checksum.
 
     Raises:
         OSError: no space, or no permission.
     """
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, has_text=has_text)
     try:
         for table in tables:
             writer.write(table)

@@ -119,8 +119,12 @@ def fit_image(image: Image.Image, size: Size) -> Image.Image:
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Return images_B3HW, fp32 in [-1, 1], of RGB images of one size."""
-    images_BHW3 = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return images_BHW3.permute(0, 3, 1, 2).to(torch.float32).contiguous() / 127.5 - 1.0
+    return from_pixels(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
+
+
+def from_pixels(pixels_BHW3: Tensor) -> Tensor:
+    """Return images_B3HW, fp32 in [-1, 1], of uint8 pixels."""
+    return pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32).contiguous() / 127.5 - 1.0
 
 
 def buckets_of(area: int, patch: int, downsampling: int, ratios: Sequence[float] = RATIOS) -> tuple[Size, ...]:

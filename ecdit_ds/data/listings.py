@@ -60,6 +60,7 @@ class ListedSource:
     units: Sequence[Unit]
     fingerprint: str
     ignored: Mapping[str, int]
+    reads_singly: bool = True
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a unit in order, or why they are none."""

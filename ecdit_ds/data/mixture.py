@@ -38,6 +38,10 @@ class SampleSet(Protocol):
     """What can be mixed: samples by number, each of one of a few sizes. Cheap to pickle and to fork."""
 
     @property
+    def name(self) -> str:
+        """Where it was opened."""
+
+    @property
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1."""
 
@@ -49,8 +53,15 @@ class SampleSet(Protocol):
     def runs(self) -> Sequence[tuple[int, int]]:
         """(bucket, count) of successive samples of one bucket, from sample 0 to the last."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether samples come with latents and text vectors, so that no encoder need run beside training."""
+
     def __len__(self) -> int:
         """Return the number of samples."""
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in its source."""
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices` (B,), all of one bucket, in that order, repeats allowed."""
@@ -149,6 +160,11 @@ class Mixture:
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1: the first set's, and every other's but for what it is stored as."""
         return self.sets[0].null_text
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all sets are."""
+        return all(of_set.is_whole for of_set in self.sets)
 
     def bucket_at(self, step: int) -> Bucket:
         """Return the size of all latents of a step (from 0)."""

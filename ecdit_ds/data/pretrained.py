@@ -9,9 +9,10 @@ Suffixes: B batch, C channels, H, W pixels (of the image or of the latents), T t
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ class _Tower:
     """Tokens it takes."""
     has_pooler: bool
     identity: str
+    lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
 
     @property
     def width(self) -> int:
@@ -81,14 +84,18 @@ class _Tower:
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         # The limit is ours to keep; a tokenizer would warn of captions beyond it.
-        return [len(ids) for ids in self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
+        with self.lock:
+            tokens = self.tokenizer(list(captions), truncation=False, verbose=False)
+        return [len(ids) for ids in tokens["input_ids"]]
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return embeds (B, limit, width), zero where the mask is False, the mask, and pooled (B, width)."""
         device = self.model.device
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
-        ).to(device)
+        with self.lock:
+            read = self.tokenizer(
+                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
+            )
+        tokens = read.to(device)
         mask = tokens["attention_mask"].bool()
         mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
         with torch.no_grad():
@@ -325,14 +332,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(message: str) -> Iterator[None]:
-    """Keep the libraries quiet, and turn what they raise into one line that begins with `message`."""
+    """Keep the libraries quiet, leave the generator alone, and turn what is raised into one line after `message`."""
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):  # models are filled at random before they are loaded
+            yield
     except _FAILURES as error:
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{message} ({cause})") from error

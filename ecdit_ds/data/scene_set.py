@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
+from ecdit_ds.data.beside import check_encoders_fit
 from ecdit_ds.data.columns import LatentSums, null_columns, table_of, total_of
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split, draw_scene
@@ -100,7 +101,7 @@ def _write_scenes(
             schema=SCHEMA_VERSION, count=count, image_encoder=image_facts(image_encoder),
             text_encoder=text_facts(text_encoder), latents_dtype="float32",
             text_shape=(model.max_text_tokens, model.text_embed_dim), pooled_width=null_text["text_pooled"].shape[1],
-            buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
+            has_text=True, buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
             latents_mean=mean, latents_std=std, settings=settings, **write_null_text(draft, null_text),
         )  # fmt: skip
         write_index(draft, index)
@@ -115,21 +116,8 @@ def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_enc
     Raises:
         DataError: naming the fields to change.
     """
-    for field, wanted, given in (
-        ("text_embed_dim", model.text_embed_dim, text_encoder.embed_dim),
-        ("max_text_tokens", model.max_text_tokens, text_encoder.max_tokens),
-    ):
-        if wanted != given:
-            raise DataError(f"text encoder {text_encoder.identity} gives {given}, but model.{field} is {wanted}; "
-                            f"set model.{field}={given} or take another encoder")  # fmt: skip
-    latents_shape = (model.in_channels, model.latent_height, model.latent_width)
-    height, width = (side * image_encoder.downsampling for side in latents_shape[1:])
-    with torch.no_grad():
-        given_shape = tuple(image_encoder.encode(torch.zeros(1, 3, height, width)).shape[1:])
-    if given_shape != latents_shape:
-        raise DataError(f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
-                        f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
-                        "latent_height and latent_width to the former")  # fmt: skip
+    check_encoders_fit(model, image_encoder, text_encoder)
+    height, width = (side * image_encoder.downsampling for side in (model.latent_height, model.latent_width))
     draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
 
 

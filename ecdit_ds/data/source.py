@@ -67,6 +67,10 @@ class Source(Protocol):
         """All of it, in order."""
 
     @property
+    def reads_singly(self) -> bool:
+        """Whether a part of a unit is read without the rest of it."""
+
+    @property
     def ignored(self) -> Mapping[str, int]:
         """How many files of each suffix are no part of it."""
 

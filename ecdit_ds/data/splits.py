@@ -10,7 +10,8 @@ from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.folder import SetIndex, read_index
-from ecdit_ds.data.mixture import Bucket, held_by, shares_of
+from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
+from ecdit_ds.data.raw_set import count_samples, open_raw_set, open_raw_source
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.model_config import ModelConfig
@@ -30,21 +31,28 @@ class SplitFacts:
 
 def open_split(
     recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, whole: bool = True
-) -> tuple[LatentDataset, ...]:
+) -> tuple[SampleSet, ...]:
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
-        encoders: for digit scenes; an encoded corpus needs none.
+        encoders: for digit scenes and raw files; an encoded corpus needs none.
         whole: compare an encoded corpus with its checksums, which reads all of it; else with its sizes.
 
     Raises:
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
-    if recipe.data.dataset == "encoded":
+    if recipe.data.dataset == "encoded" and not recipe.data.is_online:
         check_split(recipe, split)
         return tuple(LatentDataset(Path(path), whole=whole) for path in _paths(recipe, split))
-    assert encoders is not None, "digit scenes are encoded here"
+    assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
+    if recipe.data.is_online:
+        latents = _own_bucket(recipe.model)
+        return tuple(
+            open_raw_set(path, recipe.data, latents=latents, downsampling=image_encoder.downsampling,
+                         text_encoder=text_encoder)
+            for path in _paths(recipe, split)
+        )  # fmt: skip
     scenes = open_digit_scenes(
         recipe.model, recipe.data, split=split, seed=recipe.data.seed,
         image_encoder=image_encoder, text_encoder=text_encoder,
@@ -58,12 +66,14 @@ def _paths(recipe: Recipe, split: Split) -> tuple[str, ...]:
 
 
 def check_split(recipe: Recipe, split: Split) -> SplitFacts:
-    """Check encoded sets by their indexes, without reading them whole, and return what they hold.
+    """Check encoded sets by their indexes, and raw files by their names, and return what they hold.
 
     Raises:
-        DataError: one is not named, not there, or does not fit the model or the set that it is mixed with.
+        DataError: one is not named, not there, holds nothing, or does not fit the model or what it is mixed with.
     """
     key, paths = "path" if split == "train" else "heldout_path", _paths(recipe, split)
+    if recipe.data.is_online:
+        return _check_raw(recipe, split, f"data.{key}", paths)
     if not paths:
         raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
     indexes: dict[str, SetIndex] = {}
@@ -81,6 +91,18 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
             _check_size(bucket, recipe, who, is_of_one_size=is_of_one_size)
         _check_texts(index, recipe.model, who)
     return _facts_of(held, recipe.data.weights if split == "train" else ())
+
+
+def _check_raw(recipe: Recipe, split: Split, key: str, paths: tuple[str, ...]) -> SplitFacts:
+    if not paths:
+        raise DataError(f"{key}: names no pictures, which data.encode: online reads; --set {key}=SRC")
+    bucket = _own_bucket(recipe.model)
+    held = {path: {bucket: count_samples(open_raw_source(path, recipe.data), path)} for path in paths}
+    return _facts_of(held, recipe.data.weights if split == "train" else ())
+
+
+def _own_bucket(model: ModelConfig) -> Bucket:
+    return model.in_channels, model.latent_height, model.latent_width
 
 
 def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ...]) -> SplitFacts:
@@ -107,6 +129,7 @@ def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: S
         ("texts (tokens, width)", index.text_shape, other.text_shape),
         ("width of pooled texts", index.pooled_width, other.pooled_width),
         ("channels", channels(index), channels(other)),
+        ("text vectors", _stored(index), _stored(other)),
     ):
         if here != there:
             raise DataError(
@@ -115,10 +138,14 @@ def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: S
             )
 
 
+def _stored(index: SetIndex) -> str:
+    return "stored" if index.has_text else "not stored"
+
+
 def _check_size(bucket: Bucket, recipe: Recipe, who: str, *, is_of_one_size: bool) -> None:
     model = recipe.model
     channels, height, width = bucket
-    own = (model.in_channels, model.latent_height, model.latent_width)
+    own = _own_bucket(model)
     if is_of_one_size and bucket != own:
         raise DataError(f"{who}: holds latents {bucket}, but the model's are {own}; set "
                         "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
@@ -145,3 +172,16 @@ def _check_texts(index: SetIndex, model: ModelConfig, who: str) -> None:
     if index.pooled_width != model.text_embed_dim:
         raise DataError(f"{who}: holds pooled texts of width {index.pooled_width}, but the model reads them as it "
                         f"reads texts, {model.text_embed_dim} wide; use encoders where they agree")  # fmt: skip
+
+
+def sets_without_text(recipe: Recipe) -> dict[str, SetIndex]:
+    """Return the encoded sets of a recipe whose captions the text encoder reads beside training, by their paths.
+
+    Raises:
+        DataError: a set's index cannot be read.
+    """
+    if recipe.data.dataset != "encoded" or recipe.data.is_online:
+        return {}
+    paths = [path for path in (*_paths(recipe, "train"), *_paths(recipe, "heldout")) if Path(path).is_dir()]
+    indexes = {path: read_index(Path(path)) for path in paths}
+    return {path: index for path, index in indexes.items() if not index.has_text}

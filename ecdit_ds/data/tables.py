@@ -41,6 +41,7 @@ class ParquetSource:
     ignored: Mapping[str, int]
     columns: Columns
     kind: str = "Parquet files"
+    reads_singly: bool = False
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows of a file in order, or why they are no samples; of a damaged part, how many are lost."""
@@ -105,6 +106,8 @@ def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[s
                 if begin < end:
                     yield from batch.slice(begin, end - begin).to_pylist()
                 place += len(batch)
+                if place >= unit.stop:
+                    return
         first += count
 
 
@@ -129,6 +132,7 @@ class HuggingFaceSource:
     fingerprint: str
     ignored: Mapping[str, int]
     kind: str = "Hugging Face dataset"
+    reads_singly: bool = True
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows in order, or why they are no samples."""

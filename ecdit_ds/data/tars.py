@@ -57,6 +57,7 @@ class TarSource:
     ignored: Mapping[str, int]
     columns: Columns
     kind: str = "WebDataset tars"
+    reads_singly: bool = False
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a tar in order, or why they are none."""

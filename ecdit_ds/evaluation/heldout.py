@@ -1,10 +1,11 @@
 """The held-out loss: fixed samples, fixed noise, fixed equidistant times, so that two numbers can be compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_losses
@@ -30,6 +31,7 @@ def heldout_loss(
     device: torch.device,
     total: Callable[[Tensor], Tensor],
     num_times: int = NUM_TIMES,
+    finish: Callable[[Sequence[Samples]], list[Samples]] | None = None,
 ) -> list[float]:
     """Return the mean flow loss at each of `heldout_times`; collective, equal on all ranks and layouts.
 
@@ -37,11 +39,12 @@ def heldout_loss(
         batch_size: images a rank sees at a time.
         total: sums a tensor over the data-parallel ranks.
         num_times: how many of `heldout_times`.
+        finish: encodes what the set holds raw.
     """
     sums = torch.zeros(num_times + 1, dtype=torch.float64, device=device)
     batches = evaluation_batches(dataset, batch_size=batch_size, dp_rank=dp_rank, dp_size=dp_size)
     for stored, weights_B in batches:
-        samples = stored.float()
+        samples = (finish([stored])[0] if finish else stored).float()
         weights_B = weights_B.to(device).double()
         noise = draw_noise(tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise")
         sums[num_times] += weights_B.sum()

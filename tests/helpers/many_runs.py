@@ -28,7 +28,7 @@ from ecdit_ds.parallel import tensor_parallel  # noqa: F401
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.train import main
 from tests.helpers.launch import free_port
-from tests.helpers.witness import SAMPLES_FILE, WitnessedSaver, WitnessedTrainer, WitnessedTransform
+from tests.helpers.witness import SAMPLES_FILE, WitnessedDraw, WitnessedSaver, WitnessedTrainer
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -68,7 +68,7 @@ def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
         os.environ |= run["environment"]
         if SAMPLES_FILE in os.environ:
-            ecdit_ds.build._Transform = WitnessedTransform  # type: ignore[misc]
+            ecdit_ds.build.Draw = WitnessedDraw  # type: ignore[misc]
         if run["tool"]:
             code = _run_tool(run["tool"], run["arguments"])
         else:

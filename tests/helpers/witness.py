@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
-from ecdit_ds.build import _Transform
+from ecdit_ds.batches import Draw, Unfinished
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import save_checkpoint
 from ecdit_ds.data.dataset import Samples
@@ -114,10 +114,10 @@ class WitnessedTrainer(Trainer):
                 yield f"{fragment.name} {fragment.start}", xxh3_64_hexdigest(weight.numpy().tobytes())
 
 
-class WitnessedTransform(_Transform):
+class WitnessedDraw(Draw):
     """Makes batches as ever, and writes down which samples they are of."""
 
-    def __call__(self, samples: Samples) -> FlowBatch:
+    def __call__(self, samples: Samples) -> FlowBatch | Unfinished:
         line = json.dumps([int(os.environ["RANK"]), samples.stream_index_B.tolist()])
         with open(os.environ[SAMPLES_FILE], "a", encoding="ascii") as file:
             file.write(f"{line}\n")

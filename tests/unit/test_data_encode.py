@@ -295,7 +295,7 @@ def encoded_recipe(open_set: OpenSet, tiny_recipe: Recipe, model: ModelConfig, t
 
 def test_an_encoded_set_is_opened_by_its_path(encoded_recipe: Recipe, open_set: OpenSet) -> None:
     (opened,) = open_split(encoded_recipe, "train", None)
-    assert len(opened) == NUM_TRAIN
+    assert isinstance(opened, LatentDataset) and len(opened) == NUM_TRAIN
     assert torch.equal(opened[3].latents_CHW, open_set()[3].latents_CHW)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from ecdit_ds.build import _Transform
+from ecdit_ds.batches import Draw
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.mixture import Bucket, Mixture
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.data_config import DataConfig
+from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.model_config import ModelConfig
 from tests.helpers.made_sets import write_set
 
@@ -121,9 +122,10 @@ def test_a_batch_of_each_size_keeps_its_own_share_of_its_own_tokens(make_sets: M
     recipe = make_sets(a=[(SQUARE, 6), (WIDE, 5)])
     recipe = replace(recipe, model=replace(recipe.model, decoder_layers=1), train=replace(recipe.train, mask_ratio=0.5))
     mixture = Mixture(open_split(recipe, "train", None), seed=0, global_batch_size=8)
-    transform, kept = _Transform(recipe, mixture.null_text), {}
+    transform, kept = Draw(recipe, mixture.null_text), {}
     for step in range(8):
         batch = transform(mixture.read(torch.arange(step * 8, step * 8 + 8).numpy()))
-        assert batch.kept_BN is not None and batch.noise_BCHW.shape == batch.latents_BCHW.shape
+        assert isinstance(batch, FlowBatch) and batch.kept_BN is not None
+        assert batch.noise_BCHW.shape == batch.latents_BCHW.shape
         kept[mixture.bucket_at(step)] = (batch.kept_BN.shape[1], int(batch.kept_BN.max()))
     assert kept[SQUARE] == (8, 15) and kept[WIDE] == (6, 11)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from ecdit_ds import train
 from ecdit_ds.data.splits import open_split
@@ -18,6 +19,8 @@ from ecdit_ds.drawing import encoders_of
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.forked import in_a_copy
 from tests.helpers.made_sets import write_set
+from tests.helpers.photographs import crops, encoded
+from tests.helpers.tiny_encoders import save_t5, save_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 DryRun = Callable[..., tuple[int, str, str]]
@@ -124,6 +127,29 @@ def test_a_json_that_contradicts_the_recipe_is_refused(dry_run: DryRun, tmp_path
     code, _, err = dry_run("--config", "ecdit_m_64e", "--world-size", "512", "--deepspeed", str(contradicting))
     assert code == 2
     assert "train_batch_size: 2048 differs from the recipe's train.global_batch_size: 4096" in err
+
+
+def test_encoders_beside_training_are_told_with_what_they_keep(dry_run: DryRun, tmp_path: Path) -> None:
+    pictures, vae, t5 = tmp_path / "pictures", save_vae(tmp_path / "vae"), save_t5(tmp_path / "t5")
+    pictures.mkdir()
+    for i, image in enumerate(crops(3)):
+        (pictures / f"{i}.png").write_bytes(encoded(image, "PNG"))
+        (pictures / f"{i}.txt").write_text("a part")
+    flags = [
+        "data.dataset=encoded", "data.encode=online", f"data.path={pictures}", f"data.vae={vae}", f"data.text=[{t5}]",
+        "model.in_channels=5", "model.text_embed_dim=12", "sample.prompts=[a part]",
+    ]  # fmt: skip
+    code, out, err = dry_run(*(part for flag in flags for part in ("--set", flag)))
+    assert (code, err) == (0, "")
+    assert f"data         3 raw samples in {pictures}; latents 16 x 16" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("beside"))
+    sizes = [
+        sum(values.numel() for values in load_file(next(folder.glob("*.safetensors"))).values()) for folder in (vae, t5)
+    ]
+    assert f"each device keeps {sizes[0]:,} parameters of the image encoder and {sizes[1]:,} of the text" in line
+    assert "pictures and captions" in line
+    code, _, err = dry_run(*(part for flag in [*flags, "model.in_channels=4"] for part in ("--set", flag)))
+    assert code == 2 and "latents (5, 16, 16), but the model's are (4, 16, 16)" in err
 
 
 def test_an_encoded_set_is_told_and_one_of_other_shapes_is_refused(dry_run: DryRun, tmp_path: Path) -> None:

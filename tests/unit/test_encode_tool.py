@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.encoders import WordEncoder
 from ecdit_ds.errors import ConfigError, ExitCode
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae
@@ -60,6 +63,38 @@ def test_real_encoders_are_named_by_their_folders(
     vae.rename(tmp_path / "moved")
     assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
     assert run("inspect", tmp_path / "set", "--vae", tmp_path / "moved") == ExitCode.DONE
+
+
+def test_captions_alone_are_checked_and_stored_without_vectors(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "3.txt").write_text("one two three four five")
+    arguments = ["--size", 32, "--max-bad", 1, "--dtype", "fp32", "--text-tokens", 4]
+    assert run("encode", pictures, tmp_path / "whole", *arguments) == ExitCode.DONE
+    assert run("encode", pictures, tmp_path / "set", *arguments, "--captions-only") == ExitCode.DONE
+    assert capsys.readouterr().out.count("1  caption too long: 3") == 2
+    whole, captions = LatentDataset(tmp_path / "whole"), LatentDataset(tmp_path / "set")
+    assert (whole.index.has_text, captions.index.has_text) == (True, False)
+    assert captions.index.text_shape == (4, 128) and captions.index.text_encoder == whole.index.text_encoder
+    everything = np.arange(4)
+    stored, lean = whole.gather(everything, everything), captions.gather(everything, everything)
+    assert lean.captions == stored.captions and torch.equal(lean.latents_BCHW, stored.latents_BCHW)
+    assert torch.equal(captions.null_text.embeds_BTD, whole.null_text.embeds_BTD)
+    saved = whole.index.shards[0].bytes - captions.index.shards[0].bytes
+    assert saved >= 4 * (4 * 128 + 128) * 4
+    assert run("inspect", tmp_path / "set") == ExitCode.DONE
+    shown = capsys.readouterr().out
+    assert "4 tokens x 128, not stored: captions are encoded beside training" in shown
+    assert "every size and checksum holds" in shown and (tmp_path / "set.png").is_file()
+    assert run("encode", pictures, tmp_path / "set", *arguments) == ExitCode.USER_ERROR
+    assert "has_text" in capsys.readouterr().err
+
+
+def test_the_text_of_no_text_is_not_rounded_where_captions_are_not(pictures: Path, tmp_path: Path) -> None:
+    assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1, "--captions-only") == ExitCode.DONE
+    dataset = LatentDataset(tmp_path / "set")
+    assert dataset.index.latents_dtype == "bfloat16"
+    assert torch.equal(dataset.null_text.embeds_BTD, WordEncoder(embed_dim=128, max_tokens=64).null().embeds_BTD)
 
 
 def test_too_many_bad_samples_end_with_two_and_nothing(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ecdit_ds.batches import Draw
-from ecdit_ds.config import Recipe
+from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.mixture import Bucket, Mixture
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.data_config import DataConfig
@@ -45,11 +45,12 @@ def test_a_split_tells_the_shares_of_its_sets_and_sizes(make_sets: MakeSets, tmp
     assert facts.count == 12
     assert facts.sets == {a: Fraction(2, 3), b: Fraction(1, 3)}
     assert facts.buckets == {SQUARE: Fraction(6, 12), WIDE: Fraction(5, 12), TALL: Fraction(1, 12)}
-    weighted = check_split(replace(recipe, data=replace(recipe.data, weights=(0.1, 0.3))), "train")
+    by_weight = replace(recipe, data=replace(recipe.data, weights=(0.1, 0.3)))
+    weighted = check_split(by_weight, "train")
     assert weighted.sets == {a: Fraction(1, 4), b: Fraction(3, 4)}
     assert weighted.buckets == {SQUARE: Fraction(3, 16), WIDE: Fraction(10, 16), TALL: Fraction(3, 16)}
     assert weighted.count == 12
-    assert check_split(recipe, "heldout").sets == {a: 1}, "weights are of the training sets"
+    assert check_split(by_weight, "heldout").sets == {a: 1}, "weights are of the training sets"
 
 
 def test_every_named_set_is_opened(make_sets: MakeSets) -> None:
@@ -107,6 +108,14 @@ def test_a_size_that_the_model_cannot_take_or_that_memory_was_not_planned_for_is
     assert message.startswith(f"data.path: {tmp_path / 'a'}: holds latents")
     assert [part for part in parts if part not in message] == []
     assert refusal_of(lambda: check_split(recipe, "heldout")).startswith("data.heldout_path: ")
+
+
+def test_a_size_that_pictures_are_not_drawn_in_need_not_suit_drawing(make_sets: MakeSets) -> None:
+    recipe = make_sets(a=[(SQUARE, 3), ((3, 2, 4), 1)])
+    model = replace(recipe.model, capacity_factor=2.0, capacity_rounding="floor")
+    # Drawn squares give each of four experts 0.5 x 16 / 4 tokens, a picture of two tokens would give it none.
+    recipe = replace(recipe, model=model, sample=SampleConfig(capacity_factor=0.5))
+    assert check_split(recipe, "train").buckets.keys() == {SQUARE, (3, 2, 4)}
 
 
 def test_a_batch_of_each_size_keeps_its_own_share_of_its_own_tokens(make_sets: MakeSets) -> None:

@@ -148,8 +148,8 @@ class BadSamples:
             self._counts.update(of_rank)
         for bad in told:
             names = self._names.setdefault(bad.cause, [])
-            if len(names) < NAMES and bad.key not in names:
-                names.append(bad.key)
+            if len(names) < NAMES and _in_one_line(bad.key) not in names:
+                names.append(_in_one_line(bad.key))
         return told
 
     def check(self) -> None:
@@ -174,12 +174,16 @@ def bad_sample_lines(told: Iterable[Replaced], step: int) -> list[str]:
     """Return a line a cause for people to read."""
     by_cause: dict[str, list[str]] = {}
     for bad in told:
-        by_cause.setdefault(bad.cause, []).append(bad.key)
+        by_cause.setdefault(bad.cause, []).append(_in_one_line(bad.key))
     return [
         f"step {step} | {len(names)} bad samples replaced: {cause} "
         f"({', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''})"
         for cause, names in by_cause.items()
     ]
+
+
+def _in_one_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 def finite_or_none(value: float) -> float | None:

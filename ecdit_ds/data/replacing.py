@@ -83,6 +83,8 @@ def _told(
     ):
         of_set = mixture.sets[number]
         cause, key = (what.cause, what.name) if isinstance(what, BadSample) else (what, of_set.name_of(sample))
+        # A file's name may hold bytes that are no text, which nothing could print.
+        key = key.encode("utf-8", "backslashreplace").decode()
         told.append(Replaced(position=position, set=of_set.name, key=key, cause=cause))
     return told
 

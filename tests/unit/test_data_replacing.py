@@ -146,7 +146,7 @@ class Telling:
         samples = self.inner.gather(indices, stream_indices)
         count = len(indices)
         bad = {
-            place: BadSample(cause="not an image", name=f"picture {sample}")
+            place: BadSample(cause="not an image", name=f"picture {sample} \udcff")
             for place, sample in enumerate(indices.tolist())
             if sample % 3 == 0
         }
@@ -165,7 +165,7 @@ def test_what_a_set_says_is_bad_is_replaced_and_texts_to_come_are_not_judged(who
         told += [bad for replaced in samples.replaced.values() for bad in replaced]
     assert len(told) > STEPS
     assert {bad.cause for bad in told} == {"not an image"}
-    assert all(bad.key.startswith("picture ") for bad in told)
+    assert all(bad.key.startswith("picture ") and bad.key.endswith(" \\udcff") for bad in told)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -91,6 +91,8 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         for bucket in held[path]:
             _check_size(bucket, recipe, who, is_of_one_size=is_of_one_size)
         _check_texts(index, recipe.model, who)
+    if split == "heldout":
+        _check_encoders(indexes[paths[0]], paths[0], recipe)
     return _facts_of(held, recipe.data.weights if split == "train" else ())
 
 
@@ -137,6 +139,21 @@ def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: S
                 f"{key}: {path} and {other_path} cannot be mixed: {what} {here} in the former, {there} in the latter; "
                 "encode both alike"
             )
+
+
+def _check_encoders(heldout: SetIndex, path: str, recipe: Recipe) -> None:
+    """Refuse a held-out set of other encoders than the training set's: its loss would say nothing."""
+    trained = recipe.data.paths[0] if recipe.data.paths else None
+    if trained is None or not Path(trained).is_dir():  # which is told where the training set is checked
+        return
+    index = read_index(Path(trained))
+    for what, here, there in (
+        ("image encoder", heldout.image_encoder.get("identity"), index.image_encoder.get("identity")),
+        ("text encoder", heldout.text_encoder.get("identity"), index.text_encoder.get("identity")),
+    ):
+        if here != there:
+            raise DataError(f"data.heldout_path: {path} was encoded by {what} {here}, but {trained}, which is trained "
+                            f"on, by {there}; encode both alike")  # fmt: skip
 
 
 def _stored(index: SetIndex) -> str:

@@ -77,6 +77,22 @@ def test_sets_of_other_encoders_are_not_mixed(
     assert [part for part in parts if part not in message] == []
 
 
+@pytest.mark.parametrize(
+    ("differs", "what"), [({"image": "other"}, "image encoder"), ({"text": "other"}, "text encoder")]
+)
+def test_a_held_out_set_of_another_encoder_is_refused(
+    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, differs: dict[str, Any], what: str
+) -> None:
+    recipe = make_sets(a=[(SQUARE, 6)], b=[(SQUARE, 3)], b_differs=differs)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    recipe = replace(recipe, data=replace(recipe.data, path=a, heldout_path=b))
+    check_split(recipe, "train")
+    message = refusal_of(lambda: check_split(recipe, "heldout"))
+    assert message.startswith(
+        f"data.heldout_path: {b} was encoded by {what} other, but {a}, which is trained on, by made"
+    )
+
+
 def test_sets_of_other_channels_are_not_mixed(make_sets: MakeSets, refusal_of: Refusal) -> None:
     recipe = make_sets(a=[(SQUARE, 6)], b=[((4, 8, 8), 3)])
     assert "channels [3] in the former, [4] in the latter" in refusal_of(lambda: check_split(recipe, "train"))

@@ -44,6 +44,7 @@ class Draw:
             text_mask_BT=samples.text_mask_BT,
             text_pooled_BD=samples.text_pooled_BD,
             kept_BN=self._draw_kept(index_B, shape),
+            replaced=tuple(bad for place in sorted(samples.replaced) for bad in samples.replaced[place]),
         )
         if samples.lacks_latents or samples.lacks_text:
             return Unfinished(batch=batch, samples=samples, text_kept_B=kept_B)

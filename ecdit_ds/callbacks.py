@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 class Callback:
-    """Four hooks, all optional."""
+    """Five hooks, all optional."""
 
     def on_report(self, records: list[Record]) -> None:
         """Take the steps since the last report, oldest first."""
@@ -24,6 +24,9 @@ class Callback:
 
     def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
         """Take drawn pictures, uint8."""
+
+    def on_bad_samples(self, samples: list[Record]) -> None:
+        """Take the bad samples that were replaced since the last report; `step`, `position`, `set`, `key`, `cause`."""
 
     def on_note(self, text: str) -> None:
         """Take something a person should read."""
@@ -85,6 +88,16 @@ class JsonLines(Callback):
 
     def on_evaluation(self, record: Record) -> None:
         self._evaluations.append([record])
+
+
+class BadSampleLines(Callback):
+    """One line a bad sample in bad_samples.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = _LinesFile(path)
+
+    def on_bad_samples(self, samples: list[Record]) -> None:
+        self._lines.append(samples)
 
 
 class TensorBoard(Callback):

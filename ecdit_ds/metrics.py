@@ -4,16 +4,26 @@ So a step never waits for the device. Suffixes: B pools, S tokens of a pool, E e
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ecdit_ds.data.causes import Replaced
+from ecdit_ds.errors import GaveUpError
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.hardware import bf16_peak_of
+
+JUDGED_FROM = 1000
+"""Samples: of fewer, the share that is bad says little, and is taken of so many."""
+MAX_TOLD = 1000
+"""Bad samples that a rank names at a report; all are counted."""
+NAMES = 3
+"""How many samples of a cause are named in a line."""
 
 
 class RoutingProbe:
@@ -65,11 +75,15 @@ class MetricLog:
     def __init__(self) -> None:
         self._facts: list[dict[str, Any]] = []
         self._tensors: list[dict[str, Tensor]] = []
+        self._counts: list[dict[str, int]] = []
 
-    def record(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep one step: `facts` equal on all ranks, and small tensors whose mean over ranks is wanted."""
+    def record(
+        self, facts: dict[str, Any], tensors: dict[str, Tensor], counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Keep one step: `facts` equal on all ranks, small tensors whose mean over ranks is wanted, counts to add."""
         self._facts.append(facts)
         self._tensors.append(tensors)
+        self._counts.append(dict(counts or {}))
 
     def flush(self, world: World, answers: Sequence[bool] = ()) -> tuple[list[dict[str, Any]], list[float]]:
         """Return the recorded steps as plain numbers, and for each answer the share of ranks that say yes; collective.
@@ -80,19 +94,96 @@ class MetricLog:
         if not self._facts:
             return [], [0.0] * len(answers)
         said = torch.tensor(answers, dtype=torch.float64, device=self._tensors[0]["loss"].device)
-        rows = [torch.cat([said, *(t.detach().flatten().double() for t in step.values())]) for step in self._tensors]
-        columns = world.mean(torch.stack(rows)).T.tolist()
-        shares = [column[0] for column in columns[: len(answers)]]
-        table = list(zip(*columns[len(answers) :], strict=True))
+        counts = torch.tensor([list(step.values()) for step in self._counts], dtype=torch.float64, device=said.device)
+        rows = [
+            torch.cat([said, of_step, *(t.detach().flatten().double() for t in step.values())])
+            for of_step, step in zip(counts, self._tensors, strict=True)
+        ]
+        table = world.mean(torch.stack(rows)).tolist()
+        shares = table[0][: len(answers)]
         records = []
-        for facts, tensors, row in zip(self._facts, self._tensors, table, strict=True):
-            record, values = dict(facts), iter([finite_or_none(v) for v in row])
+        for facts, tensors, names, row in zip(self._facts, self._tensors, self._counts, table, strict=True):
+            record, values = dict(facts), iter([finite_or_none(v) for v in row[len(answers) :]])
+            record |= {name: round(world.size * (next(values) or 0.0)) for name in names}
             for name, tensor in tensors.items():
                 cells = [next(values) for _ in range(tensor.numel())]
                 record[name] = cells if tensor.dim() else cells[0]
             records.append(record)
-        self._facts, self._tensors = [], []
+        self._facts, self._tensors, self._counts = [], [], []
         return records, shares
+
+
+class BadSamples:
+    """The bad samples that others stand in for, of this life of a run, as all ranks agree upon at reports."""
+
+    def __init__(self, max_share: float) -> None:
+        """Begin without any; `max_share` is data.max_bad."""
+        self._max_share = max_share
+        self._read = 0
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+        self._here: list[Replaced] = []
+
+    def note(self, replaced: Iterable[Replaced]) -> int:
+        """Keep what this rank met in a step until the report; return how many."""
+        found = list(replaced)
+        self._here += found
+        return len(found)
+
+    def agree(self, world: World, num_trained: int, num_bad: int) -> list[Replaced]:
+        """Return what all ranks met since the last report, by position; collective where there are any, else silent.
+
+        Args:
+            num_trained: samples trained on since then.
+            num_bad: bad ones since then, over all ranks.
+        """
+        self._read += num_trained + num_bad
+        if not num_bad:
+            return []
+        counts = Counter[str](bad.cause for bad in self._here)
+        shared = world.share((counts, self._here[:MAX_TOLD]))
+        self._here = []
+        told = sorted((bad for _, of_rank in shared for bad in of_rank), key=lambda bad: bad.position)
+        for of_rank, _ in shared:
+            self._counts.update(of_rank)
+        for bad in told:
+            names = self._names.setdefault(bad.cause, [])
+            if len(names) < NAMES and _in_one_line(bad.key) not in names:
+                names.append(_in_one_line(bad.key))
+        return told
+
+    def check(self) -> None:
+        """Check that few enough were bad.
+
+        Raises:
+            GaveUpError: on all ranks alike.
+        """
+        bad, least = sum(self._counts.values()), max(self._read, JUDGED_FROM)
+        if bad <= self._max_share * least:
+            return
+        causes = ", ".join(f"{count} {cause}" for cause, count in self._counts.most_common())
+        worst = self._counts.most_common(1)[0][0]
+        raise GaveUpError(
+            f"data.max_bad: {bad} of {self._read} samples read are bad ({causes}), more than {self._max_share:g} of "
+            f"{least}; the first that are {worst}: {', '.join(self._names[worst])}; encode the sets anew without them, "
+            "or go on from the last checkpoint with a higher data.max_bad"
+        )
+
+
+def bad_sample_lines(told: Iterable[Replaced], step: int) -> list[str]:
+    """Return a line a cause for people to read."""
+    by_cause: dict[str, list[str]] = {}
+    for bad in told:
+        by_cause.setdefault(bad.cause, []).append(_in_one_line(bad.key))
+    return [
+        f"step {step} | {len(names)} bad samples replaced: {cause} "
+        f"({', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''})"
+        for cause, names in by_cause.items()
+    ]
+
+
+def _in_one_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 def finite_or_none(value: float) -> float | None:

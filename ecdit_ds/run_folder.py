@@ -3,6 +3,7 @@
 OUTPUT/recipe.yaml          what is trained, resolved
 OUTPUT/metrics.jsonl        one line a step
 OUTPUT/evaluations.jsonl    one line a held-out evaluation
+OUTPUT/bad_samples.jsonl    one line a sample that was replaced, and why; not there without any
 OUTPUT/checkpoints/step_N   layout-free checkpoints
 OUTPUT/tensorboard/         the same numbers, and sample grids
 OUTPUT/samples/             sample grids as PNG
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        return self.path / "bad_samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -201,7 +206,8 @@ class RunFolder:
         """
         if step == 0:
             self._check_not_lost(recipe)
-        kept = {log: _lines_up_to(log, step) for log in (self.metrics, self.evaluations) if log.exists()}
+        logs = (self.metrics, self.evaluations, self.bad_samples)
+        kept = {log: _lines_up_to(log, step) for log in logs if log.exists()}
         try:
             replace_durably(self.recipe, dump_recipe(recipe).encode("utf-8"))
             remove_stale_attempts(self.checkpoints)

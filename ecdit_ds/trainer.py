@@ -1,5 +1,6 @@
 """The loop: when things happen. What a step is, the engine knows; what is shown to whom, the callbacks know."""
 
+import dataclasses
 import resource
 import sys
 import time
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from ecdit_ds.callbacks import Callback
 from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.causes import Replaced
 from ecdit_ds.ending import RunStatus, say
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
 from ecdit_ds.errors import GaveUpError
 from ecdit_ds.faults import Faults
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.metrics import MetricLog, RoutingProbe, finite_or_none
+from ecdit_ds.metrics import BadSamples, MetricLog, RoutingProbe, bad_sample_lines, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
@@ -53,6 +55,8 @@ class Surroundings:
     flops_per_image: Callable[[int], float]
     """Step (from 0) -> model FLOPs of an image in it, which depend on how many tokens it leaves out."""
     stop: StopRequest
+    counts_samples: bool
+    """Whether this rank counts those of its batches: one of each group that trains on the same does."""
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
 
@@ -71,6 +75,7 @@ class Trainer:
         self.recipe, self.engine, self.world = recipe, engine, world
         self._given, self._callbacks = surroundings, callbacks
         self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
+        self._bad = BadSamples(recipe.data.max_bad)
         given = surroundings
         self._saver = Saver(
             given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note
@@ -83,7 +88,8 @@ class Trainer:
         A stop is agreed at a report: all ranks save that step and leave.
 
         Raises:
-            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient.
+            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient, or more samples are bad than
+                data.max_bad.
             CheckpointError: the last checkpoint could not be written, or a newer attempt has taken over.
             LostRankError: a checkpoint was not written in time.
         """
@@ -95,6 +101,7 @@ class Trainer:
             self._given.faults.at("step", progress.step + 1)
             started = time.perf_counter()
             result = self._step(micro_batches, progress.step)
+            num_bad = self._bad.note(bad for batch in micro_batches for bad in self._counted(batch))
             progress = Progress(
                 step=progress.step + 1,
                 samples_seen=progress.samples_seen + train.global_batch_size,
@@ -102,7 +109,7 @@ class Trainer:
                 skipped_in_a_row=progress.skipped_in_a_row + 1 if result.is_skipped else 0,
             )
             self._given.status.step = progress.step
-            self._record(progress, result, seconds_waited + time.perf_counter() - started)
+            self._record(progress, result, seconds_waited + time.perf_counter() - started, num_bad)
             self._saver.complain()
             self._check_finite(progress)
             is_last = progress.step == train.max_steps
@@ -144,7 +151,11 @@ class Trainer:
         )
         return losses.flow_B.mean(), others
 
-    def _record(self, progress: Progress, result: StepResult, seconds: float) -> None:
+    def _counted(self, batch: FlowBatch) -> tuple[Replaced, ...]:
+        """Return the bad samples of a batch on one rank of those that train on it together."""
+        return batch.replaced if self._given.counts_samples else ()
+
+    def _record(self, progress: Progress, result: StepResult, seconds: float, num_bad: int) -> None:
         images_per_second = self.recipe.train.global_batch_size / seconds
         flops_per_second = images_per_second * self._given.flops_per_image(progress.step - 1)
         peak = self._given.peak_flops_per_s
@@ -169,7 +180,7 @@ class Trainer:
         if routing:
             tensors["experts_per_token"] = routing["experts_per_token"].mean()
             tensors |= {name: values for name, values in routing.items() if name != "experts_per_token"}
-        self._log.record(facts, tensors)
+        self._log.record(facts, tensors, {"bad_samples": num_bad})
 
     def _check_finite(self, progress: Progress) -> None:
         limit = self.recipe.train.max_skipped_steps
@@ -193,9 +204,26 @@ class Trainer:
         records, (stops, written) = self._log.flush(self.world, (wants_stop, self._saver.is_written))
         if records:
             self._tell(lambda callback: callback.on_report(records))
+            self._judge(records)
         if written == 1:
             self._saver.finish()
         return stops > 0
+
+    def _judge(self, records: list[dict[str, Any]]) -> None:
+        """Tell of the bad samples of some steps; end the run, on all ranks alike, where they are too many."""
+        batch = self.recipe.train.global_batch_size
+        told = self._bad.agree(self.world, batch * len(records), sum(record["bad_samples"] for record in records))
+        if not told:
+            return
+        lines = [{"step": bad.position // batch + 1} | dataclasses.asdict(bad) for bad in told]
+        self._tell(lambda callback: callback.on_bad_samples(lines))
+        for line in bad_sample_lines(told, records[-1]["step"]):
+            self._note(line)
+        try:
+            self._bad.check()
+        except GaveUpError:
+            self._saver.finish()
+            raise
 
     def _farewell(self, progress: Progress) -> str:
         names = self.world.gather(self._given.stop.reason) or []

@@ -3,7 +3,8 @@
 `python tools/bench.py moe` times the expert-choice layer against the dense feed-forward layer of equal activated
 FLOPs and against other Mixture-of-Experts layers; `python tools/bench.py dispatch` the way to experts on other ranks
 against the bare collective; `python tools/bench.py checkpoint` saving, loading and converting against moving the same
-bytes; `python tools/bench.py sample` drawing a picture against dense models. Sides run in one process and interleaved,
+bytes; `python tools/bench.py sample` drawing a picture against dense models; `python tools/bench.py loader` reading
+encoded samples against reading bytes. Sides run in one process and interleaved,
 so that a slow moment of the machine falls on all alike. Every figure of speed that the project publishes comes from
 here.
 
@@ -35,6 +36,7 @@ from ecdit_ds.recipe_file import DEFAULT_RECIPE
 from ecdit_ds.seeding import parameter_generator
 from ecdit_ds.validation import divisors
 from tools.bench_checkpoint import run_checkpoint
+from tools.bench_data import add_loader
 from tools.bench_dispatch import run_dispatch
 from tools.bench_flags import add_common, add_report, positive, positive_number
 from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
@@ -239,6 +241,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     _add_dispatch(commands)
     _add_checkpoint(commands)
     _add_sample(commands)
+    add_loader(commands)
     options = parser.parse_args(arguments)
     for name, value in (options.quick_sizes if options.quick else options.full_sizes).items():
         if getattr(options, name) is None:

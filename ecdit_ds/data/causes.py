@@ -8,6 +8,7 @@ Cause = Literal[
     "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
     "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
     "damaged archive", "archive ends early", "not finite",
+    "text without a token",
 ]  # fmt: skip
 
 
@@ -20,3 +21,16 @@ class BadSample:
     """Where it is in the source."""
     samples: int = 1
     """How many are lost by it, where that is known to be more than one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """A sample of the training stream that another one stands in for."""
+
+    position: int
+    """In the stream."""
+    set: str
+    """Where it was opened."""
+    key: str
+    """Its name in the set."""
+    cause: Cause

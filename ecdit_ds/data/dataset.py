@@ -4,7 +4,7 @@ Suffixes: B batch, C channels, H, W latent height and width (of an image, for pi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, Replaced
 from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
@@ -24,8 +24,11 @@ from ecdit_ds.data.folder import (
     read_null_text,
     verify_set,
 )
-from ecdit_ds.data.shard import Shard
+from ecdit_ds.data.shard import Rows, Shard
 from ecdit_ds.errors import DataError
+
+ALL, NONE = slice(None), slice(0)
+"""Which shards to compare with their checksums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
     """Of which places of the batch the tensors hold nothing to train on, and why."""
+    replaced: Mapping[int, tuple[Replaced, ...]] = field(default_factory=dict)
+    """At which places other samples stand in, and for which ones, in the order they were tried."""
     pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))
     """uint8 images that have no latents yet; (B, 0, 0, 3) where there are latents."""
 
@@ -89,17 +94,19 @@ def no_pixels(count: int) -> Tensor:
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path, *, whole: bool = True) -> None:
+    def __init__(self, folder: Path, *, read: slice = ALL) -> None:
         """Open a folder of encoded samples and verify it.
 
         Args:
-            whole: read every byte and compare checksums; otherwise compare sizes alone.
+            read: which shards are read whole and compared with their checksums; of the others, sizes are.
 
         Raises:
             DataError: a file is missing or damaged; names it.
         """
+        self.name = str(folder)
+        """Where it was opened."""
         self.index = read_index(folder)
-        verify_set(folder, self.index, whole=whole)
+        verify_set(folder, self.index, read=read)
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
         parts = read_null_text(folder)
@@ -155,19 +162,24 @@ class LatentDataset:
         assert len(buckets) == 1, f"samples of buckets {buckets.tolist()} in one batch"
         num_tokens, embed_dim = self.index.text_shape if self.index.has_text else (0, 0)
         stored = DTYPES[self.index.latents_dtype]
+        found = self._find(indices)
 
-        def read(column: str, dtype: torch.dtype, *row_shape: int) -> Tensor:
-            return self._read_column(column, indices, dtype, row_shape)
+        def read(column: int, dtype: torch.dtype, *row_shape: int) -> Tensor:
+            return _copied(found, column, dtype, row_shape)
 
         return Samples(
-            latents_BCHW=read("latents", stored, *self.index.buckets[buckets[0]]),
-            text_embeds_BTD=read("text_embeds", stored, num_tokens, embed_dim),
-            text_mask_BT=read("text_mask", torch.bool, num_tokens),
-            text_pooled_BD=read("text_pooled", stored, self.index.pooled_width if self.index.has_text else 0),
-            captions=tuple(self.texts("caption", indices)),
+            latents_BCHW=read(0, stored, *self.index.buckets[buckets[0]]),
+            text_embeds_BTD=read(1, stored, num_tokens, embed_dim),
+            text_mask_BT=read(2, torch.bool, num_tokens),
+            text_pooled_BD=read(3, stored, self.index.pooled_width if self.index.has_text else 0),
+            captions=tuple(rows.text("caption", row) for rows, row in found),
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
             pixels_BHW3=no_pixels(len(indices)),
         )
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in the source that it was encoded from."""
+        return self.texts("key", np.array([sample]))[0]
 
     def texts(self, column: str, indices: npt.NDArray[np.int64]) -> list[str]:
         """Return a column of strings (`key`, `caption` or `kind`) of some samples.
@@ -177,32 +189,30 @@ class LatentDataset:
         """
         if column not in TEXT_COLUMNS:
             raise DataError(f"a set has no strings {column!r}; ask for {', '.join(TEXT_COLUMNS)}")
-        found = [""] * len(indices)
-        for shard, places, rows in self._by_shard(indices):
-            for place, text in zip(places, shard.texts(column, rows), strict=True):
-                found[place] = text
-        return found
+        return [rows.text(column, row) for rows, row in self._find(indices)]
 
-    def _read_column(
-        self, column: str, indices: npt.NDArray[np.int64], dtype: torch.dtype, row_shape: tuple[int, ...]
-    ) -> Tensor:
-        """Return (B, *row_shape) of its own memory; each row is copied once."""
-        tensor = torch.empty((len(indices), *row_shape), dtype=dtype)
-        if not tensor.numel():
-            return tensor
-        into = tensor.view(len(indices), -1).view(torch.uint8).numpy()
-        for shard, places, rows in self._by_shard(indices):
-            shard.copy_rows(column, rows, into, places)
-        return tensor
+    def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[Rows, int]]:
+        """Return of each sample the rows among which it is in its shard, and which of them it is."""
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        within = indices - self._starts[numbers]
+        return [self._shards[number].find(row) for number, row in zip(numbers.tolist(), within.tolist(), strict=True)]
 
-    def _by_shard(
-        self, indices: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[Shard, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Yield each shard that holds some of the samples, their places among `indices`, and their rows in it."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for number in np.unique(shards):
-            places = np.flatnonzero(shards == number)
-            yield self._shards[number], places, indices[places] - self._starts[number]
+
+def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor column of some rows, (B, *row_shape), of its own memory; each row is copied once.
+
+    By slices of bytes, not arrays of one row: beside copying some kB, making those would take most of the time.
+    """
+    size = math.prod(row_shape) * dtype.itemsize
+    if not size:  # a column that is not stored
+        return torch.empty((len(found), *row_shape), dtype=dtype)
+    # Of NumPy, which asks for huge pages: touching new memory page by page takes as long as the copy.
+    copied = np.empty(len(found) * size, dtype=np.uint8)
+    into, end = copied.data, 0
+    for rows, row in found:
+        start, end = end, end + size
+        into[start:end] = rows.tensors[column][row * size : (row + 1) * size]
+    return torch.from_numpy(copied).view(dtype).view(len(found), *row_shape)
 
 
 def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:

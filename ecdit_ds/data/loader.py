@@ -6,7 +6,8 @@ positions; its micro-batch m of data-parallel rank r holds
     start of the step + (m * dp_size + r) * micro_batch_size + j,    j < micro_batch_size
 
 so the ranks together read exactly the global batch, and the whole state of a loader is one integer. The position
-travels with the sample as `stream_index_B`; all randomness about the sample is addressed by it.
+travels with the sample as `stream_index_B`; all randomness about the sample is addressed by it. Bad samples
+are replaced where they are read (`replacing`).
 """
 
 import atexit
@@ -27,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.mixture import Mixture, Part, SampleSet
-from ecdit_ds.errors import DataError
+from ecdit_ds.data.replacing import read_good
+from ecdit_ds.errors import DataError, EcditError
 from ecdit_ds.seeding import stable_seed
 
 T = TypeVar("T")
@@ -59,7 +61,8 @@ def training_batches(
         transform: applied to each micro-batch where it is read.
 
     Raises:
-        DataError: the range is not one of whole steps, or the micro-batches do not fill the global batch.
+        DataError: the range is not one of whole steps, or the micro-batches do not fill the global batch; later, a
+            set is damaged, or nearly all of its samples are bad.
     """
     global_batch_size = mixture.global_batch_size
     if global_batch_size % (micro_batch_size * dp_size):
@@ -146,27 +149,43 @@ class _RankPositions(Sampler[npt.NDArray[np.int64]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stream(Dataset[T]):
+class _Failed:
+    """What a user can mend, on its way from a worker: torch would make a traceback of it."""
+
+    error: EcditError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream(Dataset[T | _Failed]):
     """The endless stream as torch's loader wants it: indexed by an array of positions."""
 
     mixture: Mixture
     transform: Callable[[Samples], T]
 
-    def __getitem__(self, positions: npt.NDArray[np.int64]) -> T:
-        return self.transform(self.mixture.read(positions))
+    def __getitem__(self, positions: npt.NDArray[np.int64]) -> T | _Failed:
+        try:
+            return self.transform(read_good(self.mixture, positions))
+        except EcditError as error:
+            return _Failed(error=error)
 
 
-def _steps(loader: DataLoader[T], num_micro_batches: int) -> Iterator[list[T]]:
+def _steps(loader: DataLoader[T | _Failed], num_micro_batches: int) -> Iterator[list[T]]:
     micro_batches = iter(loader)
     stop_workers = getattr(micro_batches, "_shutdown_workers", _do_nothing)
     # Workers are deaf to SIGTERM, by which an exiting Python would end them: it would wait for ever.
     atexit.register(stop_workers)
     try:
-        while step := list(itertools.islice(micro_batches, num_micro_batches)):
+        while step := [_checked(batch) for batch in itertools.islice(micro_batches, num_micro_batches)]:
             yield step
     finally:
         atexit.unregister(stop_workers)
         stop_workers()
+
+
+def _checked(micro_batch: T | _Failed) -> T:
+    if isinstance(micro_batch, _Failed):
+        raise micro_batch.error
+    return micro_batch
 
 
 def _prepare_worker(worker: int) -> None:

@@ -38,6 +38,10 @@ class SampleSet(Protocol):
     """What can be mixed: samples by number, each of one of a few sizes. Cheap to pickle and to fork."""
 
     @property
+    def name(self) -> str:
+        """Where it was opened."""
+
+    @property
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1."""
 
@@ -55,6 +59,9 @@ class SampleSet(Protocol):
 
     def __len__(self) -> int:
         """Return the number of samples."""
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in its source."""
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices` (B,), all of one bucket, in that order, repeats allowed."""
@@ -203,9 +210,10 @@ class Mixture:
     def _bucket_at(self, step: int) -> tuple[int, int]:
         """Return the number of a step's bucket, and how many steps had it before."""
         window, here = divmod(step, _SHUFFLED_STEPS)
-        if self._window[0] != window:
-            self._window = window, self._buckets_of(window)
-        return self._window[1][here]
+        known = self._window  # one look, since another thread may be at another window
+        if known[0] != window:
+            self._window = known = window, self._buckets_of(window)
+        return known[1][here]
 
     def _buckets_of(self, window: int) -> list[tuple[int, int]]:
         steps = np.arange(window * _SHUFFLED_STEPS, (window + 1) * _SHUFFLED_STEPS)

@@ -44,15 +44,17 @@ class RawSet:
     """
 
     def __init__(
-        self, source: Source, *, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
+        self, source: Source, *, name: str, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
     ) -> None:
         """Count the samples; archives that do not say how many they hold are read for it.
 
         Args:
+            name: of the source, for what is told of bad samples.
             latents: (C, H, W) that images will have.
             downsampling: image pixels per latent pixel.
             text_encoder: counts tokens, which needs no accelerator, and gives the text of no text.
         """
+        self.name = name
         self._source, self._latents, self._text_encoder = source, latents, text_encoder
         self._size: Size = latents[1] * downsampling, latents[2] * downsampling
         self._starts = np.cumsum([0, *(_length_of(source, unit) for unit in source.units)])
@@ -84,6 +86,11 @@ class RawSet:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample in its source."""
+        raw = self._raw(sample)
+        return raw.name if isinstance(raw, BadSample) else raw.key
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `indices`, in that order, repeats allowed; bad ones are black and say nothing.
@@ -151,7 +158,7 @@ def open_raw_set(
         DataError: it is not there, or cannot be read as a whole.
     """
     source = open_raw_source(name, data)
-    return RawSet(source, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
+    return RawSet(source, name=name, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
 
 
 def count_samples(source: Source, name: str) -> int:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.dataset import ALL, LatentDataset
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.folder import SetIndex, read_index
@@ -30,20 +30,21 @@ class SplitFacts:
 
 
 def open_split(
-    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, whole: bool = True
+    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, read: slice = ALL
 ) -> tuple[SampleSet, ...]:
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
         encoders: for digit scenes and raw files; an encoded corpus needs none.
-        whole: compare an encoded corpus with its checksums, which reads all of it; else with its sizes.
+        read: which shards of an encoded corpus are read whole and compared with their checksums; of the others, sizes
+            are.
 
     Raises:
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
         check_split(recipe, split)
-        return tuple(LatentDataset(Path(path), whole=whole) for path in _paths(recipe, split))
+        return tuple(LatentDataset(Path(path), read=read) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
     if recipe.data.is_online:

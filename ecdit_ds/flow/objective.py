@@ -6,7 +6,7 @@ index in the training stream, so every layout trains on the same numbers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ class FlowBatch:
     text_pooled_BD: Tensor
     kept_BN: Tensor | None = None
     """int64, rising: the tokens of each image that the main blocks see; None for all."""
+    replaced: tuple[Any, ...] = ()
+    """Bad samples that some of these stand in for, for whoever counts them."""
 
     def to(self, device: torch.device) -> "FlowBatch":
         """Return the batch on `device`; from pinned memory the host does not wait for the copy."""
@@ -40,8 +42,9 @@ class FlowBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "FlowBatch":
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(tensor) for name, tensor in given.items() if tensor is not None})
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(part) for name, part in given.items() if isinstance(part, Tensor)}
+        return replace(self, **changed)
 
 
 class Predicted(Protocol):

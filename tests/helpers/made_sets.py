@@ -1,7 +1,8 @@
 """Encoded sets of made-up numbers, in which a sample can be told from any other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -15,6 +16,7 @@ Shape = tuple[int, int, int]
 def write_set(
     folder: Path, runs: Sequence[tuple[Shape, int]], *, dtype: str = "float32", tokens: int = 4, width: int = 6,
     pooled: int | None = None, image: str = "made pictures", text: str = "made words", has_text: bool = True,
+    broken: Mapping[int, str] = MappingProxyType({}),
 ) -> Path:  # fmt: skip
     """Write a set and return its folder; all numbers of sample i are i, and its caption is `<folder> <i>`.
 
@@ -26,24 +28,33 @@ def write_set(
         pooled: width of pooled texts; `width` by default.
         image, text: identities of the encoders.
         has_text: whether text vectors are stored.
+        broken: samples that cannot be trained on: `mask` for a text without a token, or the tensor of which the last
+            number is what follows, such as `latents nan`.
     """
     folder.mkdir(parents=True)
     buckets = tuple(dict.fromkeys(shape for shape, _ in runs))
     shards, first = [], 0
     for number, (shape, count) in enumerate(runs):
         values = torch.arange(first, first + count, dtype=torch.float32)
+        latents_BCHW = values.view(-1, 1, 1, 1).repeat(1, *shape)
+        made = TextEmbeddings(
+            embeds_BTD=values.view(-1, 1, 1).repeat(1, tokens, width),
+            mask_BT=torch.ones(count, tokens, dtype=torch.bool),
+            pooled_BD=values.view(-1, 1).repeat(1, pooled or width),
+        )
+        tensors = {"latents": latents_BCHW, "text_embeds": made.embeds_BTD, "text_pooled": made.pooled_BD}
+        for sample in broken.keys() & set(range(first, first + count)):
+            tensor, _, broken_number = broken[sample].partition(" ")
+            if tensor == "mask":
+                made.mask_BT[sample - first] = False
+            else:
+                tensors[tensor][sample - first].view(-1)[-1] = float(broken_number)
         table = table_of(
             keys=[str(i) for i in range(count)],
             captions=[f"{folder.name} {first + i}" for i in range(count)],
             kinds=["made"] * count,
-            latents_BCHW=values.view(-1, 1, 1, 1).expand(-1, *shape),
-            text=TextEmbeddings(
-                embeds_BTD=values.view(-1, 1, 1).expand(-1, tokens, width),
-                mask_BT=torch.ones(count, tokens, dtype=torch.bool),
-                pooled_BD=values.view(-1, 1).expand(-1, pooled or width),
-            )
-            if has_text
-            else None,
+            latents_BCHW=latents_BCHW,
+            text=made if has_text else None,
             dtype=DTYPES[dtype],
         )
         name = f"shard-{number:05}.arrow"

@@ -32,6 +32,11 @@ class Claimed:
     runs: Sequence[tuple[int, int]]
     null_text: Any = None
     is_whole: bool = True
+    name: str = "claimed"
+
+    def name_of(self, sample: int) -> str:
+        """Return its number."""
+        return str(sample)
 
     def __len__(self) -> int:
         return sum(count for _, count in self.runs)

@@ -18,6 +18,7 @@ from ecdit_ds.data_config import DataConfig
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.forked import in_a_copy
+from tests.helpers.made_sets import write_set
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae
 
@@ -163,6 +164,19 @@ def test_an_encoded_set_is_told_and_one_of_other_shapes_is_refused(dry_run: DryR
     code, _, err = dry_run(*flags, "--set", "model.in_channels=5")
     assert code == 2
     assert "holds latents (3, 16, 16), but the model's are (5, 16, 16)" in err
+
+
+def test_a_mixture_is_told_with_the_shares_of_its_sets_and_sizes(dry_run: DryRun, tmp_path: Path) -> None:
+    width = load_recipe("demo").model.text_embed_dim
+    square, wide = (3, 16, 16), (3, 12, 20)
+    a = write_set(tmp_path / "a", [(square, 3), (wide, 1)], tokens=4, width=width)
+    b = write_set(tmp_path / "b", [(square, 2)], tokens=4, width=width)
+    flags = ["model.max_text_tokens=4", "data.dataset=encoded", f"data.path=[{a}, {b}]", "data.weights=[1, 4]",
+             f"data.heldout_path={b}", "sample.prompts=[]"]  # fmt: skip
+    code, out, err = dry_run(*(part for flag in flags for part in ("--set", flag)))
+    assert (code, err) == (0, "")
+    assert f"data         6 encoded samples in {a} (20 %), {b} (80 %); latents 12 x 20 (5 %), 16 x 16 (95 %)\n" in out
+    assert f"data         2 encoded samples in {b}; latents 16 x 16\n" in out
 
 
 def test_flags_of_a_dry_run_are_refused_without_it(tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ Suffixes: B pools, S tokens of a pool, D hidden_size, E experts.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.metrics import MetricLog, RoutingProbe, peak_flops_per_s
+from ecdit_ds.data.causes import Cause, Replaced
+from ecdit_ds.errors import GaveUpError
+from ecdit_ds.metrics import MAX_TOLD, BadSamples, MetricLog, RoutingProbe, bad_sample_lines, peak_flops_per_s
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
 from ecdit_ds.model_config import ModelConfig
@@ -172,3 +176,103 @@ def test_what_one_rank_answers_is_heard_by_all(wishes: tuple[bool, bool], share:
         records, heard = log.flush(world, (wish, True))  # type: ignore[arg-type]
     assert heard == [share, 1]
     assert records == [{"step": 1, "loss": 2.0}]
+
+
+class WorldOfTwo(WorldOfOne):
+    """Two ranks; the other one says what it is told to."""
+
+    def __init__(self, theirs: tuple[Counter[str], list[Replaced]]) -> None:
+        self.theirs = theirs
+        self.asked = 0
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    def share(self, value: Any) -> list[Any]:
+        self.asked += 1
+        return [value, self.theirs]
+
+
+def bad_sample(position: int, cause: Cause = "not finite") -> Replaced:
+    """Return a bad sample named after its position."""
+    return Replaced(position=position, set="a set", key=f"picture {position}", cause=cause)
+
+
+def test_counts_are_added_over_ranks_beside_means() -> None:
+    log = MetricLog()
+    for step, count in ((1, 3), (2, 0)):
+        log.record({"step": step}, {"loss": torch.tensor(0.5)}, {"bad_samples": count})
+    # This world's mean is what one rank says, as of two that say the same.
+    assert log.flush(WorldOfTwo((Counter(), [])), (True,)) == (
+        [{"step": 1, "bad_samples": 6, "loss": 0.5}, {"step": 2, "bad_samples": 0, "loss": 0.5}], [1.0],
+    )  # fmt: skip
+
+
+def test_without_bad_samples_nobody_is_asked() -> None:
+    bad, world = BadSamples(0.0), WorldOfTwo((Counter(), []))
+    assert bad.note([]) == 0
+    assert bad.agree(world, 100, 0) == [] and world.asked == 0
+    bad.check()
+
+
+def test_what_ranks_met_is_told_in_the_order_of_the_stream_once() -> None:
+    theirs = [bad_sample(1), bad_sample(4, "no image")]
+    bad, world = BadSamples(1.0), WorldOfTwo((Counter({"not finite": 1, "no image": 1}), theirs))
+    assert bad.note([bad_sample(5), bad_sample(2)]) == 2
+    told = bad.agree(world, 100, 4)
+    assert [what.position for what in told] == [1, 2, 4, 5]
+    world.theirs = (Counter({"no image": 1}), [bad_sample(9, "no image")])
+    assert [what.position for what in bad.agree(world, 100, 1)] == [9]
+
+
+@pytest.mark.parametrize(
+    ("share", "trained", "count", "is_too_many"),
+    [
+        (0.01, 100, 10, False), (0.01, 100, 11, True),  # of 1,000, though 111 were read
+        (0.01, 4990, 50, False), (0.01, 4990, 51, True),  # of 5,041
+        (0.0, 100, 1, True), (0.5, 500, 500, False), (0.5, 600, 601, True),
+    ],
+)  # fmt: skip
+def test_a_run_ends_above_the_share_of_a_thousand_samples_or_of_all_that_were_read(
+    share: float, trained: int, count: int, is_too_many: bool
+) -> None:
+    bad = BadSamples(share)
+    bad.note([bad_sample(i, "not finite" if i else "no image") for i in range(count)])
+    bad.agree(WorldOfTwo((Counter(), [])), trained, count)
+    if not is_too_many:
+        bad.check()
+        return
+    with pytest.raises(GaveUpError) as caught:
+        bad.check()
+    said = str(caught.value)
+    assert "\n" not in said and f"{count} of {trained + count} samples" in said and f"more than {share:g} of" in said
+    assert "1 no image" in said
+    if count > 4:
+        assert f"{count - 1} not finite" in said and "picture 1, picture 2, picture 3;" in said
+
+
+def test_samples_of_earlier_reports_count_on() -> None:
+    bad = BadSamples(0.01)
+    for _ in range(2):
+        bad.check()
+        bad.note([bad_sample(i) for i in range(6)])
+        bad.agree(WorldOfTwo((Counter(), [])), 100, 6)
+    with pytest.raises(GaveUpError, match="12 of 212 samples"):
+        bad.check()
+
+
+def test_more_than_a_rank_may_name_are_counted_all_the_same() -> None:
+    bad = BadSamples(0.0)
+    bad.note([bad_sample(i) for i in range(MAX_TOLD + 5)])
+    assert len(bad.agree(WorldOfTwo((Counter(), [])), 10, MAX_TOLD + 5)) == MAX_TOLD
+    with pytest.raises(GaveUpError, match=f"{MAX_TOLD + 5} of "):
+        bad.check()
+
+
+def test_a_line_names_the_first_of_each_cause() -> None:
+    told = [*(bad_sample(i) for i in range(4)), replace(bad_sample(4, "no image"), key="picture\n4")]
+    assert bad_sample_lines(told, 20) == [
+        "step 20 | 4 bad samples replaced: not finite (picture 0, picture 1, picture 2, ...)",
+        "step 20 | 1 bad samples replaced: no image (picture 4)",
+    ]

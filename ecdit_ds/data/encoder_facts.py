@@ -89,14 +89,15 @@ def open_text_encoder(
     return _same(encoder, facts, "text encoder")
 
 
-def count_frozen(encoder: ImageEncoder | TextEncoder) -> int:
-    """Return the number of an encoder's parameters; the embedded ones have none."""
+def count_frozen(encoder: ImageEncoder | TextEncoder) -> tuple[int, int]:
+    """Return the number of an encoder's parameters, and their bytes; the embedded ones have none."""
     models = []
     if isinstance(encoder, PretrainedImageEncoder):
         models = [encoder.model]
     elif isinstance(encoder, PretrainedTextEncoder):
         models = [tower.model for tower in encoder.towers]
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
 
 def _same(encoder: Any, facts: Mapping[str, Any], what: str) -> Any:

@@ -348,15 +348,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(message: str) -> Iterator[None]:
-    """Keep the libraries quiet, leave the generator alone, and turn what is raised into one line after `message`."""
+    """Keep the libraries quiet, and turn what they raise into one line that begins with `message`."""
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):  # models are filled at random before they are loaded
-            yield
+        yield
     except _FAILURES as error:
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{message} ({cause})") from error

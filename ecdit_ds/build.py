@@ -17,6 +17,7 @@ from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.ahead import encoded_ahead
 from ecdit_ds.data.beside import EncodersBeside, encoders_beside
+from ecdit_ds.data.dataset import NONE
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
@@ -134,21 +135,25 @@ def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | Non
 
 
 def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:
-    """Open what is trained on and the held-out set; rank 0 makes them first where they are missing."""
+    """Open what is trained on and the held-out set; rank 0 makes them first where they are missing.
+
+    The ranks share out the shards that are compared with their checksums.
+    """
     encoders = (beside.image_encoder, beside.text_encoder) if beside else None
     if recipe.data.dataset == "digit_scenes":
         encoders = encoders_of(recipe)
 
-    def open_both(*, whole: bool) -> tuple[Mixture, SampleSet]:
+    def open_both(read: slice) -> tuple[Mixture, SampleSet]:
         mixture = Mixture(
-            open_split(recipe, "train", encoders, whole=whole), weights=recipe.data.weights, seed=recipe.train.seed,
+            open_split(recipe, "train", encoders, read=read), weights=recipe.data.weights, seed=recipe.train.seed,
             global_batch_size=recipe.train.global_batch_size,
         )  # fmt: skip
-        (heldout_set,) = open_split(recipe, "heldout", encoders, whole=whole)
+        (heldout_set,) = open_split(recipe, "heldout", encoders, read=read)
         return mixture, heldout_set
 
-    world.on_first(lambda: open_both(whole=True) and None)
-    return world.together(partial(open_both, whole=False))
+    world.on_first(lambda: open_both(NONE) and None)
+    share = slice(world.rank, None, world.size) if recipe.data.verify == "checksums" else NONE
+    return world.together(lambda: open_both(share))
 
 
 def _restore(

@@ -347,7 +347,8 @@ MAY_CHANGE_ON_RESUME = frozenset({
     "train.max_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
     "train.async_save", "train.save_timeout_minutes", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
-    "data.num_heldout", "data.max_bad", "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
+    "data.verify", "data.num_heldout", "data.max_bad",
+    "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
     "train.recompute_every", "train.unmasked_from_step",
     *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
 })  # fmt: skip

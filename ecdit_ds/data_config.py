@@ -31,6 +31,8 @@ class DataConfig:
     """Online: of a table; by default the first of the usual names."""
     caption_column: str | None = None
     """Online: likewise."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """What encoded sets are compared with before training: the ranks together read all of them, or no shard."""
     max_bad: float = 0.01
     """Bad samples are replaced; a run ends at the report by which more than this share of those that it has read since
     it was started were bad. Until 1,000 were read, the share is of 1,000: one of the first ten ends nothing."""
@@ -76,6 +78,8 @@ class DataConfig:
 
     def _check_effects(self) -> None:
         """Refuse what would have no effect."""
+        if self.verify != "checksums" and (self.dataset != "encoded" or self.is_online):
+            raise ConfigError(f"data.verify: {self.verify} has no effect but on encoded sets; leave it out")
         others = ("path", "weights", "heldout_path")
         if self.dataset != "encoded":
             self._refuse((*others, *_ONLINE), "data.dataset", self.dataset, "encoded")

@@ -127,9 +127,11 @@ def _beside(recipe: Recipe) -> list[str]:
     if not runs_encoders(recipe):
         return []
     what = "pictures and captions" if recipe.data.is_online else "captions"
-    counts = [count_frozen(encoder) for encoder in encoders_of(recipe)]
-    sizes = f"{counts[0]:,} parameters of the image encoder and {counts[1]:,} of the text encoder"
-    return [f"beside       {what} are encoded beside training: each device keeps {sizes}, {_gb(_FP32 * sum(counts))}"]
+    (images, image_bytes), (texts, text_bytes) = (count_frozen(encoder) for encoder in encoders_of(recipe))
+    sizes = f"{images:,} parameters of the image encoder and {texts:,} of the text encoder"
+    return [
+        f"beside       {what} are encoded beside training: each device keeps {sizes}, {_gb(image_bytes + text_bytes)}"
+    ]
 
 
 def _told(facts: SplitFacts, kind: str) -> str:

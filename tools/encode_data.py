@@ -32,7 +32,7 @@ from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, text_fa
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import read_index
 from ecdit_ds.data.images import Size, buckets_of
-from ecdit_ds.data.pretrained import DEFAULT_TOKENS, load_image_encoder, load_text_encoder
+from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
 from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
@@ -60,6 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text-tokens", type=_positive, metavar="N",
         help=f"longest caption (default: {DEFAULT_TOKENS}, embedded: {WORD_TOKENS})")  # fmt: skip
     add("--text-width", type=_positive, metavar="N", help=f"of embedded words (default: {WORD_WIDTH})")
+    for flag in ("--vae-precision", "--text-precision"):
+        add(flag, choices=PRECISIONS, default="fp32", help="what the encoder computes in (default: fp32)")
     add("--captions-only", action="store_true",
         help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
     add("--image-column", metavar="NAME")
@@ -165,10 +167,18 @@ def _encode(options: argparse.Namespace) -> int:
 def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageEncoder, TextEncoder]:
     if options.text and options.text_width:
         raise ConfigError(f"--text-width {options.text_width}: is of embedded words, and --text has a width of its own")
-    image: ImageEncoder = load_image_encoder(options.vae, device=device) if options.vae else PixelCodec()
+    for flag, precision, name in (
+        ("--vae", options.vae_precision, options.vae), ("--text", options.text_precision, options.text),
+    ):  # fmt: skip
+        if precision != "fp32" and not name:
+            raise ConfigError(f"{flag}-precision {precision}: has no effect without {flag}; leave it out")
+    image: ImageEncoder = PixelCodec()
+    if options.vae:
+        image = load_image_encoder(options.vae, device=device, precision=options.vae_precision)
     if options.text:
         return image, load_text_encoder(
-            options.text, max_tokens=options.text_tokens or DEFAULT_TOKENS, device=device
+            options.text, max_tokens=options.text_tokens or DEFAULT_TOKENS, device=device,
+            precision=options.text_precision,
         )  # fmt: skip
     words = WordEncoder(
         embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS
@@ -217,7 +227,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")
     for name, values in (("mean", index.latents_mean), ("std", index.latents_std)):
         print(f"latents {name:<5} {' '.join(f'{value:.3f}' for value in values)}")
-    dataset = LatentDataset(options.folder, whole=True)
+    dataset = LatentDataset(options.folder)
     print("checks  every size and checksum holds")
     sheet = options.sheet or options.folder.with_name(options.folder.name + ".png")
     encoder = open_image_encoder(index.image_encoder, name=options.vae)

@@ -27,6 +27,9 @@ from ecdit_ds.data.folder import (
 from ecdit_ds.data.shard import Rows, Shard
 from ecdit_ds.errors import DataError
 
+ALL, NONE = slice(None), slice(0)
+"""Which shards to compare with their checksums."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -91,11 +94,11 @@ def no_pixels(count: int) -> Tensor:
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path, *, whole: bool = True) -> None:
+    def __init__(self, folder: Path, *, read: slice = ALL) -> None:
         """Open a folder of encoded samples and verify it.
 
         Args:
-            whole: read every byte and compare checksums; otherwise compare sizes alone.
+            read: which shards are read whole and compared with their checksums; of the others, sizes are.
 
         Raises:
             DataError: a file is missing or damaged; names it.
@@ -103,7 +106,7 @@ class LatentDataset:
         self.name = str(folder)
         """Where it was opened."""
         self.index = read_index(folder)
-        verify_set(folder, self.index, whole=whole)
+        verify_set(folder, self.index, read=read)
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
         self._buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])

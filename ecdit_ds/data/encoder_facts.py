@@ -23,7 +23,10 @@ def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any
         name: folder or hub name of an AutoencoderKL; embedded encoders have none.
     """
     if name is not None:
-        return {"identity": encoder.identity, "kind": "AutoencoderKL", "name": name}
+        assert isinstance(encoder, PretrainedImageEncoder)
+        return {
+            "identity": encoder.identity, "kind": "AutoencoderKL", "name": name, "precision": encoder.precision
+        }  # fmt: skip
     if type(encoder) is PixelCodec:
         return {"identity": encoder.identity, "kind": "pixels", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -32,8 +35,11 @@ def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any
 def text_facts(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any]:
     """Return what `open_text_encoder` opens an encoder by; `names` as `load_text_encoder` takes them."""
     if names:
-        limit = encoder.max_tokens
-        return {"identity": encoder.identity, "kind": "transformers", "names": list(names), "max_tokens": limit}
+        assert isinstance(encoder, PretrainedTextEncoder)
+        return {
+            "identity": encoder.identity, "kind": "transformers", "names": list(names),
+            "max_tokens": encoder.max_tokens, "precision": encoder.precision,
+        }  # fmt: skip
     if type(encoder) is WordEncoder:
         return {"identity": encoder.identity, "kind": "words", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -56,7 +62,7 @@ def open_image_encoder(
         if facts.get("kind") == "pixels":
             encoder = PixelCodec(shift_factor=facts["shift_factor"], scaling_factor=facts["scaling_factor"])
         elif facts.get("kind") == "AutoencoderKL":
-            encoder = load_image_encoder(str(name or facts["name"]), device=device)
+            encoder = load_image_encoder(str(name or facts["name"]), device=device, precision=facts["precision"])
         else:
             raise DataError(f"image encoder {facts.get('identity')}: the set does not say how it is opened")
     except KeyError as error:
@@ -73,7 +79,9 @@ def open_text_encoder(
         if facts.get("kind") == "words":
             encoder = WordEncoder(embed_dim=facts["embed_dim"], max_tokens=facts["max_tokens"])
         elif facts.get("kind") == "transformers":
-            encoder = load_text_encoder(names or facts["names"], max_tokens=facts["max_tokens"], device=device)
+            encoder = load_text_encoder(
+                names or facts["names"], max_tokens=facts["max_tokens"], device=device, precision=facts["precision"]
+            )
         else:
             raise DataError(f"text encoder {facts.get('identity')}: the set does not say how it is opened")
     except KeyError as error:
@@ -81,14 +89,15 @@ def open_text_encoder(
     return _same(encoder, facts, "text encoder")
 
 
-def count_frozen(encoder: ImageEncoder | TextEncoder) -> int:
-    """Return the number of an encoder's parameters; the embedded ones have none."""
+def count_frozen(encoder: ImageEncoder | TextEncoder) -> tuple[int, int]:
+    """Return the number of an encoder's parameters, and their bytes; the embedded ones have none."""
     models = []
     if isinstance(encoder, PretrainedImageEncoder):
         models = [encoder.model]
     elif isinstance(encoder, PretrainedTextEncoder):
         models = [tower.model for tower in encoder.towers]
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
 
 def _same(encoder: Any, facts: Mapping[str, Any], what: str) -> Any:

@@ -27,6 +27,7 @@ import xxhash
 from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
@@ -222,18 +223,24 @@ def _index_of(fields: dict[str, Any]) -> SetIndex:
     return SetIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
 
 
-def verify_set(folder: Path, index: SetIndex, *, whole: bool) -> None:
-    """Check the files of a set against its index.
+def verify_set(folder: Path, index: SetIndex, *, read: slice) -> None:
+    """Check the files of a set against its index: the sizes of all, and checksums of some.
 
     Args:
-        whole: read every byte and compare checksums; otherwise the shards' sizes alone.
+        read: which shards are read and compared with their checksums, so that processes can share the work.
 
     Raises:
         DataError: a file is missing or damaged; names it.
     """
     _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
     for shard in index.shards:
-        _verify(folder / shard.file, shard.bytes, shard.xxh3 if whole else None)
+        _verify(folder / shard.file, shard.bytes, None)
+    # disable=None shows the bar on terminals only.
+    with tqdm(total=sum(shard.bytes for shard in index.shards[read]), desc=f"checking {folder.name}", unit="B",
+              unit_scale=True, disable=None, leave=False) as progress:  # fmt: skip
+        for shard in index.shards[read]:
+            _verify(folder / shard.file, shard.bytes, shard.xxh3)
+            progress.update(shard.bytes)
 
 
 def _verify(path: Path, wanted_bytes: int, wanted_checksum: str | None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import xxhash
@@ -26,6 +26,9 @@ from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
 """Longest caption in tokens, where the tokenizer has no lower limit of its own: T5 would take any number."""
+Precision = Literal["fp32", "bf16"]
+"""What an encoder computes in; what it returns is fp32."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 """What `from_pretrained` raises for files that are missing, damaged, or of another kind."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -33,6 +36,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 _SAMPLED_BYTES = 4096
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class PretrainedImageEncoder:
     identity: str
     shift_C11: Tensor
     scale_C11: Tensor
+    precision: Precision = "fp32"
 
     @property
     def downsampling(self) -> int:
@@ -52,16 +57,16 @@ class PretrainedImageEncoder:
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Return latents_BCHW of images in [-1, 1], scaled to about unit variance, fp32."""
         with torch.no_grad():
-            latents = self.model.encode(images_B3HW.to(self.model.device, torch.float32)).latent_dist.mode()
-        scaled: Tensor = (latents - self.shift_C11) * self.scale_C11
+            latents = self.model.encode(images_B3HW.to(self.model.device, self.model.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents.float() - self.shift_C11) * self.scale_C11
         return scaled
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Return images_B3HW, cut to [-1, 1]."""
         latents = latents_BCHW.to(self.model.device, torch.float32) / self.scale_C11 + self.shift_C11
         with torch.no_grad():
-            images: Tensor = self.model.decode(latents).sample
-        return images.clamp(-1.0, 1.0)
+            images: Tensor = self.model.decode(latents.to(self.model.dtype)).sample
+        return images.float().clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +121,12 @@ class PretrainedTextEncoder:
     """
 
     towers: tuple[_Tower, ...]
+    precision: Precision = "fp32"
 
     @property
     def identity(self) -> str:
-        """Names of its models, their weights and limits."""
-        return "+".join(f"{tower.identity}x{tower.limit}" for tower in self.towers)
+        """Names of its models, their weights and limits, and what they compute in."""
+        return "+".join(f"{tower.identity}x{tower.limit}" for tower in self.towers) + _suffix(self.precision)
 
     @property
     def embed_dim(self) -> int:
@@ -159,8 +165,10 @@ class PretrainedTextEncoder:
         return self.encode([""])
 
 
-def load_image_encoder(name: str, *, device: torch.device | None = None) -> PretrainedImageEncoder:
-    """Load a frozen AutoencoderKL in fp32; its config gives scaling, shift and number of channels.
+def load_image_encoder(
+    name: str, *, device: torch.device | None = None, precision: Precision = "fp32"
+) -> PretrainedImageEncoder:
+    """Load a frozen AutoencoderKL; its config gives scaling, shift and number of channels.
 
     Raises:
         DataError: it is not here, of another kind, damaged, or has pickled weights.
@@ -177,7 +185,7 @@ def load_image_encoder(name: str, *, device: torch.device | None = None) -> Pret
             output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
         )  # fmt: skip
     _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
-    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
+    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"), _DTYPES[precision])
     config = model.config
 
     def per_channel(values: Any) -> Tensor:
@@ -186,16 +194,23 @@ def load_image_encoder(name: str, *, device: torch.device | None = None) -> Pret
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     return PretrainedImageEncoder(
         model=model,
-        identity=f"AutoencoderKL-{_fingerprint(folder)}",
+        identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
         shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
         scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
+        precision=precision,
     )
 
 
+def _suffix(precision: Precision) -> str:
+    """Return what an identity says of a precision; vectors of different ones are not alike to the last bit."""
+    return "" if precision == "fp32" else f"-{precision}"
+
+
 def load_text_encoder(
-    names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None
-) -> PretrainedTextEncoder:
-    """Load frozen text models in fp32 with their tokenizers, to be joined along the width.
+    names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None,
+    precision: Precision = "fp32",
+) -> PretrainedTextEncoder:  # fmt: skip
+    """Load frozen text models with their tokenizers, to be joined along the width.
 
     Args:
         names: folders or hub names of T5 or CLIP models, or of any text tower that `AutoModel` loads.
@@ -205,12 +220,13 @@ def load_text_encoder(
         DataError: one is not here, of another kind, damaged, or has pickled weights.
     """
     assert names
+    device = device or torch.device("cpu")
     return PretrainedTextEncoder(
-        towers=tuple(_load_tower(name, max_tokens, device or torch.device("cpu")) for name in names)
+        towers=tuple(_load_tower(name, max_tokens, device, precision) for name in names), precision=precision
     )
 
 
-def _load_tower(name: str, max_tokens: int, device: torch.device) -> _Tower:
+def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Precision) -> _Tower:
     folder = _folder_of(name, "text encoder")
     who = f"text encoder {folder}"
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -237,7 +253,7 @@ def _load_tower(name: str, max_tokens: int, device: torch.device) -> _Tower:
     _refuse_missing(who, [key for key in absent if "pooler" not in key])
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
     return _Tower(
-        model=model.eval().requires_grad_(False).to(device),
+        model=model.eval().requires_grad_(False).to(device, _DTYPES[precision]),
         tokenizer=tokenizer,
         limit=int(min(limit for limit in limits if limit)),
         has_pooler=not absent and _has_pooler(model),
@@ -332,15 +348,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _explained(message: str) -> Iterator[None]:
-    """Keep the libraries quiet, leave the generator alone, and turn what is raised into one line after `message`."""
+    """Keep the libraries quiet, and turn what they raise into one line that begins with `message`."""
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):  # models are filled at random before they are loaded
-            yield
+        yield
     except _FAILURES as error:
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{message} ({cause})") from error

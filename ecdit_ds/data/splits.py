@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.dataset import ALL, LatentDataset
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.data.folder import SetIndex, read_index
@@ -30,20 +30,21 @@ class SplitFacts:
 
 
 def open_split(
-    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, whole: bool = True
+    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, read: slice = ALL
 ) -> tuple[SampleSet, ...]:
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
         encoders: for digit scenes and raw files; an encoded corpus needs none.
-        whole: compare an encoded corpus with its checksums, which reads all of it; else with its sizes.
+        read: which shards of an encoded corpus are read whole and compared with their checksums; of the others, sizes
+            are.
 
     Raises:
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
         check_split(recipe, split)
-        return tuple(LatentDataset(Path(path), whole=whole) for path in _paths(recipe, split))
+        return tuple(LatentDataset(Path(path), read=read) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
     if recipe.data.is_online:
@@ -90,6 +91,8 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         for bucket in held[path]:
             _check_size(bucket, recipe, who, is_of_one_size=is_of_one_size)
         _check_texts(index, recipe.model, who)
+    if split == "heldout":
+        _check_encoders(indexes[paths[0]], paths[0], recipe)
     return _facts_of(held, recipe.data.weights if split == "train" else ())
 
 
@@ -136,6 +139,21 @@ def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: S
                 f"{key}: {path} and {other_path} cannot be mixed: {what} {here} in the former, {there} in the latter; "
                 "encode both alike"
             )
+
+
+def _check_encoders(heldout: SetIndex, path: str, recipe: Recipe) -> None:
+    """Refuse a held-out set of other encoders than the training set's: its loss would say nothing."""
+    trained = recipe.data.paths[0] if recipe.data.paths else None
+    if trained is None or not Path(trained).is_dir():  # which is told where the training set is checked
+        return
+    index = read_index(Path(trained))
+    for what, here, there in (
+        ("image encoder", heldout.image_encoder.get("identity"), index.image_encoder.get("identity")),
+        ("text encoder", heldout.text_encoder.get("identity"), index.text_encoder.get("identity")),
+    ):
+        if here != there:
+            raise DataError(f"data.heldout_path: {path} was encoded by {what} {here}, but {trained}, which is trained "
+                            f"on, by {there}; encode both alike")  # fmt: skip
 
 
 def _stored(index: SetIndex) -> str:

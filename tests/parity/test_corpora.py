@@ -1,6 +1,7 @@
 """Photographs with captions, through a real autoencoder and real text encoders, become a run and pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *common, f"data.path={root / 'train_joined'}", f"data.heldout_path={root / 'heldout_joined'}",
         "model.text_embed_dim=28",
     )  # fmt: skip
+    shutil.copytree(root / "train_set", root / "damaged_set")
+    shard = root / "damaged_set" / "shard-00001.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    damaged = (*common, f"data.path={root / 'damaged_set'}", "train.max_steps=1")
     whole = f"train.max_steps={STEPS}"
-    train_many(
+    output = train_many(
         root,
         [
             (1, arguments(root / "one", root / "unused", *common, whole)),
             (2, arguments(root / "two", root / "unused", *common, whole, "parallel.ep=2", "data.num_workers=0")),
             (1, arguments(root / "lives", root / "unused", *common, f"train.max_steps={HALFWAY}")),
+            Planned(2, arguments(root / "damaged", root / "unused", *damaged), codes=(2,)),
+            (1, arguments(root / "trusting", root / "unused", *damaged, "data.verify=sizes")),
             (1, arguments(root / "joined", root / "unused", *joined, whole)),
             (1, arguments(root / "joined_lives", root / "unused", *joined, f"train.max_steps={HALFWAY}")),
         ],
@@ -64,7 +73,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         str(root / "drawn_joined")], tool="sample.py"),
         ],
     )  # fmt: skip
+    (root / "output.txt").write_text(output)
     return root
+
+
+def test_ranks_share_out_the_check_of_a_set_and_all_refuse_what_one_finds(runs: Path) -> None:
+    """The second shard is the second rank's to read."""
+    told = [line for line in (runs / "output.txt").read_text().splitlines() if "damaged_set" in line]
+    assert len(told) == 1 and "shard-00001.arrow: has checksum" in told[0] and "but its index says" in told[0]
+    assert not (runs / "damaged" / "metrics.jsonl").exists()
+    assert len(metrics_of(runs / "trusting")) == 1, "data.verify=sizes reads no shard"
 
 
 def test_the_set_holds_every_photograph_once(runs: Path) -> None:

@@ -1,5 +1,6 @@
 """Encoders beside training: one step ahead, in order, in a thread that ends, and to what would have been stored."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,10 @@ from ecdit_ds.data.beside import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, EncodersBesid
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import PixelCodec, TextEmbeddings, WordEncoder
 from ecdit_ds.data.images import from_pixels
-from ecdit_ds.data.pretrained import load_text_encoder
+from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.objective import FlowBatch, draw_text_kept
-from tests.helpers.tiny_encoders import save_clip_text, save_t5
+from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 
 SECONDS = 20.0
 
@@ -94,7 +95,8 @@ def test_a_failure_belongs_to_its_step(where: str) -> None:
 
 def test_the_thread_ends_and_reading_stops_when_nobody_wants_more() -> None:
     closed: list[bool] = []
-    steps = encoded_ahead(numbers(100, closed), lambda step: step)
+    source = numbers(100, closed)
+    steps = encoded_ahead(source, lambda step: step)
     assert next(steps) == 0 and len(threads()) == 1
     del steps  # as a loop does that is left
     assert threads() == [] and closed == [True]
@@ -226,40 +228,49 @@ def test_dropped_texts_are_the_text_of_no_text(recipe: Recipe) -> None:
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the folders of a T5 and a CLIP."""
-    root = tmp_path_factory.mktemp("texts")
-    return [str(save_t5(root / "t5")), str(save_clip_text(root / "clip"))]
+    """Return the folders of a T5, a CLIP and an autoencoder."""
+    root = tmp_path_factory.mktemp("encoders")
+    return [str(save_t5(root / "t5")), str(save_clip_text(root / "clip")), str(save_vae(root / "vae"))]
 
 
 def test_loading_and_running_encoders_moves_no_generator(joined: list[str]) -> None:
     torch.manual_seed(7)
     np.random.seed(7)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
-    text = load_text_encoder(joined, max_tokens=24)
-    encoders = EncodersBeside(image_encoder=PixelCodec(), text_encoder=text)
+    text = load_text_encoder(joined[:2], max_tokens=24)
+    encoders = EncodersBeside(image_encoder=load_image_encoder(joined[2]), text_encoder=text)
     list(encoded_ahead(iter([[raw(2)], [raw(2)]]), encoders.finish))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)  # type: ignore[index]
 
 
-def test_nothing_beside_training_asks_for_gradients(joined: list[str]) -> None:
-    text = load_text_encoder(joined, max_tokens=24)
-    for tower in text.towers:
-        tower.model.requires_grad_(True)
-    encoders = EncodersBeside(image_encoder=PixelCodec(), text_encoder=text)
-    (finished,) = next(iter(encoded_ahead(iter([[raw(2)]]), encoders.finish)))
-    assert not finished.text_embeds_BTD.requires_grad and not finished.text_embeds_BTD.is_inference()
+class Trainable(PixelCodec):
+    """An encoder with a weight that could be trained."""
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Return latents that depend on the weight."""
+        return super().encode(images_B3HW) * torch.ones((), requires_grad=True)
+
+
+def test_nothing_beside_training_asks_for_gradients_but_all_of_it_can_be_trained_on() -> None:
+    words = WordEncoder(embed_dim=24, max_tokens=6)
+    encoders = EncodersBeside(image_encoder=Trainable(), text_encoder=words)
+    (finished,) = next(encoded_ahead(iter([[raw(2)]]), encoders.finish))
+    assert not finished.latents_BCHW.requires_grad
+    weight = torch.ones((), requires_grad=True)
+    (finished.latents_BCHW * weight).sum().backward()
+    assert weight.grad is not None
 
 
 def test_one_encoder_serves_several_threads_at_once(joined: list[str]) -> None:
-    text = load_text_encoder(joined, max_tokens=24)
-    captions = ["a", "a bridge over a river"]
-    alone = text.encode(captions).embeds_BTD
+    text = load_text_encoder(joined[:2], max_tokens=24)
+    captions, long = ["a", "a bridge over a river"], ["a bridge over a river and a river under a bridge"] * 4
+    alone, counts = text.encode(captions).embeds_BTD, text.count_tokens(long)
     failures: list[Exception] = []
 
     def ask(work: Callable[[], object]) -> None:
         try:
-            for _ in range(30):
+            for _ in range(40):
                 work()
         except Exception as error:
             failures.append(error)
@@ -267,9 +278,17 @@ def test_one_encoder_serves_several_threads_at_once(joined: list[str]) -> None:
     def encode() -> None:
         assert torch.equal(text.encode(captions).embeds_BTD, alone)
 
-    asking = [threading.Thread(target=ask, args=(work,)) for work in (encode, lambda: text.count_tokens(captions)) * 2]
-    for thread in asking:
-        thread.start()
-    for thread in asking:
-        thread.join()
+    def count() -> None:
+        assert text.count_tokens(long) == counts
+
+    asking = [threading.Thread(target=ask, args=(work,)) for work in (encode, count) * 2]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert failures == []

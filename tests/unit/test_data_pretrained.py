@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from ecdit_ds.data.images import to_tensor
-from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
+from ecdit_ds.data.pretrained import PRECISIONS, load_image_encoder, load_text_encoder
 from tests.helpers.photographs import crops
 from tests.helpers.tiny_encoders import SCALING, SHIFT, save_clip_text, save_t5, save_vae
 
@@ -87,6 +87,25 @@ def test_two_encoders_stand_side_by_side(folders: dict[str, Path]) -> None:
     long_caption = "a flower with 24 tokens"  # more than CLIP's 20, fewer than T5's 30
     assert clip.count_tokens([long_caption])[0] > 20
     assert both.encode([long_caption]).mask_BT.sum() == both.count_tokens([long_caption])[0]
+
+
+def test_half_the_bytes_of_an_encoder_give_nearly_the_same_and_another_identity(folders: dict[str, Path]) -> None:
+    images = to_tensor([crop.resize((32, 32)) for crop in crops(2)])
+    full, half = (load_image_encoder(str(folders["vae"]), precision=precision) for precision in PRECISIONS)
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    one, other = full.encode(images), half.encode(images)
+    assert other.dtype == half.decode(other).dtype == torch.float32
+    assert 0 < (one - other).abs().max() < 0.03 * one.abs().max()
+    assert half.identity == f"{full.identity}-bf16"
+
+    names = [str(folders["t5"]), str(folders["clip"])]
+    words, short = (load_text_encoder(names, max_tokens=30, precision=precision) for precision in PRECISIONS)
+    text, rough = words.encode(CAPTIONS), short.encode(CAPTIONS)
+    assert rough.embeds_BTD.dtype == rough.pooled_BD.dtype == torch.float32
+    assert torch.equal(text.mask_BT, rough.mask_BT)
+    for fine, coarse in ((text.embeds_BTD, rough.embeds_BTD), (text.pooled_BD, rough.pooled_BD)):
+        assert 0 < (fine - coarse).abs().max() < 0.03 * fine.abs().max()
+    assert short.identity == f"{words.identity}-bf16"
 
 
 def test_a_caption_over_the_limit_is_refused(folders: dict[str, Path], refusal_of: Refusal) -> None:

@@ -70,9 +70,9 @@ def write_parquet(root: Path) -> Path:
 
 
 def write_tars(root: Path) -> Path:
-    """Write two archives."""
+    """Write three archives."""
     root.mkdir()
-    for name, part in (("a", range(5)), ("b", range(5, COUNT))):
+    for name, part in (("a", range(5)), ("b", range(5, 8)), ("c", range(8, COUNT))):
         with tarfile.open(root / f"{name}.tar", "w") as tar:
             for i in part:
                 for suffix, content in (("jpg", FILES[i]), ("txt", CAPTIONS[i].encode())):
@@ -179,6 +179,12 @@ def test_archives_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, mon
     second = small.gather(order, order)
     assert reads == ["a.tar", "b.tar", "a.tar", "b.tar", "a.tar"]
     assert torch.equal(first.pixels_BHW3, second.pixels_BHW3) and first.captions == second.captions
+    monkeypatch.setattr(raw_set, "_CACHED_BYTES", sum(map(len, FILES[:8])))  # a and b, or a and c
+    medium = opened(tmp_path / "source")
+    reads.clear()
+    order = np.array([0, 6, 1, 8, 2, 7])
+    medium.gather(order, order)
+    assert reads == ["a.tar", "b.tar", "c.tar", "b.tar"], "the one that was not used for longest goes first"
 
 
 def test_one_picture_of_a_folder_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

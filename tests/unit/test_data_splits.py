@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ecdit_ds.batches import Draw
-from ecdit_ds.config import Recipe
+from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.mixture import Bucket, Mixture
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.data_config import DataConfig
@@ -46,11 +46,12 @@ def test_a_split_tells_the_shares_of_its_sets_and_sizes(make_sets: MakeSets, tmp
     assert facts.count == 12
     assert facts.sets == {a: Fraction(2, 3), b: Fraction(1, 3)}
     assert facts.buckets == {SQUARE: Fraction(6, 12), WIDE: Fraction(5, 12), TALL: Fraction(1, 12)}
-    weighted = check_split(replace(recipe, data=replace(recipe.data, weights=(0.1, 0.3))), "train")
+    by_weight = replace(recipe, data=replace(recipe.data, weights=(0.1, 0.3)))
+    weighted = check_split(by_weight, "train")
     assert weighted.sets == {a: Fraction(1, 4), b: Fraction(3, 4)}
     assert weighted.buckets == {SQUARE: Fraction(3, 16), WIDE: Fraction(10, 16), TALL: Fraction(3, 16)}
     assert weighted.count == 12
-    assert check_split(recipe, "heldout").sets == {a: 1}, "weights are of the training sets"
+    assert check_split(by_weight, "heldout").sets == {a: 1}, "weights are of the training sets"
 
 
 def test_every_named_set_is_opened(make_sets: MakeSets) -> None:
@@ -75,6 +76,22 @@ def test_sets_of_other_encoders_are_not_mixed(
     message = refusal_of(lambda: open_split(recipe, "train", None))
     assert message.startswith(f"data.path: {tmp_path / 'a'} and {tmp_path / 'b'} cannot be mixed: ")
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("differs", "what"), [({"image": "other"}, "image encoder"), ({"text": "other"}, "text encoder")]
+)
+def test_a_held_out_set_of_another_encoder_is_refused(
+    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, differs: dict[str, Any], what: str
+) -> None:
+    recipe = make_sets(a=[(SQUARE, 6)], b=[(SQUARE, 3)], b_differs=differs)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    recipe = replace(recipe, data=replace(recipe.data, path=a, heldout_path=b))
+    check_split(recipe, "train")
+    message = refusal_of(lambda: check_split(recipe, "heldout"))
+    assert message.startswith(
+        f"data.heldout_path: {b} was encoded by {what} other, but {a}, which is trained on, by made"
+    )
 
 
 def test_sets_of_other_channels_are_not_mixed(make_sets: MakeSets, refusal_of: Refusal) -> None:
@@ -108,6 +125,14 @@ def test_a_size_that_the_model_cannot_take_or_that_memory_was_not_planned_for_is
     assert message.startswith(f"data.path: {tmp_path / 'a'}: holds latents")
     assert [part for part in parts if part not in message] == []
     assert refusal_of(lambda: check_split(recipe, "heldout")).startswith("data.heldout_path: ")
+
+
+def test_a_size_that_pictures_are_not_drawn_in_need_not_suit_drawing(make_sets: MakeSets) -> None:
+    recipe = make_sets(a=[(SQUARE, 3), ((3, 2, 4), 1)])
+    model = replace(recipe.model, capacity_factor=2.0, capacity_rounding="floor")
+    # Drawn squares give each of four experts 0.5 x 16 / 4 tokens, a picture of two tokens would give it none.
+    recipe = replace(recipe, model=model, sample=SampleConfig(capacity_factor=0.5))
+    assert check_split(recipe, "train").buckets.keys() == {SQUARE, (3, 2, 4)}
 
 
 def test_a_batch_of_each_size_keeps_its_own_share_of_its_own_tokens(make_sets: MakeSets) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.encoder_facts import open_text_encoder
 from ecdit_ds.data.encoders import WordEncoder
 from ecdit_ds.errors import ConfigError, ExitCode
 from tests.helpers.photographs import crops, encoded
@@ -55,11 +56,15 @@ def test_real_encoders_are_named_by_their_folders(
 ) -> None:
     vae, t5 = save_vae(tmp_path / "vae"), save_t5(tmp_path / "t5")
     arguments = ["encode", pictures, tmp_path / "set", "--vae", vae, "--text", t5, "--text-tokens", 24, "--buckets",
-                 "--size", 32, "--dtype", "fp32", "--max-bad", 1]  # fmt: skip
+                 "--size", 32, "--dtype", "fp32", "--max-bad", 1, "--text-precision", "bf16"]  # fmt: skip
     assert run(*arguments) == ExitCode.DONE
     index = json.loads((tmp_path / "set" / "index.json").read_text())
     assert index["image_encoder"]["name"] == str(vae) and index["text_encoder"]["names"] == [str(t5)]
     assert index["buckets"] == [[5, 8, 8]] and index["text_shape"] == [24, 12]
+    assert (index["image_encoder"]["precision"], index["text_encoder"]["precision"]) == ("fp32", "bf16")
+    sample = LatentDataset(tmp_path / "set")[2]
+    again = open_text_encoder(index["text_encoder"]).encode([sample.caption])
+    torch.testing.assert_close(again.embeds_BTD[0], sample.text_embeds_TD)
     vae.rename(tmp_path / "moved")
     assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
     assert run("inspect", tmp_path / "set", "--vae", tmp_path / "moved") == ExitCode.DONE
@@ -157,6 +162,7 @@ def test_a_task_that_is_none_is_refused(asked: str) -> None:
         (["--max-bad", "5"], "is a share"),
         (["--size", "0"], "must be at least 1"),
         (["--text-width", "8", "--text", "x"], "--text-width 8"),
+        (["--text-precision", "bf16"], "--text-precision bf16: has no effect without --text"),
         (["--caption-column", "alt"], "no columns"),
         (["--images", "."], "has no effect"),
     ],

@@ -17,7 +17,7 @@ from ecdit_ds.checkpoint.tending import set_aside
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.ahead import encoded_ahead
 from ecdit_ds.data.beside import EncodersBeside, encoders_beside
-from ecdit_ds.data.dataset import NONE
+from ecdit_ds.data.folder import Check
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
@@ -37,7 +37,7 @@ from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import Progress, check_same_recipe, load_snapshot, progress_of
+from ecdit_ds.snapshot import Progress, check_same_data, check_same_recipe, load_snapshot, progress_of
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.trainer import Surroundings, Trainer
 
@@ -72,10 +72,12 @@ def run(
     lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
     mixture, heldout_set = _open_data(recipe, world, encoders)
 
+    data = _data_facts(recipe, mixture, encoders)
+
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
     engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
-    progress, resumed_from = _restore(candidates, folder.checkpoints, engine, recipe, world)
+    progress, resumed_from = _restore(candidates, folder.checkpoints, engine, recipe, data, world)
     if progress.step > recipe.train.max_steps:
         raise ConfigError(
             f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
@@ -85,7 +87,7 @@ def run(
 
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
-        status=status, stop=stop,
+        status=status, stop=stop, data=data,
         **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
@@ -137,38 +139,46 @@ def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | Non
 def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:
     """Open what is trained on and the held-out set; rank 0 makes them first where they are missing.
 
-    The ranks share out the shards that are compared with their checksums.
+    The ranks share out the shards that are compared with their sizes and checksums.
     """
     encoders = (beside.image_encoder, beside.text_encoder) if beside else None
     if recipe.data.dataset == "digit_scenes":
         encoders = encoders_of(recipe)
 
-    def open_both(read: slice) -> tuple[Mixture, SampleSet]:
+    def open_both(check: Check) -> tuple[Mixture, SampleSet]:
         mixture = Mixture(
-            open_split(recipe, "train", encoders, read=read), weights=recipe.data.weights, seed=recipe.train.seed,
+            open_split(recipe, "train", encoders, check=check), weights=recipe.data.weights, seed=recipe.train.seed,
             global_batch_size=recipe.train.global_batch_size,
         )  # fmt: skip
-        (heldout_set,) = open_split(recipe, "heldout", encoders, read=read)
+        (heldout_set,) = open_split(recipe, "heldout", encoders, check=check)
         return mixture, heldout_set
 
-    world.on_first(lambda: open_both(NONE) and None)
-    share = slice(world.rank, None, world.size) if recipe.data.verify == "checksums" else NONE
+    world.on_first(lambda: open_both(Check(shards=slice(0))) and None)
+    share = Check(shards=slice(world.rank, None, world.size), checksums=recipe.data.verify == "checksums")
     return world.together(lambda: open_both(share))
 
 
+def _data_facts(recipe: Recipe, mixture: Mixture, encoders: EncodersBeside | None) -> dict[str, Any]:
+    """Return what checkpoints say of the data; digit scenes are a function of the recipe."""
+    if recipe.data.dataset == "digit_scenes":
+        return {}
+    beside = [encoders.image_encoder.identity, encoders.text_encoder.identity] if encoders else []
+    return {"sets": [of_set.fingerprint for of_set in mixture.sets], "encoders_beside": beside}
+
+
 def _restore(
-    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World
+    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, data: dict[str, Any], world: World
 ) -> tuple[Progress, Path | None]:
     """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
 
     Return how far it is, and where from; (the beginning, None) without candidates.
 
     Raises:
-        CheckpointError: there were candidates and none is valid, or the recipe changed.
+        CheckpointError: there were candidates and none is valid, or the recipe or the data changed.
     """
     rejections: dict[Path, str] = {}
     for folder in candidates:
-        fault = world.on_first(partial(_fault_of, folder, recipe))
+        fault = world.on_first(partial(_fault_of, folder, recipe, data))
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
@@ -194,8 +204,8 @@ def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]
     print(f"goes on from {folder} at step {progress.step}", flush=True)
 
 
-def _fault_of(folder: Path, recipe: Recipe) -> str | None:
-    """Return what is wrong with a checkpoint's manifest; a changed recipe is no damage and raises."""
+def _fault_of(folder: Path, recipe: Recipe, data: dict[str, Any]) -> str | None:
+    """Return what is wrong with a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
     try:
         reader = Reader(folder)
         progress_of(reader)
@@ -205,6 +215,7 @@ def _fault_of(folder: Path, recipe: Recipe) -> str | None:
     if not isinstance(written, dict):
         return f"{folder}: its manifest has no recipe"
     check_same_recipe(written, recipe, folder)
+    check_same_data(reader.manifest.meta.get("data"), data, folder)
     return None
 
 

@@ -32,7 +32,7 @@ class DataConfig:
     caption_column: str | None = None
     """Online: likewise."""
     verify: Literal["checksums", "sizes"] = "checksums"
-    """What encoded sets are compared with before training: the ranks together read all of them, or no shard."""
+    """What encoded sets are compared with before training; the ranks share the work. With `sizes` no shard is read."""
     max_bad: float = 0.01
     """Bad samples are replaced; a run ends at the report by which more than this share of those that it has read since
     it was started were bad. Until 1,000 were read, the share is of 1,000: one of the first ten ends nothing."""

@@ -8,10 +8,11 @@ process ends (the last step, a stop) training waits.
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,13 +52,15 @@ class Saver:
         lease: this attempt's right to publish in it.
         verified: the checkpoint that this run goes on from, which was verified in loading; None for a fresh start.
         note: tells a person, on rank 0.
+        data: what the run is trained on, for `check_same_data`.
     """
 
     def __init__(
         self, root: Path, recipe: Recipe, engine: DeepSpeedEngine, world: World, lease: Lease, faults: Faults,
-        verified: Path | None, note: Callable[[str], None],
+        verified: Path | None, note: Callable[[str], None], data: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._root, self._recipe, self._engine, self._world, self._lease = root, recipe, engine, world, lease
+        self._data = data
         self._faults, self._note = faults, note
         self._verified = [] if verified is None else [verified]
         self._in_flight: _InFlight | None = None
@@ -114,9 +117,10 @@ class Saver:
     def _launch(self, progress: Progress, host: HostCopy | None, *, read_back: bool) -> _InFlight:
         """Let a thread write the state: a copy of it, or itself where nobody changes it meanwhile."""
         began = time.perf_counter()
+        meta = meta_of(progress, self._recipe, self._data)
         save = Save(
-            self._root, progress.step, pieces_of(self._engine), meta_of(progress, self._recipe), self._world,
-            self._lease, lambda phase: self._faults.at(phase, progress.step),
+            self._root, progress.step, pieces_of(self._engine), meta, self._world, self._lease,
+            lambda phase: self._faults.at(phase, progress.step),
         )  # fmt: skip
         if host is not None:
             save.pieces = host.of(save.pieces)

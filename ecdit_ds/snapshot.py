@@ -4,7 +4,7 @@ Tensors are named `weight/blocks.0...`, `ema/...`, `exp_avg/...`; all are fp32 s
 layout wrote them and whatever layout reads them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ class Progress:
     """Steps up to this one whose gradients were not finite."""
 
 
-def meta_of(progress: Progress, recipe: Recipe) -> dict[str, Any]:
-    """Return what a checkpoint keeps beside the tensors."""
-    return {
+def meta_of(progress: Progress, recipe: Recipe, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a checkpoint keeps beside the tensors; `data` says what it was trained on, if the recipe does not."""
+    return ({"data": dict(data)} if data else {}) | {
         "recipe": recipe.to_dict(),
         "samples_seen": progress.samples_seen,
         "num_updates": progress.num_updates,
@@ -85,6 +85,24 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
         told = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
         raise CheckpointError(
             f"{where}: belongs to another recipe ({told}); choose another --output, or undo the change"
+        )
+
+
+def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on with a run on other samples: the order counts through them, whatever their number and encoders.
+
+    Args:
+        written: what the checkpoint says of its data; None where it does not, as one that was converted.
+        data: likewise, of what is to be trained on now.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if written is not None and data and written != data:
+        raise CheckpointError(
+            f"{where}: was trained on other samples, or through other encoders, than data.path names now; bring the "
+            "former back, or choose another --output"
         )
 
 

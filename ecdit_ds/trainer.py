@@ -4,7 +4,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,8 @@ class Surroundings:
     stop: StopRequest
     counts_samples: bool
     """Whether this rank counts those of its batches: one of each group that trains on the same does."""
+    data: Mapping[str, Any]
+    """What is trained on, for checkpoints to say; empty where the recipe says it all."""
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
 
@@ -78,7 +80,15 @@ class Trainer:
         self._bad = BadSamples(recipe.data.max_bad)
         given = surroundings
         self._saver = Saver(
-            given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note
+            given.checkpoints,
+            recipe,
+            engine,
+            world,
+            given.lease,
+            given.faults,
+            given.resumed_from,
+            self._note,
+            given.data,
         )
         self._mute: set[str] = set()
 

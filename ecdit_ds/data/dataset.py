@@ -3,6 +3,7 @@
 Suffixes: B batch, C channels, H, W latent height and width (of an image, for pixels), T text tokens, D text_embed_dim.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from torch import Tensor
 
 from ecdit_ds.data.causes import BadSample, Replaced
@@ -18,6 +20,7 @@ from ecdit_ds.data.columns import DTYPES
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.folder import (
     TEXT_COLUMNS,
+    Check,
     SetIndex,
     ShardInfo,
     read_index,
@@ -26,9 +29,6 @@ from ecdit_ds.data.folder import (
 )
 from ecdit_ds.data.shard import Rows, Shard
 from ecdit_ds.errors import DataError
-
-ALL, NONE = slice(None), slice(0)
-"""Which shards to compare with their checksums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,11 @@ def no_pixels(count: int) -> Tensor:
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path, *, read: slice = ALL) -> None:
+    def __init__(self, folder: Path, *, check: Check | None = None) -> None:
         """Open a folder of encoded samples and verify it.
 
         Args:
-            read: which shards are read whole and compared with their checksums; of the others, sizes are.
+            check: which shards are compared with the index, and how; by default all, with their checksums.
 
         Raises:
             DataError: a file is missing or damaged; names it.
@@ -106,7 +106,7 @@ class LatentDataset:
         self.name = str(folder)
         """Where it was opened."""
         self.index = read_index(folder)
-        verify_set(folder, self.index, read=read)
+        verify_set(folder, self.index, check or Check())
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
         self._buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
@@ -118,6 +118,16 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.index.count
+
+    @property
+    def fingerprint(self) -> str:
+        """A name of its samples and of the encoders that made them."""
+        index = self.index
+        facts = {
+            "encoders": [index.image_encoder.get("identity"), index.text_encoder.get("identity")],
+            "shards": [[shard.bucket, shard.count, shard.xxh3] for shard in index.shards],
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode("ascii"))
 
     @property
     def is_whole(self) -> bool:

@@ -17,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,8 @@ def read_index(folder: Path) -> SetIndex:
         schema = fields["schema"]
         index = _index_of(fields) if schema == SCHEMA_VERSION else None
     except FileNotFoundError:
+        if not folder.exists():
+            raise DataError(f"{folder}: is not there; encode the corpus there, or name another folder") from None
         raise DataError(f"{path}: is missing; delete the folder {folder} to have it written anew") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -223,23 +225,29 @@ def _index_of(fields: dict[str, Any]) -> SetIndex:
     return SetIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
 
 
-def verify_set(folder: Path, index: SetIndex, *, read: slice) -> None:
-    """Check the files of a set against its index: the sizes of all, and checksums of some.
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """How a set's shards are compared with its index; processes can share the work."""
 
-    Args:
-        read: which shards are read and compared with their checksums, so that processes can share the work.
+    shards: slice = field(default_factory=lambda: slice(None))
+    """Which ones are looked at."""
+    checksums: bool = True
+    """Whether they are read whole, besides their sizes."""
+
+
+def verify_set(folder: Path, index: SetIndex, check: Check) -> None:
+    """Check the files of a set against its index.
 
     Raises:
         DataError: a file is missing or damaged; names it.
     """
     _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
-    for shard in index.shards:
-        _verify(folder / shard.file, shard.bytes, None)
+    shards = index.shards[check.shards]
     # disable=None shows the bar on terminals only.
-    with tqdm(total=sum(shard.bytes for shard in index.shards[read]), desc=f"checking {folder.name}", unit="B",
-              unit_scale=True, disable=None, leave=False) as progress:  # fmt: skip
-        for shard in index.shards[read]:
-            _verify(folder / shard.file, shard.bytes, shard.xxh3)
+    with tqdm(total=sum(shard.bytes for shard in shards), desc=f"checking {folder.name}", unit="B", unit_scale=True,
+              disable=None, leave=False) as progress:  # fmt: skip
+        for shard in shards:
+            _verify(folder / shard.file, shard.bytes, shard.xxh3 if check.checksums else None)
             progress.update(shard.bytes)
 
 

@@ -42,6 +42,10 @@ class SampleSet(Protocol):
         """Where it was opened."""
 
     @property
+    def fingerprint(self) -> str:
+        """A name of its samples, in their order, wherever it was opened."""
+
+    @property
     def null_text(self) -> TextEmbeddings:
         """The text of no text, B = 1."""
 

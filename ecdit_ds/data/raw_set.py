@@ -87,6 +87,11 @@ class RawSet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def fingerprint(self) -> str:
+        """A name of the source's files."""
+        return self._source.fingerprint
+
     def name_of(self, sample: int) -> str:
         """Return the name of a sample in its source."""
         raw = self._raw(sample)

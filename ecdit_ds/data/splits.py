@@ -6,10 +6,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.dataset import ALL, LatentDataset
+from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
-from ecdit_ds.data.folder import SetIndex, read_index
+from ecdit_ds.data.folder import Check, SetIndex, read_index
 from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
 from ecdit_ds.data.raw_set import count_samples, open_raw_set, open_raw_source
 from ecdit_ds.data.scene_set import open_digit_scenes
@@ -30,21 +30,20 @@ class SplitFacts:
 
 
 def open_split(
-    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, read: slice = ALL
+    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, check: Check | None = None
 ) -> tuple[SampleSet, ...]:
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
         encoders: for digit scenes and raw files; an encoded corpus needs none.
-        read: which shards of an encoded corpus are read whole and compared with their checksums; of the others, sizes
-            are.
+        check: which shards of an encoded corpus are compared with its index, and how; by default all, whole.
 
     Raises:
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
         check_split(recipe, split)
-        return tuple(LatentDataset(Path(path), read=read) for path in _paths(recipe, split))
+        return tuple(LatentDataset(Path(path), check=check) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
     if recipe.data.is_online:

@@ -51,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
+    shutil.copytree(root / "train_joined", root / "moved")
     damaged = (*common, f"data.path={root / 'damaged_set'}", "train.max_steps=1")
     whole = f"train.max_steps={STEPS}"
     output = train_many(
@@ -66,7 +67,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         [
             (1, arguments(root / "lives", root / "unused", *common, whole)),
-            (1, arguments(root / "joined_lives", root / "unused", *joined, whole)),
+            (1, arguments(root / "joined_lives", root / "unused", *joined, whole, f"data.path={root / 'moved'}")),
+            Planned(1, arguments(root / "two", root / "unused", *common, "train.max_steps=9",
+                                 f"data.path={root / 'heldout_set'}"), codes=(2,)),
             Planned(1, ["--checkpoint", str(root / "one"), "--prompt", PROMPT, "--output", str(root / "drawn")],
                     tool="sample.py"),
             Planned(1, ["--checkpoint", str(root / "joined"), "--prompt", PROMPT, "--output",
@@ -75,6 +78,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (root / "output.txt").write_text(output)
     return root
+
+
+def test_a_run_does_not_go_on_with_other_samples(runs: Path) -> None:
+    """Where the same ones are does not matter: the second life of `joined_lives` reads a copy."""
+    (line,) = [line for line in (runs / "output.txt").read_text().splitlines() if "other samples" in line]
+    assert f"step_{STEPS}" in line and "choose another --output" in line
+    assert len(metrics_of(runs / "two")) == STEPS
 
 
 def test_ranks_share_out_the_check_of_a_set_and_all_refuse_what_one_finds(runs: Path) -> None:

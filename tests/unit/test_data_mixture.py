@@ -33,6 +33,7 @@ class Claimed:
     null_text: Any = None
     is_whole: bool = True
     name: str = "claimed"
+    fingerprint: str = "claimed"
 
     def name_of(self, sample: int) -> str:
         """Return its number."""

@@ -4,6 +4,8 @@ Every draw is addressed by `(seed, *what it is for)`. Two ranks that hold the sa
 parameter, draw the same numbers, whatever the layout. Nothing here reads or moves a global generator.
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 import xxhash
@@ -25,6 +27,19 @@ def sample_rng(seed: int, sample_index: int, purpose: str) -> np.random.Generato
     """
     key = stable_seed(seed, purpose)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, sample_index]))
+
+
+def sample_rngs(seed: int, sample_indices: Iterable[int], purpose: str) -> Iterator[np.random.Generator]:
+    """Yield the generator of each sample, as `sample_rng` gives it, to be used before the next one is asked for.
+
+    It is one generator whose state is set: making one takes several times as long, for entropy that nobody wants.
+    """
+    bits = np.random.Philox(key=stable_seed(seed, purpose), counter=[0, 0, 0, 0])
+    generator, fresh = np.random.Generator(bits), bits.state
+    for index in sample_indices:
+        fresh["state"]["counter"][3] = index
+        bits.state = fresh
+        yield generator
 
 
 def parameter_generator(seed: int, name: str, *index: int) -> torch.Generator:

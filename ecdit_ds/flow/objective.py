@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ecdit_ds.config import FlowConfig
 from ecdit_ds.flow.rectified import interpolate, timesteps_from_uniform, velocity_target
-from ecdit_ds.seeding import sample_rng
+from ecdit_ds.seeding import sample_rngs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,9 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 def draw_noise(shape: tuple[int, ...], stream_index_B: Tensor, seed: int, purpose: str = "noise") -> Tensor:
     """Return standard normal noise (B, *shape), each sample's from its own index."""
-    draws = [sample_rng(seed, int(index), purpose).standard_normal(shape, dtype=np.float32) for index in stream_index_B]
+    draws = [
+        rng.standard_normal(shape, dtype=np.float32) for rng in sample_rngs(seed, stream_index_B.tolist(), purpose)
+    ]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -79,14 +81,14 @@ def draw_timesteps(stream_index_B: Tensor, seed: int, global_batch_size: int, co
     The sample at place i of a global batch of N draws its quantile from [i / N, (i + 1) / N): each batch covers
     the whole density, which lowers the variance of the loss at no cost and on any layout.
     """
-    jitter = [sample_rng(seed, int(index), "timestep").random() for index in stream_index_B]
+    jitter = [rng.random() for rng in sample_rngs(seed, stream_index_B.tolist(), "timestep")]
     place_B = (stream_index_B % global_batch_size).double()
     return timesteps_from_uniform((place_B + torch.tensor(jitter, dtype=torch.float64)) / global_batch_size, config)
 
 
 def draw_text_kept(stream_index_B: Tensor, seed: int, config: FlowConfig) -> Tensor:
     """Return bool (B,): False where training shall not see the text."""
-    draws = [sample_rng(seed, int(index), "text_dropout").random() for index in stream_index_B]
+    draws = [rng.random() for rng in sample_rngs(seed, stream_index_B.tolist(), "text_dropout")]
     return torch.tensor(draws, dtype=torch.float64) >= config.text_dropout_prob
 
 
@@ -94,7 +96,7 @@ def draw_kept_tokens(stream_index_B: Tensor, seed: int, num_tokens: int, num_kep
     """Return kept_BN, `num_kept` of `num_tokens` tokens of each sample, rising; None where all are kept."""
     if num_kept == num_tokens:
         return None
-    draws = [sample_rng(seed, int(index), "mask").permutation(num_tokens)[:num_kept] for index in stream_index_B]
+    draws = [rng.permutation(num_tokens)[:num_kept] for rng in sample_rngs(seed, stream_index_B.tolist(), "mask")]
     return torch.from_numpy(np.sort(np.stack(draws), axis=1))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ecdit_ds.seeding import parameter_generator, sample_rng, stable_seed
+from ecdit_ds.seeding import parameter_generator, sample_rng, sample_rngs, stable_seed
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:
@@ -78,3 +78,16 @@ def test_the_global_generators_are_neither_read_nor_moved() -> None:
     sample_rng(0, 0, "noise").random()
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+
+
+def test_generators_of_many_samples_are_those_of_each() -> None:
+    indices = [7, 0, 2**40, 7]
+    for index, rng in zip(indices, sample_rngs(3, indices, "noise"), strict=True):
+        own = sample_rng(3, index, "noise")
+        for _ in range(5):  # of several kinds: some numbers leave half a word for the next
+            assert (
+                rng.standard_normal(3, dtype=np.float32).tolist() == own.standard_normal(3, dtype=np.float32).tolist()
+            )
+            assert rng.integers(0, 7, dtype=np.int32) == own.integers(0, 7, dtype=np.int32)
+            assert rng.random() == own.random()
+            assert rng.permutation(5).tolist() == own.permutation(5).tolist()

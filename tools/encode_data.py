@@ -74,6 +74,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bf16", help="on disk (default: bf16)")
     add("--max-bad", type=float, default=0.05, metavar="SHARE", help="of samples left out (default: 0.05)")
+    add("--accept-cut-archives", action="store_true",
+        help="publish although tars end early or cannot be read: how much is lost is not known")  # fmt: skip
     add("--shard-samples", type=_positive, default=4096, metavar="N", help="of a unit of work (default: 4096)")
     add("--batch-size", type=_positive, default=32, metavar="N", help="of the encoders (default: 32)")
     add("--task", metavar="I/N", help="do every N-th unit from the I-th, from 0 (default: Slurm's array, or the rank)")
@@ -155,6 +157,7 @@ def _encode(options: argparse.Namespace) -> int:
         task=task,
         tasks=tasks,
         max_bad=options.max_bad,
+        accepts_cut=options.accept_cut_archives,
     )  # fmt: skip
     report = encode_corpus(job)
     if report is None:

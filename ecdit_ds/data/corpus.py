@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ecdit_ds.data.causes import UNCOUNTED
 from ecdit_ds.data.columns import DTYPES, null_columns, total_of
 from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record
 from ecdit_ds.data.folder import (
@@ -60,6 +61,8 @@ class Job:
     task: int = 0
     tasks: int = 1
     max_bad: float = 0.05
+    accepts_cut: bool = False
+    """Whether to publish although archives have lost samples that nobody can count."""
 
     @property
     def partial(self) -> Path:
@@ -217,6 +220,7 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
         return _published_report(job) if _is_published(job) else None
     report = _report_of(records, job.source.ignored)
     _check_share(report, job)
+    _check_archives(report, job)
     folder = job.partial / "set"
     moment("index")
     # Several tasks may be here at once: each writes beside, and all write the same.
@@ -271,6 +275,21 @@ def _check_share(report: Mapping[str, Any], job: Job) -> None:
             f"{job.destination}: {bad} of {total} samples are bad ({bad / total:.1%}), more than --max-bad "
             f"{job.max_bad:g}{most}; nothing was published: mend them, or give the same command with a higher --max-bad"
         )
+
+
+def _check_archives(report: Mapping[str, Any], job: Job) -> None:
+    """Refuse archives that have lost samples which no share can count, all at once."""
+    lost = [facts for cause, facts in report["causes"].items() if cause in UNCOUNTED]
+    if not lost or job.accepts_cut:
+        return
+    names = [name for facts in lost for name in facts["names"]]
+    count = sum(facts["count"] for facts in lost)
+    shown = ", ".join(names) + (", ..." if count > len(names) else "")
+    raise DataError(
+        f"{job.destination}: {count} archives end early or cannot be read ({shown}); how many samples are lost is not "
+        f"known, so nothing was published: delete {job.partial} and encode anew once they are whole, or publish what "
+        "is left by --accept-cut-archives"
+    )
 
 
 def _index_of(job: Job, records: Sequence[UnitRecord], facts: Mapping[str, Any], pooled_width: int) -> SetIndex:

@@ -26,7 +26,7 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     raw_sample,
     read_inside,
-    sizes_of,
+    stamps_of,
 )
 from ecdit_ds.errors import DataError
 
@@ -115,7 +115,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         root=root,
         entries=entries,
         units=cut(root.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of([*sizes_of(root, sorted(used, key=str)), *links]),
+        fingerprint=fingerprint_of([*stamps_of(root, sorted(used, key=str)), *links]),
         ignored=Counter(file.suffix.lower() or file.name for file in files if file not in used),
     )
 
@@ -154,12 +154,13 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         else:
             seen.add(str(key))
             entries.append(Entry(key=str(key), image=place, caption=row.get(caption)))
+    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
     return ListedSource(
         kind=f"list {path.name}",
         root=root,
         entries=entries,
         units=cut(path.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of(entries),
+        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
         ignored={},
     )
 

@@ -22,7 +22,7 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     raw_sample,
     read_inside,
-    sizes_of,
+    stamps_of,
 )
 from ecdit_ds.errors import DataError
 
@@ -90,7 +90,7 @@ def open_parquet(
         choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
         units += cut(str(name), count, unit_samples)
     return ParquetSource(
-        root=root, units=units, fingerprint=fingerprint_of(sizes_of(root, files)), ignored=ignored, columns=columns
+        root=root, units=units, fingerprint=fingerprint_of(stamps_of(root, files)), ignored=ignored, columns=columns
     )
 
 
@@ -165,7 +165,7 @@ def open_saved(root: Path, split: str, *, unit_samples: int, columns: Columns) -
         rows = datasets.load_from_disk(str(folder))
     except _FAILURES as error:
         raise DataError(f"{folder}: is no whole dataset on disk ({_first_line(error)}); save it again") from None
-    facts = sizes_of(folder, [Path(name) for name in names])
+    facts = stamps_of(folder, names)
     return _of_rows(rows, root, str(root), facts, unit_samples, columns)
 
 

@@ -1,6 +1,8 @@
 """tools/encode_data.py: from a folder to a set and its contact sheet, and every wrong flag in one line."""
 
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,26 @@ def test_too_many_bad_samples_end_with_two_and_nothing(
     assert "1 of 6 samples are bad (16.7%)" in line and "empty image file" in line
     assert not (tmp_path / "set").exists()
     assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 0.2) == ExitCode.DONE
+
+
+def test_a_tar_that_ends_early_is_published_only_where_that_is_said(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(5):
+            for suffix in ("jpg", "txt"):
+                tar.add(pictures / f"{i}.{suffix}", f"{i}.{suffix}")
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("2.txt").offset
+    os.truncate(path, offset)
+    arguments = ["encode", path, tmp_path / "set", "--size", 32, "--max-bad", 1]
+    assert run(*arguments) == ExitCode.USER_ERROR
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "1 archives end early" in line and f"a.tar at byte {offset}" in line and "--accept-cut-archives" in line
+    assert not (tmp_path / "set").exists()
+    assert run(*arguments, "--accept-cut-archives") == ExitCode.DONE
+    assert "2 samples, 1 left out" in capsys.readouterr().out
 
 
 def test_tasks_of_the_command_line_share_the_work(

@@ -42,6 +42,8 @@ from ecdit_ds.data.source import Source
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
+_OF_SOURCE = ("fingerprint", "units")
+"""What of a plan differs where the source has changed."""
 _LEAST_JUDGED = 1000
 """Samples that a task has looked at before it may stop in the middle because too many are bad."""
 
@@ -132,7 +134,7 @@ def _is_published(job: Job) -> bool:
     if not (job.destination / INDEX_FILE).is_file():
         raise DataError(f"{job.destination}: is there and is no encoded set; name another place, or move it away")
     plan = dict(read_index(job.destination).settings)
-    _compare(plan, job.plan, f"{job.destination}: holds another set")
+    _compare(plan, job.plan, job.destination, "holds another set")
     return True
 
 
@@ -155,16 +157,23 @@ def _agree(job: Job) -> None:
         there = json.loads(path.read_bytes())
     except ValueError:
         there = {}
-    _compare(there, job.plan, f"{job.partial}: was begun with other settings")
+    _compare(there, job.plan, job.partial, "was begun with other settings")
 
 
-def _compare(there: dict[str, Any], plan: dict[str, Any], message: str) -> None:
+def _compare(there: dict[str, Any], plan: dict[str, Any], place: Path, message: str) -> None:
     wanted = json.loads(json.dumps(plan))
     different = [name for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
-    if different:
-        name = different[0]
+    others = [name for name in different if name not in _OF_SOURCE]
+    if different and not others:
         raise DataError(
-            f"{message} ({name}: {there.get(name)}, not {wanted.get(name)}); name another place, or delete that one"
+            f"{place}: the source has changed since it was begun; restore the source (names, sizes and times of its "
+            "files), or name another place, or delete that one to encode anew"
+        )
+    if others:
+        name = others[0]
+        raise DataError(
+            f"{place}: {message} ({name}: {there.get(name)}, not {wanted.get(name)}); name another place, or delete "
+            "that one"
         )
 
 
@@ -273,7 +282,8 @@ def _check_share(report: Mapping[str, Any], job: Job) -> None:
     if bad / total > job.max_bad:
         raise DataError(
             f"{job.destination}: {bad} of {total} samples are bad ({bad / total:.1%}), more than --max-bad "
-            f"{job.max_bad:g}{most}; nothing was published: mend them, or give the same command with a higher --max-bad"
+            f"{job.max_bad:g}{most}; nothing was published: give the same command with a higher --max-bad, or mend "
+            f"them, delete {job.partial} and encode anew"
         )
 
 

@@ -194,7 +194,13 @@ def test_every_bad_sample_has_its_line_in_the_report(make_job: MakeJob, tmp_path
     source = bad_folder(tmp_path / "bad")
     message = refusal_of(lambda: encode_corpus(make_job(source)))
     assert "9 of 16 samples are bad (56.2%), more than --max-bad 0.05" in message
+    assert message.endswith(f"mend them, delete {tmp_path / 'set.partial'} and encode anew")
     assert not (tmp_path / "set").exists()
+    (source / "blank.txt").write_text("mended")
+    message = refusal_of(lambda: encode_corpus(make_job(source, max_bad=0.6)))
+    assert message.startswith(f"{tmp_path / 'set.partial'}: the source has changed since it was begun")
+    (source / "blank.txt").write_text(" ")
+    shutil.rmtree(tmp_path / "set.partial")
 
     job = make_job(source, max_bad=0.6)
     report = encode_corpus(job)
@@ -393,7 +399,8 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert "holds another set (sizes" in refusal_of(lambda: encode_corpus(make_job(sizes=((8, 8),))))
     more = Path(shutil.copytree(pictures, tmp_path / "more"))
     (more / "16.txt").write_text("another caption")
-    assert "fingerprint" in refusal_of(lambda: encode_corpus(make_job(more)))
+    message = refusal_of(lambda: encode_corpus(make_job(more)))
+    assert message.startswith(f"{tmp_path / 'set'}: the source has changed since") and "restore the source" in message
     (tmp_path / "taken").mkdir()
     assert "no encoded set" in refusal_of(lambda: encode_corpus(make_job(destination=tmp_path / "taken")))
 

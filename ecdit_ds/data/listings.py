@@ -146,14 +146,16 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         if isinstance(row, BadSample):
             entries.append(row)
             continue
-        place, key = row.get(image), row.get(key_column)
+        place = row.get(image)
         if not isinstance(place, str) or not place:
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
-        elif str(key) in seen:
-            entries.append(BadSample(cause="duplicate key", name=str(key)))
+            continue
+        key = place if row.get(key_column) in (None, "") else str(row[key_column])
+        if key in seen:
+            entries.append(BadSample(cause="duplicate key", name=key))
         else:
-            seen.add(str(key))
-            entries.append(Entry(key=str(key), image=place, caption=row.get(caption)))
+            seen.add(key)
+            entries.append(Entry(key=key, image=place, caption=row.get(caption)))
     pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
     return ListedSource(
         kind=f"list {path.name}",

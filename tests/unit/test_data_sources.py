@@ -217,6 +217,16 @@ def test_damaged_lines_of_json_are_named(folder: Path) -> None:
     ]
 
 
+def test_rows_without_a_key_are_named_by_their_path(folder: Path) -> None:
+    table = [row | ({"id": i} if i < 2 else {"id": None} if i < 4 else {}) for i, row in enumerate(rows())]
+    (folder / "list.jsonl").write_text("\n".join(json.dumps(row) for row in table))
+    good, bad = read_all(folder / "list.jsonl")
+    assert [sample.key for sample in good] == ["0", "1", "2.jpg", "3.jpg", "4.jpg", "z/5.jpg", "z/6.jpg"]
+    write_csv(folder / "list.csv", [{"id": "", **row} for row in rows()])
+    assert_all_there(read_all(folder / "list.csv")[0])
+    assert bad == []
+
+
 @pytest.mark.parametrize("form", ["binary", "struct", "path"])
 def test_parquet_gives_its_rows_across_row_groups(folder: Path, tmp_path: Path, form: str) -> None:
     images: dict[str, list[Any]] = {

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from ecdit_ds.data import corpus
 from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding
+from ecdit_ds.data.corpus_unit import Encoding, read_record
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
@@ -317,6 +318,16 @@ def test_tasks_share_the_units_and_the_last_one_publishes(make_job: MakeJob, tmp
     assert content_of(tmp_path / "set") == content_of(tmp_path / "whole")
     assert encode_corpus(make_job(task=1, tasks=3), moment=done.append) is not None, "the set is there"
     assert done.count("unit") == 5
+
+
+def test_a_task_that_is_not_the_last_reads_no_records_of_others(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_corpus(make_job(task=1, tasks=3))
+    read: list[str] = []
+    monkeypatch.setattr(corpus, "read_record", lambda path: (read.append(path.stem), read_record(path))[1])
+    assert encode_corpus(make_job(task=0, tasks=3)) is None
+    assert set(read) == {"00000", "00003"}
 
 
 def test_tasks_may_race_for_everything(make_job: MakeJob, tmp_path: Path) -> None:

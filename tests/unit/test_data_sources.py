@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ecdit_ds.data import tables
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.source import Columns, RawSample
 from ecdit_ds.data.sources import open_source
@@ -437,6 +438,23 @@ def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert_all_there(read_all("owner/photographs", split="test")[0])
     assert "(offline mode is enabled)" in refusal_of(lambda: read_all("owner/other"))
+
+
+@pytest.mark.parametrize("place", ["hub/datasets--owner--photographs/snapshots/0", "downloads/extracted/0"])
+def test_picture_files_of_the_hub_are_read_from_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / place).parent.mkdir(parents=True)
+    folder.rename(tmp_path / place)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    images = [{"bytes": None, "path": str(tmp_path / place / row["path"])} for row in rows()]
+    table = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    assert_all_there(read_all("owner/photographs")[0])
+    is_of_one = place.startswith("hub")
+    assert {one.cause for one in read_all("owner/other")[1]} == ({"outside the source"} if is_of_one else set())
 
 
 def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

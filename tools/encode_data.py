@@ -42,6 +42,8 @@ from tools.command_line import OneLineParser
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 WORD_WIDTH, WORD_TOKENS = 128, 64
 SHEET_COLUMNS = 6
+MAX_SIZE = 8192
+"""Pixels of a side; a batch of such pictures is gigabytes already."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +76,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bf16", help="on disk (default: bf16)")
     add("--max-bad", type=float, default=0.05, metavar="SHARE", help="of samples left out (default: 0.05)")
+    add("--accept-cut-archives", action="store_true",
+        help="publish although tars end early or cannot be read: how much is lost is not known")  # fmt: skip
     add("--shard-samples", type=_positive, default=4096, metavar="N", help="of a unit of work (default: 4096)")
     add("--batch-size", type=_positive, default=32, metavar="N", help="of the encoders (default: 32)")
     add("--task", metavar="I/N", help="do every N-th unit from the I-th, from 0 (default: Slurm's array, or the rank)")
@@ -133,13 +137,12 @@ def _encode(options: argparse.Namespace) -> int:
     task, tasks = task_of(options.task, os.environ)
     if not 0 <= options.max_bad <= 1:
         raise ConfigError(f"--max-bad {options.max_bad}: is a share, from 0 to 1")
+    _check_places(options.source, options.destination)
+    device = _device(options.device)
     source = open_source(
         options.source, unit_samples=options.shard_samples, split=options.split, images=options.images,
         columns=Columns(image=options.image_column, caption=options.caption_column),
     )  # fmt: skip
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     image_encoder, text_encoder = _encoders(options, device)
     job = Job(
         source=source,
@@ -155,6 +158,7 @@ def _encode(options: argparse.Namespace) -> int:
         task=task,
         tasks=tasks,
         max_bad=options.max_bad,
+        accepts_cut=options.accept_cut_archives,
     )  # fmt: skip
     report = encode_corpus(job)
     if report is None:
@@ -162,6 +166,32 @@ def _encode(options: argparse.Namespace) -> int:
     else:
         _tell(report, job.destination)
     return ExitCode.DONE
+
+
+def _check_places(source: str, destination: Path) -> None:
+    """Refuse a set within its own source, where it would be read as a part of it the next time."""
+    place = Path(source).resolve()
+    if place.is_dir() and destination.resolve().is_relative_to(place):
+        raise ConfigError(f"{destination}: is within the source {source}; name a place outside it")
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that is there; of several GPUs the launcher's, where none is named.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"--device {name}: cannot be used ({cause}); choose cpu, or cuda where there is one"
+        ) from None
+    return device
 
 
 def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageEncoder, TextEncoder]:
@@ -187,6 +217,8 @@ def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageE
 
 
 def _sizes(options: argparse.Namespace, encoder: ImageEncoder) -> tuple[Size, ...]:
+    if options.size > MAX_SIZE:
+        raise ConfigError(f"--size {options.size}: is more than {MAX_SIZE} pixels a side; choose a smaller one")
     unit = options.patch * encoder.downsampling
     if options.size % unit:
         raise ConfigError(

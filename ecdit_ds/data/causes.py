@@ -7,9 +7,10 @@ Cause = Literal[
     "empty image file", "web page instead of an image", "not an image", "truncated image", "damaged image",
     "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
     "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
-    "damaged archive", "archive ends early", "not finite",
-    "text without a token",
+    "damaged archive", "archive ends early", "unreadable archive", "not finite", "text without a token",
 ]  # fmt: skip
+UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
+"""Of which nobody knows how many samples are lost by it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ecdit_ds.data.causes import UNCOUNTED
 from ecdit_ds.data.columns import DTYPES, null_columns, total_of
 from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record
 from ecdit_ds.data.folder import (
@@ -41,6 +42,8 @@ from ecdit_ds.data.source import Source
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
+_OF_SOURCE = ("fingerprint", "units")
+"""What of a plan differs where the source has changed."""
 _LEAST_JUDGED = 1000
 """Samples that a task has looked at before it may stop in the middle because too many are bad."""
 
@@ -60,6 +63,8 @@ class Job:
     task: int = 0
     tasks: int = 1
     max_bad: float = 0.05
+    accepts_cut: bool = False
+    """Whether to publish although archives have lost samples that nobody can count."""
 
     @property
     def partial(self) -> Path:
@@ -129,7 +134,7 @@ def _is_published(job: Job) -> bool:
     if not (job.destination / INDEX_FILE).is_file():
         raise DataError(f"{job.destination}: is there and is no encoded set; name another place, or move it away")
     plan = dict(read_index(job.destination).settings)
-    _compare(plan, job.plan, f"{job.destination}: holds another set")
+    _compare(plan, job.plan, job.destination, "holds another set")
     return True
 
 
@@ -152,16 +157,23 @@ def _agree(job: Job) -> None:
         there = json.loads(path.read_bytes())
     except ValueError:
         there = {}
-    _compare(there, job.plan, f"{job.partial}: was begun with other settings")
+    _compare(there, job.plan, job.partial, "was begun with other settings")
 
 
-def _compare(there: dict[str, Any], plan: dict[str, Any], message: str) -> None:
+def _compare(there: dict[str, Any], plan: dict[str, Any], place: Path, message: str) -> None:
     wanted = json.loads(json.dumps(plan))
     different = [name for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
-    if different:
-        name = different[0]
+    others = [name for name in different if name not in _OF_SOURCE]
+    if different and not others:
         raise DataError(
-            f"{message} ({name}: {there.get(name)}, not {wanted.get(name)}); name another place, or delete that one"
+            f"{place}: the source has changed since it was begun; restore the source (names, sizes and times of its "
+            "files), or name another place, or delete that one to encode anew"
+        )
+    if others:
+        name = others[0]
+        raise DataError(
+            f"{place}: {message} ({name}: {there.get(name)}, not {wanted.get(name)}); name another place, or delete "
+            "that one"
         )
 
 
@@ -211,12 +223,17 @@ def _whole_record(job: Job, unit: int) -> UnitRecord | None:
 
 def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
     """Write what belongs to the whole set and rename it to its place, if all units are done."""
+    records_there = job.partial / "records"
+    # Counted before any is read: most of many tasks end here.
+    if not records_there.is_dir() or len(os.listdir(records_there)) < len(job.source.units):
+        return _published_report(job) if _is_published(job) else None
     found = [_whole_record(job, i) for i in range(len(job.source.units))]
     records = [record for record in found if record is not None]
     if len(records) < len(found):
         return _published_report(job) if _is_published(job) else None
     report = _report_of(records, job.source.ignored)
     _check_share(report, job)
+    _check_archives(report, job)
     folder = job.partial / "set"
     moment("index")
     # Several tasks may be here at once: each writes beside, and all write the same.
@@ -269,8 +286,24 @@ def _check_share(report: Mapping[str, Any], job: Job) -> None:
     if bad / total > job.max_bad:
         raise DataError(
             f"{job.destination}: {bad} of {total} samples are bad ({bad / total:.1%}), more than --max-bad "
-            f"{job.max_bad:g}{most}; nothing was published: mend them, or give the same command with a higher --max-bad"
+            f"{job.max_bad:g}{most}; nothing was published: give the same command with a higher --max-bad, or mend "
+            f"them, delete {job.partial} and encode anew"
         )
+
+
+def _check_archives(report: Mapping[str, Any], job: Job) -> None:
+    """Refuse archives that have lost samples which no share can count, all at once."""
+    lost = [facts for cause, facts in report["causes"].items() if cause in UNCOUNTED]
+    if not lost or job.accepts_cut:
+        return
+    names = [name for facts in lost for name in facts["names"]]
+    count = sum(facts["count"] for facts in lost)
+    shown = ", ".join(names) + (", ..." if count > len(names) else "")
+    raise DataError(
+        f"{job.destination}: {count} archives end early or cannot be read ({shown}); how many samples are lost is not "
+        f"known, so nothing was published: delete {job.partial} and encode anew once they are whole, or publish what "
+        "is left by --accept-cut-archives"
+    )
 
 
 def _index_of(job: Job, records: Sequence[UnitRecord], facts: Mapping[str, Any], pooled_width: int) -> SetIndex:

@@ -26,7 +26,7 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     raw_sample,
     read_inside,
-    sizes_of,
+    stamps_of,
 )
 from ecdit_ds.errors import DataError
 
@@ -115,7 +115,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         root=root,
         entries=entries,
         units=cut(root.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of([*sizes_of(root, sorted(used, key=str)), *links]),
+        fingerprint=fingerprint_of([*stamps_of(root, sorted(used, key=str)), *links]),
         ignored=Counter(file.suffix.lower() or file.name for file in files if file not in used),
     )
 
@@ -146,20 +146,23 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         if isinstance(row, BadSample):
             entries.append(row)
             continue
-        place, key = row.get(image), row.get(key_column)
+        place = row.get(image)
         if not isinstance(place, str) or not place:
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
-        elif str(key) in seen:
-            entries.append(BadSample(cause="duplicate key", name=str(key)))
+            continue
+        key = place if row.get(key_column) in (None, "") else str(row[key_column])
+        if key in seen:
+            entries.append(BadSample(cause="duplicate key", name=key))
         else:
-            seen.add(str(key))
-            entries.append(Entry(key=str(key), image=place, caption=row.get(caption)))
+            seen.add(key)
+            entries.append(Entry(key=key, image=place, caption=row.get(caption)))
+    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
     return ListedSource(
         kind=f"list {path.name}",
         root=root,
         entries=entries,
         units=cut(path.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of(entries),
+        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
         ignored={},
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ecdit_ds.data.causes import BadSample, Cause
 from ecdit_ds.data.source import (
@@ -22,7 +23,7 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     raw_sample,
     read_inside,
-    sizes_of,
+    stamps_of,
 )
 from ecdit_ds.errors import DataError
 
@@ -90,7 +91,7 @@ def open_parquet(
         choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
         units += cut(str(name), count, unit_samples)
     return ParquetSource(
-        root=root, units=units, fingerprint=fingerprint_of(sizes_of(root, files)), ignored=ignored, columns=columns
+        root=root, units=units, fingerprint=fingerprint_of(stamps_of(root, files)), ignored=ignored, columns=columns
     )
 
 
@@ -125,7 +126,8 @@ class HuggingFaceSource:
     """Rows of a dataset of the `datasets` library; a `Source`."""
 
     rows: datasets.Dataset
-    root: Path
+    roots: Sequence[Path]
+    """Resolved; images given by their path lie within one of them."""
     image: str
     caption: str
     units: Sequence[Unit]
@@ -142,7 +144,9 @@ class HuggingFaceSource:
             except _FAILURES:
                 yield BadSample(cause="damaged archive", name=f"row {i}")
                 continue
-            yield raw_sample(f"row-{i}", _content(row[self.image], self.root), row[self.caption])
+            found = [_content(row[self.image], root) for root in self.roots]
+            content = next((one for one in found if one != "outside the source"), found[0])
+            yield raw_sample(f"row-{i}", content, row[self.caption])
 
 
 def open_saved(root: Path, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
@@ -165,8 +169,8 @@ def open_saved(root: Path, split: str, *, unit_samples: int, columns: Columns) -
         rows = datasets.load_from_disk(str(folder))
     except _FAILURES as error:
         raise DataError(f"{folder}: is no whole dataset on disk ({_first_line(error)}); save it again") from None
-    facts = sizes_of(folder, [Path(name) for name in names])
-    return _of_rows(rows, root, str(root), facts, unit_samples, columns)
+    facts = stamps_of(folder, names)
+    return _of_rows(rows, [root], str(root), facts, unit_samples, columns)
 
 
 def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
@@ -181,11 +185,19 @@ def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> H
         raise DataError(
             f"{name}: is neither here nor a dataset that the hub gave ({_first_line(error)}); name a file or folder"
         ) from None
-    return _of_rows(rows, Path("/nonexistent"), name, [rows._fingerprint, len(rows)], unit_samples, columns)
+    # Where the hub's clients put the files of this dataset, and what they unpacked of its archives.
+    snapshots = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    roots = [snapshots.resolve(), Path(datasets.config.DOWNLOADED_DATASETS_PATH).resolve()]
+    return _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
 
 
 def _of_rows(
-    rows: datasets.Dataset, root: Path, where: str, facts: Sequence[object], unit_samples: int, columns: Columns
+    rows: datasets.Dataset,
+    roots: Sequence[Path],
+    where: str,
+    facts: Sequence[object],
+    unit_samples: int,
+    columns: Columns,
 ) -> HuggingFaceSource:
     image = choose_column(rows.column_names, columns.image, IMAGE_COLUMNS, where, "image")
     caption = choose_column(rows.column_names, columns.caption, CAPTION_COLUMNS, where, "caption")
@@ -193,7 +205,7 @@ def _of_rows(
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(
-        rows=rows, root=root, image=image, caption=caption, units=cut("rows", len(rows), unit_samples),
+        rows=rows, roots=roots, image=image, caption=caption, units=cut("rows", len(rows), unit_samples),
         fingerprint=fingerprint_of(facts), ignored={},
     )  # fmt: skip
 

@@ -2,10 +2,12 @@
 
 Python's reader takes a damaged header for the end of the archive and says nothing. So after it stops, what is left is
 compared with the zeros that an archive ends with: if there is more, the damage is counted and the walk goes on at the
-next header whose checksum holds.
+next header whose checksum holds. How many samples such a gap held is estimated by its bytes. Of an archive that ends
+early, or of which nothing can be read, nobody knows how many are lost.
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +24,13 @@ from ecdit_ds.data.source import (
     Unit,
     fingerprint_of,
     raw_sample,
-    sizes_of,
+    stamps_of,
 )
 from ecdit_ds.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
+_END_BYTES = 2 * _BLOCK
+"""Of zeros: the end mark."""
 _FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError)
 
 
@@ -36,6 +40,16 @@ class Member:
 
     name: str
     content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Bytes of an archive that no member could be read from."""
+
+    start: int
+    stop: int
+    is_end: bool = False
+    """Whether the archive ends in it, without its end mark; what should have followed is lost too."""
 
 
 @dataclass
@@ -63,7 +77,12 @@ class TarSource:
         """Yield the samples of a tar in order, or why they are none."""
         seen: set[str] = set()
         group: _Group | None = None
+        is_cut = False
         for member in walk_tar(self.root / unit.name):
+            if isinstance(member, Gap):
+                is_cut = member.is_end
+                yield _bad_of(member, unit, len(seen) + (group is not None))
+                continue
             if isinstance(member, BadSample):
                 yield member
                 continue
@@ -80,7 +99,9 @@ class TarSource:
             else:
                 group.parts[suffix.lower()] = member.content
         if group is not None:
-            yield from self._finish(group, unit, seen)
+            last = self._finish(group, unit, seen)
+            # What a cut leaves of its last sample was counted with the cut.
+            yield from (one for one in last if not is_cut or isinstance(one, RawSample))
 
     def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample]:
         name = f"{unit.name}/{group.key}"
@@ -104,6 +125,17 @@ class TarSource:
                 return b""
             return next((fields[name] for name in asked if name in fields), None)
         return None
+
+
+def _bad_of(gap: Gap, unit: Unit, samples: int) -> BadSample:
+    """Return what a gap costs: its bytes over the mean bytes of the `samples` before it, at least one."""
+    name = f"{unit.name} at byte {gap.start}"
+    if gap.is_end:
+        return BadSample(cause="archive ends early", name=name)
+    if not samples:
+        return BadSample(cause="unreadable archive", name=name)
+    lost = (gap.stop - gap.start) * samples // gap.start
+    return BadSample(cause="damaged archive", name=name, samples=max(1, lost))
 
 
 def _json_object(content: bytes) -> dict[str, object]:
@@ -130,13 +162,13 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
     return TarSource(
         root=root,
         units=[Unit(name=str(file)) for file in files],
-        fingerprint=fingerprint_of(sizes_of(root, files)),
+        fingerprint=fingerprint_of(stamps_of(root, files)),
         ignored=ignored,
         columns=columns,
     )
 
 
-def walk_tar(path: Path) -> Iterator[Member | BadSample]:
+def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:
     """Yield the files of an archive in order, and everything that is wrong with it.
 
     Links, devices, absolute names and names with `..` are refused; folders are no samples.
@@ -144,25 +176,26 @@ def walk_tar(path: Path) -> Iterator[Member | BadSample]:
     try:
         file = path.open("rb")
     except OSError:
-        yield BadSample(cause="damaged archive", name=path.name)
+        yield BadSample(cause="unreadable archive", name=path.name)
         return
     with file:
-        size, start = path.stat().st_size, 0
+        size, start = os.fstat(file.fileno()).st_size, 0
         while True:
-            stopped = yield from _walk_from(file, path.name, start)
-            rest = _first_nonzero(file, stopped)
-            if rest is None:
-                if size - stopped < 2 * _BLOCK:  # two blocks of zeros are the end mark
-                    yield BadSample(cause="archive ends early", name=f"{path.name} at byte {size}")
+            stopped = yield from _walk_from(file, path.name, start, size)
+            if _first_nonzero(file, stopped) is None:
+                if size - stopped < _END_BYTES:
+                    yield Gap(start=min(stopped, size), stop=size, is_end=True)
                 return
-            yield BadSample(cause="damaged archive", name=f"{path.name} at byte {stopped}")
             found = _next_header(file, stopped + _BLOCK, size)
             if found is None:
+                is_end = _first_nonzero(file, max(0, size - _END_BYTES)) is not None
+                yield Gap(start=stopped, stop=size, is_end=is_end)
                 return
+            yield Gap(start=stopped, stop=found)
             start = found
 
 
-def _walk_from(file: BinaryIO, archive: str, start: int) -> Generator[Member | BadSample, None, int]:
+def _walk_from(file: BinaryIO, archive: str, start: int, size: int) -> Generator[Member | BadSample, None, int]:
     """Yield the members from a place on; return where the reader stopped."""
     file.seek(start)
     stopped = start
@@ -171,7 +204,7 @@ def _walk_from(file: BinaryIO, archive: str, start: int) -> Generator[Member | B
             stopped = tar.offset
             for info in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the archive
-                entry = _read_member(tar, info, archive)
+                entry = _read_member(tar, info, archive, size)
                 if entry is not None:
                     yield entry
                 stopped = tar.offset
@@ -181,7 +214,7 @@ def _walk_from(file: BinaryIO, archive: str, start: int) -> Generator[Member | B
     return stopped
 
 
-def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str) -> Member | BadSample | None:
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str, size: int) -> Member | BadSample | None:
     name = f"{archive}/{info.name}"
     path = PurePosixPath(info.name)
     if path.is_absolute() or ".." in path.parts or "\x00" in info.name:
@@ -195,10 +228,11 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str) -> M
     try:
         reader = tar.extractfile(info)
         content = reader.read() if reader else b""
-    except _FAILURES:  # the file ends within this member
+    except _FAILURES:
         content = b""
     if len(content) != info.size:
-        return BadSample(cause="archive ends early", name=name)
+        # Where the file ends within this member, that is told once, at the end.
+        return None if tar.offset > size else BadSample(cause="damaged archive", name=name)
     return Member(name=str(path), content=content)
 
 

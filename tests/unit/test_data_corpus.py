@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from ecdit_ds.data import corpus
 from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding
+from ecdit_ds.data.corpus_unit import Encoding, read_record
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
@@ -194,7 +195,13 @@ def test_every_bad_sample_has_its_line_in_the_report(make_job: MakeJob, tmp_path
     source = bad_folder(tmp_path / "bad")
     message = refusal_of(lambda: encode_corpus(make_job(source)))
     assert "9 of 16 samples are bad (56.2%), more than --max-bad 0.05" in message
+    assert message.endswith(f"mend them, delete {tmp_path / 'set.partial'} and encode anew")
     assert not (tmp_path / "set").exists()
+    (source / "blank.txt").write_text("mended")
+    message = refusal_of(lambda: encode_corpus(make_job(source, max_bad=0.6)))
+    assert message.startswith(f"{tmp_path / 'set.partial'}: the source has changed since it was begun")
+    (source / "blank.txt").write_text(" ")
+    shutil.rmtree(tmp_path / "set.partial")
 
     job = make_job(source, max_bad=0.6)
     report = encode_corpus(job)
@@ -313,6 +320,16 @@ def test_tasks_share_the_units_and_the_last_one_publishes(make_job: MakeJob, tmp
     assert done.count("unit") == 5
 
 
+def test_a_task_that_is_not_the_last_reads_no_records_of_others(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_corpus(make_job(task=1, tasks=3))
+    read: list[str] = []
+    monkeypatch.setattr(corpus, "read_record", lambda path: (read.append(path.stem), read_record(path))[1])
+    assert encode_corpus(make_job(task=0, tasks=3)) is None
+    assert set(read) == {"00000", "00003"}
+
+
 def test_tasks_may_race_for_everything(make_job: MakeJob, tmp_path: Path) -> None:
     encode_corpus(make_job(destination=tmp_path / "whole"))
     for _ in range(3):
@@ -393,7 +410,8 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert "holds another set (sizes" in refusal_of(lambda: encode_corpus(make_job(sizes=((8, 8),))))
     more = Path(shutil.copytree(pictures, tmp_path / "more"))
     (more / "16.txt").write_text("another caption")
-    assert "fingerprint" in refusal_of(lambda: encode_corpus(make_job(more)))
+    message = refusal_of(lambda: encode_corpus(make_job(more)))
+    assert message.startswith(f"{tmp_path / 'set'}: the source has changed since") and "restore the source" in message
     (tmp_path / "taken").mkdir()
     assert "no encoded set" in refusal_of(lambda: encode_corpus(make_job(destination=tmp_path / "taken")))
 

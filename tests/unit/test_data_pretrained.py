@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from ecdit_ds.data.images import to_tensor
-from ecdit_ds.data.pretrained import PRECISIONS, load_image_encoder, load_text_encoder
+from ecdit_ds.data.pretrained import PRECISIONS, _fingerprint, load_image_encoder, load_text_encoder
 from tests.helpers.photographs import crops
 from tests.helpers.tiny_encoders import SCALING, SHIFT, save_clip_text, save_t5, save_vae
 
@@ -122,6 +123,23 @@ def test_an_identity_is_that_of_the_weights_and_not_of_the_place(
     both = load_text_encoder([str(folders["t5"]), str(folders["clip"])])
     assert both.identity != load_text_encoder([str(folders["clip"]), str(folders["t5"])]).identity
     assert both.identity != load_text_encoder([str(folders["t5"]), str(folders["clip"])], max_tokens=64).identity
+
+
+def test_one_bit_at_the_end_of_a_long_weight_makes_another_identity(tmp_path: Path) -> None:
+    weight = torch.zeros(5000)
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    identity = _fingerprint(tmp_path)
+    weight[-1] = 1e-9
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    assert _fingerprint(tmp_path) != identity
+
+
+def test_loading_an_autoencoder_warns_of_nothing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *words, **_: said.append(words))
+    for precision in PRECISIONS:
+        load_image_encoder(str(folders["vae"]), precision=precision)
+    assert said == []
 
 
 @pytest.mark.parametrize("name", ["vae", "t5"])

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ecdit_ds.data import tables
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.source import Columns, RawSample
 from ecdit_ds.data.sources import open_source
@@ -120,6 +121,41 @@ def test_links_within_a_folder_are_read(folder: Path) -> None:
     assert_all_there(read_all(folder)[0])
 
 
+@pytest.mark.parametrize("kind", ["folder", "list", "metadata", "tar", "parquet", "saved"])
+def test_a_source_that_was_edited_to_the_same_size_is_another_one(folder: Path, tmp_path: Path, kind: str) -> None:
+    table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+    if kind == "saved":
+        table.save_to_disk(str(tmp_path / "saved"))
+    place, edited = {
+        "folder": (folder, [folder / "2.txt", folder / "z" / "5.jpg"]),
+        "list": (folder / "list.csv", [folder / "3.jpg"]),
+        "metadata": (folder, [folder / "3.jpg"]),
+        "tar": (tmp_path / "a.tar", [tmp_path / "a.tar"]),
+        "parquet": (tmp_path / "a.parquet", [tmp_path / "a.parquet"]),
+        "saved": (tmp_path / "saved", list((tmp_path / "saved").glob("*.arrow"))),
+    }[kind]
+    if kind in ("list", "metadata"):
+        write_csv(folder / f"{kind}.csv", rows())
+    write_tar(tmp_path / "a.tar", members())
+    pq.write_table(table.data.table, tmp_path / "a.parquet")
+    fingerprint = open_source(str(place), unit_samples=3).fingerprint
+    assert open_source(str(place), unit_samples=3).fingerprint == fingerprint and edited
+    for path in edited:
+        facts = path.stat()
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+        changed = open_source(str(place), unit_samples=3).fingerprint
+        assert changed != fingerprint, path
+        fingerprint = changed
+
+
+def test_a_listed_picture_that_came_later_makes_another_source(folder: Path) -> None:
+    path = write_csv(folder / "list.csv", rows())
+    (folder / "0.jpg").rename(folder / "away")
+    before = open_source(str(path), unit_samples=3).fingerprint
+    (folder / "away").rename(folder / "0.jpg")
+    assert open_source(str(path), unit_samples=3).fingerprint != before
+
+
 def rows() -> list[dict[str, Any]]:
     """Return a list of the folder's pictures."""
     return [{"path": f"{'z/' if i > 4 else ''}{i}.jpg", "caption": CAPTIONS[i]} for i in range(7)]
@@ -180,6 +216,16 @@ def test_damaged_lines_of_json_are_named(folder: Path) -> None:
         ("damaged row", "list.jsonl line 2"),
         ("damaged row", "list.jsonl line 3"),
     ]
+
+
+def test_rows_without_a_key_are_named_by_their_path(folder: Path) -> None:
+    table = [row | ({"id": i} if i < 2 else {"id": None} if i < 4 else {}) for i, row in enumerate(rows())]
+    (folder / "list.jsonl").write_text("\n".join(json.dumps(row) for row in table))
+    good, bad = read_all(folder / "list.jsonl")
+    assert [sample.key for sample in good] == ["0", "1", "2.jpg", "3.jpg", "4.jpg", "z/5.jpg", "z/6.jpg"]
+    write_csv(folder / "list.csv", [{"id": "", **row} for row in rows()])
+    assert_all_there(read_all(folder / "list.csv")[0])
+    assert bad == []
 
 
 @pytest.mark.parametrize("form", ["binary", "struct", "path"])
@@ -280,9 +326,55 @@ def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:
     os.truncate(path, middle)
     good, bad = read_all(path)
     assert len(good) == 5
-    assert "archive ends early" in dict(causes(bad))
+    assert [one.cause for one in bad] == ["archive ends early"], "one cut is told once"
     os.truncate(path, 0)
-    assert "archive ends early" in dict(causes(read_all(path)[1]))
+    assert [one.cause for one in read_all(path)[1]] == ["archive ends early"]
+
+
+def test_a_cut_is_told_once_wherever_it_is(tmp_path: Path) -> None:
+    # Long names have headers of their own before the member's.
+    for name, prefix in (("short.tar", ""), ("long.tar", "n" * 150)):
+        path = write_tar(tmp_path / name, [(prefix + member, content) for member, content in members()])
+        whole = path.read_bytes()
+        with tarfile.open(path) as tar:
+            header, end = tar.getmember(f"{prefix}0005.txt").offset, tar.getmember(f"{prefix}0006.txt").offset_data
+        for size in (*range(header, header + 3000, 100), end + 1, end + 512, end + 1024, end + 1535):
+            path.write_bytes(whole[:size])
+            good, bad = read_all(path)
+            assert [one.cause for one in bad] == ["archive ends early"], size
+            assert len(good) == (7 if size >= end + 512 else len(good)) >= 5
+        path.write_bytes(whole[: end + 1536])
+        assert read_all(path)[1] == []
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, "v7"])
+def test_a_damaged_stretch_counts_as_many_samples_as_its_bytes_would_hold(tmp_path: Path, form: object) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, [(f"{i:02}.{suffix}", bytes([1]) * 900) for i in range(20) for suffix in ("jpg", "txt")])
+    content = bytearray(path.read_bytes())
+    sample = 2 * (512 + 1024)
+    if form == "v7":  # no magic, so the next header cannot be told from content
+        for header in range(0, 20 * sample, sample // 2):
+            content[header + 257 : header + 265] = bytes(8)
+            content[header + 148 : header + 156] = b" " * 8
+            content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+        content[4 * sample] ^= 1
+    else:
+        content[4 * sample : 12 * sample] = b"x" * (8 * sample)
+    path.write_bytes(content)
+    good, bad = read_all(path)
+    left = 4 if form == "v7" else 12
+    assert len(good) == left
+    assert [one.cause for one in bad] == ["damaged archive"]
+    # The rest of a v7 tar ends with its zeros, which are less than four samples here.
+    assert 20 - left <= bad[0].samples <= 20 - left + (4 if form == "v7" else 0)
+
+
+def test_an_archive_that_says_nothing_at_all_is_no_single_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", members())
+    content = path.read_bytes()
+    path.write_bytes(b"<html>".ljust(len(content) - 1024, b"x") + bytes(1024))
+    assert [one.cause for one in read_all(path)[1]] == ["unreadable archive"]
 
 
 def test_no_damage_to_headers_loses_a_sample_silently(tmp_path: Path) -> None:
@@ -346,6 +438,23 @@ def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert_all_there(read_all("owner/photographs", split="test")[0])
     assert "(offline mode is enabled)" in refusal_of(lambda: read_all("owner/other"))
+
+
+@pytest.mark.parametrize("place", ["hub/datasets--owner--photographs/snapshots/0", "downloads/extracted/0"])
+def test_picture_files_of_the_hub_are_read_from_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / place).parent.mkdir(parents=True)
+    folder.rename(tmp_path / place)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    images = [{"bytes": None, "path": str(tmp_path / place / row["path"])} for row in rows()]
+    table = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
+    assert_all_there(read_all("owner/photographs")[0])
+    is_of_one = place.startswith("hub")
+    assert {one.cause for one in read_all("owner/other")[1]} == ({"outside the source"} if is_of_one else set())
 
 
 def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

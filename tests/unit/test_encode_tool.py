@@ -1,6 +1,8 @@
 """tools/encode_data.py: from a folder to a set and its contact sheet, and every wrong flag in one line."""
 
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,35 @@ def test_too_many_bad_samples_end_with_two_and_nothing(
     assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 0.2) == ExitCode.DONE
 
 
+def test_a_tar_that_ends_early_is_published_only_where_that_is_said(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(5):
+            for suffix in ("jpg", "txt"):
+                tar.add(pictures / f"{i}.{suffix}", f"{i}.{suffix}")
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("2.txt").offset
+    os.truncate(path, offset)
+    arguments = ["encode", path, tmp_path / "set", "--size", 32, "--max-bad", 1]
+    assert run(*arguments) == ExitCode.USER_ERROR
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "1 archives end early" in line and f"a.tar at byte {offset}" in line and "--accept-cut-archives" in line
+    assert not (tmp_path / "set").exists()
+    assert run(*arguments, "--accept-cut-archives") == ExitCode.DONE
+    assert "2 samples, 1 left out" in capsys.readouterr().out
+
+
+def test_a_set_within_its_source_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(pictures)
+    for destination in (pictures / "set", tmp_path / "link" / "deep" / "set"):
+        assert run("encode", pictures, destination, "--size", 32, "--max-bad", 1) == ExitCode.USER_ERROR
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "is within the source" in line
+    assert not (pictures / "set.partial").exists()
+
+
 def test_tasks_of_the_command_line_share_the_work(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +192,9 @@ def test_a_task_that_is_none_is_refused(asked: str) -> None:
         (["--size", "33"], "is not a multiple of 2"),
         (["--max-bad", "5"], "is a share"),
         (["--size", "0"], "must be at least 1"),
+        (["--size", "100000"], "is more than 8192 pixels a side"),
+        (["--device", "nonsense"], "--device nonsense: cannot be used"),
+        (["--device", "meta"], "--device meta: cannot be used"),
         (["--text-width", "8", "--text", "x"], "--text-width 8"),
         (["--text-precision", "bf16"], "--text-precision bf16: has no effect without --text"),
         (["--caption-column", "alt"], "no columns"),

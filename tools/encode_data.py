@@ -183,7 +183,7 @@ def _device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
+        if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -19,7 +19,7 @@ import torch
 
 from ecdit_ds.data import corpus
 from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding, read_record
+from ecdit_ds.data.corpus_unit import Encoding, UnitRecord, read_record
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
@@ -325,7 +325,12 @@ def test_a_task_that_is_not_the_last_reads_no_records_of_others(
 ) -> None:
     encode_corpus(make_job(task=1, tasks=3))
     read: list[str] = []
-    monkeypatch.setattr(corpus, "read_record", lambda path: (read.append(path.stem), read_record(path))[1])
+
+    def noted(path: Path) -> UnitRecord | None:
+        read.append(path.stem)
+        return read_record(path)
+
+    monkeypatch.setattr(corpus, "read_record", noted)
     assert encode_corpus(make_job(task=0, tasks=3)) is None
     assert set(read) == {"00000", "00003"}
 

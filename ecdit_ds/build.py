@@ -233,7 +233,7 @@ def _work(
         if mixture.is_whole:
             return steps
         assert encoders is not None
-        return encoded_ahead(steps, Finish(encoders=encoders, null_text=mixture.null_text))
+        return encoded_ahead(steps, Finish(encoders=encoders, mixture=mixture))
 
     monitor = Monitor(
         recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders

@@ -44,10 +44,12 @@ def read_good(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:
             replaced[place] = (*replaced.get(place, ()), what)
         if attempt == MAX_REPLACEMENTS:
             last = told[0]
+            mend = "look through the set with tools/encode_data.py inspect, and encode it anew"
+            if samples.lacks_latents:  # raw files
+                mend = "look whether its files are still there, and mend or leave out those that are bad"
             raise DataError(
                 f"{last.set}: {MAX_REPLACEMENTS} replacements in a row are bad at position {last.position} of the "
-                f"stream, the last is {last.key} ({last.cause}); look through the set with tools/encode_data.py "
-                "inspect, and encode it anew"
+                f"stream, the last is {last.key} ({last.cause}); {mend}"
             )
         others = mixture.read(positions[places], attempt + 1)
         samples = _with(samples, places, others)

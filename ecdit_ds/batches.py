@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import EncodersBeside
+from ecdit_ds.data.causes import Replaced
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.mixture import Mixture
+from ecdit_ds.data.replacing import with_good_alone
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps, drop_text
 
 
@@ -43,7 +46,7 @@ class Draw:
             text_mask_BT=samples.text_mask_BT,
             text_pooled_BD=samples.text_pooled_BD,
             kept_BN=self._draw_kept(index_B, shape),
-            replaced=tuple(bad for place in sorted(samples.replaced) for bad in samples.replaced[place]),
+            replaced=_replaced(samples),
         )
         if samples.lacks_latents or samples.lacks_text:
             return Unfinished(batch=batch, samples=samples, text_kept_B=kept_B)
@@ -61,6 +64,10 @@ class Draw:
         return draw_kept_tokens(stream_index_B, train.seed, model.num_tokens, num_kept)
 
 
+def _replaced(samples: Samples) -> tuple[Replaced, ...]:
+    return tuple(bad for place in sorted(samples.replaced) for bad in samples.replaced[place])
+
+
 def with_text(batch: FlowBatch, samples: Samples, text_kept_B: Tensor, null_text: TextEmbeddings) -> FlowBatch:
     """Return the batch with the samples' texts; where they are not kept, the text of no text is written over them."""
     return replace(
@@ -76,7 +83,8 @@ class Finish:
     """A step's micro-batches through the frozen encoders, all at once; for `encoded_ahead`."""
 
     encoders: EncodersBeside
-    null_text: TextEmbeddings
+    mixture: Mixture
+    """What the samples are of, to name those that nothing finite comes of."""
 
     def __call__(self, step: Sequence[FlowBatch | Unfinished]) -> list[FlowBatch]:
         raw = [part for part in step if isinstance(part, Unfinished)]
@@ -85,6 +93,7 @@ class Finish:
             return [part if isinstance(part, FlowBatch) else self._whole(part, next(finished)) for part in step]
 
     def _whole(self, part: Unfinished, samples: Samples) -> FlowBatch:
-        batch = replace(part.batch, latents_BCHW=samples.latents_BCHW)
-        batch = with_text(batch, samples, part.text_kept_B, self.null_text)
+        samples = with_good_alone(self.mixture, samples)
+        batch = replace(part.batch, latents_BCHW=samples.latents_BCHW, replaced=_replaced(samples))
+        batch = with_text(batch, samples, part.text_kept_B, self.mixture.null_text)
         return batch if self.encoders.stream is None else batch.pin_memory()

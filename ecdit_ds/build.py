@@ -26,7 +26,7 @@ from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
 from ecdit_ds.faults import faults_from_environment
-from ecdit_ds.metrics import peak_flops_per_s
+from ecdit_ds.metrics import peak_flops_per_s, tally_of
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.recompute import Recompute
@@ -83,11 +83,11 @@ def run(
             f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
             "raise it, or choose another --output"
         )
-    world.on_first(lambda: folder.begin(recipe, progress.step))
+    bad_before = world.on_first(lambda: tally_of(folder.begin(recipe, progress.step)))
 
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
-        status=status, stop=stop, data=data,
+        status=status, stop=stop, data=data, bad_before=bad_before,
         **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
@@ -244,7 +244,7 @@ def _work(
         if mixture.is_whole:
             return steps
         assert encoders is not None
-        return encoded_ahead(steps, Finish(encoders=encoders, null_text=mixture.null_text))
+        return encoded_ahead(steps, Finish(encoders=encoders, mixture=mixture))
 
     monitor = Monitor(
         recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders

@@ -34,8 +34,8 @@ class DataConfig:
     verify: Literal["checksums", "sizes"] = "checksums"
     """What encoded sets are compared with before training; the ranks share the work. With `sizes` no shard is read."""
     max_bad: float = 0.01
-    """Bad samples are replaced; a run ends at the report by which more than this share of those that it has read since
-    it was started were bad. Until 1,000 were read, the share is of 1,000: one of the first ten ends nothing."""
+    """Bad samples are replaced; a run ends at the report by which more than this share of those that it has read so
+    far, in all its lives, were bad. Until 1,000 were read, the share is of 1,000: one of the first ten ends nothing."""
     seed: int = 0
     """Which scenes; not the training seed, so that runs of several seeds share one set."""
     num_train: int = 16384

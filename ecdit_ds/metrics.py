@@ -3,9 +3,11 @@
 So a step never waits for the device. Suffixes: B pools, S tokens of a pool, E experts.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -113,15 +115,49 @@ class MetricLog:
         return records, shares
 
 
-class BadSamples:
-    """The bad samples that others stand in for, of this life of a run, as all ranks agree upon at reports."""
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Bad samples so far."""
 
-    def __init__(self, max_share: float) -> None:
-        """Begin without any; `max_share` is data.max_bad."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """By cause."""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """The first of each cause, in one line each."""
+
+    def name(self, cause: str, key: str) -> None:
+        """Keep a name among the first ones."""
+        names = self.names.setdefault(cause, [])
+        if len(names) < NAMES and _in_one_line(key) not in names:
+            names.append(_in_one_line(key))
+
+
+def tally_of(lines: Iterable[str]) -> Tally:
+    """Return what the lines of bad_samples.jsonl say of earlier lives."""
+    tally = Tally()
+    for line in lines:
+        bad = json.loads(line)
+        tally.counts[str(bad.get("cause"))] += 1
+        tally.name(str(bad.get("cause")), str(bad.get("key")))
+    return tally
+
+
+class BadSamples:
+    """The bad samples of a run that others stand in for, as all ranks agree upon at reports."""
+
+    def __init__(self, max_share: float, *, before: Tally | None = None, num_trained: int = 0) -> None:
+        """Begin with those of earlier lives.
+
+        Args:
+            max_share: data.max_bad.
+            before: alike on all ranks.
+            num_trained: samples trained on so far.
+        """
         self._max_share = max_share
-        self._read = 0
-        self._counts: Counter[str] = Counter()
-        self._names: dict[str, list[str]] = {}
+        before = before or Tally()
+        self._read = num_trained + before.counts.total()
+        self._tally = Tally(
+            counts=Counter(before.counts), names={cause: [*names] for cause, names in before.names.items()}
+        )
         self._here: list[Replaced] = []
 
     def note(self, replaced: Iterable[Replaced]) -> int:
@@ -145,11 +181,9 @@ class BadSamples:
         self._here = []
         told = sorted((bad for _, of_rank in shared for bad in of_rank), key=lambda bad: bad.position)
         for of_rank, _ in shared:
-            self._counts.update(of_rank)
+            self._tally.counts.update(of_rank)
         for bad in told:
-            names = self._names.setdefault(bad.cause, [])
-            if len(names) < NAMES and _in_one_line(bad.key) not in names:
-                names.append(_in_one_line(bad.key))
+            self._tally.name(bad.cause, bad.key)
         return told
 
     def check(self) -> None:
@@ -158,15 +192,15 @@ class BadSamples:
         Raises:
             GaveUpError: on all ranks alike.
         """
-        bad, least = sum(self._counts.values()), max(self._read, JUDGED_FROM)
+        bad, least = sum(self._tally.counts.values()), max(self._read, JUDGED_FROM)
         if bad <= self._max_share * least:
             return
-        causes = ", ".join(f"{count} {cause}" for cause, count in self._counts.most_common())
-        worst = self._counts.most_common(1)[0][0]
+        causes = ", ".join(f"{count} {cause}" for cause, count in self._tally.counts.most_common())
+        worst = self._tally.counts.most_common(1)[0][0]
         raise GaveUpError(
             f"data.max_bad: {bad} of {self._read} samples read are bad ({causes}), more than {self._max_share:g} of "
-            f"{least}; the first that are {worst}: {', '.join(self._names[worst])}; encode the sets anew without them, "
-            "or go on from the last checkpoint with a higher data.max_bad"
+            f"{least}; the first that are {worst}: {', '.join(self._tally.names[worst])}; encode the sets anew "
+            "without them, or go on from the last checkpoint with a higher data.max_bad"
         )
 
 

@@ -197,8 +197,10 @@ class RunFolder:
                 f"restore a checkpoint, or move {self.metrics.name} away to start afresh"
             )
 
-    def begin(self, recipe: Recipe, step: int) -> None:
+    def begin(self, recipe: Recipe, step: int) -> list[str]:
         """Write the recipe down and drop what an earlier life left beyond `step`, which will be trained again.
+
+        Return the lines of bad samples that stay.
 
         Raises:
             CheckpointError: the run begins at step 0 where an earlier life had come far.
@@ -217,6 +219,7 @@ class RunFolder:
             raise ConfigError(
                 f"--output {self.path}: cannot be written: {error.strerror}; make room, or choose another folder"
             ) from None
+        return kept.get(self.bad_samples, [])
 
 
 def _lines_up_to(log: Path, step: int) -> list[str]:

@@ -23,7 +23,7 @@ from ecdit_ds.engine import DeepSpeedEngine, StepResult
 from ecdit_ds.errors import GaveUpError
 from ecdit_ds.faults import Faults
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.metrics import BadSamples, MetricLog, RoutingProbe, bad_sample_lines, finite_or_none
+from ecdit_ds.metrics import BadSamples, MetricLog, RoutingProbe, Tally, bad_sample_lines, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
@@ -59,6 +59,8 @@ class Surroundings:
     """Whether this rank counts those of its batches: one of each group that trains on the same does."""
     data: Mapping[str, Any]
     """What is trained on, for checkpoints to say; empty where the recipe says it all."""
+    bad_before: Tally
+    """Bad samples that earlier lives met, up to the step that is gone on from."""
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
 
@@ -77,19 +79,12 @@ class Trainer:
         self.recipe, self.engine, self.world = recipe, engine, world
         self._given, self._callbacks = surroundings, callbacks
         self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
-        self._bad = BadSamples(recipe.data.max_bad)
+        self._bad = BadSamples(recipe.data.max_bad)  # `fit` knows what earlier lives met
         given = surroundings
         self._saver = Saver(
-            given.checkpoints,
-            recipe,
-            engine,
-            world,
-            given.lease,
-            given.faults,
-            given.resumed_from,
-            self._note,
+            given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note,
             given.data,
-        )
+        )  # fmt: skip
         self._mute: set[str] = set()
 
     def fit(self, progress: Progress) -> bool:
@@ -105,6 +100,9 @@ class Trainer:
         """
         train = self.recipe.train
         self._given.status.step = progress.step
+        self._bad = BadSamples(
+            self.recipe.data.max_bad, before=self._given.bad_before, num_trained=progress.samples_seen
+        )
         if progress.step == 0:
             self._evaluate(0)
         for micro_batches, seconds_waited in _timed(self._batches(progress)):

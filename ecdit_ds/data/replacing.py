@@ -2,6 +2,9 @@
 
 What a set says is bad is, and so are numbers that are not finite and texts without a token. Attempt k at a position
 reads `Mixture.ids_at(position, k)`; noise, time and kept tokens belong to the position, and stay.
+
+What frozen encoders make beside training is known too late for that: there, another sample of the micro-batch comes
+twice, so micro-batches of another size may have another one.
 """
 
 import dataclasses
@@ -41,15 +44,48 @@ def read_good(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:
             replaced[place] = (*replaced.get(place, ()), what)
         if attempt == MAX_REPLACEMENTS:
             last = told[0]
+            mend = "look through the set with tools/encode_data.py inspect, and encode it anew"
+            if samples.lacks_latents:  # raw files
+                mend = "look whether its files are still there, and mend or leave out those that are bad"
             raise DataError(
                 f"{last.set}: {MAX_REPLACEMENTS} replacements in a row are bad at position {last.position} of the "
-                f"stream, the last is {last.key} ({last.cause}); look through the set with tools/encode_data.py "
-                "inspect, and encode it anew"
+                f"stream, the last is {last.key} ({last.cause}); {mend}"
             )
         others = mixture.read(positions[places], attempt + 1)
         samples = _with(samples, places, others)
         bad = {int(places[i]): what for i, what in _bad_of(others).items()}
     return dataclasses.replace(samples, bad={}, replaced=replaced)
+
+
+def with_good_alone(mixture: Mixture, samples: Samples) -> Samples:
+    """Return what encoders made of a micro-batch, with the next good sample, cyclically, at each bad place.
+
+    Raises:
+        DataError: no sample of the micro-batch is good; names the first.
+    """
+    bad = _bad_of(samples)
+    if not bad:
+        return samples
+    positions, replaced = samples.stream_index_B.numpy(), dict(samples.replaced)
+    places = np.array(sorted(bad), dtype=np.int64)
+    for place in places.tolist():
+        tried = replaced.get(place, ())
+        told = _told(mixture, positions[place : place + 1], len(tried), [bad[place]])
+        replaced[place] = (*tried, *told)
+    good = np.setdiff1d(np.arange(len(positions)), places)
+    if not len(good):
+        first = replaced[0][-1]
+        raise DataError(
+            f"{first.set}: the encoders beside training make nothing to train on of any of {len(positions)} samples "
+            f"from position {first.position} of the stream on, the first is {first.key} ({first.cause}); let them "
+            "compute in fp32, or look at these samples"
+        )
+    chosen = np.arange(len(positions))
+    chosen[places] = good[np.searchsorted(good, places) % len(good)]
+    changed: dict[str, Any] = {"captions": tuple(samples.captions[i] for i in chosen.tolist()), "replaced": replaced}
+    for name in ("latents_BCHW", "text_embeds_BTD", "text_mask_BT", "text_pooled_BD"):
+        changed[name] = getattr(samples, name)[torch.from_numpy(chosen)]
+    return dataclasses.replace(samples, **changed)
 
 
 def _bad_of(samples: Samples) -> dict[int, BadSample | Cause]:

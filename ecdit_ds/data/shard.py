@@ -1,14 +1,22 @@
 """One mapped Arrow shard: rows are found by arithmetic, and a tensor row is copied once, from the map to its batch."""
 
+import errno
+import os
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ecdit_ds.errors import DataError
+
+_SCARCE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the machine ran out of, and no fault of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +36,39 @@ class Rows:
         return str(characters[offsets[row] : offsets[row + 1]], "utf-8")
 
 
+class Recent:
+    """Numbers in the order of their last use, at most so many; any thread may use it. Travels empty."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._numbers: dict[int, None] = {}
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type["Recent"], tuple[int]]:
+        return Recent, (self._most,)
+
+    def use(self, numbers: Iterable[int]) -> list[int]:
+        """Note that some numbers are used, and return those to let go of."""
+        with self._lock:
+            for number in numbers:
+                self._numbers.pop(number, None)
+                self._numbers[number] = None
+            gone = list(islice(self._numbers, max(0, len(self._numbers) - self._most)))
+            for number in gone:
+                del self._numbers[number]
+        return gone
+
+
 @dataclass
 class Shard:
-    """A shard of a set, mapped when it is first read; only its path travels to another process."""
+    """A shard of a set, mapped when it is read and not mapped yet; only its path travels to another process."""
 
     path: Path
     count: int
     row_bytes: dict[str, int]
     """Bytes a row of each tensor column."""
-    _batches: list[Rows] = field(default_factory=list)
-    _starts: list[int] = field(default_factory=list)
-    """The first row of each batch."""
+    _mapped: tuple[list[int], list[Rows]] | None = None
+    """The first row of each batch, and the batches."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "count": self.count, "row_bytes": self.row_bytes}
@@ -50,14 +80,20 @@ class Shard:
         """Return the rows among which a row of the shard is, and which of them it is.
 
         Raises:
-            DataError: the file is no shard of `count` rows of these sizes.
+            DataError: the file is no shard of `count` rows of these sizes, or cannot be mapped.
         """
-        if not self._batches:
-            self._open()
-        number = bisect_right(self._starts, row) - 1
-        return self._batches[number], row - self._starts[number]
+        mapped = self._mapped  # one look, since another thread may close it
+        if mapped is None:
+            self._mapped = mapped = self._open()
+        starts, batches = mapped
+        number = bisect_right(starts, row) - 1
+        return batches[number], row - starts[number]
 
-    def _open(self) -> None:
+    def close(self) -> None:
+        """Let go of the map."""
+        self._mapped = None
+
+    def _open(self) -> tuple[list[int], list[Rows]]:
         try:
             with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
                 found = [batch for batch in reader if len(batch)]
@@ -71,9 +107,14 @@ class Shard:
             if not ends or ends[-1] != self.count:
                 raise ValueError(f"{ends[-1] if ends else 0} rows, but its index says {self.count}")
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            # Of a failed map, pyarrow tells the number in words alone.
+            if isinstance(error, OSError) and (error.errno in _SCARCE or os.strerror(errno.ENOMEM) in str(error)):
+                raise DataError(
+                    f"{self.path}: cannot be mapped now ({error}); nothing is known to be wrong with the set: raise "
+                    "vm.max_map_count or the limit of open files, or free memory, and give the same command"
+                ) from None
             raise DataError(f"{self.path}: is no shard of this set ({error}); encode the set anew") from None
-        self._starts = [0, *ends[:-1]]
-        self._batches = batches
+        return [0, *ends[:-1]], batches
 
 
 def _block(batch: pa.RecordBatch, name: str, row_bytes: int) -> memoryview:

@@ -72,6 +72,7 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         DataError: one is not named, not there, holds nothing, or does not fit the model or what it is mixed with.
     """
     key, paths = "path" if split == "train" else "heldout_path", _paths(recipe, split)
+    _check_twice(f"data.{key}", paths)
     if recipe.data.is_online:
         return _check_raw(recipe, split, f"data.{key}", paths)
     if not paths:
@@ -93,6 +94,15 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
     if split == "heldout":
         _check_encoders(indexes[paths[0]], paths[0], recipe)
     return _facts_of(held, recipe.data.weights if split == "train" else ())
+
+
+def _check_twice(key: str, paths: tuple[str, ...]) -> None:
+    """Refuse a set that is named twice, be it by other names; `DataConfig` compares names alone."""
+    named: dict[Path, str] = {}
+    for path in paths:
+        first = named.setdefault(Path(path).resolve(), path)
+        if first != path:
+            raise DataError(f"{key}: {first} and {path} are the same; name one, and give it a higher data.weights")
 
 
 def _check_raw(recipe: Recipe, split: Split, key: str, paths: tuple[str, ...]) -> SplitFacts:

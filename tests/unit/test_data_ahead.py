@@ -14,9 +14,11 @@ from ecdit_ds.batches import Draw, Finish, Unfinished
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.ahead import THREAD_NAME, encoded_ahead
 from ecdit_ds.data.beside import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, EncodersBeside
+from ecdit_ds.data.causes import Replaced
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import PixelCodec, TextEmbeddings, WordEncoder
 from ecdit_ds.data.images import from_pixels
+from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.objective import FlowBatch, draw_text_kept
@@ -187,6 +189,105 @@ def test_only_what_is_missing_is_encoded() -> None:
     assert again is finished and encoder.captions == [2]
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """A set of pictures named by their number, all of one size."""
+
+    name: str = "pictures"
+    buckets: tuple[tuple[int, int, int], ...] = ((3, 8, 8),)
+    runs: tuple[tuple[int, int], ...] = ((0, 64),)
+    is_whole: bool = False
+    null_text: TextEmbeddings = field(default_factory=lambda: WordEncoder(embed_dim=24, max_tokens=6).null())
+
+    def __len__(self) -> int:
+        return 64
+
+    def name_of(self, sample: int) -> str:
+        """Return its number."""
+        return str(sample)
+
+    def gather(self, indices: object, stream_indices: object) -> Samples:
+        """Nobody asks for any."""
+        raise AssertionError
+
+
+def pictures() -> Mixture:
+    """Return a mixture that only names samples."""
+    return Mixture([Pictures()], seed=0, global_batch_size=16)
+
+
+class Broken(PixelCodec):
+    """An image encoder that has no numbers for some of what it is given."""
+
+    def __init__(self, bad: dict[int, float]) -> None:
+        self.bad = bad
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Return latents, of which one number of each bad image is not finite."""
+        latents_BCHW = super().encode(images_B3HW)
+        for place, number in self.bad.items():
+            latents_BCHW[place, -1, -1, -1] = number
+        return latents_BCHW
+
+
+@dataclass(frozen=True)
+class BrokenWords:
+    """A text encoder that has no pooled vector for some captions."""
+
+    bad: set[int]
+    inner: WordEncoder = field(default_factory=lambda: WordEncoder(embed_dim=24, max_tokens=6))
+
+    def encode(self, captions: Sequence[str]) -> TextEmbeddings:
+        """Return vectors, of which one number of each bad caption is not finite."""
+        made = self.inner.encode(captions)
+        pooled_BD = made.pooled_BD.clone()
+        pooled_BD[sorted(self.bad), 0] = float("nan")
+        return replace(made, pooled_BD=pooled_BD)
+
+
+def finished_of(recipe: Recipe, samples: Samples, latents: dict[int, float], texts: set[int]) -> FlowBatch:
+    """Return a micro-batch finished by encoders that fail at some places."""
+    encoders = EncodersBeside(image_encoder=Broken(latents), text_encoder=BrokenWords(texts))  # type: ignore[arg-type]
+    unfinished = Draw(recipe, pictures().null_text)(samples)
+    (batch,) = Finish(encoders=encoders, mixture=pictures())([unfinished])
+    return batch
+
+
+def test_the_next_finite_sample_of_a_micro_batch_stands_in_for_what_encoders_have_no_numbers_for(
+    tiny_recipe: Recipe,
+) -> None:
+    recipe = replace(tiny_recipe, flow=replace(tiny_recipe.flow, text_dropout_prob=0.0))
+    whole, nan = finished_of(recipe, raw(6, 16), {}, set()), float("nan")
+    batch = finished_of(recipe, raw(6, 16), {1: nan, 5: float("-inf")}, {2})
+    # After place 5 comes place 0.
+    stands_in = [0, 3, 3, 3, 4, 0]
+    for name in ("latents_BCHW", "text_embeds_BTD", "text_mask_BT", "text_pooled_BD"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name)[stands_in]), name
+    assert torch.equal(batch.noise_BCHW, whole.noise_BCHW) and torch.equal(batch.timesteps_B, whole.timesteps_B)
+    keys = pictures().ids_at(np.array([17, 18, 21])).samples_B
+    assert whole.replaced == () and batch.replaced == tuple(
+        Replaced(position=position, set="pictures", key=str(key), cause="not finite")
+        for position, key in zip((17, 18, 21), keys, strict=True)
+    )
+
+
+def test_what_stood_in_for_a_bad_sample_and_proves_bad_itself_is_named_after_it(tiny_recipe: Recipe) -> None:
+    first = Replaced(position=1, set="pictures", key="first", cause="no image")
+    samples = replace(raw(4), replaced={1: (first,)})
+    batch = finished_of(tiny_recipe, samples, {}, {1})
+    key = str(pictures().ids_at(np.array([1]), 1).samples_B[0])
+    assert batch.replaced == (first, replace(first, key=key, cause="not finite"))
+    assert finished_of(tiny_recipe, samples, {}, set()).replaced == (first,)
+
+
+def test_a_micro_batch_that_encoders_have_no_numbers_for_at_all_is_answered_with_one_line(tiny_recipe: Recipe) -> None:
+    with pytest.raises(DataError) as caught:
+        finished_of(tiny_recipe, raw(3), {1: float("nan")}, {0, 2})
+    said, key = str(caught.value), pictures().ids_at(np.array([0])).samples_B[0]
+    assert "\n" not in said and said.startswith("pictures: ") and "any of 3 samples from position 0" in said
+    assert f"the first is {key} (not finite)" in said
+
+
 @pytest.fixture
 def recipe(tiny_recipe: Recipe) -> Recipe:
     """Return a recipe that drops half of all texts and masks nothing."""
@@ -201,7 +302,7 @@ def test_a_micro_batch_finished_beside_training_is_the_one_that_a_stored_sample_
     assert isinstance(unfinished, Unfinished)
     whole = draw(encoders.finish([samples])[0])
     assert isinstance(whole, FlowBatch)
-    (finished, untouched) = Finish(encoders=encoders, null_text=null)([unfinished, whole])
+    (finished, untouched) = Finish(encoders=encoders, mixture=pictures())([unfinished, whole])
     assert untouched is whole
     for name, values in vars(whole).items():
         there = getattr(finished, name)
@@ -213,7 +314,7 @@ def test_dropped_texts_are_the_text_of_no_text(recipe: Recipe) -> None:
     null = encoders.text_encoder.null()
     samples = raw(16)
     unfinished = Draw(recipe, null)(samples)
-    (batch,) = Finish(encoders=encoders, null_text=null)([unfinished])
+    (batch,) = Finish(encoders=encoders, mixture=pictures())([unfinished])
     kept_B = draw_text_kept(samples.stream_index_B, recipe.train.seed, recipe.flow)
     assert 0 < kept_B.sum() < 16
     own = encoders.text_encoder.encode(samples.captions)

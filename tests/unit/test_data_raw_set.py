@@ -26,6 +26,7 @@ from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.raw_set import RawSet, open_raw_set
+from ecdit_ds.data.replacing import read_good
 from ecdit_ds.data.source import RawSample, Source, Unit
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.data.splits import check_split, open_split
@@ -193,6 +194,23 @@ def test_one_picture_of_a_folder_is_read_without_the_others(tmp_path: Path, monk
     assert dataset.gather(np.array([4]), np.array([4])).bad == {}
     samples = dataset.gather(np.array([0, 4]), np.array([0, 4]))
     assert {place: bad.cause for place, bad in samples.bad.items()} == {0: "no image"}
+
+
+def test_a_source_that_is_gone_is_not_told_to_be_encoded_anew(tmp_path: Path, refusal_of: Refusal) -> None:
+    path = write_folder(tmp_path / "source")
+    mixture = Mixture([opened(path)], seed=0, global_batch_size=4)
+    for picture in path.glob("*.*"):
+        picture.unlink()
+    said = refusal_of(lambda: read_good(mixture, np.arange(4)))
+    assert "files are still there" in said and "inspect" not in said and "anew" not in said
+
+
+def test_a_source_named_twice_by_other_names_is_refused(online: Recipe, tmp_path: Path, refusal_of: Refusal) -> None:
+    source = tmp_path / "train"
+    (tmp_path / "link").symlink_to(source)
+    for other in (f"{source}/", str(tmp_path / "link")):
+        twice = replace(online, data=replace(online.data, path=(str(source), other)))
+        assert f"data.path: {source} and {other} are the same" in refusal_of(lambda: check_split(twice, "train"))  # noqa: B023
 
 
 def test_bad_samples_weigh_nothing_in_the_held_out_loss(tmp_path: Path) -> None:

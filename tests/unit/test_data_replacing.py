@@ -176,6 +176,7 @@ def test_where_nothing_is_good_one_line_names_the_last(tmp_path: Path, workers: 
     said = str(caught.value)
     assert "\n" not in said and str(folder) in said
     assert f"{MAX_REPLACEMENTS} replacements in a row are bad at position 0" in said and "(not finite)" in said
+    assert said.endswith("encode it anew")
 
 
 def test_one_good_sample_in_four_is_enough(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 Suffixes: B pools, S tokens of a pool, D hidden_size, E experts.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.causes import Cause, Replaced
 from ecdit_ds.errors import GaveUpError
-from ecdit_ds.metrics import MAX_TOLD, BadSamples, MetricLog, RoutingProbe, bad_sample_lines, peak_flops_per_s
+from ecdit_ds.metrics import MAX_TOLD, BadSamples, MetricLog, RoutingProbe, bad_sample_lines, peak_flops_per_s, tally_of
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
 from ecdit_ds.model_config import ModelConfig
@@ -260,6 +261,20 @@ def test_samples_of_earlier_reports_count_on() -> None:
         bad.agree(WorldOfTwo((Counter(), [])), 100, 6)
     with pytest.raises(GaveUpError, match="12 of 212 samples"):
         bad.check()
+
+
+def test_bad_samples_of_earlier_lives_count_on_with_all_that_was_read() -> None:
+    lines = [json.dumps({"step": 1, **asdict(bad_sample(i))}) + "\n" for i in range(6)]
+    bad = BadSamples(0.01, before=tally_of(lines), num_trained=500)
+    bad.check()
+    bad.note([bad_sample(i, "no image") for i in range(10, 15)])
+    bad.agree(WorldOfTwo((Counter(), [])), 100, 5)
+    with pytest.raises(GaveUpError) as caught:
+        bad.check()
+    said = str(caught.value)
+    assert "11 of 611 samples read are bad (6 not finite, 5 no image)" in said
+    assert "not finite: picture 0, picture 1, picture 2;" in said
+    BadSamples(0.01, before=tally_of(lines[:5]), num_trained=100_000).check()
 
 
 def test_more_than_a_rank_may_name_are_counted_all_the_same() -> None:

@@ -266,3 +266,12 @@ def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder,
     folder.begin(tiny_recipe, step=2)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["notes", "step_2"]
     assert sorted(path.name for path in folder.path.iterdir()) == ["checkpoints", "recipe.yaml"]
+
+
+def test_beginning_gives_the_bad_samples_up_to_the_step_and_drops_later_ones(
+    folder: RunFolder, tiny_recipe: Recipe
+) -> None:
+    lines = [json.dumps({"step": step, "key": "a", "cause": "not finite"}) + "\n" for step in (1, 2, 2, 3)]
+    folder.bad_samples.write_text("".join(lines), encoding="ascii")
+    assert folder.begin(tiny_recipe, step=2) == lines[:3]
+    assert folder.bad_samples.read_text(encoding="ascii") == "".join(lines[:3])

@@ -1,0 +1,91 @@
+"""Shards of a set: few are mapped at a time, and what cannot be mapped is told as what it is."""
+
+import copy
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ecdit_ds.data import dataset as dataset_module
+from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.shard import Recent
+from tests.helpers.made_sets import write_set
+
+SHARDS, ROWS, MOST = 7, 3, 2
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a set of seven shards."""
+    return write_set(tmp_path / "set", [((3, 2, 2), ROWS)] * SHARDS)
+
+
+def maps_of(folder: Path) -> set[str]:
+    """Return which files of a folder this process has mapped."""
+    paths = [line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    return {Path(path).name for path in paths if path.startswith(f"{folder}/shard")}
+
+
+def read(dataset: LatentDataset, *samples: int) -> list[str]:
+    """Return the captions of some samples."""
+    return list(dataset.gather(np.array(samples), np.array(samples)).captions)
+
+
+def test_of_many_shards_the_last_ones_read_stay_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_MAPPED", MOST)
+    dataset = LatentDataset(folder)
+    order = [*range(SHARDS * ROWS), *range(SHARDS * ROWS)]
+    assert [read(dataset, i)[0] for i in order] == [f"set {i}" for i in order]
+    assert maps_of(folder) == {f"shard-{SHARDS - 2:05}.arrow", f"shard-{SHARDS - 1:05}.arrow"}
+    read(dataset, (SHARDS - 2) * ROWS)
+    read(dataset, 0)
+    assert maps_of(folder) == {f"shard-{SHARDS - 2:05}.arrow", "shard-00000.arrow"}
+
+
+def test_a_batch_of_more_shards_than_stay_mapped_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_MAPPED", MOST)
+    dataset = LatentDataset(folder)
+    samples = list(range(SHARDS * ROWS))[::-1]
+    batch = dataset.gather(np.array(samples), np.array(samples))
+    assert list(batch.captions) == [f"set {i}" for i in samples]
+    assert batch.latents_BCHW[:, 0, 0, 0].tolist() == samples
+    assert len(maps_of(folder)) == MOST
+
+
+def test_what_is_mapped_does_not_travel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_MAPPED", MOST)
+    dataset = LatentDataset(folder)
+    read(dataset, 0, ROWS)
+    again = copy.deepcopy(dataset)
+    assert read(again, 2 * ROWS) == [f"set {2 * ROWS}"]
+    assert read(dataset, 0, ROWS) == ["set 0", f"set {ROWS}"]
+
+
+def test_the_number_used_longest_ago_goes_first() -> None:
+    recent = Recent(2)
+    assert recent.use([1, 2]) == []
+    assert recent.use([1]) == []
+    assert recent.use([3]) == [2]
+    assert recent.use([4, 5, 6]) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("Memory mapping file failed: Cannot allocate memory"), OSError(errno.EMFILE, "Too many open files")],
+)
+def test_what_the_machine_ran_out_of_is_no_fault_of_the_set(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: Callable[[Callable[[], object]], str], error: OSError
+) -> None:
+    dataset = LatentDataset(folder)
+
+    def fail(_path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(pa, "memory_map", fail)
+    said = refusal_of(lambda: read(dataset, 0))
+    assert "shard-00000.arrow: cannot be mapped now" in said and "vm.max_map_count" in said and "anew" not in said
+    monkeypatch.undo()
+    assert read(dataset, 0) == ["set 0"]

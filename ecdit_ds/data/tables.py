@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from ecdit_ds.data.causes import BadSample, Cause
 from ecdit_ds.data.source import (
@@ -185,8 +184,10 @@ def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> H
         raise DataError(
             f"{name}: is neither here nor a dataset that the hub gave ({_first_line(error)}); name a file or folder"
         ) from None
+    from huggingface_hub import constants  # seconds, that training need not wait for
+
     # Where the hub's clients put the files of this dataset, and what they unpacked of its archives.
-    snapshots = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     roots = [snapshots.resolve(), Path(datasets.config.DOWNLOADED_DATASETS_PATH).resolve()]
     return _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
 

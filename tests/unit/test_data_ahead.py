@@ -194,6 +194,7 @@ class Pictures:
     """A set of pictures named by their number, all of one size."""
 
     name: str = "pictures"
+    fingerprint: str = "pictures"
     buckets: tuple[tuple[int, int, int], ...] = ((3, 8, 8),)
     runs: tuple[tuple[int, int], ...] = ((0, 64),)
     is_whole: bool = False

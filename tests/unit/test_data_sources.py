@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ecdit_ds.data import tables
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.source import Columns, RawSample
 from ecdit_ds.data.sources import open_source
@@ -450,7 +449,7 @@ def test_picture_files_of_the_hub_are_read_from_its_cache(
     images = [{"bytes": None, "path": str(tmp_path / place / row["path"])} for row in rows()]
     table = datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
-    monkeypatch.setattr(tables, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "downloads")
     assert_all_there(read_all("owner/photographs")[0])
     is_of_one = place.startswith("hub")

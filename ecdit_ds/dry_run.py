@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoder_facts import count_frozen
+from ecdit_ds.data.mixture import Bucket
 from ecdit_ds.data.splits import SplitFacts, check_split
 from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
@@ -114,12 +116,27 @@ def _data(recipe: Recipe) -> list[str]:
     splits: list[tuple[Split, str, tuple[str, ...]]] = [
         ("train", "path", data.paths), ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
     ]  # fmt: skip
-    lines = [
-        f"data         data.{key} names no folder yet, and training will not start without" if not paths
-        else f"data         {_told(check_split(recipe, split), 'raw' if data.is_online else 'encoded')}"
-        for split, key, paths in splits
-    ]  # fmt: skip
+    lines = []
+    for split, key, paths in splits:
+        if not paths:
+            lines.append(f"data         data.{key} names no folder yet, and training will not start without")
+            continue
+        facts = check_split(recipe, split)
+        lines.append(f"data         {_told(facts, 'raw' if data.is_online else 'encoded')}")
+        if split == "train":
+            lines += small_sizes(facts.held, recipe.train.global_batch_size)
     return [*lines, *_beside(recipe)]
+
+
+def small_sizes(held: Mapping[Bucket, int], batch: int) -> list[str]:
+    """Return a line about sizes of latents of which there are fewer samples than a step takes, if any are."""
+    few = [f"{height} x {width} ({count})" for (_, height, width), count in held.items() if count < batch]
+    if not few:
+        return []
+    return [
+        f"small        fewer samples than the {batch} of a step: {', '.join(few)}; some come twice or more in a "
+        "step; encode with fewer --buckets, or lower train.global_batch_size"
+    ]
 
 
 def _beside(recipe: Recipe) -> list[str]:

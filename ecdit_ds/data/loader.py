@@ -179,6 +179,14 @@ def _steps(loader: DataLoader[T | _Failed], num_micro_batches: int) -> Iterator[
     try:
         while step := [_checked(batch) for batch in itertools.islice(micro_batches, num_micro_batches)]:
             yield step
+    except RuntimeError as error:
+        # Torch names the signal in words alone, and blames shared memory for it.
+        if str(signal.strsignal(signal.SIGBUS)) not in str(error):
+            raise
+        raise DataError(
+            "a loader worker was ended by a bus error: a file of the training set shrank while it was read, or "
+            "/dev/shm is full; compare the sets with tools/encode_data.py inspect, or lower data.num_workers"
+        ) from None
     finally:
         atexit.unregister(stop_workers)
         stop_workers()

@@ -27,6 +27,8 @@ class SplitFacts:
     """Path -> share of what is read."""
     buckets: Mapping[Bucket, Fraction]
     """(C, H, W) of latents -> share of what is read."""
+    held: Mapping[Bucket, int]
+    """(C, H, W) of latents -> samples in all sets."""
 
 
 def open_split(
@@ -126,6 +128,7 @@ def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ..
             for number, path in enumerate(held)
         },
         buckets={bucket: sum(of_sets.values(), Fraction()) for bucket, of_sets in shares.items()},
+        held={bucket: sum(of_set.get(bucket, 0) for of_set in held.values()) for bucket in shares},
     )
 
 

@@ -241,3 +241,18 @@ def test_evaluation_weighs_each_sample_once_and_gives_all_ranks_equal_work(
 def test_evaluation_reads_the_set_in_its_own_order(dataset: LatentDataset) -> None:
     ((samples, _),) = evaluate(dataset, NUM_SAMPLES, 1)[0]
     assert samples.captions == tuple(dataset[i].caption for i in range(NUM_SAMPLES))
+
+
+def read_what_shrank(samples: Samples) -> Samples:
+    """End as a process does that reads a map beyond the end of its file."""
+    os.kill(os.getpid(), signal.SIGBUS)
+    return samples
+
+
+def test_a_worker_that_a_bus_error_ends_is_answered_with_one_line_about_its_causes(dataset: LatentDataset) -> None:
+    steps = training_batches(
+        Mixture([dataset], seed=0, global_batch_size=8), micro_batch_size=8, dp_rank=0, dp_size=1, start_sample=0,
+        end_sample=8, num_workers=1, transform=read_what_shrank,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"^a loader worker was ended by a bus error: .* shrank .* /dev/shm is full.*$"):
+        list(steps)

@@ -16,6 +16,7 @@ from ecdit_ds import train
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.drawing import encoders_of
+from ecdit_ds.dry_run import small_sizes
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.forked import in_a_copy
 from tests.helpers.made_sets import write_set
@@ -185,3 +186,10 @@ def test_flags_of_a_dry_run_are_refused_without_it(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--world-size: 2 has no effect without --dry-run" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_sizes_of_which_there_are_fewer_samples_than_a_step_takes_are_told() -> None:
+    held = {(3, 4, 4): 64, (3, 2, 8): 63, (3, 8, 2): 5}
+    (line,) = small_sizes(held, 64)
+    assert "the 64 of a step: 2 x 8 (63), 8 x 2 (5);" in line and "fewer --buckets" in line
+    assert small_sizes(held, 5) == []

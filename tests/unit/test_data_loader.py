@@ -23,6 +23,7 @@ from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.data_config import DataConfig
+from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
 
 NUM_SAMPLES = 21

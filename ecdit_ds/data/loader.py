@@ -37,6 +37,10 @@ T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that comes when the parent dies."""
+_BUS_ERROR = (
+    "a loader worker was ended by a bus error: a file of the training set shrank while it was read, or /dev/shm is "
+    "full; compare the sets with tools/encode_data.py inspect, or lower data.num_workers"
+)
 
 
 def training_batches(
@@ -179,17 +183,18 @@ def _steps(loader: DataLoader[T | _Failed], num_micro_batches: int) -> Iterator[
     try:
         while step := [_checked(batch) for batch in itertools.islice(micro_batches, num_micro_batches)]:
             yield step
-    except RuntimeError as error:
-        # Torch names the signal in words alone, and blames shared memory for it.
-        if str(signal.strsignal(signal.SIGBUS)) not in str(error):
-            raise
-        raise DataError(
-            "a loader worker was ended by a bus error: a file of the training set shrank while it was read, or "
-            "/dev/shm is full; compare the sets with tools/encode_data.py inspect, or lower data.num_workers"
-        ) from None
+    except RuntimeError:
+        # What torch says depends on who notices first, and names the signal in words, if at all.
+        if _had_bus_error(micro_batches):
+            raise DataError(_BUS_ERROR) from None
+        raise
     finally:
         atexit.unregister(stop_workers)
         stop_workers()
+
+
+def _had_bus_error(micro_batches: object) -> bool:
+    return any(worker.exitcode == -signal.SIGBUS for worker in getattr(micro_batches, "_workers", ()))
 
 
 def _checked(micro_batch: T | _Failed) -> T:

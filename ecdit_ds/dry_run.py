@@ -56,7 +56,8 @@ def dry_run(
 
     Args:
         output: the run's folder, which need not exist.
-        is_named: whether a person named it; only then a lack of room in it is an error.
+        is_named: whether a person named it, and means to train there; only then a lack of room in it, or of data, is an
+            error.
 
     Raises:
         EcditError: the run would fail, and why.
@@ -69,6 +70,8 @@ def dry_run(
     lines += ["", *_memory_table(recipe, topology, deepspeed_config, rank), ""]
     unnamed = [f"data.{key}" for key in ("path", "heldout_path") if getattr(recipe.data, key) is None]
     is_ready = recipe.data.dataset != "encoded" or not unnamed
+    if is_named and not is_ready:
+        raise ConfigError(f"{unnamed[0]}: names no folder; give --set {unnamed[0]}=DIR")
     verdict = "all checks passed" if is_ready else f"all checks passed, but training needs {' and '.join(unnamed)}"
     return "\n".join([*lines, f"{verdict}; nothing was trained"])
 

@@ -7,6 +7,7 @@ OUTPUT/bad_samples.jsonl    one line a sample that was replaced, and why; not th
 OUTPUT/checkpoints/step_N   layout-free checkpoints
 OUTPUT/tensorboard/         the same numbers, and sample grids
 OUTPUT/samples/             sample grids as PNG
+OUTPUT/slurm/               of jobs of slurm/: their lives, and a log a rank
 OUTPUT/.lock, .attempt      which process writes there, and which start of the run may publish
 """
 
@@ -27,11 +28,12 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
+from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.snapshot import check_same_recipe
 
 _LOCK_PATIENCE_S = 60.0
 _OWN_LOCK = ".lock"
-_OWN_NAMES = (_OWN_LOCK, LEASE_NAME, "recipe.yaml.tmp")  # what a kill in the first moments leaves
+_OWN_NAMES = (_OWN_LOCK, LEASE_NAME, LOGS, "recipe.yaml.tmp")  # what a job's start, or a kill soon after, leaves
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,13 @@ class StopRequest:
         """What asked first, such as SIGTERM; what asks later changes nothing."""
 
     def listen(self) -> None:
-        """Take over both signals; until then their default kills, so call this before slow imports."""
+        """Take over both signals; until then their default kills, so call this before slow imports.
+
+        Those that `slurm/rank.sh` held back until here come in now.
+        """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
     def launcher_died(self) -> None:
         """Take the end of the launcher for a wish to stop."""

@@ -42,6 +42,7 @@ LAYERS = (
         "ending",
         "faults",
         "callbacks",
+        "slurm",
     ),
     ("engine", "batches", "drawing", "evaluation"),
     ("snapshot", "interpret", "loading", "crew"),
@@ -84,6 +85,7 @@ NEVER_IN = {
         "parallel.topology",
         "parallel.cutting",
         "planner",
+        *(f"slurm.{name}" for name in ("lives", "rank", "ranks", "scheduler", "supervise")),
     ),
     "torch.distributed": ("model", "flow", "data", "checkpoint"),
 }

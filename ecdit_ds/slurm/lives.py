@@ -1,0 +1,140 @@
+"""The lives of a job, and whether it gets another one: decisions only, standard library only.
+
+OUTPUT/slurm/lives.jsonl holds a line at a life's beginning and one at its end; a life that lost its first node has no
+end. A life made progress if the newest published checkpoint is a later one than when it began.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ecdit_ds.errors import ExitCode
+
+LOGS = "slurm"
+"""Folder of a run's folder for what this package leaves."""
+FOR_GOOD = {
+    ExitCode.USER_ERROR: "there is something to mend first, which the log names",
+    ExitCode.GAVE_UP: "training gave up, and would again",
+    ExitCode.INTERRUPTED: "somebody interrupted it",
+}
+"""Exit codes after which the job as it is would end the same way, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """A life that began."""
+
+    life: str
+    """JOB.RESTARTS"""
+    step: int
+    """Of the newest checkpoint then; 0 for none."""
+    nodes: str
+    ranks: int
+
+    @property
+    def job(self) -> str:
+        return self.life.partition(".")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What becomes of a job after one of its lives."""
+
+    is_again: bool
+    exit_code: int
+    reason: str
+
+
+def newest_step(output: Path) -> int:
+    """Return the step of the newest published checkpoint of a run; 0 without any."""
+    steps = [0]
+    with contextlib.suppress(OSError):
+        for path in (output / "checkpoints").iterdir():
+            if (match := re.fullmatch(r"step_([0-9]+)", path.name)) and (path / "manifest.json").is_file():
+                steps.append(int(match[1]))
+    return max(steps)
+
+
+class Ledger:
+    """The lives of all jobs that wrote into one run's folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / LOGS
+        self._path = self.folder / "lives.jsonl"
+
+    def begin(self, beginning: Beginning) -> None:
+        """Write down that a life begins."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._append({"event": "begin", "time": _now()} | asdict(beginning))
+
+    def end(self, life: str, code: int, step: int, verdict: Verdict) -> None:
+        """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
+        self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
+        why = self.folder / "why_it_stopped.txt"
+        if verdict.is_again or verdict.exit_code == ExitCode.DONE:
+            why.unlink(missing_ok=True)
+        else:
+            why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
+
+    def beginnings(self) -> list[Beginning]:
+        """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""
+        found = []
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if record["event"] == "begin":
+                    found.append(Beginning(life=str(record["life"]), step=int(record["step"]),
+                                           nodes=str(record["nodes"]), ranks=int(record["ranks"])))  # fmt: skip
+        return found
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def count_barren(beginnings: Iterable[Beginning], job: str, step: int) -> int:
+    """Return how many of the last lives of a job, in a row, made no progress.
+
+    Args:
+        step: of the newest checkpoint now, which is where the last one has come to.
+    """
+    steps = [*(life.step for life in beginnings if life.job == job), step]
+    barren = 0
+    for before, after in pairwise(steps):
+        barren = 0 if after > before else barren + 1
+    return barren
+
+
+def judge(code: int, *, barren: int, allowed: int) -> Verdict:
+    """Return what becomes of a job whose life ended with `code`.
+
+    Args:
+        barren: lives in a row without progress, this one among them if it made none.
+        allowed: how many of those end the job.
+    """
+    if code == ExitCode.DONE:
+        return Verdict(is_again=False, exit_code=code, reason="training is done")
+    if code in FOR_GOOD:
+        return Verdict(is_again=False, exit_code=code, reason=f"exit code {code}: {FOR_GOOD[ExitCode(code)]}")
+    if barren >= allowed:
+        reason = (
+            f"exit code {code}, and {barren} lives in a row published no later checkpoint (ECDIT_MAX_LIVES={allowed}); "
+            "mend the cause and submit anew: it goes on from the newest checkpoint"
+        )
+        return Verdict(is_again=False, exit_code=code, reason=reason)
+    what = "saved" if code == ExitCode.SAVED else f"exit code {code}"
+    return Verdict(is_again=True, exit_code=code, reason=f"{what}; {barren} of {allowed} lives without progress")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

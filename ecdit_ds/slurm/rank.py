@@ -1,0 +1,41 @@
+"""One rank, as srun starts it through slurm/rank.sh:  rank.py [--hold-signals] PROGRAM.py ARGUMENTS...
+
+Becomes `python PROGRAM.py ARGUMENTS...` with the variables that PyTorch and DeepSpeed read. With --hold-signals, a
+SIGTERM or SIGUSR1 that comes before the program listens waits for it instead of killing it: blocked signals outlive the
+change of program, and `stopping.StopRequest` lets them in.
+"""
+
+import signal
+import sys
+
+HOLD = "--hold-signals"
+HELD = (signal.SIGTERM, signal.SIGUSR1)
+if __name__ == "__main__" and HOLD in sys.argv[1:2]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    for _number in HELD:
+        signal.signal(_number, signal.SIG_DFL)  # rank.sh had them ignored until here
+
+import os
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from ecdit_ds.errors import EcditError, ExitCode
+from ecdit_ds.slurm.ranks import rank_environment
+
+
+def main(arguments: list[str]) -> int:
+    """Become the program; return only where that cannot be."""
+    command = arguments[arguments[:1] == [HOLD] :]
+    try:
+        os.environ.update(rank_environment(os.environ))
+    except EcditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

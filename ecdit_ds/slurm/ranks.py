@@ -1,0 +1,70 @@
+"""Which rank a process is, from what srun tells it: pure functions of SLURM_* variables, standard library only."""
+
+import re
+from collections.abc import Mapping
+
+from ecdit_ds.errors import TopologyError
+
+_FIRST_PORT, _NUM_PORTS = 20000, 10000
+"""Below the ports that systems hand out by themselves."""
+
+
+def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a step.
+
+    Where the site gives each task one GPU only, that one is number 0 to it. ECDIT_MASTER_ADDR and ECDIT_MASTER_PORT
+    overrule where the ranks meet, which is the step's first node and a port that differs from step to step.
+
+    Raises:
+        TopologyError: srun did not start this process.
+    """
+    tasks = tasks_by_node(_variable(environment, "SLURM_STEP_TASKS_PER_NODE"))
+    node, local_rank = _number(environment, "SLURM_NODEID"), _number(environment, "SLURM_LOCALID")
+    if node >= len(tasks):
+        raise TopologyError(f"SLURM_NODEID: {node}, but SLURM_STEP_TASKS_PER_NODE tells of {len(tasks)} nodes")
+    devices = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    life = int(environment.get("SLURM_RESTART_COUNT", "0"))
+    port = _FIRST_PORT + (job * 101 + life * 11 + step) % _NUM_PORTS
+    return {
+        "RANK": str(_number(environment, "SLURM_PROCID")),
+        "LOCAL_RANK": "0" if len(devices) == 1 else str(local_rank),
+        "LOCAL_SIZE": str(tasks[node]),
+        "WORLD_SIZE": str(_number(environment, "SLURM_STEP_NUM_TASKS")),
+        "MASTER_ADDR": environment.get("ECDIT_MASTER_ADDR")
+        or first_host(_variable(environment, "SLURM_STEP_NODELIST")),
+        "MASTER_PORT": environment.get("ECDIT_MASTER_PORT") or str(port),
+    }
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """Return `[2, 2, 1]` of `2(x2),1`."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if not match:
+            raise TopologyError(f"SLURM_STEP_TASKS_PER_NODE: {text!r} is not like 8(x64) or 2(x2),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(nodes: str) -> str:
+    """Return `gpu-003` of `gpu-[003,007-009],login[1-2]`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first[0] if first else "")
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise TopologyError(f"SLURM_STEP_NODELIST: {nodes!r} names no first host; set ECDIT_MASTER_ADDR")
+    return host
+
+
+def _variable(environment: Mapping[str, str], name: str) -> str:
+    if name not in environment:
+        raise TopologyError(f"environment variable {name} is missing: srun starts ranks, in a job of slurm/")
+    return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = _variable(environment, name)
+    if not text.isdecimal():
+        raise TopologyError(f"environment variable {name}: {text!r} is not a number")
+    return int(text)

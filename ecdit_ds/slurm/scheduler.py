@@ -1,0 +1,143 @@
+"""What Slurm's controller knows of a job, and asking it for another life; standard library only.
+
+A job is asked after by number, or for an array's task by ARRAY_TASK: the bare number of some tasks is the array's too.
+"""
+
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ecdit_ds.errors import ConfigError
+
+_CALL_SECONDS = 60.0
+_LOOK_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """This job, as its own environment tells."""
+
+    name: str
+    """What scontrol calls it: `12`, or `12_3`, task 3 of array 12."""
+    number: str
+    """Its own number, which array tasks have as well."""
+    restarts: int
+    """How many lives it had before."""
+    num_ranks: int
+    nodes: str
+
+    @property
+    def life(self) -> str:
+        """Return what tells this life from all others; leases of checkpoints begin with it too."""
+        return f"{self.number}.{self.restarts}"
+
+
+def own_job(environment: Mapping[str, str]) -> Job:
+    """Return the job whose batch script this process is part of.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        number = environment["SLURM_JOB_ID"]
+        array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        return Job(
+            name=f"{array}_{task}" if array else number, number=number,
+            restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),  # not there in the first life
+            num_ranks=int(environment["SLURM_NTASKS"]), nodes=environment["SLURM_JOB_NODELIST"],
+        )  # fmt: skip
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{error}: no batch job; submit one, such as sbatch slurm/train_97b.sh") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What the controller says of a job."""
+
+    state: str
+    """RUNNING, COMPLETING (ended by somebody, still being taken down), PENDING, ..."""
+    reason: str
+    """TimeLimit where that ended it."""
+    restarts: int
+    limit_seconds: float | None
+    """None for no limit."""
+
+
+def parse_state(line: str) -> JobState:
+    """Read a line of `scontrol show job --oneliner`.
+
+    Raises:
+        ConfigError: it has not what is wanted.
+    """
+    found = {key: re.search(rf"(?:^| ){key}=(\S+)", line) for key in ("JobState", "Reason", "Restarts", "TimeLimit")}
+    values = {key: match[1] for key, match in found.items() if match}
+    if len(values) < len(found):
+        raise ConfigError(f"scontrol show job: {line[:200]!r} tells no {', '.join(found.keys() - values)}")
+    return JobState(
+        state=values["JobState"], reason=values["Reason"], restarts=int(values["Restarts"]),
+        limit_seconds=parse_limit(values["TimeLimit"]),
+    )  # fmt: skip
+
+
+def parse_limit(text: str) -> float | None:
+    """Return the seconds of `[DAYS-]HH:MM:SS`; None for UNLIMITED."""
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
+
+
+def ask_state(job: Job, patience_s: float) -> JobState:
+    """Return the job's state; a controller that restarts is waited for.
+
+    Raises:
+        ConfigError: it did not answer within `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return parse_state(_call("scontrol", "show", "job", "--oneliner", job.name))
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_EVERY_S)
+
+
+def is_alive(job_number: str) -> bool:
+    """Return whether a job waits, runs or is being taken down; False where nobody can tell any more."""
+    try:
+        return bool(_call("squeue", "--noheader", "--jobs", job_number, "--format", "%T").strip())
+    except ConfigError:
+        return False
+
+
+def seconds_of_warning(job: Job) -> int | None:
+    """Return how long before its end the job's script has the signal come; None where it says nothing.
+
+    What sbatch's own --signal said instead, Slurm tells nobody.
+    """
+    script = _call("scontrol", "write", "batch_script", job.name, "-")
+    match = re.search(r"^#SBATCH\s.*--signal=(?:[RB]+:)?\w+@([0-9]+)", script, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
+def requeue(job: Job) -> None:
+    """Put the job back into the queue; Slurm then ends what is left of this life.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    _call("scontrol", "requeue", job.name)
+
+
+def _call(*command: str) -> str:
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CALL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{' '.join(command)}: {error}") from None
+    if ended.returncode:
+        raise ConfigError(f"{' '.join(command)}: {' '.join(ended.stderr.split()) or f'exit {ended.returncode}'}")
+    return ended.stdout

@@ -1,0 +1,262 @@
+"""One life of a job, from its batch script:  supervise.py srun FLAGS slurm/rank.sh --hold-signals -- train.py FLAGS
+
+What stands before `--` starts ranks, what comes after it is what they run. Refuses what can be known beforehand, checks
+the recipe and every node, starts the ranks, and decides by their exit code and by the checkpoints they left whether
+Slurm shall give the job another life. Runs on the job's first node, with the standard library only: a container that
+ranks live in need not be there.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode
+from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
+from ecdit_ds.slurm.scheduler import Job, JobState, ask_state, is_alive, own_job, requeue, seconds_of_warning
+
+CONTROLLER_PATIENCE_S = 600.0
+"""How long a controller that does not answer is waited for before a job gives up asking for another life."""
+CHECK_MINUTES = 15
+"""Of a check before training; then srun ends it."""
+_TOLD_LINES = 20
+_TAIL_BYTES = 65536
+
+
+class Life:
+    """This life of this job."""
+
+    def __init__(self, job: Job, launcher: Sequence[str], program: Sequence[str], allowed: int) -> None:
+        self._job, self._launcher, self._program, self._allowed = job, list(launcher), list(program), allowed
+        self.output = output_of(program)
+        self._ledger = Ledger(self.output)
+        self._logs = self._ledger.folder / job.life
+
+    def live(self, *, is_checked: bool) -> Verdict:
+        """Do all there is to do, but for asking Slurm for another life.
+
+        Args:
+            is_checked: whether recipe and nodes are checked before the ranks start.
+
+        Raises:
+            ConfigError: nothing was begun, and why.
+        """
+        began, step = time.monotonic(), newest_step(self.output)
+        limit = ask_state(self._job, CONTROLLER_PATIENCE_S).limit_seconds
+        self._refuse_what_is_known(step, limit)
+        self._begin(step)
+        code = self._check(limit) if is_checked else ExitCode.DONE
+        if code == ExitCode.DONE:
+            code = self._train()
+            self._tell_last_words()
+        reached = newest_step(self.output)
+        barren = count_barren(self._ledger.beginnings(), self._job.number, reached)
+        verdict = judge(code, barren=barren, allowed=self._allowed)
+        try:
+            self._ledger.end(self._job.life, code, reached, verdict)
+        except OSError as error:  # such as a full disk: what is decided stands all the same
+            say(f"{self._ledger.folder}: cannot be written: {error.strerror}")
+        say(
+            f"life {self._job.life} ended after {(time.monotonic() - began) / 60:.1f} min with exit code {code}; "
+            f"newest checkpoint: step {reached}, {step} when it began"
+        )
+        return verdict
+
+    def _refuse_what_is_known(self, step: int, limit_seconds: float | None) -> None:
+        warning = number_of("ECDIT_SIGNAL_SECONDS", seconds_of_warning(self._job) or 0)
+        if limit_seconds is not None and limit_seconds <= warning:
+            raise ConfigError(
+                f"the time limit is {limit_seconds / 60:.0f} min, and the signal to save comes {warning} s before it, "
+                "so at the beginning; submit with a longer --time, or with --signal=USR1@S and ECDIT_SIGNAL_SECONDS=S"
+            )
+        lives = self._ledger.beginnings()
+        if lives and lives[-1].job != self._job.number and is_alive(lives[-1].job):
+            raise ConfigError(
+                f"{self.output}: job {lives[-1].job} is not over and trains there; scancel it, or submit with another "
+                "ECDIT_OUTPUT"
+            )
+        barren = count_barren(lives, self._job.number, step)
+        if barren >= self._allowed:
+            raise ConfigError(
+                f"job {self._job.name}: {barren} lives in a row published no later checkpoint than step {step} "
+                f"(ECDIT_MAX_LIVES={self._allowed}), see {self._ledger.folder}; mend the cause and submit anew"
+            )
+
+    def _begin(self, step: int) -> None:
+        job = self._job
+        try:
+            self._ledger.begin(Beginning(life=job.life, step=step, nodes=job.nodes, ranks=job.num_ranks))
+            self._logs.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self._ledger.folder}: cannot be written: {error.strerror}; choose another ECDIT_OUTPUT"
+                              ) from None  # fmt: skip
+        say(f"life {job.life} of {self.output}: {job.num_ranks} ranks on {job.nodes}, from step {step}")
+
+    def _check(self, limit: float | None) -> int:
+        """Check the recipe, in a job's first life, and every node; return 0 where all is well."""
+        checks = [["ecdit_ds/slurm/node_check.py", *(["--limit-seconds", f"{limit:.0f}"] if limit else []), "--"]]
+        checks[0] += self._program[1:]
+        one_task = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
+        flags = [[f"--time={CHECK_MINUTES}"]]
+        if self._job.restarts == 0:
+            checks.insert(0, [*self._program, "--dry-run", f"--world-size={self._job.num_ranks}"])
+            flags.insert(0, [*flags[0], *one_task])
+        for check, more in zip(checks, flags, strict=True):
+            if code := self._srun(more, check):
+                say(f"the check before training failed with exit code {code}; no rank was started")
+                return code
+        return ExitCode.DONE
+
+    def _train(self) -> int:
+        say(f"logs of ranks: {self._logs}/rank_*.log")
+        log = f"{self._logs}/rank_%4t.log"
+        return self._srun([f"--output={log}", f"--error={log}", "--open-mode=append"], self._program)
+
+    def _srun(self, flags: Sequence[str], program: Sequence[str]) -> int:
+        """Run a program on ranks; return the highest exit code."""
+        srun, *rest = self._launcher
+        try:
+            process = subprocess.Popen([srun, *flags_after(rest, flags), *program])
+        except OSError as error:
+            raise ConfigError(f"{srun}: {error.strerror}") from None
+        code = process.wait()
+        return 128 - code if code < 0 else code
+
+    def _tell_last_words(self) -> None:
+        """Repeat in the job's log why ranks ended, each line once, and where it was said."""
+        told: dict[str, Path] = {}
+        for log in sorted(self._logs.glob("rank_*.log")):
+            for line in tail(log):
+                if line.startswith(("end: ", "error: ")):
+                    told.setdefault(line, log)
+        for line, log in list(told.items())[:_TOLD_LINES]:
+            say(f"{log.name}: {line}")
+
+
+def flags_after(rest: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return srun's arguments with more flags, put after those that are there already, so that they win."""
+    at = next((i for i, part in enumerate(rest) if not part.startswith("-")), len(rest))
+    return [*rest[:at], *flags, *rest[at:]]
+
+
+def output_of(program: Sequence[str]) -> Path:
+    """Return the run's folder that train.py's arguments name.
+
+    Raises:
+        ConfigError: they name none.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--output", type=Path)
+    output: Path | None = parser.parse_known_args(list(program))[0].output
+    if output is None:
+        raise ConfigError("train.py --output: is missing; it says where lives and logs are kept")
+    return output
+
+
+def tail(log: Path) -> list[str]:
+    """Return the last lines of a log."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def may_ask_again(job: Job, state: JobState) -> str | None:
+    """Return why a job must not be requeued from this life; None where it may.
+
+    What somebody else has decided stands: a cancelled job stays cancelled, and a life that Slurm believed dead, and
+    replaced by another, leaves that one alone.
+    """
+    if state.restarts != job.restarts:
+        return f"Slurm has begun life {state.restarts} of it already"
+    if state.state == "RUNNING" or (state.state == "COMPLETING" and state.reason == "TimeLimit"):
+        return None
+    return f"Slurm is ending it (state {state.state}, reason {state.reason})"
+
+
+def ask_again(job: Job, verdict: Verdict) -> int:
+    """Have Slurm give the job another life, if that is for this one to decide; return the exit code."""
+    try:
+        against = may_ask_again(job, ask_state(job, CONTROLLER_PATIENCE_S))
+        if against:
+            say(f"not requeued from here: {against}")
+            return verdict.exit_code
+        say(f"requeued: {verdict.reason}")
+        requeue(job)
+    except ConfigError as error:
+        say(f"not requeued: {error}; submit anew: it goes on from the newest checkpoint")
+        return verdict.exit_code
+    return ExitCode.DONE
+
+
+def say(text: str) -> None:
+    """Print into the job's log, with the time."""
+    with suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Live once; return the exit code of the batch script."""
+    try:
+        if "--" not in arguments:
+            raise ConfigError("supervise.py: no -- between what starts ranks and what they run")
+        at = arguments.index("--")
+        job = own_job(os.environ)
+        allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3), bool(number_of("ECDIT_PREFLIGHT", 1))
+        life = Life(job, arguments[:at], arguments[at + 1 :], allowed)
+        verdict = life.live(is_checked=is_checked)
+    except EcditError as error:
+        say(f"error: {error}")
+        return ExitCode.USER_ERROR
+    if verdict.is_again:
+        return ask_again(job, verdict)
+    say(f"not requeued: {verdict.reason}")
+    return verdict.exit_code
+
+
+def number_of(variable: str, default: int) -> int:
+    """Return an environment variable's whole number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not re.fullmatch("[0-9]+", text):
+        raise ConfigError(f"environment variable {variable}: {text!r} is not a whole number")
+    return int(text)
+
+
+def _listen() -> None:
+    """Outlive the signals that Slurm sends to a whole job: the ranks have them too, and say what comes of it.
+
+    Handlers, unlike ignored signals, are not handed on to srun.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def _note(number: int, _frame: object) -> None:
+    os.write(1, f"the job got {signal.Signals(number).name}\n".encode())
+
+
+def _leave(code: int) -> NoReturn:
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _listen()
+    _leave(main(sys.argv[1:]))

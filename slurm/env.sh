@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# What all jobs of this folder need to know of a cluster; sourced by their scripts, from the repository.
+# Set a variable before `sbatch`, or for good in slurm/site.sh (not in git), which is also the place for `module load`.
+
+if [ -f slurm/site.sh ]; then
+    # shellcheck source=/dev/null
+    source slurm/site.sh
+fi
+
+# The environment that `make demo` makes, on a file system that all nodes see.
+export ECDIT_PYTHON=${ECDIT_PYTHON:-$PWD/.venv/bin/python}
+
+# A container: what stands before each rank, such as "apptainer exec --nv /images/ecdit.sif", or flags of srun, such as
+# "--container-image=/images/ecdit.sqsh --container-mounts=$PWD". ECDIT_PYTHON is then the one inside, and
+# ECDIT_HOST_PYTHON (3.11 or later, nothing installed) supervises from outside.
+read -ra ECDIT_WRAPPER <<<"${ECDIT_WRAPPER:-}"
+read -ra ECDIT_SRUN_FLAGS <<<"${ECDIT_SRUN_FLAGS:-}"
+ECDIT_HOST_PYTHON=${ECDIT_HOST_PYTHON:-$ECDIT_PYTHON}
+
+# Where the run is kept. A job of the same name goes on with it; tasks of an array have one each.
+job=${SLURM_JOB_NAME:-run}
+ECDIT_OUTPUT=${ECDIT_OUTPUT:-runs/${job%.sh}}
+ECDIT_OUTPUT+=${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
+# A rehearsal is the same job on CPU ranks, with a model that has everything but size.
+if [ "${ECDIT_REHEARSAL:-0}" = 1 ]; then
+    ECDIT_RECIPE=${ECDIT_RECIPE:-rehearsal}
+    export ECDIT_REHEARSAL CUDA_VISIBLE_DEVICES=
+fi
+
+# Slurm 22.05 and later do not hand the processors of a task on to srun by themselves.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+# Sockets of ranks by their node's fast network where the site has told (slurm/site.sh): NCCL's own guess may be the
+# slow one, and gloo takes the one that the host name resolves to. Data goes over InfiniBand all the same.
+if [ -n "${ECDIT_INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$ECDIT_INTERFACE GLOO_SOCKET_IFNAME=$ECDIT_INTERFACE
+fi
+# Warnings of NCCL tell which link or peer failed; its default is silence.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A collective that fails or hangs ends its process, so that the job ends within minutes instead of at its time limit.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# What each rank was doing then, for finding the one that did not come: one file a rank in the run's folder.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$ECDIT_OUTPUT/slurm/nccl_trace_rank_}
+# Kernels of collectives and of the model in the order in which they were called, so that sums of gradients start early.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Masked and unmasked phases, and evaluation, have other sizes: segments that grow keep memory from fragmenting.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# Hundreds of ranks that ask a hub at once are blocked by it; everything is on the disk.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+# supervise COMMAND -- TRAIN.py ARGUMENTS: checks, the one srun of a script, and another life where there should be one.
+supervise() {
+    exec "$ECDIT_HOST_PYTHON" ecdit_ds/slurm/supervise.py "$@"
+}

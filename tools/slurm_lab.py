@@ -68,13 +68,15 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 {settings}
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=64 RealMemory=4000 Gres=gpu:{gpus}
 NodeName=cpu1 NodeHostname={host} NodeAddr=127.0.0.1 Port={cpu_port} CPUs=64 RealMemory=4000
-PartitionName=low  Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE {grace}
-PartitionName=high Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=cpu  Nodes=cpu1 MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=OFF
+PartitionName=low  Nodes=n[1-{nodes}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
+PartitionName=rude Nodes=n[1-{nodes}] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=high Nodes=n[1-{nodes}] PriorityTier=10 PreemptMode=OFF
+PartitionName=cpu  Nodes=cpu1 PreemptMode=OFF
 """
+"""Jobs of `high` preempt those of `low`, which get GraceTime seconds and KillWait more, and of `rude`, which do not."""
 SETTINGS = {
     "KillWait": "10",
-    "SlurmdTimeout": "20",
+    "SlurmdTimeout": "10",
     "UnkillableStepTimeout": "30",
     "PreemptType": "preempt/partition_prio",
     "PreemptMode": "REQUEUE",
@@ -97,15 +99,12 @@ class Lab:
     Args:
         nodes: how many with GPUs, besides `cpu1` of partition `cpu` that has none.
         gpus: how many files that stand for GPUs a node has.
-        grace_seconds: that a preempted job has, between the first signal and the end.
         settings: further lines of slurm.conf, by name, over `SETTINGS`.
     """
 
-    def __init__(
-        self, nodes: int = 4, gpus: int = 8, grace_seconds: int = 15, settings: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, nodes: int = 4, gpus: int = 8, settings: Mapping[str, str] | None = None) -> None:
         self.nodes, self.gpus = nodes, gpus
-        self._grace, self._settings = grace_seconds, {**SETTINGS, **(settings or {})}
+        self._settings = {**SETTINGS, **(settings or {})}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.folder = Path()
 
@@ -222,7 +221,7 @@ class Lab:
         text = _CONF.format(
             host=socket.gethostname().split(".")[0], folder=self.folder, nodes=self.nodes, gpus=self.gpus,
             controller_port=first, ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
-            grace=f"GraceTime={self._grace}", settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
+            settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
 
@@ -245,13 +244,13 @@ def _kill_all(processes: Iterator[psutil.Process]) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of so many successive ports that nobody listens on, below those that the system hands out."""
-    for first in range(17000 + os.getpid() % 100 * 100, 31000, count):
+    """Return the first of so many successive ports that nobody listens on, below those where ranks meet."""
+    for first in range(10000 + os.getpid() % 90 * 100, 20000 - count, count):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
-    raise ConfigError(f"no {count} free ports in a row below 31000")
+    raise ConfigError(f"no {count} free ports in a row from 10000 to 20000")
 
 
 def _wait_until(is_so: Callable[[], bool], what: str) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ecdit_ds.errors import ConfigError
@@ -59,10 +60,14 @@ class JobState:
     state: str
     """RUNNING, COMPLETING (ended by somebody, still being taken down), PENDING, ..."""
     reason: str
-    """TimeLimit where that ended it."""
     restarts: int
     limit_seconds: float | None
     """None for no limit."""
+
+    @property
+    def is_at_its_limit(self) -> bool:
+        """Return whether its time is over, and nothing else ends it."""
+        return self.state in ("COMPLETING", "TIMEOUT") and self.reason == "TimeLimit"
 
 
 def parse_state(line: str) -> JobState:
@@ -122,6 +127,14 @@ def seconds_of_warning(job: Job) -> int | None:
     script = _call("scontrol", "write", "batch_script", job.name, "-")
     match = re.search(r"^#SBATCH\s.*--signal=(?:[RB]+:)?\w+@([0-9]+)", script, re.MULTILINE)
     return int(match[1]) if match else None
+
+
+def kill_wait_seconds() -> float:
+    """Return how long Slurm waits between SIGTERM and SIGKILL; its default where nobody tells."""
+    with suppress(ConfigError):
+        if match := re.search(r"^KillWait\s*=\s*([0-9]+)", _call("scontrol", "show", "config"), re.MULTILINE):
+            return float(match[1])
+    return 30.0
 
 
 def requeue(job: Job) -> None:

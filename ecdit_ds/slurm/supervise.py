@@ -23,21 +23,59 @@ if __name__ == "__main__":
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
-from ecdit_ds.slurm.scheduler import Job, JobState, ask_state, is_alive, own_job, requeue, seconds_of_warning
+from ecdit_ds.slurm.scheduler import (
+    Job,
+    JobState,
+    ask_state,
+    is_alive,
+    kill_wait_seconds,
+    own_job,
+    requeue,
+    seconds_of_warning,
+)
 
 CONTROLLER_PATIENCE_S = 600.0
 """How long a controller that does not answer is waited for before a job gives up asking for another life."""
 CHECK_MINUTES = 15
 """Of a check before training; then srun ends it."""
+OUT_OF_TIME = 124
+"""Exit code of a life that did not leave before its time limit, as that of timeout(1)."""
+_LOOK_EVERY_S = 1.0
+_LAST_SECONDS = 5.0
 _TOLD_LINES = 20
 _TAIL_BYTES = 65536
+
+
+class Ending:
+    """Whether Slurm ends the whole job, and how long it is until it kills: it signals the batch script as well."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def listen(self) -> None:
+        """Outlive the signals: the ranks have them too, and what comes of it is to be told.
+
+        A handler, unlike an ignored signal, is not handed on to srun.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def is_near(self, kill_wait_s: float) -> bool:
+        """Return whether SIGKILL will come so soon that what is left to do must be done now."""
+        patience_s = max(kill_wait_s / 2, kill_wait_s - _LAST_SECONDS)
+        return self._since is not None and time.monotonic() > self._since + patience_s
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGTERM and self._since is None:
+            self._since = time.monotonic()
 
 
 class Life:
     """This life of this job."""
 
-    def __init__(self, job: Job, launcher: Sequence[str], program: Sequence[str], allowed: int) -> None:
+    def __init__(self, job: Job, launcher: Sequence[str], program: Sequence[str], allowed: int, ending: Ending) -> None:
         self._job, self._launcher, self._program, self._allowed = job, list(launcher), list(program), allowed
+        self._ending, self._kill_wait_s = ending, kill_wait_seconds()
         self.output = output_of(program)
         self._ledger = Ledger(self.output)
         self._logs = self._ledger.folder / job.life
@@ -123,14 +161,23 @@ class Life:
         return self._srun([f"--output={log}", f"--error={log}", "--open-mode=append"], self._program)
 
     def _srun(self, flags: Sequence[str], program: Sequence[str]) -> int:
-        """Run a program on ranks; return the highest exit code."""
+        """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time."""
         srun, *rest = self._launcher
         try:
             process = subprocess.Popen([srun, *flags_after(rest, flags), *program])
         except OSError as error:
             raise ConfigError(f"{srun}: {error.strerror}") from None
-        code = process.wait()
-        return 128 - code if code < 0 else code
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(_LOOK_EVERY_S)
+                return 128 - code if code < 0 else code
+            if self._ending.is_near(self._kill_wait_s) and self._is_at_its_limit():
+                return OUT_OF_TIME
+
+    def _is_at_its_limit(self) -> bool:
+        with suppress(ConfigError):
+            return ask_state(self._job, 0).is_at_its_limit
+        return False
 
     def _tell_last_words(self) -> None:
         """Repeat in the job's log why ranks ended, each line once, and where it was said."""
@@ -181,7 +228,7 @@ def may_ask_again(job: Job, state: JobState) -> str | None:
     """
     if state.restarts != job.restarts:
         return f"Slurm has begun life {state.restarts} of it already"
-    if state.state == "RUNNING" or (state.state == "COMPLETING" and state.reason == "TimeLimit"):
+    if state.state == "RUNNING" or state.is_at_its_limit:
         return None
     return f"Slurm is ending it (state {state.state}, reason {state.reason})"
 
@@ -207,7 +254,7 @@ def say(text: str) -> None:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], ending: Ending) -> int:
     """Live once; return the exit code of the batch script."""
     try:
         if "--" not in arguments:
@@ -215,7 +262,7 @@ def main(arguments: list[str]) -> int:
         at = arguments.index("--")
         job = own_job(os.environ)
         allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3), bool(number_of("ECDIT_PREFLIGHT", 1))
-        life = Life(job, arguments[:at], arguments[at + 1 :], allowed)
+        life = Life(job, arguments[:at], arguments[at + 1 :], allowed, ending)
         verdict = life.live(is_checked=is_checked)
     except EcditError as error:
         say(f"error: {error}")
@@ -238,19 +285,6 @@ def number_of(variable: str, default: int) -> int:
     return int(text)
 
 
-def _listen() -> None:
-    """Outlive the signals that Slurm sends to a whole job: the ranks have them too, and say what comes of it.
-
-    Handlers, unlike ignored signals, are not handed on to srun.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _note)
-
-
-def _note(number: int, _frame: object) -> None:
-    os.write(1, f"the job got {signal.Signals(number).name}\n".encode())
-
-
 def _leave(code: int) -> NoReturn:
     with suppress(OSError):
         sys.stdout.flush()
@@ -258,5 +292,6 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _listen()
-    _leave(main(sys.argv[1:]))
+    _ending = Ending()
+    _ending.listen()
+    _leave(main(sys.argv[1:], _ending))

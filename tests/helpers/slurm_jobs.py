@@ -1,0 +1,153 @@
+"""Jobs of slurm/train_97b.sh in a lab: the rehearsal's recipe, slowed down, so that there is time to interfere."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.slurm.lives import Ledger
+from tests.helpers.launch import ROOT, metrics_of
+from tools.slurm_lab import Lab
+
+STEPS = 30
+RECIPE = (
+    "parallel.tp=1", f"train.max_steps={STEPS}", "train.checkpoint_every=6", "train.log_every=1",
+    "train.evaluate_every=1000", "train.sample_every=1000", "train.unmasked_from_step=24", "data.num_workers=0",
+    "data.num_train=64", "sample.prompts=[]",
+)  # fmt: skip
+"""The rehearsal on two ranks with a half of the experts each."""
+ON_CPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+PATIENCE_S = 240.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was submitted."""
+
+    lab: Lab
+    number: str
+    output: Path
+    log: Path
+
+    @property
+    def text(self) -> str:
+        """Return what all its lives said so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def restarts(self) -> int:
+        """Return what the controller counts."""
+        shown = self.lab.ask("scontrol", "show", "job", "-o", self.number)
+        return int(shown.partition("Restarts=")[2].split()[0])
+
+    def ends(self) -> list[dict[str, Any]]:
+        """Return the last lines of the lives that wrote one."""
+        lines = (self.output / "slurm" / "lives.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["event"] == "end"]
+
+    def nodes(self) -> list[str]:
+        """Return the nodes of each life, as Slurm writes them."""
+        return [life.nodes for life in Ledger(self.output).beginnings()]
+
+    def wait(self) -> str:
+        """Wait until the job is over, whatever its number of lives; return its last state."""
+        state = ""
+
+        def is_over() -> bool:
+            nonlocal state
+            shown = self.lab.ask("scontrol", "show", "job", "-o", self.number)
+            state = shown.partition("JobState=")[2].split()[0]
+            return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+
+        self.wait_until(is_over, "its end")
+        return state
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until that step was trained and written down."""
+        log = self.output / "metrics.jsonl"
+        self.wait_until(lambda: log.exists() and any(m["step"] >= step for m in metrics_of(self.output)[-1:]),
+                        f"step {step}")  # fmt: skip
+
+    def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
+        """Wait for something that this job does, or fail with all that it said."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                if is_so():
+                    return
+            except (OSError, ValueError):  # a line that is being written, a controller that is away
+                pass
+            time.sleep(0.1)
+        logs = [f"{path}:\n{path.read_text()[-3000:]}" for path in sorted(self.output.glob("slurm/*/*.log"))]
+        raise AssertionError("\n".join([f"job {self.number} did not come to {what}:", self.text, *logs]))
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the processes that train now, by rank."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or ()
+            if "ecdit_ds/train.py" in command and str(self.output) in command and "--hold-signals" not in command:
+                found.append((int(process.environ()["RANK"]), process))
+        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+    def signal(self, *numbers: signal.Signals, rank: int) -> None:
+        """Send signals to one rank, shortly after one another."""
+        for number in numbers:
+            self.ranks()[rank].send_signal(number)
+            time.sleep(0.05)
+
+
+class Submitter:
+    """Submits jobs that share encoded data."""
+
+    def __init__(self, lab: Lab, root: Path) -> None:
+        self.lab, self.root = lab, root
+
+    @property
+    def recipe(self) -> list[str]:
+        """Return train.py's arguments that make the rehearsal short."""
+        changes = (*RECIPE, f"data.cache_dir={self.root / 'cache'}")
+        return [part for change in changes for part in ("--set", change)]
+
+    def __call__(
+        self, name: str, *flags: str, faults: str = "delay=0.2@step", changes: tuple[str, ...] = (),
+        nodes: int = 2, environment: dict[str, str] | None = None,
+    ) -> Job:  # fmt: skip
+        """Submit slurm/train_97b.sh as a rehearsal with sbatch's `flags`; preflight is off unless asked for."""
+        output, log = self.root / name, self.root / f"{name}.log"
+        given = {
+            "ECDIT_REHEARSAL": "1", "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(output), "ECDIT_PREFLIGHT": "0",
+            "ECDIT_MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "ECDIT_FAULTS": faults,
+            "ECDIT_SIGNAL_SECONDS": "0", "PYTHONDONTWRITEBYTECODE": "",
+        }  # fmt: skip
+        settings = [part for change in changes for part in ("--set", change)]
+        number = self.lab.ask(
+            "sbatch", "--parsable", f"--nodes={nodes}", *ON_CPUS, "--time=60", f"--output={log}", *flags,
+            f"--chdir={ROOT}", str(ROOT / "slurm" / "train_97b.sh"), *self.recipe, *settings,
+            environment=given | {"ECDIT_ROOT": str(ROOT)} | (environment or {}),
+        ).strip()  # fmt: skip
+        return Job(lab=self.lab, number=number, output=output, log=log)
+
+
+def digest(output: Path, step: int = STEPS) -> dict[str, Any]:
+    """Return the checksums of all that a checkpoint holds, and its counts."""
+    manifest = read_manifest(output / "checkpoints" / f"step_{step}")
+    counts = {name: manifest.meta[name] for name in ("samples_seen", "num_updates", "skipped_in_a_row")}
+    return counts | {name: [(str(s.box), s.xxh3) for s in tensor.slices] for name, tensor in manifest.tensors.items()}
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    """Return the steps of a run with their losses."""
+    return [(record["step"], record["loss"]) for record in metrics_of(output)]
+
+
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -1,0 +1,36 @@
+"""A lab for all tests of this folder, and the run that nobody interrupted."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launch import train_many
+from tests.helpers.slurm_jobs import Submitter
+from tools.slurm_lab import Lab, why_not
+
+NODES = 12
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Start a Slurm of our own, and leave nothing of it."""
+    if reason := why_not():
+        pytest.skip(f"no Slurm here: {reason}")
+    with Lab(nodes=NODES) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def submit(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Submitter:
+    """Return `submit(name, *sbatch_flags, ...)`: a rehearsal of two ranks of slurm/train_97b.sh."""
+    return Submitter(lab, tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(submit: Submitter) -> Path:
+    """Return the same run on the same layout, started without Slurm and left alone."""
+    output = submit.root / "uninterrupted"
+    flags = ["--config", "rehearsal", "--deepspeed", "ds_configs/zero2_overlap.json", "--output", str(output)]
+    train_many(submit.root, [(2, [*flags, *submit.recipe])])
+    return output

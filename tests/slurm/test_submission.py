@@ -1,0 +1,229 @@
+"""What sbatch takes, which ranks start with what, and what is refused before they do.
+
+slurm/train_97b.sh is the production script, unchanged, with its 8 ranks and GPUs a node; only the model is left out:
+the container hook puts a witness in the place of the program.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ecdit_ds.errors import ConfigError, ExitCode
+from ecdit_ds.slurm.lives import Beginning, Ledger
+from tests.helpers.launch import ROOT
+from tests.helpers.slurm_jobs import Job, Submitter
+from tools.slurm_lab import Lab
+
+SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
+Witness = Callable[..., Job]
+
+
+def submit_witness(
+    lab: Lab, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
+) -> Job:
+    """Submit a job whose ranks only tell, in `folder`, what they see."""
+    wrapper = folder / "no_model.sh"
+    wrapper.write_text('#!/bin/bash\nexec "$1" "$2" tests/helpers/rank_witness.py "${@:3}"\n')
+    wrapper.chmod(0o755)
+    log = folder / f"{name}.log"
+    given = {
+        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
+        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
+    }  # fmt: skip
+    # `--nodes` is the one number that a lab with fewer than 64 nodes needs otherwise.
+    number = lab.ask(
+        "sbatch", "--parsable", "--nodes=1", f"--output={log}", *flags, SCRIPT, environment=given | (environment or {})
+    ).strip()
+    return Job(lab=lab, number=number, output=folder / name, log=log)
+
+
+@pytest.fixture
+def witness(lab: Lab, hanging: Job, tmp_path: Path) -> Witness:
+    """Return `witness(name, codes, *sbatch_flags, environment=...)`, with files in the test's own folder."""
+    return partial(submit_witness, lab, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hanging(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Submit a job that waits for its time limit, which takes a minute, beside all others."""
+    environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_SIGNAL_SECONDS": "10"}
+    flags = ("--ntasks-per-node=1", "--time=1", "--signal=USR1@10")
+    return submit_witness(lab, tmp_path_factory.mktemp("hanging"), "hanging", "hang,0", *flags, environment=environment)
+
+
+def seen(folder: Path, job: Job, life: int, what: str) -> list[dict[str, Any]]:
+    """Return what the ranks of a step saw, by rank."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{job.number}.{life}.{what}.*.json")]
+    return sorted(found, key=lambda facts: int(facts["environment"]["RANK"]))
+
+
+def test_the_production_script_starts_32_ranks_on_4_nodes_of_8_gpus_and_checks_them_first(
+    lab: Lab, witness: Witness, tmp_path: Path
+) -> None:
+    tested = subprocess.run(
+        ["sbatch", "--test-only", "--nodes=4", SCRIPT], env=lab.environment, capture_output=True, text=True, check=True
+    )
+    assert "to start at" in tested.stderr
+
+    job = witness("production", "42,0", "--nodes=4", "--exclude=n1,n2,n3")
+    assert job.wait() == "COMPLETED", job.text
+    assert job.restarts == 1
+    assert job.nodes() == ["n[4-7]", "n[4-7]"]  # also in the second life
+    for life in (0, 1):
+        ranks = [facts["environment"] for facts in seen(tmp_path, job, life, "train")]
+        assert [int(rank["RANK"]) for rank in ranks] == list(range(32))
+        assert [int(rank["LOCAL_RANK"]) for rank in ranks] == list(range(8)) * 4
+        assert {(rank["WORLD_SIZE"], rank["LOCAL_SIZE"], rank["MASTER_ADDR"]) for rank in ranks} == {("32", "8", "n4")}
+        assert [rank["SLURMD_NODENAME"] for rank in ranks] == [f"n{4 + index // 8}" for index in range(32)]
+        assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1,2,3,4,5,6,7"}
+        assert {rank["OMP_NUM_THREADS"] for rank in ranks} == {"8"}
+        assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
+    ports = {seen(tmp_path, job, life, "train")[0]["environment"]["MASTER_PORT"] for life in (0, 1)}
+    assert len(ports) == 2  # what a port lingers on does not keep the next life from starting
+
+    assert len(seen(tmp_path, job, 0, "node_check")) == len(seen(tmp_path, job, 1, "node_check")) == 32
+    (dry_run,) = seen(tmp_path, job, 0, "dry_run")
+    assert {"--dry-run", "--world-size=32"} <= set(dry_run["arguments"])
+    assert not seen(tmp_path, job, 1, "dry_run")  # the recipe is checked once a job
+    trained = seen(tmp_path, job, 0, "train")[0]["arguments"]
+    assert trained[0] == "ecdit_ds/train.py"
+    assert trained[trained.index("--config") + 1] == "ecdit_m_64e"
+    assert len(list((job.output / "slurm" / f"{job.number}.1").glob("rank_*.log"))) == 32
+
+
+def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
+    lab: Lab, witness: Witness, tmp_path: Path
+) -> None:
+    # The last task's own number is the array's too, so that asking for it by number would requeue all.
+    script = tmp_path / "codes.sh"
+    script.write_text('#!/bin/bash\n[ "$SLURM_ARRAY_TASK_ID" = 1 ] || export WITNESS_CODES=0\nexec "$@"\n')
+    script.chmod(0o755)
+    wrapper = f"{script} {tmp_path / 'no_model.sh'}"
+    flags = ("--array=0-1", "--ntasks-per-node=1", f"--output={tmp_path}/array_%a.log")
+    job = witness("array", "42,0", *flags, environment={"ECDIT_WRAPPER": wrapper, "ECDIT_PREFLIGHT": "0"})
+    folders = [tmp_path / f"array_{task}" for task in (0, 1)]
+
+    def lives() -> list[int]:
+        return [len(Ledger(folder).beginnings()) for folder in folders]
+
+    job.wait_until(lambda: lives() == [1, 2], "a second life of task 1")
+    job.wait_until(lambda: not lab.ask("squeue", "-h", "-j", job.number).strip(), "its end")
+    assert lives() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "environment", "expected"),
+    [
+        ("short", ["--time=5"], {}, "the time limit is 5 min, and the signal to save comes 600 s before it"),
+        ("lives", [], {"ECDIT_MAX_LIVES": "0"}, "0 lives in a row"),
+        ("number", [], {"ECDIT_MAX_LIVES": "many"}, "ECDIT_MAX_LIVES: 'many' is not a whole number"),
+        ("python", [], {"ECDIT_PYTHON": "/nowhere/python"}, "/nowhere/python"),
+        ("root", [], {"ECDIT_ROOT": "/"}, "slurm/env.sh: No such file"),
+    ],
+)
+def test_what_cannot_go_well_is_refused_before_ranks_start(
+    witness: Witness, tmp_path: Path, name: str, flags: list[str], environment: dict[str, str], expected: str
+) -> None:
+    job = witness(name, "0", "--ntasks-per-node=1", *flags, environment=environment)
+    assert job.wait() == "FAILED", job.text
+    assert expected in job.text
+    assert "Traceback" not in job.text
+    assert not seen(tmp_path, job, 0, "train")
+    assert job.restarts == 0
+
+
+def test_a_folder_that_another_job_trains_in_is_refused(lab: Lab, witness: Witness, tmp_path: Path) -> None:
+    one_rank = ("--ntasks-per-node=1",)
+    first = witness("owned", "hang,0", *one_rank, environment={"ECDIT_PREFLIGHT": "0"})
+    first.wait_until(lambda: bool(seen(tmp_path, first, 0, "train")), "its rank")
+    second = witness("owned", "0", *one_rank, f"--output={tmp_path}/second.log", environment={"ECDIT_PREFLIGHT": "0"})
+    assert second.wait() == "FAILED"
+    assert f"job {first.number} is not over and trains there" in (tmp_path / "second.log").read_text()
+    lab.ask("scancel", "--signal=KILL", "--full", first.number)
+    assert [life.job for life in Ledger(first.output).beginnings()] == [first.number]
+
+
+def test_a_job_that_was_requeued_from_outside_with_its_lives_spent_starts_no_ranks(
+    lab: Lab, witness: Witness, tmp_path: Path
+) -> None:
+    job = witness("spent", "0", "--ntasks-per-node=1", "--hold")
+    for restarts in range(3):
+        life = Beginning(life=f"{job.number}.{restarts}", step=40, nodes="n1", ranks=1)
+        Ledger(job.output).begin(life)
+    (job.output / "checkpoints" / "step_40").mkdir(parents=True)
+    (job.output / "checkpoints" / "step_40" / "manifest.json").touch()
+    lab.ask("scontrol", "release", job.number)
+    assert job.wait() == "FAILED", job.text
+    assert "3 lives in a row published no later checkpoint than step 40" in job.text
+    assert not seen(tmp_path, job, 0, "train")
+
+
+def test_gpus_are_asked_of_a_partition_that_has_them(lab: Lab) -> None:
+    with pytest.raises(ConfigError, match="node configuration is not available"):
+        lab.ask("sbatch", "--partition=cpu", "--nodes=1", SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("without gpus", {}, "sees no GPU"),
+        ("grid", {"ECDIT_REHEARSAL": "1"}, "parallel.tp(2)"),
+        ("data", {"ECDIT_RECIPE": "ecdit_xl_8e"}, "data.path"),
+        ("recipe", {"ECDIT_RECIPE": "ecdit_xxxl"}, "ecdit_xxxl"),
+    ],
+)
+def test_the_checks_before_training_refuse_in_one_line_and_are_not_repeated(
+    submit: Submitter, name: str, changes: dict[str, str], expected: str
+) -> None:
+    recipe = ("parallel.ep=1", "train.keep_every=0", *(("parallel.tp=2",) if name == "grid" else ()))
+    environment = {"ECDIT_PREFLIGHT": "1", "ECDIT_REHEARSAL": "0", "ECDIT_RECIPE": "rehearsal"} | changes
+    job = submit(f"refused {name}", "--ntasks-per-node=1", nodes=1, changes=recipe, environment=environment)
+    assert job.wait() == "FAILED", job.text
+    assert [line for line in job.text.splitlines() if line.startswith("error: ") and expected in line], job.text
+    assert "Traceback" not in job.text
+    (end,) = job.ends()
+    assert (end["code"], end["is_again"]) == (ExitCode.USER_ERROR, False)
+    assert not list(job.output.glob("slurm/*/rank_*.log"))
+
+
+def test_a_rehearsal_of_both_parallel_axes_passes_its_checks_and_trains(submit: Submitter) -> None:
+    job = submit("rehearsal", nodes=4, faults="", changes=("parallel.tp=2", "train.max_steps=2"),
+                 environment={"ECDIT_PREFLIGHT": "1"})  # fmt: skip
+    assert job.wait() == "COMPLETED", job.text
+    assert "layout       4 ranks = data 2 x tensor 2; experts over 2" in job.text
+    assert "nodes        4 with the same" in job.text
+    assert "4 summed up alike" in job.text
+    assert not list((job.output / "slurm").glob(".s*"))
+    assert (job.output / "checkpoints" / "step_2" / "manifest.json").is_file()
+
+
+def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(tmp_path: Path) -> None:
+    began = time.monotonic()
+    script = "sbatch -N2 -n4 --output=/dev/null --wrap 'srun sleep 321'; sleep 2; squeue -h | wc -l; echo $SLURM_CONF"
+    ended = subprocess.run(
+        [sys.executable, "tools/slurm_lab.py", "--nodes", "2", "--", "bash", "-c", script], cwd=ROOT, text=True,
+        capture_output=True, check=True, env={k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
+    )  # fmt: skip
+    assert time.monotonic() - began < 30
+    folder = Path(ended.stdout.splitlines()[-1]).parent
+    assert folder.name.startswith("slurm-lab-")
+    assert not folder.exists()
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])
+            if str(folder) in " ".join(p.info["cmdline"] or ()) or "321" in (p.info["cmdline"] or ())]  # fmt: skip
+    assert left == []
+
+
+def test_a_life_that_does_not_leave_before_its_time_limit_is_followed_by_another(hanging: Job) -> None:
+    job = hanging
+    assert job.wait() == "COMPLETED", job.text
+    assert job.restarts == 1
+    assert "requeued: exit code 124" in job.text

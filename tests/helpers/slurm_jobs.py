@@ -56,6 +56,14 @@ class Job:
         """Return the nodes of each life, as Slurm writes them."""
         return [life.nodes for life in Ledger(self.output).beginnings()]
 
+    def hosts(self) -> list[str]:
+        """Return the nodes of the newest life, one by one."""
+        return self.lab.ask("scontrol", "show", "hostnames", self.nodes()[-1]).split()
+
+    def said_by_first_rank(self, life: int) -> str:
+        """Return the log of rank 0 of a life."""
+        return (self.output / "slurm" / f"{self.number}.{life}" / "rank_0000.log").read_text()
+
     def wait(self) -> str:
         """Wait until the job is over, whatever its number of lives; return its last state."""
         state = ""
@@ -146,6 +154,13 @@ def digest(output: Path, step: int = STEPS) -> dict[str, Any]:
 def losses(output: Path) -> list[tuple[int, float]]:
     """Return the steps of a run with their losses."""
     return [(record["step"], record["loss"]) for record in metrics_of(output)]
+
+
+def check_equal(job: Job, uninterrupted: Path) -> None:
+    """Check that the job's run is the uninterrupted one, to the last bit."""
+    assert digest(job.output) == digest(uninterrupted)
+    assert losses(job.output) == losses(uninterrupted)
+    assert not list(job.output.glob("checkpoints/*.tmp-*"))
 
 
 def is_gone(pid: int) -> bool:

@@ -6,6 +6,7 @@ the container hook puts a witness in the place of the program.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -227,3 +228,10 @@ def test_a_life_that_does_not_leave_before_its_time_limit_is_followed_by_another
     assert job.wait() == "COMPLETED", job.text
     assert job.restarts == 1
     assert "requeued: exit code 124" in job.text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_any_script() -> None:
+    scripts = sorted(str(path) for path in (ROOT / "slurm").glob("*.sh"))
+    assert len(scripts) >= 3
+    assert subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, check=False).returncode == 0

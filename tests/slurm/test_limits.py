@@ -1,0 +1,75 @@
+"""A job at its time limit goes on by itself; one that gets nowhere ends, and says why.
+
+The model is the rehearsal's; script, scheduler, signals, ranks and files are those of a real job.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ecdit_ds.errors import ExitCode
+from tests.helpers.slurm_jobs import STEPS, Job, Submitter, check_equal, digest, losses
+
+
+@dataclass(frozen=True)
+class Story:
+    """Jobs that need nobody to interfere."""
+
+    time_limit: Job
+    crash_loop: Job
+    crashes_with_progress: Job
+    to_be_mended: Job
+
+
+@pytest.fixture(scope="module")
+def story(submit: Submitter, uninterrupted: Path) -> Story:
+    """Submit them all, so that they wait for clocks side by side."""
+    return Story(
+        time_limit=submit("time limit", "--time=2", "--signal=USR1@60", faults="delay=1.8@step"),
+        crash_loop=submit("crash loop", faults="exit=7@step,step=2,rank=1"),
+        crashes_with_progress=submit(
+            "crashes", faults="exit=7@after-rename; delay=0.2@step", environment={"ECDIT_MAX_LIVES": "1"},
+            changes=("train.checkpoint_every=15",),
+        ),
+        to_be_mended=submit("to be mended", changes=("train.max_steps=many",)),
+    )  # fmt: skip
+
+
+def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_as_the_uninterrupted_run(
+    story: Story, uninterrupted: Path
+) -> None:
+    job = story.time_limit
+    assert job.wait() == "COMPLETED", job.text
+    assert job.restarts >= 1
+    *before, last = job.ends()
+    assert len(before) == job.restarts
+    assert {(end["code"], end["is_again"]) for end in before} == {(ExitCode.SAVED, True)}
+    assert (last["code"], last["step"]) == (ExitCode.DONE, STEPS)
+    assert "DUE TO TIME LIMIT" not in job.text
+    check_equal(job, uninterrupted)
+
+
+def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(story: Story) -> None:
+    job = story.crash_loop
+    assert job.wait() == "FAILED", job.text
+    assert [end["is_again"] for end in job.ends()] == [True, True, False]
+    assert "3 lives in a row" in (job.output / "slurm" / "why_it_stopped.txt").read_text()
+    assert "rank 1 died" in job.text  # the ranks' last words, in the job's own log
+
+
+def test_crashes_that_leave_progress_are_not_capped(story: Story, uninterrupted: Path) -> None:
+    job = story.crashes_with_progress
+    assert job.wait() == "COMPLETED", job.text
+    assert [end["step"] for end in job.ends()] == [15, 30, 30]
+    assert digest(job.output)["samples_seen"] == digest(uninterrupted)["samples_seen"]
+    assert losses(job.output) == losses(uninterrupted)
+
+
+def test_what_must_be_mended_first_is_never_requeued(story: Story) -> None:
+    job = story.to_be_mended
+    assert job.wait() == "FAILED", job.text
+    (end,) = job.ends()
+    assert (end["code"], end["is_again"]) == (ExitCode.USER_ERROR, False)
+    assert "train.max_steps" in job.text
+    assert job.restarts == 0

@@ -16,10 +16,6 @@
 #SBATCH --output=%x-%A_%a.log
 cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" && source slurm/env.sh || exit 2
 
-refuse() {
-    echo "error: slurm/evaluate.sh: $*" >&2
-    exit 2
-}
 [ $# -ge 2 ] || refuse "$# arguments; give RUN METRIC and the metric's flags"
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "no array; name checkpoints by sbatch --array=50,100 (thousands of steps)"
 [[ ${ECDIT_STEPS_PER_INDEX:=1000} =~ ^[1-9][0-9]*$ ]] || refuse "ECDIT_STEPS_PER_INDEX=$ECDIT_STEPS_PER_INDEX is no number"

@@ -17,4 +17,5 @@
 #SBATCH --output=%x-%A_%a.log
 cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" && source slurm/env.sh || exit 2
 
+refuse_same_task "$@"
 srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/sample.py "$@"

@@ -114,6 +114,7 @@ def arrays(folder: Path) -> Iterator[Arrays]:
             flags=("--array=0-1",),
         )  # fmt: skip
         arrays.submit("nothing", "evaluate.sh", folder / "run", "loss", flags=("--array=3",))
+        arrays.submit("same", "sample.sh", "--task", "1/2", "--checkpoint", checkpoint, flags=("--array=0-1",))
         arrays.submit("no_array", "evaluate.sh", folder / "run", "loss")
         wait_for(folder / "drawn" / "task_0_of_2" / "settings.json")
         lab.ask("scontrol", "requeue", f"{drawing}_0")
@@ -180,6 +181,13 @@ def test_an_array_that_names_no_checkpoint_ends_in_one_line_and_is_not_begun_aga
     (job,) = arrays.ended("no_array").values()
     assert (job.state, job.code, job.restarts, len(job.errors)) == ("FAILED", 2, 0, 1), job
     assert "no array; name checkpoints by sbatch --array=" in job.errors[0] and job.log.count("\n") == 1
+
+
+def test_an_array_of_which_all_are_told_to_be_one_task_is_refused(arrays: Arrays) -> None:
+    ended = arrays.ended("same")
+    assert {index: (task.code, task.restarts) for index, task in ended.items()} == {0: (2, 0), 1: (2, 0)}, ended
+    told = "error: --task: names one task, and this array has 2; submit with --array=0\n"
+    assert [task.log for task in ended.values()] == [told, told]
 
 
 def test_an_array_with_gaps_encodes_nothing_and_is_not_begun_again(arrays: Arrays, folder: Path) -> None:

@@ -5,11 +5,12 @@
     pictures/           the PNGs, in the size they were drawn
 
 Pictures are drawn in fixed parts of the list, and a part that lacks one is drawn again as a whole, so neither the
-number of processes nor an interruption changes a picture.
+number of processes nor an interruption changes a picture. Nor does sharing the parts out over folders, each of which
+then holds some of the list's indices.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import DataError
 from ecdit_ds.ledger import Ledger, Row
 from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.parallel.sharding import WHOLE, Share
 from ecdit_ds.pictures import name_for_file, save_png, to_uint8
 from ecdit_ds.prompts import require_words
 
@@ -89,30 +91,33 @@ class Brush:
 
 def fill(
     folder: Path, jobs: Sequence[Job], brush: Brush, facts: dict[str, Any], crew: Crew,
-    advance: Callable[[int], object] = lambda _count: None, *, overwrite: bool = False,
+    advance: Callable[[int], object] = lambda _count: None, *, overwrite: bool = False, share: Share = WHOLE,
 ) -> list[Picture]:  # fmt: skip
     """Draw what the folder lacks, and return all its pictures in the order of `jobs`; every process calls this.
 
     Args:
         folder: made where missing; may hold an earlier, interrupted or finished part of the same work.
-        jobs: what shall be in it.
+        jobs: what shall be in it, and in other shares' folders.
         brush: how to draw.
         facts: what else decides how a picture looks, such as which weights; JSON values.
         crew: the processes that share the work.
-        advance: told how many pictures of `jobs` are there, at the start and after each part.
+        advance: told how many of its pictures are there, at the start and after each part.
         overwrite: remove what the folder holds, once the prompts are known to be usable.
+        share: which of the parts that `jobs` are drawn in are this folder's.
 
     Raises:
         DataError: the folder holds pictures of other prompts, seeds or settings, or cannot be written.
     """
     told = _settings(brush, facts)
-    _check_prompts(jobs, brush, crew)
+    parts = parts_of(len(jobs), brush.batch_size, share)
+    wanted = {index: jobs[index] for part in parts for index in part}
+    require_words([job.prompt for job in jobs])
+    _check_prompts([*wanted.values()], brush, crew)
     if overwrite:
         crew.world.on_first(lambda: _writing(folder, lambda: clear(folder)))
-    done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, jobs, told)))
-    parts = [range(start, min(start + brush.batch_size, len(jobs))) for start in range(0, len(jobs), brush.batch_size)]
+    done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, wanted, told)))
     missing = [part for part in parts if any(index not in done for index in part)]
-    advance(len(jobs) - sum(map(len, missing)))
+    advance(len(wanted) - sum(map(len, missing)))
     for start in range(0, len(missing), crew.dp.count):
         # All draw each round, also who has nothing left: experts on other ranks wait for everybody's tokens.
         turn = missing[min(start + crew.dp.index, len(missing) - 1)]
@@ -126,12 +131,18 @@ def fill(
         advance(sum(map(len, missing[start : start + crew.dp.count])))
     crew.world.on_first(_ledger(folder).merge)
     pictures = read_gallery(folder)
-    if len(pictures) != len(jobs):
+    if len(pictures) != len(wanted):
         raise DataError(
-            f"{folder}: has {len(pictures)} of {len(jobs)} pictures, so another command drew into it at the same time; "
-            "run this one again"
+            f"{folder}: has {len(pictures)} of {len(wanted)} pictures, so another command drew into it at the same "
+            "time; run this one again"
         )
     return pictures
+
+
+def parts_of(count: int, batch_size: int, share: Share = WHOLE) -> list[range]:
+    """Return the parts that `count` pictures are drawn in, of which a share has every `share.count`-th."""
+    starts = range(0, count, batch_size)
+    return [range(start, min(start + batch_size, count)) for start in starts[share.index :: share.count]]
 
 
 def gallery_identity(folder: Path) -> str:
@@ -202,7 +213,6 @@ def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
 def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
     """Refuse on all ranks what one of them could not encode."""
     encoder = brush.drawer.text_encoder
-    require_words([job.prompt for job in jobs])
 
     def check() -> None:
         own = [job.prompt for job in jobs[crew.dp.index :: crew.dp.count]]
@@ -214,7 +224,7 @@ def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
     crew.world.together(check)
 
 
-def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
+def _open(folder: Path, wanted: Mapping[int, Job], told: dict[str, Any]) -> set[int]:
     """Return the indices that are drawn already, after checking that the folder is of the same work."""
     path = folder / SETTINGS_NAME
     if not path.exists():
@@ -234,11 +244,10 @@ def _open(folder: Path, jobs: Sequence[Job], told: dict[str, Any]) -> set[int]:
         )
     pictures = _pictures(_ledger(folder).merge())
     for picture in pictures:
-        if picture.index >= len(jobs) or picture.job() != jobs[picture.index]:
-            wanted = "none" if picture.index >= len(jobs) else f"{jobs[picture.index]}"
+        if picture.job() != (job := wanted.get(picture.index)):
             raise DataError(
-                f"{folder}: picture {picture.index} is of {picture.job()}, now {wanted} is asked for; choose another "
-                "--output, or replace them with --overwrite"
+                f"{folder}: picture {picture.index} is of {picture.job()}, now {job or 'none'} is asked for; choose "
+                "another --output, or replace them with --overwrite"
             )
     return {picture.index for picture in pictures if (folder / picture.file).is_file()}
 

@@ -54,3 +54,18 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_P
 supervise() {
     exec "$ECDIT_HOST_PYTHON" ecdit_ds/slurm/supervise.py "$@"
 }
+
+# refuse WORDS: say what is to be mended, and end the job for good.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# refuse_same_task ARGUMENTS: tasks of an array that are all told to be the same --task would write over one another.
+refuse_same_task() {
+    local argument
+    for argument; do
+        [[ ! $argument =~ ^--task(=|$) || ${SLURM_ARRAY_TASK_COUNT:-1} -le 1 ]] ||
+            refuse "--task: names one task, and this array has $SLURM_ARRAY_TASK_COUNT; submit with --array=0"
+    done
+}

@@ -8,8 +8,8 @@ SRC is a folder of pictures with captions beside them (a.jpg, a.txt) or in its m
 dataset that save_to_disk wrote; or a dataset's name on the Hugging Face hub.
 
 Work is done in DST.partial and renamed when the last unit is done. Interrupted or killed, the same command goes on
-where it was. Several tasks share the work: --task 0/4 to 3/4, or a Slurm array, or the ranks of a launcher. What is
-left out is counted by its cause; more than --max-bad of all samples, and nothing is published.
+where it was. Several tasks share the work: --task 0/4 to 3/4, or a Slurm array, or the ranks of a launcher, or both.
+What is left out is counted by its cause; more than --max-bad of all samples, and nothing is published.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
 from ecdit_ds.pictures import save_grid, to_uint8
+from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -105,36 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
-def task_of(asked: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return which task of how many this is: as asked, of a Slurm array, the rank of a launcher, or the only one.
-
-    Raises:
-        ConfigError: it is none of them.
-    """
-    text, where = asked, "--task"
-    if text is None and "SLURM_ARRAY_TASK_ID" in environment:
-        first, step = environment.get("SLURM_ARRAY_TASK_MIN", "0"), environment.get("SLURM_ARRAY_TASK_STEP", "1")
-        where = "SLURM_ARRAY_TASK_ID"
-        try:
-            i = (int(environment["SLURM_ARRAY_TASK_ID"]) - int(first)) // int(step)
-            text = f"{i}/{environment['SLURM_ARRAY_TASK_COUNT']}"
-        except (ValueError, KeyError, ZeroDivisionError):
-            text = ""
-    elif text is None and "RANK" in environment:
-        text, where = f"{environment['RANK']}/{environment.get('WORLD_SIZE', '')}", "RANK/WORLD_SIZE"
-    try:
-        task, tasks = (int(part) for part in (text if text is not None else "0/1").split("/"))
-    except ValueError:
-        raise ConfigError(f"{where}: {text!r} is no I/N, such as 0/4; name one by --task") from None
-    if not 0 <= task < tasks:
-        raise ConfigError(
-            f"{where}: {task}/{tasks}: tasks count from 0; choose 0/{tasks} to {max(1, tasks) - 1}/{tasks}"
-        )
-    return task, tasks
-
-
 def _encode(options: argparse.Namespace) -> int:
-    task, tasks = task_of(options.task, os.environ)
+    task, tasks = task_of(options.task, os.environ, are_ranks_tasks=True)
     if not 0 <= options.max_bad <= 1:
         raise ConfigError(f"--max-bad {options.max_bad}: is a share, from 0 to 1")
     _check_places(options.source, options.destination)

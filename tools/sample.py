@@ -7,6 +7,9 @@ late. Killed and run again, it goes on.
 
 On several processes:  deepspeed --num_gpus 4 tools/sample.py --tp 2 --checkpoint ... (pictures are shared out over what
 --tp leaves; --ep spreads the experts over these).
+
+In several jobs that know nothing of one another:  --task 0/4 to 3/4, or a Slurm array. Each draws every fourth batch of
+the pictures, as it would be drawn without sharing, in OUTPUT/task_I_of_4.
 """
 
 import argparse
@@ -26,11 +29,13 @@ from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.crew import Crew, join_crew
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, DataError, EcditError
-from ecdit_ds.gallery import Brush, Job, Picture, fill, read_picture
+from ecdit_ds.gallery import Brush, Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.loading import KINDS, Spread, StoredModel, load_drawer, load_spread_drawer, open_model
+from ecdit_ds.parallel.sharding import Share
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
+from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,6 +68,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_drawing_arguments(parser)
     out = parser.add_argument_group("where to")
     out.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
+    out.add_argument(
+        "--task", metavar="I/N",
+        help="draw every N-th batch from the I-th, from 0, in DIR/task_I_of_N (default: Slurm's array, or all of them)",
+    )  # fmt: skip
     out.add_argument("--overwrite", action="store_true", help="remove the pictures that --output holds, and draw anew")
     out.add_argument("--grid", type=int, default=32, metavar="N", help="pictures in samples.png (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -131,19 +140,42 @@ def main() -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Draw what the command line asks for."""
+    share = _share(options)
     stored = open_model(options.checkpoint, options.weights)
     jobs = _jobs(options, stored.recipe)
+    count = sum(map(len, parts_of(len(jobs), options.batch_size, share)))
     crew = join_crew(options.tp, options.ep)
+    if not count:
+        if crew.is_first:
+            _tell_idle(len(jobs), options.batch_size, share)
+        return
     options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
     drawer = load_for(crew, options)
     brush = brush_for(drawer, options)
     facts = facts_of(stored, options)
     if crew.is_first:
-        print(f"drawing {len(jobs)} pictures in {options.output}", flush=True)
-    with tqdm(total=len(jobs), unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
-        pictures = fill(options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite)
+        print(f"drawing {count} pictures in {options.output}", flush=True)
+    with tqdm(total=count, unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
+        pictures = fill(options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite, share=share)
     if crew.is_first:
         _show(options, pictures, drawer, brush.sample)
+
+
+def _share(options: argparse.Namespace) -> Share:
+    """Return which share of the pictures is drawn here, and give it a folder of its own if others draw the rest."""
+    require_batch(options)
+    task, tasks = task_of(options.task, os.environ, are_ranks_tasks=False)
+    if tasks > 1:
+        options.output = options.output / f"task_{task}_of_{tasks}"
+    return Share(index=task, count=tasks)
+
+
+def _tell_idle(count: int, batch_size: int, share: Share) -> None:
+    batches = len(parts_of(count, batch_size))
+    print(
+        f"task {share.index}/{share.count} has nothing to draw: {count} pictures are {batches} batches of --batch-size "
+        f"{batch_size}; a smaller one shares them out further"
+    )
 
 
 def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
@@ -174,8 +206,7 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
     Raises:
         EcditError: a setting or size that cannot work.
     """
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size: {options.batch_size} pictures at a time are none; give 1 or more")
+    require_batch(options)
     sample = drawer.settings(
         num_steps=options.steps, sampler=options.sampler, eta=options.eta, guidance_scale=options.guidance,
         guidance_interval=options.guidance_interval, capacity_factor=options.capacity_factor,
@@ -187,6 +218,12 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
         drawer=drawer, sample=sample, batch_size=options.batch_size, negative_prompt=options.negative_prompt,
         height=options.height, width=options.width,
     )  # fmt: skip
+
+
+def require_batch(options: argparse.Namespace) -> None:
+    """Refuse to draw no pictures at a time."""
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size: {options.batch_size} pictures at a time are none; give 1 or more")
 
 
 def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:

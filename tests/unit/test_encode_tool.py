@@ -13,10 +13,10 @@ from PIL import Image
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import open_text_encoder
 from ecdit_ds.data.encoders import WordEncoder
-from ecdit_ds.errors import ConfigError, ExitCode
+from ecdit_ds.errors import ExitCode
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae
-from tools.encode_data import main, task_of
+from tools.encode_data import main
 
 
 @pytest.fixture
@@ -154,6 +154,23 @@ def test_tasks_of_the_command_line_share_the_work(
     assert len(LatentDataset(tmp_path / "set")) == 5
 
 
+def test_ranks_of_an_arrays_tasks_do_not_do_one_anothers_work(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1, "--shard-samples", 2]
+    for name, value in (("MIN", "0"), ("MAX", "1"), ("COUNT", "2"), ("STEP", "1")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    num_done = []
+    for task, rank in ((0, 0), (0, 1), (1, 1), (1, 0)):  # three units of two pictures: none is left for task 1, rank 1
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(*common) == ExitCode.DONE
+        num_done.append(len(list((tmp_path / "set.partial" / "records").glob("*.json"))))
+    assert num_done == [1, 2, 2, 0]  # the last one has published the set, and cleared up
+    assert len(LatentDataset(tmp_path / "set")) == 5
+
+
 def test_a_damaged_set_is_told_by_inspect(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1)
     path = tmp_path / "set" / "shard-00000.arrow"
@@ -162,28 +179,6 @@ def test_a_damaged_set_is_told_by_inspect(pictures: Path, tmp_path: Path, capsys
     path.write_bytes(content)
     assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
     assert f"{path}: has checksum" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("environment", "task"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
-        ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
-        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 4)),
-        ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_STEP": "2"}, (3, 4)),
-        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "RANK": "0", "WORLD_SIZE": "1"}, (1, 2)),
-    ],
-)
-def test_a_task_is_the_arrays_or_the_launchers(environment: dict[str, str], task: tuple[int, int]) -> None:
-    assert task_of(None, environment) == task
-    assert task_of("5/8", environment) == (5, 8)
-
-
-@pytest.mark.parametrize("asked", ["4/4", "-1/4", "x", "1/0", ""])
-def test_a_task_that_is_none_is_refused(asked: str) -> None:
-    with pytest.raises(ConfigError):
-        task_of(asked, {})
 
 
 @pytest.mark.parametrize(

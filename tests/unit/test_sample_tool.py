@@ -119,6 +119,8 @@ def test_the_command_draws_the_recipes_prompts_by_default_and_a_dense_model_has_
         (["--images-per-prompt", "0"], "--images-per-prompt 0"),
         (["--limit", "0"], "--limit 0"),
         (["--grid", "0"], "--grid: 0"),
+        (["--task", "2/2"], "--task: 2/2: tasks count from 0"),
+        (["--task", "1"], "--task: '1' is no I/N"),
         (["--tp", "2"], "tp"),
         (["--ep", "0"], "ep"),
         (["--prompt", "a nine", "--prompts", "taken"], "exclude one another"),
@@ -199,6 +201,59 @@ def test_a_killed_command_goes_on_and_leaves_what_an_unbroken_one_does(
     assert {n: d for n, d in content(tmp_path / "cut").items() if not n.endswith(".tmp")} == content(tmp_path / "whole")
     kept = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
     assert len(kept) >= len(before) - 2  # only the part that was being drawn is drawn again
+
+
+@pytest.mark.parametrize("pool", ["image", "batch"])
+def test_the_tasks_pictures_together_are_those_of_one_command_to_the_byte(
+    tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel, run: Run, pool: str
+) -> None:
+    model = save_model(tmp_path / pool, make_recipe(f"model.routing_pool={pool}"))
+    # Five batches, the last of one picture; a task's share of two is not the first two.
+    flags = ["--checkpoint", str(model), "--images-per-prompt", "9", "--limit", "1", "--seed", "7", "--batch-size", "2",
+             "--steps", "1", "--height", "16"]  # fmt: skip
+    assert run(*flags, "--output", "whole") == (0, [])
+    indices = {0: [0, 1, 6, 7], 1: [2, 3, 8], 2: [4, 5]}
+    shared: dict[str, bytes] = {}
+    for task in indices:
+        assert run(*flags, "--output", "o", "--task", f"{task}/3") == (0, [])
+        folder = tmp_path / "o" / f"task_{task}_of_3"
+        assert [(p.index, p.seed) for p in read_gallery(folder)] == [(i, 7 + i) for i in indices[task]]
+        drawn = {name: data for name, data in content(folder).items() if name.startswith("pictures/")}
+        assert not drawn.keys() & shared.keys()
+        shared |= drawn
+    assert shared == {n: data for n, data in content(tmp_path / "whole").items() if n.startswith("pictures/")}
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {f"task_{task}_of_3" for task in indices}
+
+
+def test_a_task_of_an_array_draws_its_share_and_a_rank_alone_draws_all(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--prompt", "a nine", "a six", "a two", "--batch-size", "1", "--steps", "1", "--output"]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert run(*flags, "whole") == (0, [])
+    assert pictures_in(tmp_path / "whole") == [("a nine", 0), ("a six", 1), ("a two", 2)]
+    for name, value in (("ID", "5"), ("MIN", "4"), ("MAX", "5"), ("COUNT", "2"), ("STEP", "1")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert run(*flags, "o") == (0, [])
+    assert pictures_in(tmp_path / "o" / "task_1_of_2") == [("a six", 1)]
+    assert run(*flags, "o", "--task", "0/2") == (0, [])
+    assert pictures_in(tmp_path / "o" / "task_0_of_2") == [("a nine", 0), ("a two", 2)]
+
+
+def test_a_task_with_no_batch_left_leaves_nothing(tmp_path: Path, run: Run) -> None:
+    assert run("--prompt", "a nine", "a six", "a two", "--batch-size", "2", "--task", "2/3") == (0, [])
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_tasks_folder_with_other_batches_is_refused(tmp_path: Path, run: Run) -> None:
+    flags = ["--prompt", "a nine", "a six", "a two", "--steps", "1", "--task", "0/2", "--batch-size"]
+    assert run(*flags, "2") == (0, [])
+    before = content(tmp_path / "samples")
+    code, lines = run(*flags, "1")
+    assert (code, len(lines)) == (2, 1)
+    assert "samples/task_0_of_2: picture 1 is of" in lines[0] and "now none is asked for" in lines[0]
+    assert content(tmp_path / "samples") == before
 
 
 def test_other_flags_are_refused_for_a_folder_of_pictures_until_they_may_overwrite(tmp_path: Path, run: Run) -> None:

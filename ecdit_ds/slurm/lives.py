@@ -88,7 +88,7 @@ class Ledger:
         found = []
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 record = json.loads(line)
                 if record["event"] == "begin":
                     found.append(Beginning(life=str(record["life"]), step=int(record["step"]),
@@ -96,8 +96,12 @@ class Ledger:
         return found
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(self._path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                is_cut_off = file.read(1) != b"\n"  # as by a node's death: the next line is not to be lost with it
+                file.write(b"\n" * is_cut_off)
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -67,21 +67,19 @@ class Ledger:
 
     def __init__(self, output: Path) -> None:
         self.folder = output / LOGS
-        self._path = self.folder / "lives.jsonl"
+        self._path, self._why = self.folder / "lives.jsonl", self.folder / "why_it_stopped.txt"
 
     def begin(self, beginning: Beginning) -> None:
-        """Write down that a life begins."""
+        """Write down that a life begins; what stopped an earlier one is over."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._why.unlink(missing_ok=True)
         self._append({"event": "begin", "time": _now()} | asdict(beginning))
 
     def end(self, life: str, code: int, step: int, verdict: Verdict) -> None:
         """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
         self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
-        why = self.folder / "why_it_stopped.txt"
-        if verdict.is_again or verdict.exit_code == ExitCode.DONE:
-            why.unlink(missing_ok=True)
-        else:
-            why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
+        if not (verdict.is_again or verdict.exit_code == ExitCode.DONE):
+            self._why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
 
     def beginnings(self) -> list[Beginning]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""

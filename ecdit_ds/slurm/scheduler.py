@@ -71,7 +71,9 @@ def parse_state(line: str) -> JobState:
     Raises:
         ConfigError: it has not what is wanted.
     """
-    found = {key: re.search(rf"(?:^| ){key}=(\S+)", line) for key in ("JobState", "Reason", "Restarts", "TimeLimit")}
+    _, _, told = line.partition(" UserId=")  # before it is the job's name, which may hold anything
+    wanted = {"JobState": r"\S+", "Reason": r"\S+", "Restarts": "[0-9]+", "TimeLimit": r"\S+"}
+    found = {key: re.search(rf" {key}=({pattern})", told) for key, pattern in wanted.items()}
     values = {key: match[1] for key, match in found.items() if match}
     if len(values) < len(found):
         raise ConfigError(f"scontrol show job: {line[:200]!r} tells no {', '.join(found.keys() - values)}")

@@ -4,6 +4,7 @@ A job is asked after by number, or for an array's task by ARRAY_TASK: the bare n
 """
 
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -96,14 +97,14 @@ def ask_state(job: Job, patience_s: float) -> JobState:
     """Return the job's state; a controller that restarts is waited for.
 
     Raises:
-        ConfigError: it did not answer within `patience_s`.
+        ConfigError: it did not answer within `patience_s`, or there is no Slurm here to ask.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             return parse_state(_call("scontrol", "show", "job", "--oneliner", job.name))
         except ConfigError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or shutil.which("scontrol") is None:
                 raise
         time.sleep(_LOOK_EVERY_S)
 

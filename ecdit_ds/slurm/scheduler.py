@@ -111,8 +111,8 @@ def ask_state(job: Job, patience_s: float) -> JobState:
 
 def is_alive(job_number: str) -> bool:
     """Return whether a job waits, runs or is being taken down; False where nobody can tell any more."""
-    try:
-        return bool(_call("squeue", "--noheader", "--jobs", job_number, "--format", "%T").strip())
+    try:  # asked for an array's own number, squeue tells of all its tasks
+        return job_number in _call("squeue", "--noheader", "--jobs", job_number, "--format", "%A").split()
     except ConfigError:
         return False
 

@@ -14,6 +14,8 @@ from ecdit_ds.errors import ConfigError
 
 _CALL_SECONDS = 60.0
 _LOOK_EVERY_S = 5.0
+_SLURMS_OWN_WARNING_S = 60
+"""Where --signal names no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +125,8 @@ def seconds_of_warning(job: Job) -> int | None:
     What sbatch's own --signal said instead, Slurm tells nobody.
     """
     script = _call("scontrol", "write", "batch_script", job.name, "-")
-    match = re.search(r"^#SBATCH\s.*--signal=(?:[RB]+:)?\w+@([0-9]+)", script, re.MULTILINE)
-    return int(match[1]) if match else None
+    found = re.findall(r"^#SBATCH\s(?:.*\s)?--signal[= ]\"?(?:[RB]+:)?\w+(?:@([0-9]+))?", script, re.MULTILINE)
+    return int(found[-1] or _SLURMS_OWN_WARNING_S) if found else None
 
 
 def requeue(job: Job) -> None:

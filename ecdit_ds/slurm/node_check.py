@@ -1,4 +1,4 @@
-"""What every rank does before training:  node_check.py [--limit-seconds S] -- ARGUMENTS OF train.py
+"""What every rank does before training:  node_check.py [FLAGS] -- ARGUMENTS OF train.py
 
 All meet, sum over the device that will train, compare what is installed, and write and read back some bytes where
 checkpoints will go. A sick node, a folder that only some nodes see, or a time limit without room for a save is found
@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +31,10 @@ from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
 
-TIMEOUT = timedelta(minutes=3)
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SUM_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 _DISK_BYTES = 32 << 20
-_SIGHT_S = 30.0
 _START_SECONDS = 120.0
 """Of imports and checks, before the first step of a life."""
 
@@ -56,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options, recipe = parse_arguments(arguments)
         check_device(os.environ)
-        world = _meet()
+        world = _meet(options.patience_seconds)
     except EcditError as error:
         print(f"error: {_node()}: {error}", file=sys.stderr)
         return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
     try:
         sum_bytes_per_s = _sum_up(world)
-        speed = world.together(lambda: _check_disk(options.output, world))
+        speed = _check_disk(options.output, world, sight_s=options.patience_seconds / 6)
         facts = world.share(Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed))
         table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
     except EcditError as error:
@@ -80,6 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
     """Return our own flags with the run's folder, and the recipe that train.py's arguments name."""
     parser = argparse.ArgumentParser(prog="node_check.py", description=__doc__)
     parser.add_argument("--limit-seconds", type=float, help="the job's time limit; none where it is left out")
+    parser.add_argument("--patience-seconds", type=float, default=180.0, help="that ranks wait for one another")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="-- and the arguments of train.py")
     options = parser.parse_args(arguments)
     of_train = argparse.ArgumentParser(add_help=False)
@@ -145,7 +145,7 @@ def judge(facts: list[Facts], recipe: Recipe, limit_seconds: float | None) -> li
     ]
 
 
-def _meet() -> World:
+def _meet(patience_s: float) -> World:
     """Join all other ranks.
 
     Raises:
@@ -154,7 +154,7 @@ def _meet() -> World:
     if _kind() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
     except (dist.DistError, RuntimeError) as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
@@ -189,41 +189,43 @@ def _sum_up(world: World) -> float:
     return numbers.numel() * numbers.element_size() / seconds
 
 
-def _check_disk(output: Path, world: World) -> float:
+def _check_disk(output: Path, world: World, sight_s: float) -> float:
     """Write where checkpoints will go, read it back, and see what rank 0 wrote; return bytes a second.
 
     Raises:
-        ConfigError: that cannot be done, or this node sees another folder than rank 0.
+        ConfigError: on all ranks when any cannot, or its node sees another folder than rank 0's.
     """
     folder, token = output / "slurm", world.broadcast(f"{time.time_ns():x}")
-    sign = folder / f".sign-{token}"
-    if world.rank == 0:
-        _touch(sign)
-    world.all_ok(True)
+    sign, speed = folder / f".sign-{token}", folder / f".speed-{token}-{world.rank}"
+    is_writer = world.share(_node()).index(_node()) == world.rank
+    world.on_first(lambda: _touch(sign))
     try:
-        _see(sign)
-        writer = world.share(_node()).index(_node())
-        return _write_speed(folder / f".speed-{token}-{world.rank}") if writer == world.rank else 0.0
-    finally:
-        world.all_ok(True)  # all have seen it
+        world.together(lambda: _see(sign, sight_s))
+        return world.together(lambda: _write_speed(speed) if is_writer else 0.0)
+    finally:  # all have seen it
         if world.rank == 0:
-            sign.unlink(missing_ok=True)
+            _remove(sign)
 
 
 def _touch(sign: Path) -> None:
     try:
         sign.parent.mkdir(parents=True, exist_ok=True)
         sign.touch()
-    except OSError:
-        return  # then nobody sees it, this rank neither
+    except OSError as error:
+        raise ConfigError(f"{sign.parent}: {_node()} cannot write there: {error.strerror}") from None
 
 
-def _see(sign: Path) -> None:
-    deadline = time.monotonic() + _SIGHT_S
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _see(sign: Path, sight_s: float) -> None:
+    deadline = time.monotonic() + sight_s
     while not sign.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{sign.parent}: {_node()} does not see what rank 0 wrote there within {_SIGHT_S:.0f} s; --output must "
+                f"{sign.parent}: {_node()} does not see what rank 0 wrote there within {sight_s:.0f} s; --output must "
                 "be on a file system that all nodes share, and can write to"
             )
         time.sleep(0.2)
@@ -242,7 +244,7 @@ def _write_speed(path: Path) -> float:
     except OSError as error:
         raise ConfigError(f"{path.parent}: {_node()} cannot write there: {error.strerror}") from None
     finally:
-        path.unlink(missing_ok=True)
+        _remove(path)
     if not is_same:
         raise ConfigError(f"{path.parent}: {_node()} reads back other bytes than it wrote; its storage is broken")
     return _DISK_BYTES / seconds

@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -60,10 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {_node()}: {error}", file=sys.stderr)
         return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
     try:
-        sum_bytes_per_s = _sum_up(world)
-        speed = _check_disk(options.output, world, sight_s=options.patience_seconds / 6)
-        facts = world.share(Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed))
-        table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
+        with _others_there("summing over all ranks"):
+            sum_bytes_per_s = _sum_up(world)
+        with _others_there("checking the disk together"):
+            speed = _check_disk(options.output, world, sight_s=options.patience_seconds / 6)
+            own = Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed)
+            facts = world.share(own)
+            table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
     except EcditError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -155,7 +159,7 @@ def _meet(patience_s: float) -> World:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{str(error).splitlines()[0][:300]}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
@@ -163,26 +167,32 @@ def _meet(patience_s: float) -> World:
     return World()
 
 
+@contextmanager
+def _others_there(doing: str) -> Iterator[None]:
+    """Take what fails inside for the loss of another rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(f"{_node()}: {doing} failed: {str(error).splitlines()[0][:300]}") from None
+
+
 def _sum_up(world: World) -> float:
     """Sum numbers whose sum is known over all ranks; return bytes a second of the second time.
 
     Raises:
-        LostRankError: the sum is wrong, or a rank went away.
+        LostRankError: the sum is wrong.
     """
     numbers = torch.full((_SUM_BYTES[_kind()] // 4,), float(world.rank + 1), device=_kind())
     expected = world.size * (world.size + 1) / 2
     seconds = 0.0
-    try:
-        for _ in range(2):
-            total = numbers.clone()
-            _wait()
-            began = time.perf_counter()
-            dist.all_reduce(total)
-            _wait()
-            seconds = time.perf_counter() - began
-        is_right = bool((total == expected).all())
-    except (dist.DistError, RuntimeError) as error:
-        raise LostRankError(f"{_node()}: summing over all ranks failed: {str(error).splitlines()[0][:300]}") from None
+    for _ in range(2):
+        total = numbers.clone()
+        _wait()
+        began = time.perf_counter()
+        dist.all_reduce(total)
+        _wait()
+        seconds = time.perf_counter() - began
+    is_right = bool((total == expected).all())
     wrong = sorted({node for node, right in world.share((_node(), is_right)) if not right})
     if wrong:
         raise LostRankError(f"{_some(wrong)}: a sum over all ranks came out wrong; leave it out with --exclude")

@@ -261,7 +261,8 @@ def _write_speed(path: Path) -> float:
 
 
 def _installed() -> tuple[str, ...]:
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    versions = [f"{name} {found.get(name, 'missing')}" for name in LIBRARIES]
     ours = xxhash.xxh3_64()
     for path in sorted(_PACKAGE.rglob("*.py")):
         ours.update(path.read_bytes())

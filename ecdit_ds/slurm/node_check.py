@@ -162,7 +162,7 @@ def _meet(patience_s: float) -> World:
     except RuntimeError as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0][:300]}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
+            f"{_first_line(error)}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
         ) from None
     return World()
 
@@ -173,7 +173,7 @@ def _others_there(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"{_node()}: {doing} failed: {str(error).splitlines()[0][:300]}") from None
+        raise LostRankError(f"{_node()}: {doing} failed: {_first_line(error)}") from None
 
 
 def _sum_up(world: World) -> float:
@@ -220,6 +220,8 @@ def _check_disk(output: Path, world: World, sight_s: float) -> float:
 def _touch(sign: Path) -> None:
     try:
         sign.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*sign.parent.glob(".sign-*"), *sign.parent.glob(".speed-*")):  # by a check that was killed
+            _remove(left)
         sign.touch()
     except OSError as error:
         raise ConfigError(f"{sign.parent}: {_node()} cannot write there: {error.strerror}") from None
@@ -284,6 +286,10 @@ def _kind() -> str:
 def _wait() -> None:
     if _kind() == "cuda":
         torch.cuda.synchronize()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def _some(names: list[str]) -> str:

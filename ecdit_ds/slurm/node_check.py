@@ -263,12 +263,18 @@ def _write_speed(path: Path) -> float:
 
 
 def _installed() -> tuple[str, ...]:
-    found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    versions = [f"{name} {found.get(name, 'missing')}" for name in LIBRARIES]
+    versions = [f"{name} {_version(name)}" for name in LIBRARIES]
     ours = xxhash.xxh3_64()
     for path in sorted(_PACKAGE.rglob("*.py")):
         ours.update(path.read_bytes())
     return (f"Python {sys.version.split()[0]}", *versions, f"ecdit_ds source {ours.hexdigest()[:8]}")
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _device_name() -> str:

@@ -208,8 +208,8 @@ def _check_disk(output: Path, world: World, sight_s: float) -> float:
     folder, token = output / "slurm", world.broadcast(f"{time.time_ns():x}")
     sign, speed = folder / f".sign-{token}", folder / f".speed-{token}-{world.rank}"
     is_writer = world.share(_node()).index(_node()) == world.rank
-    world.on_first(lambda: _touch(sign))
     try:
+        world.on_first(lambda: _touch(sign))
         world.together(lambda: _see(sign, sight_s))
         return world.together(lambda: _write_speed(speed) if is_writer else 0.0)
     finally:  # all have seen it

@@ -67,28 +67,26 @@ class Ledger:
 
     def __init__(self, output: Path) -> None:
         self.folder = output / LOGS
-        self._path = self.folder / "lives.jsonl"
+        self._path, self._why = self.folder / "lives.jsonl", self.folder / "why_it_stopped.txt"
 
     def begin(self, beginning: Beginning) -> None:
-        """Write down that a life begins."""
+        """Write down that a life begins; what stopped an earlier one is over."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._why.unlink(missing_ok=True)
         self._append({"event": "begin", "time": _now()} | asdict(beginning))
 
     def end(self, life: str, code: int, step: int, verdict: Verdict) -> None:
         """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
         self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
-        why = self.folder / "why_it_stopped.txt"
-        if verdict.is_again or verdict.exit_code == ExitCode.DONE:
-            why.unlink(missing_ok=True)
-        else:
-            why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
+        if not (verdict.is_again or verdict.exit_code == ExitCode.DONE):
+            self._why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
 
     def beginnings(self) -> list[Beginning]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""
         found = []
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 record = json.loads(line)
                 if record["event"] == "begin":
                     found.append(Beginning(life=str(record["life"]), step=int(record["step"]),
@@ -96,8 +94,12 @@ class Ledger:
         return found
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(self._path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                is_cut_off = file.read(1) != b"\n"  # as by a node's death: the next line is not to be lost with it
+                file.write(b"\n" * is_cut_off)
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""What every rank does before training:  node_check.py [--limit-seconds S] -- ARGUMENTS OF train.py
+"""What every rank does before training:  node_check.py [FLAGS] -- ARGUMENTS OF train.py
 
 All meet, sum over the device that will train, compare what is installed, and write and read back some bytes where
 checkpoints will go. A sick node, a folder that only some nodes see, or a time limit without room for a save is found
@@ -12,6 +12,8 @@ import socket
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +32,10 @@ from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
 
-TIMEOUT = timedelta(minutes=3)
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SUM_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 _DISK_BYTES = 32 << 20
-_SIGHT_S = 30.0
 _START_SECONDS = 120.0
 """Of imports and checks, before the first step of a life."""
 
@@ -56,15 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options, recipe = parse_arguments(arguments)
         check_device(os.environ)
-        world = _meet()
+        world = _meet(options.patience_seconds)
     except EcditError as error:
         print(f"error: {_node()}: {error}", file=sys.stderr)
         return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
     try:
-        sum_bytes_per_s = _sum_up(world)
-        speed = world.together(lambda: _check_disk(options.output, world))
-        facts = world.share(Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed))
-        table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
+        with _others_there("summing over all ranks"):
+            sum_bytes_per_s = _sum_up(world)
+        with _others_there("checking the disk together"):
+            speed = _check_disk(options.output, world, sight_s=options.patience_seconds / 6)
+            own = Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed)
+            facts = world.share(own)
+            table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
     except EcditError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -80,6 +83,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Re
     """Return our own flags with the run's folder, and the recipe that train.py's arguments name."""
     parser = argparse.ArgumentParser(prog="node_check.py", description=__doc__)
     parser.add_argument("--limit-seconds", type=float, help="the job's time limit; none where it is left out")
+    parser.add_argument("--patience-seconds", type=float, default=180.0, help="that ranks wait for one another")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="-- and the arguments of train.py")
     options = parser.parse_args(arguments)
     of_train = argparse.ArgumentParser(add_help=False)
@@ -145,7 +149,7 @@ def judge(facts: list[Facts], recipe: Recipe, limit_seconds: float | None) -> li
     ]
 
 
-def _meet() -> World:
+def _meet(patience_s: float) -> World:
     """Join all other ranks.
 
     Raises:
@@ -154,76 +158,86 @@ def _meet() -> World:
     if _kind() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=TIMEOUT)
-    except (dist.DistError, RuntimeError) as error:
+        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
+    except RuntimeError as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0][:300]}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
+            f"{_first_line(error)}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
         ) from None
     return World()
+
+
+@contextmanager
+def _others_there(doing: str) -> Iterator[None]:
+    """Take what fails inside for the loss of another rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(f"{_node()}: {doing} failed: {_first_line(error)}") from None
 
 
 def _sum_up(world: World) -> float:
     """Sum numbers whose sum is known over all ranks; return bytes a second of the second time.
 
     Raises:
-        LostRankError: the sum is wrong, or a rank went away.
+        LostRankError: the sum is wrong.
     """
     numbers = torch.full((_SUM_BYTES[_kind()] // 4,), float(world.rank + 1), device=_kind())
     expected = world.size * (world.size + 1) / 2
     seconds = 0.0
-    try:
-        for _ in range(2):
-            total = numbers.clone()
-            _wait()
-            began = time.perf_counter()
-            dist.all_reduce(total)
-            _wait()
-            seconds = time.perf_counter() - began
-        is_right = bool((total == expected).all())
-    except (dist.DistError, RuntimeError) as error:
-        raise LostRankError(f"{_node()}: summing over all ranks failed: {str(error).splitlines()[0][:300]}") from None
+    for _ in range(2):
+        total = numbers.clone()
+        _wait()
+        began = time.perf_counter()
+        dist.all_reduce(total)
+        _wait()
+        seconds = time.perf_counter() - began
+    is_right = bool((total == expected).all())
     wrong = sorted({node for node, right in world.share((_node(), is_right)) if not right})
     if wrong:
         raise LostRankError(f"{_some(wrong)}: a sum over all ranks came out wrong; leave it out with --exclude")
     return numbers.numel() * numbers.element_size() / seconds
 
 
-def _check_disk(output: Path, world: World) -> float:
+def _check_disk(output: Path, world: World, sight_s: float) -> float:
     """Write where checkpoints will go, read it back, and see what rank 0 wrote; return bytes a second.
 
     Raises:
-        ConfigError: that cannot be done, or this node sees another folder than rank 0.
+        ConfigError: on all ranks when any cannot, or its node sees another folder than rank 0's.
     """
     folder, token = output / "slurm", world.broadcast(f"{time.time_ns():x}")
-    sign = folder / f".sign-{token}"
-    if world.rank == 0:
-        _touch(sign)
-    world.all_ok(True)
+    sign, speed = folder / f".sign-{token}", folder / f".speed-{token}-{world.rank}"
+    is_writer = world.share(_node()).index(_node()) == world.rank
     try:
-        _see(sign)
-        writer = world.share(_node()).index(_node())
-        return _write_speed(folder / f".speed-{token}-{world.rank}") if writer == world.rank else 0.0
-    finally:
-        world.all_ok(True)  # all have seen it
+        world.on_first(lambda: _touch(sign))
+        world.together(lambda: _see(sign, sight_s))
+        return world.together(lambda: _write_speed(speed) if is_writer else 0.0)
+    finally:  # all have seen it
         if world.rank == 0:
-            sign.unlink(missing_ok=True)
+            _remove(sign)
 
 
 def _touch(sign: Path) -> None:
     try:
         sign.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*sign.parent.glob(".sign-*"), *sign.parent.glob(".speed-*")):  # by a check that was killed
+            _remove(left)
         sign.touch()
-    except OSError:
-        return  # then nobody sees it, this rank neither
+    except OSError as error:
+        raise ConfigError(f"{sign.parent}: {_node()} cannot write there: {error.strerror}") from None
 
 
-def _see(sign: Path) -> None:
-    deadline = time.monotonic() + _SIGHT_S
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _see(sign: Path, sight_s: float) -> None:
+    deadline = time.monotonic() + sight_s
     while not sign.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{sign.parent}: {_node()} does not see what rank 0 wrote there within {_SIGHT_S:.0f} s; --output must "
+                f"{sign.parent}: {_node()} does not see what rank 0 wrote there within {sight_s:.0f} s; --output must "
                 "be on a file system that all nodes share, and can write to"
             )
         time.sleep(0.2)
@@ -242,18 +256,25 @@ def _write_speed(path: Path) -> float:
     except OSError as error:
         raise ConfigError(f"{path.parent}: {_node()} cannot write there: {error.strerror}") from None
     finally:
-        path.unlink(missing_ok=True)
+        _remove(path)
     if not is_same:
         raise ConfigError(f"{path.parent}: {_node()} reads back other bytes than it wrote; its storage is broken")
     return _DISK_BYTES / seconds
 
 
 def _installed() -> tuple[str, ...]:
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    versions = [f"{name} {_version(name)}" for name in LIBRARIES]
     ours = xxhash.xxh3_64()
     for path in sorted(_PACKAGE.rglob("*.py")):
         ours.update(path.read_bytes())
     return (f"Python {sys.version.split()[0]}", *versions, f"ecdit_ds source {ours.hexdigest()[:8]}")
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def _device_name() -> str:
@@ -273,9 +294,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # All is said. A process group that Python takes down may abort, and its code would outdo the one that tells.
+    os._exit(main())

@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ecdit_ds.errors import EcditError, ExitCode
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.slurm.ranks import rank_environment
 
 
@@ -29,6 +29,8 @@ def main(arguments: list[str]) -> int:
     """Become the program; return only where that cannot be."""
     command = arguments[arguments[:1] == [HOLD] :]
     try:
+        if not command:  # Python would take standard input for the program
+            raise ConfigError("slurm/rank.sh: no program; it comes after the flags, such as ecdit_ds/train.py")
         os.environ.update(rank_environment(os.environ))
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,24 +16,27 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     overrule where the ranks meet, which is the step's first node and a port that differs from step to step.
 
     Raises:
-        TopologyError: srun did not start this process.
+        TopologyError: srun did not start this process, or what it was told cannot be.
     """
     tasks = tasks_by_node(_variable(environment, "SLURM_STEP_TASKS_PER_NODE"))
-    node, local_rank = _number(environment, "SLURM_NODEID"), _number(environment, "SLURM_LOCALID")
-    if node >= len(tasks):
-        raise TopologyError(f"SLURM_NODEID: {node}, but SLURM_STEP_TASKS_PER_NODE tells of {len(tasks)} nodes")
+    size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    node = _below(len(tasks), environment, "SLURM_NODEID")
+    local_rank = _below(tasks[node], environment, "SLURM_LOCALID")
+    rank = _below(size, environment, "SLURM_PROCID")
     devices = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
-    life = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    port = _FIRST_PORT + (job * 101 + life * 11 + step) % _NUM_PORTS
+    life = _number(environment, "SLURM_RESTART_COUNT", "0")
+    port = _number(environment, "ECDIT_MASTER_PORT", str(_FIRST_PORT + (job * 101 + life * 11 + step) % _NUM_PORTS))
+    if not 0 < port < 65536:
+        raise TopologyError(f"environment variable ECDIT_MASTER_PORT: {port} is no port; choose one below 65536")
     return {
-        "RANK": str(_number(environment, "SLURM_PROCID")),
+        "RANK": str(rank),
         "LOCAL_RANK": "0" if len(devices) == 1 else str(local_rank),
         "LOCAL_SIZE": str(tasks[node]),
-        "WORLD_SIZE": str(_number(environment, "SLURM_STEP_NUM_TASKS")),
+        "WORLD_SIZE": str(size),
         "MASTER_ADDR": environment.get("ECDIT_MASTER_ADDR")
         or first_host(_variable(environment, "SLURM_STEP_NODELIST")),
-        "MASTER_PORT": environment.get("ECDIT_MASTER_PORT") or str(port),
+        "MASTER_PORT": str(port),
     }
 
 
@@ -63,8 +66,15 @@ def _variable(environment: Mapping[str, str], name: str) -> str:
     return environment[name]
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = _variable(environment, name)
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = _variable(environment, name) if default is None else environment.get(name) or default
     if not text.isdecimal():
         raise TopologyError(f"environment variable {name}: {text!r} is not a number")
     return int(text)
+
+
+def _below(count: int, environment: Mapping[str, str], name: str) -> int:
+    number = _number(environment, name)
+    if number >= count:
+        raise TopologyError(f"environment variable {name}: {number}, but the step has {count}, counted from 0")
+    return number

@@ -4,6 +4,7 @@ A job is asked after by number, or for an array's task by ARRAY_TASK: the bare n
 """
 
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from ecdit_ds.errors import ConfigError
 
 _CALL_SECONDS = 60.0
 _LOOK_EVERY_S = 5.0
+_SLURMS_OWN_WARNING_S = 60
+"""Where --signal names no time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,9 @@ def parse_state(line: str) -> JobState:
     Raises:
         ConfigError: it has not what is wanted.
     """
-    found = {key: re.search(rf"(?:^| ){key}=(\S+)", line) for key in ("JobState", "Reason", "Restarts", "TimeLimit")}
+    _, _, told = line.partition(" UserId=")  # before it is the job's name, which may hold anything
+    wanted = {"JobState": r"\S+", "Reason": r"\S+", "Restarts": "[0-9]+", "TimeLimit": r"\S+"}
+    found = {key: re.search(rf" {key}=({pattern})", told) for key, pattern in wanted.items()}
     values = {key: match[1] for key, match in found.items() if match}
     if len(values) < len(found):
         raise ConfigError(f"scontrol show job: {line[:200]!r} tells no {', '.join(found.keys() - values)}")
@@ -99,22 +104,22 @@ def ask_state(job: Job, patience_s: float) -> JobState:
     """Return the job's state; a controller that restarts is waited for.
 
     Raises:
-        ConfigError: it did not answer within `patience_s`.
+        ConfigError: it did not answer within `patience_s`, or there is no Slurm here to ask.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             return parse_state(_call("scontrol", "show", "job", "--oneliner", job.name))
         except ConfigError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or shutil.which("scontrol") is None:
                 raise
         time.sleep(_LOOK_EVERY_S)
 
 
 def is_alive(job_number: str) -> bool:
     """Return whether a job waits, runs or is being taken down; False where nobody can tell any more."""
-    try:
-        return bool(_call("squeue", "--noheader", "--jobs", job_number, "--format", "%T").strip())
+    try:  # asked for an array's own number, squeue tells of all its tasks
+        return job_number in _call("squeue", "--noheader", "--jobs", job_number, "--format", "%A").split()
     except ConfigError:
         return False
 
@@ -125,8 +130,8 @@ def seconds_of_warning(job: Job) -> int | None:
     What sbatch's own --signal said instead, Slurm tells nobody.
     """
     script = _call("scontrol", "write", "batch_script", job.name, "-")
-    match = re.search(r"^#SBATCH\s.*--signal=(?:[RB]+:)?\w+@([0-9]+)", script, re.MULTILINE)
-    return int(match[1]) if match else None
+    found = re.findall(r"^#SBATCH\s(?:.*\s)?--signal[= ]\"?(?:[RB]+:)?\w+(?:@([0-9]+))?", script, re.MULTILINE)
+    return int(found[-1] or _SLURMS_OWN_WARNING_S) if found else None
 
 
 def kill_wait_seconds() -> float:

@@ -1,0 +1,243 @@
+"""What is read from Slurm's controller, and what is made of it. Lines are real ones, without what nobody asks for."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ecdit_ds.errors import ConfigError
+from ecdit_ds.slurm import scheduler
+from ecdit_ds.slurm.scheduler import (
+    Job,
+    JobState,
+    ask_state,
+    is_alive,
+    own_job,
+    parse_limit,
+    parse_state,
+    seconds_of_warning,
+)
+from ecdit_ds.slurm.supervise import flags_after, may_ask_again, output_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RefusalOf = Callable[[Callable[[], object]], str]
+PutProgram = Callable[[str, str], None]
+
+TAIL = (
+    "TimeMin=N/A SubmitTime=2026-11-28T20:38:20 EligibleTime=2026-11-28T20:38:20 StartTime=2026-11-28T20:38:21 "
+    "EndTime=2026-11-28T20:48:21 Scheduler=Backfill Partition=low AllocNode:Sid=localhost:19048 NodeList=n[1-2] "
+    "BatchHost=n1 NumNodes=2 NumCPUs=3 NumTasks=3 CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=3,node=2,billing=3 "
+    "Command=/home/u/train_97b.sh WorkDir=/home/u StdErr=/home/u/log StdIn=/dev/null StdOut=/home/u/log Power= "
+)
+OWNER = "UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901759 Nice=0 Account=(null) QOS=(null)"
+FLAGS = "Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0"
+RUNNING = JobState(state="RUNNING", reason="None", restarts=0, limit_seconds=600.0)
+JOB = Job(name="12", number="12", restarts=0, num_ranks=8, nodes="n[1-2]")
+LINES = {
+    "a name that looks like a line": (
+        f"JobId=1 JobName=a b JobState=X Reason=Y Restarts=9 TimeLimit=1 {OWNER} JobState=RUNNING Reason=None "
+        f"Dependency=(null) {FLAGS} RunTime=00:00:00 TimeLimit=00:10:00 {TAIL}",
+        RUNNING,
+    ),
+    "a task of an array with a comment": (
+        f"JobId=7 ArrayJobId=6 ArrayTaskId=0 ArrayTaskThrottle=1 JobName=arr {OWNER} JobState=RUNNING Reason=None "
+        f"Dependency=(null) {FLAGS} RunTime=00:00:03 TimeLimit=00:10:00 {TAIL} Comment=x JobState=GONE y ",
+        RUNNING,
+    ),
+    "requeued": (
+        f"JobId=5 JobName=wrap {OWNER} JobState=PENDING Reason=BeginTime Dependency=(null) Requeue=1 Restarts=1 "
+        f"BatchFlag=1 Reboot=0 ExitCode=0:0 RunTime=00:00:00 TimeLimit=1-00:00:00 {TAIL}",
+        JobState(state="PENDING", reason="BeginTime", restarts=1, limit_seconds=86400.0),
+    ),
+    "held": (
+        f"JobId=4 JobName=hold {OWNER} JobState=PENDING Reason=JobHeldUser Dependency=(null) {FLAGS} RunTime=00:00:00 "
+        f"TimeLimit=UNLIMITED {TAIL}",
+        JobState(state="PENDING", reason="JobHeldUser", restarts=0, limit_seconds=None),
+    ),
+    "cancelled": (
+        f"JobId=5 JobName=cancelme {OWNER} JobState=COMPLETING Reason=None Dependency=(null) {FLAGS} RunTime=00:00:02 "
+        f"TimeLimit=00:05:00 {TAIL}",
+        JobState(state="COMPLETING", reason="None", restarts=0, limit_seconds=300.0),
+    ),
+    "out of time": (
+        f"JobId=1 JobName=tl {OWNER} JobState=COMPLETING Reason=TimeLimit Dependency=(null) {FLAGS} RunTime=00:01:28 "
+        f"TimeLimit=00:01:00 {TAIL}",
+        JobState(state="COMPLETING", reason="TimeLimit", restarts=0, limit_seconds=60.0),
+    ),
+}
+
+
+@pytest.fixture
+def put_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PutProgram:
+    """Return `put_program(name, script)`: a shell script in the place of a command of Slurm."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(scheduler, "_LOOK_EVERY_S", 0.01)
+
+    def put(name: str, script: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return put
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_jobs_state_is_read_from_the_controllers_line(case: str) -> None:
+    line, state = LINES[case]
+    assert parse_state(line) == state
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [
+        ("", "JobState"),
+        ("slurm_load_jobs error: Invalid job id specified", "JobState"),
+        (LINES["held"][0].replace("TimeLimit=", "Limit="), "TimeLimit"),
+        (LINES["held"][0].replace("Restarts=0", "Restarts=?"), "Restarts"),
+        (LINES["held"][0].replace(OWNER, ""), "Reason"),
+    ],
+)
+def test_a_line_that_lacks_something_is_refused_and_says_what(line: str, missing: str, refusal_of: RefusalOf) -> None:
+    assert missing in refusal_of(lambda: parse_state(line)).partition(" tells no ")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("00:00:30", 30.0), ("00:01:00", 60.0), ("12:34:56", 45296.0), ("2-00:00:00", 172800.0),
+        ("10-01:02:03", 867723.0), ("365-00:00:00", 31536000.0), ("UNLIMITED", None), ("Partition_Limit", None),
+    ],
+)  # fmt: skip
+def test_a_time_limit_is_so_many_seconds_or_none(text: str, seconds: float | None) -> None:
+    assert parse_limit(text) == seconds
+
+
+def test_a_job_knows_itself_in_its_first_life_and_in_later_ones() -> None:
+    told = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert own_job(told) == JOB
+    later = own_job(told | {"SLURM_RESTART_COUNT": "3"})
+    assert (later.restarts, later.life, later.name) == (3, "12.3", "12")
+
+
+def test_a_task_of_an_array_is_called_by_array_and_task_but_lives_by_its_own_number() -> None:
+    told = {"SLURM_JOB_ID": "13", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "n1"}
+    job = own_job(told | {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0", "SLURM_RESTART_COUNT": "1"})
+    assert (job.name, job.number, job.life) == ("12_0", "13", "13.1")
+
+
+@pytest.mark.parametrize("told", [{}, {"SLURM_JOB_ID": "12"}, {"SLURM_NTASKS": "x", "SLURM_JOB_ID": "12"}])
+def test_outside_of_a_job_one_is_told_to_submit_one(told: dict[str, str], refusal_of: RefusalOf) -> None:
+    assert "sbatch slurm/train_97b.sh" in refusal_of(lambda: own_job(told))
+
+
+def test_a_controller_that_is_away_is_waited_for(put_program: PutProgram) -> None:
+    put_program("scontrol", f"echo try >>tries; [ $(wc -l <tries) -gt 2 ] || exit 1; echo '{LINES['held'][0]}'")
+    assert ask_state(JOB, patience_s=20) == LINES["held"][1]
+
+
+def test_a_controller_that_stays_away_is_refused_with_its_words(put_program: PutProgram, refusal_of: RefusalOf) -> None:
+    put_program("scontrol", "echo Unable to contact >&2; echo slurm controller >&2; exit 1")
+    message = refusal_of(lambda: ask_state(JOB, patience_s=0.2))
+    assert message == "scontrol show job --oneliner 12: Unable to contact slurm controller"
+
+
+def test_a_machine_without_slurm_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    began = time.monotonic()
+    assert "scontrol" in refusal_of(lambda: ask_state(JOB, patience_s=60))
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(("job", "answer"), [("1", True), ("3", True), ("2", False), ("13", False)])
+def test_a_job_is_alive_if_it_is_in_the_queue_itself(job: str, answer: bool, put_program: PutProgram) -> None:
+    """Asked for job 1, the controller tells of all tasks of array 1."""
+    put_program("squeue", '[ "$5" = %A ] || exit 1; echo 1; echo 3')
+    assert is_alive(job) is answer
+
+
+def test_a_job_that_the_controller_has_forgotten_is_not_alive(put_program: PutProgram) -> None:
+    put_program("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    assert is_alive("12") is False
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [
+        ("#SBATCH --signal=USR1@600", 600),
+        ("#SBATCH --nodes=4 --signal=B:USR1@90", 90),
+        ("#SBATCH --signal=RB:10@300", 300),
+        ("#SBATCH --signal USR1@120", 120),
+        ('#SBATCH --signal="USR1@120"', 120),
+        ("#SBATCH --signal=USR1", 60),  # Slurm's own default
+        ("#SBATCH --signal=USR1@600\n#SBATCH --signal=USR1@300", 300),
+        ("#SBATCH --time=10", None),
+        ("##SBATCH --signal=USR1@600", None),
+        ("echo --signal=USR1@600", None),
+    ],
+)
+def test_a_script_says_how_long_before_its_end_it_is_warned(
+    script: str, seconds: int | None, put_program: PutProgram
+) -> None:
+    put_program("scontrol", f"cat <<'END'\n#!/bin/bash\n{script}\ntrue\nEND")
+    assert seconds_of_warning(JOB) == seconds
+
+
+@pytest.mark.parametrize(
+    ("case", "life", "may"),
+    [
+        ("a name that looks like a line", 0, True),
+        ("out of time", 0, True),
+        ("cancelled", 0, False),
+        ("held", 0, False),
+        ("requeued", 0, False),
+        ("a name that looks like a line", 1, False),
+    ],
+)
+def test_a_job_is_requeued_only_if_nobody_else_has_decided(case: str, life: int, may: bool) -> None:
+    job = Job(name="12", number="12", restarts=life, num_ranks=8, nodes="n1")
+    against = may_ask_again(job, LINES[case][1])
+    assert (against is None) is may
+    assert against is None or len(against.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (["slurm/rank.sh"], ["-x", "slurm/rank.sh"]),
+        (["--a=1", "--b", "rank.sh", "--hold-signals"], ["--a=1", "--b", "-x", "rank.sh", "--hold-signals"]),
+        (["--a", "apptainer", "exec", "--nv", "i.sif", "rank.sh"],
+         ["--a", "-x", "apptainer", "exec", "--nv", "i.sif", "rank.sh"]),
+        ([], ["-x"]),
+    ],
+)  # fmt: skip
+def test_more_flags_of_srun_come_after_its_own_and_before_what_it_starts(rest: list[str], expected: list[str]) -> None:
+    assert flags_after(rest, ["-x"]) == expected
+
+
+@pytest.mark.parametrize(
+    "flags", [["--output", "runs/a"], ["--output=runs/a", "--set", "a=b"], ["--output", "x", "--output", "runs/a"]]
+)
+def test_a_runs_folder_is_what_trainings_flags_say_last(flags: list[str]) -> None:
+    assert output_of(["ecdit_ds/train.py", "--config", "demo", *flags, "--resume=auto"]) == Path("runs/a")
+
+
+def test_training_without_a_folder_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--output"):
+        output_of(["ecdit_ds/train.py", "--config", "demo"])
+
+
+def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standard_library_only() -> None:
+    """With -S there is nothing else."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    ended = subprocess.run(
+        [sys.executable, "-S", "ecdit_ds/slurm/supervise.py", "x", "--", "y"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    (line,) = (ended.stdout + ended.stderr).splitlines()
+    assert "error: " in line and "SLURM_JOB_ID" in line

@@ -79,7 +79,11 @@ class Ledger:
         """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
         self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
         if not (verdict.is_again or verdict.exit_code == ExitCode.DONE):
-            self._why.write_text(f"{_now()} job {life}: {verdict.reason}\n", encoding="utf-8")
+            self.tell_why(life, verdict.reason)
+
+    def tell_why(self, life: str, reason: str) -> None:
+        """Write why_it_stopped.txt."""
+        self._why.write_text(f"{_now()} job {life}: {reason}\n", encoding="utf-8")
 
     def beginnings(self) -> list[Beginning]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""

@@ -8,6 +8,7 @@ within a minute or two and named, before an hour of 512 GPUs is spent on finding
 import argparse
 import importlib.metadata
 import os
+import signal
 import socket
 import sys
 import time
@@ -31,6 +32,7 @@ from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
+from ecdit_ds.slurm.rank import HELD
 
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -68,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
             own = Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed)
             facts = world.share(own)
             table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
+            was_asked = any(world.share(not HELD.isdisjoint(signal.sigpending())))
+        if was_asked:  # and training would never hear of it
+            raise LostRankError("a signal asked to stop before training began")
     except EcditError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)

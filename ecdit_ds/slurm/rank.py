@@ -9,7 +9,7 @@ import signal
 import sys
 
 HOLD = "--hold-signals"
-HELD = (signal.SIGTERM, signal.SIGUSR1)
+HELD = frozenset((signal.SIGTERM, signal.SIGUSR1))
 if __name__ == "__main__" and HOLD in sys.argv[1:2]:
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     for _number in HELD:

@@ -68,6 +68,11 @@ class JobState:
     """None for no limit."""
 
     @property
+    def is_running(self) -> bool:
+        """Return whether nobody ends it; SIGNALING and RESIZING are passing states of a job that runs."""
+        return self.state in ("RUNNING", "SIGNALING", "RESIZING")
+
+    @property
     def is_at_its_limit(self) -> bool:
         """Return whether its time is over, and nothing else ends it."""
         return self.state in ("COMPLETING", "TIMEOUT") and self.reason == "TimeLimit"
@@ -127,9 +132,11 @@ def is_alive(job_number: str) -> bool:
 def seconds_of_warning(job: Job) -> int | None:
     """Return how long before its end the job's script has the signal come; None where it says nothing.
 
-    What sbatch's own --signal said instead, Slurm tells nobody.
+    What sbatch's own --signal said instead, Slurm tells nobody; nor the script, on some sites.
     """
-    script = _call("scontrol", "write", "batch_script", job.name, "-")
+    script = ""
+    with suppress(ConfigError):
+        script = _call("scontrol", "write", "batch_script", job.name, "-")
     found = re.findall(r"^#SBATCH\s(?:.*\s)?--signal[= ]\"?(?:[RB]+:)?\w+(?:@([0-9]+))?", script, re.MULTILINE)
     return int(found[-1] or _SLURMS_OWN_WARNING_S) if found else None
 

@@ -51,6 +51,7 @@ class Ending:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._is_warned = False
 
     def listen(self) -> None:
         """Outlive the signals: the ranks have them too, and what comes of it is to be told.
@@ -60,13 +61,25 @@ class Ending:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
+    @property
+    def was_asked(self) -> bool:
+        """Return whether a signal came that nobody has acted on."""
+        return self._since is not None or self._is_warned
+
+    def take_warning(self) -> bool:
+        """Return, once, whether the batch script alone was warned, as by --signal=B:USR1@S."""
+        is_warned, self._is_warned = self._is_warned, False
+        return is_warned
+
     def is_near(self, kill_wait_s: float) -> bool:
         """Return whether SIGKILL will come so soon that what is left to do must be done now."""
         patience_s = max(kill_wait_s / 2, kill_wait_s - _LAST_SECONDS)
         return self._since is not None and time.monotonic() > self._since + patience_s
 
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGTERM and self._since is None:
+        if number == signal.SIGUSR1:
+            self._is_warned = True
+        elif self._since is None:
             self._since = time.monotonic()
 
 
@@ -94,7 +107,10 @@ class Life:
         self._refuse_what_is_known(step, limit)
         self._begin(step)
         code = self._check(limit) if is_checked else ExitCode.DONE
-        if code == ExitCode.DONE:
+        if code == ExitCode.DONE and self._ending.was_asked:
+            say("a signal asked to stop before training began")
+            code = ExitCode.TRY_AGAIN
+        elif code == ExitCode.DONE:
             code = self._train()
             self._tell_last_words()
         reached = newest_step(self.output)
@@ -109,6 +125,12 @@ class Life:
             f"newest checkpoint: step {reached}, {step} when it began"
         )
         return verdict
+
+    def stop(self, reason: str) -> None:
+        """Say, for good, why there will be no other life."""
+        say(reason)
+        with suppress(OSError):
+            self._ledger.tell_why(self._job.life, reason)
 
     def _refuse_what_is_known(self, step: int, limit_seconds: float | None) -> None:
         warning = number_of("ECDIT_SIGNAL_SECONDS", seconds_of_warning(self._job) or 0)
@@ -164,13 +186,15 @@ class Life:
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time."""
         srun, *rest = self._launcher
         try:
-            process = subprocess.Popen([srun, *flags_after(rest, flags), *program])
+            process = subprocess.Popen([srun, *flags, *rest, *program])
         except OSError as error:
             raise ConfigError(f"{srun}: {error.strerror}") from None
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(_LOOK_EVERY_S)
                 return 128 - code if code < 0 else code
+            if self._ending.take_warning():
+                process.send_signal(signal.SIGUSR1)  # srun hands it on to all ranks
             if self._ending.is_near(self._kill_wait_s) and self._is_at_its_limit():
                 return OUT_OF_TIME
 
@@ -190,12 +214,6 @@ class Life:
             say(f"{log.name}: {line}")
 
 
-def flags_after(rest: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """Return srun's arguments with more flags, put after those that are there already, so that they win."""
-    at = next((i for i, part in enumerate(rest) if not part.startswith("-")), len(rest))
-    return [*rest[:at], *flags, *rest[at:]]
-
-
 def output_of(program: Sequence[str]) -> Path:
     """Return the run's folder that train.py's arguments name.
 
@@ -204,7 +222,9 @@ def output_of(program: Sequence[str]) -> Path:
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--output", type=Path)
-    output: Path | None = parser.parse_known_args(list(program))[0].output
+    output: Path | None = None
+    with suppress(argparse.ArgumentError):  # the last word, with nothing after it
+        output = parser.parse_known_args(list(program))[0].output
     if output is None:
         raise ConfigError("train.py --output: is missing; it says where lives and logs are kept")
     return output
@@ -228,12 +248,12 @@ def may_ask_again(job: Job, state: JobState) -> str | None:
     """
     if state.restarts != job.restarts:
         return f"Slurm has begun life {state.restarts} of it already"
-    if state.state == "RUNNING" or state.is_at_its_limit:
+    if state.is_running or state.is_at_its_limit:
         return None
     return f"Slurm is ending it (state {state.state}, reason {state.reason})"
 
 
-def ask_again(job: Job, verdict: Verdict) -> int:
+def ask_again(life: Life, job: Job, verdict: Verdict) -> int:
     """Have Slurm give the job another life, if that is for this one to decide; return the exit code."""
     try:
         against = may_ask_again(job, ask_state(job, CONTROLLER_PATIENCE_S))
@@ -243,7 +263,7 @@ def ask_again(job: Job, verdict: Verdict) -> int:
         say(f"requeued: {verdict.reason}")
         requeue(job)
     except ConfigError as error:
-        say(f"not requeued: {error}; submit anew: it goes on from the newest checkpoint")
+        life.stop(f"not requeued: {error}; submit anew: it goes on from the newest checkpoint")
         return verdict.exit_code
     return ExitCode.DONE
 
@@ -260,6 +280,8 @@ def main(arguments: list[str], ending: Ending) -> int:
         if "--" not in arguments:
             raise ConfigError("supervise.py: no -- between what starts ranks and what they run")
         at = arguments.index("--")
+        if at == 0 or at == len(arguments) - 1:
+            raise ConfigError("supervise.py: nothing on one side of --; before it srun, after it what ranks run")
         job = own_job(os.environ)
         allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3), bool(number_of("ECDIT_PREFLIGHT", 1))
         life = Life(job, arguments[:at], arguments[at + 1 :], allowed, ending)
@@ -268,7 +290,7 @@ def main(arguments: list[str], ending: Ending) -> int:
         say(f"error: {error}")
         return ExitCode.USER_ERROR
     if verdict.is_again:
-        return ask_again(job, verdict)
+        return ask_again(life, job, verdict)
     say(f"not requeued: {verdict.reason}")
     return verdict.exit_code
 

@@ -24,7 +24,7 @@ RECIPE = (
 )  # fmt: skip
 """The rehearsal on two ranks with a half of the experts each."""
 ON_CPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-PATIENCE_S = 240.0
+PATIENCE_S = 400.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Job:
             nonlocal state
             shown = self.lab.ask("scontrol", "show", "job", "-o", self.number)
             state = shown.partition("JobState=")[2].split()[0]
-            return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+            return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
 
         self.wait_until(is_over, "its end")
         return state

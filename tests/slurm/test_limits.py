@@ -26,7 +26,7 @@ class Story:
 def story(submit: Submitter, uninterrupted: Path) -> Story:
     """Submit them all, so that they wait for clocks side by side."""
     return Story(
-        time_limit=submit("time limit", "--time=2", "--signal=USR1@60", faults="delay=1.8@step"),
+        time_limit=submit("time limit", "--time=3", "--signal=USR1@60", faults="delay=4.5@step"),
         crash_loop=submit("crash loop", faults="exit=7@step,step=2,rank=1"),
         crashes_with_progress=submit(
             "crashes", faults="exit=7@after-rename; delay=0.2@step", environment={"ECDIT_MAX_LIVES": "1"},

@@ -27,6 +27,7 @@ def test_a_signal_while_ranks_import_and_signals_during_a_save_end_in_one_save_a
     assert first["step"] >= 1
 
     job.wait_until(lambda: bool(list(job.output.glob("checkpoints/step_12.tmp-*"))), "the save of step 12")
+    submit.lab.ask("scancel", "--batch", "--signal=USR1", job.number)  # as --signal=B:USR1@S does: handed on to ranks
     job.signal(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, rank=1)
     assert job.wait() == "COMPLETED", job.text
     second = job.ends()[1]

@@ -178,14 +178,15 @@ def test_gpus_are_asked_of_a_partition_that_has_them(lab: Lab) -> None:
     [
         ("without gpus", {}, "sees no GPU"),
         ("grid", {"ECDIT_REHEARSAL": "1"}, "parallel.tp(2)"),
-        ("data", {"ECDIT_RECIPE": "ecdit_xl_8e"}, "data.path"),
+        ("data", {"ECDIT_REHEARSAL": "1"}, "data.path: names no folder"),
         ("recipe", {"ECDIT_RECIPE": "ecdit_xxxl"}, "ecdit_xxxl"),
     ],
 )
 def test_the_checks_before_training_refuse_in_one_line_and_are_not_repeated(
     submit: Submitter, name: str, changes: dict[str, str], expected: str
 ) -> None:
-    recipe = ("parallel.ep=1", "train.keep_every=0", *(("parallel.tp=2",) if name == "grid" else ()))
+    more = {"grid": ("parallel.tp=2",), "data": ("data.dataset=encoded",)}.get(name, ())
+    recipe = ("parallel.ep=1", *more)
     environment = {"ECDIT_PREFLIGHT": "1", "ECDIT_REHEARSAL": "0", "ECDIT_RECIPE": "rehearsal"} | changes
     job = submit(f"refused {name}", "--ntasks-per-node=1", nodes=1, changes=recipe, environment=environment)
     assert job.wait() == "FAILED", job.text

@@ -21,7 +21,7 @@ from ecdit_ds.slurm.scheduler import (
     parse_state,
     seconds_of_warning,
 )
-from ecdit_ds.slurm.supervise import flags_after, may_ask_again, output_of
+from ecdit_ds.slurm.supervise import may_ask_again, output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RefusalOf = Callable[[Callable[[], object]], str]
@@ -206,29 +206,16 @@ def test_a_job_is_requeued_only_if_nobody_else_has_decided(case: str, life: int,
 
 
 @pytest.mark.parametrize(
-    ("rest", "expected"),
-    [
-        (["slurm/rank.sh"], ["-x", "slurm/rank.sh"]),
-        (["--a=1", "--b", "rank.sh", "--hold-signals"], ["--a=1", "--b", "-x", "rank.sh", "--hold-signals"]),
-        (["--a", "apptainer", "exec", "--nv", "i.sif", "rank.sh"],
-         ["--a", "-x", "apptainer", "exec", "--nv", "i.sif", "rank.sh"]),
-        ([], ["-x"]),
-    ],
-)  # fmt: skip
-def test_more_flags_of_srun_come_after_its_own_and_before_what_it_starts(rest: list[str], expected: list[str]) -> None:
-    assert flags_after(rest, ["-x"]) == expected
-
-
-@pytest.mark.parametrize(
     "flags", [["--output", "runs/a"], ["--output=runs/a", "--set", "a=b"], ["--output", "x", "--output", "runs/a"]]
 )
 def test_a_runs_folder_is_what_trainings_flags_say_last(flags: list[str]) -> None:
     assert output_of(["ecdit_ds/train.py", "--config", "demo", *flags, "--resume=auto"]) == Path("runs/a")
 
 
-def test_training_without_a_folder_is_refused() -> None:
+@pytest.mark.parametrize("flags", [["--config", "demo"], ["--output"]])
+def test_training_without_a_folder_is_refused(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match="--output"):
-        output_of(["ecdit_ds/train.py", "--config", "demo"])
+        output_of(["ecdit_ds/train.py", *flags])
 
 
 def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standard_library_only() -> None:
@@ -241,3 +228,13 @@ def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standar
     assert ended.returncode == 2
     (line,) = (ended.stdout + ended.stderr).splitlines()
     assert "error: " in line and "SLURM_JOB_ID" in line
+
+
+@pytest.mark.parametrize("arguments", [["srun", "x"], ["--", "train.py"], ["srun", "x", "--"]])
+def test_a_supervisor_with_nothing_to_start_says_so_in_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-S", "ecdit_ds/slurm/supervise.py", *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stdout.splitlines()
+    assert "error: supervise.py: no" in line
+    assert not ended.stderr

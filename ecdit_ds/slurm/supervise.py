@@ -51,7 +51,7 @@ class Ending:
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._is_warned = False
+        self._is_warned = self._was_warned = False
 
     def listen(self) -> None:
         """Outlive the signals: the ranks have them too, and what comes of it is to be told.
@@ -63,8 +63,8 @@ class Ending:
 
     @property
     def was_asked(self) -> bool:
-        """Return whether a signal came that nobody has acted on."""
-        return self._since is not None or self._is_warned
+        """Return whether any signal came."""
+        return self._since is not None or self._was_warned
 
     def take_warning(self) -> bool:
         """Return, once, whether the batch script alone was warned, as by --signal=B:USR1@S."""
@@ -78,7 +78,7 @@ class Ending:
 
     def _note(self, number: int, _frame: object) -> None:
         if number == signal.SIGUSR1:
-            self._is_warned = True
+            self._is_warned = self._was_warned = True
         elif self._since is None:
             self._since = time.monotonic()
 
@@ -147,10 +147,13 @@ class Life:
             )
         barren = count_barren(lives, self._job.number, step)
         if barren >= self._allowed:
-            raise ConfigError(
+            reason = (
                 f"job {self._job.name}: {barren} lives in a row published no later checkpoint than step {step} "
                 f"(ECDIT_MAX_LIVES={self._allowed}), see {self._ledger.folder}; mend the cause and submit anew"
             )
+            with suppress(OSError):
+                self._ledger.tell_why(self._job.life, reason)
+            raise ConfigError(reason)
 
     def _begin(self, step: int) -> None:
         job = self._job
@@ -283,11 +286,14 @@ def main(arguments: list[str], ending: Ending) -> int:
         if at == 0 or at == len(arguments) - 1:
             raise ConfigError("supervise.py: nothing on one side of --; before it srun, after it what ranks run")
         job = own_job(os.environ)
-        allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3), bool(number_of("ECDIT_PREFLIGHT", 1))
+        allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3, least=1), bool(number_of("ECDIT_PREFLIGHT", 1))
         life = Life(job, arguments[:at], arguments[at + 1 :], allowed, ending)
         verdict = life.live(is_checked=is_checked)
     except EcditError as error:
         say(f"error: {error}")
+        return ExitCode.USER_ERROR
+    except OSError as error:  # such as a run's folder that somebody else owns
+        say(f"error: {error.filename}: {error.strerror or error}")
         return ExitCode.USER_ERROR
     if verdict.is_again:
         return ask_again(life, job, verdict)
@@ -295,15 +301,15 @@ def main(arguments: list[str], ending: Ending) -> int:
     return verdict.exit_code
 
 
-def number_of(variable: str, default: int) -> int:
+def number_of(variable: str, default: int, least: int = 0) -> int:
     """Return an environment variable's whole number.
 
     Raises:
         ConfigError: it is none.
     """
     text = os.environ.get(variable) or str(default)
-    if not re.fullmatch("[0-9]+", text):
-        raise ConfigError(f"environment variable {variable}: {text!r} is not a whole number")
+    if not re.fullmatch("[0-9]+", text) or int(text) < least:
+        raise ConfigError(f"environment variable {variable}: {text!r} is not {least} or more, in whole numbers")
     return int(text)
 
 

@@ -125,8 +125,8 @@ def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
     ("name", "flags", "environment", "expected"),
     [
         ("short", ["--time=5"], {}, "the time limit is 5 min, and the signal to save comes 600 s before it"),
-        ("lives", [], {"ECDIT_MAX_LIVES": "0"}, "0 lives in a row"),
-        ("number", [], {"ECDIT_MAX_LIVES": "many"}, "ECDIT_MAX_LIVES: 'many' is not a whole number"),
+        ("lives", [], {"ECDIT_MAX_LIVES": "0"}, "ECDIT_MAX_LIVES: '0' is not 1 or more"),
+        ("number", [], {"ECDIT_MAX_LIVES": "many"}, "ECDIT_MAX_LIVES: 'many' is not 1 or more"),
         ("python", [], {"ECDIT_PYTHON": "/nowhere/python"}, "/nowhere/python"),
         ("root", [], {"ECDIT_ROOT": "/"}, "slurm/env.sh: No such file"),
     ],
@@ -165,6 +165,7 @@ def test_a_job_that_was_requeued_from_outside_with_its_lives_spent_starts_no_ran
     lab.ask("scontrol", "release", job.number)
     assert job.wait() == "FAILED", job.text
     assert "3 lives in a row published no later checkpoint than step 40" in job.text
+    assert "3 lives in a row" in (job.output / "slurm" / "why_it_stopped.txt").read_text()
     assert not seen(tmp_path, job, 0, "train")
 
 

@@ -38,6 +38,7 @@ _CONF = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -217,10 +218,11 @@ class Lab:
         last = self.gpus - 1
         devices = f"{self.folder}/dev/gpu{f'[0-{last}]' if last else 0}"
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-{self.nodes}] Name=gpu File={devices}\n")
+        # The number of a job decides the port where its ranks meet: labs side by side have other numbers.
         first = _free_ports(self.nodes + 2)
         text = _CONF.format(
             host=socket.gethostname().split(".")[0], folder=self.folder, nodes=self.nodes, gpus=self.gpus,
-            controller_port=first, ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
+            controller_port=first, first_job=1 + first // 100 % 90 * 20, ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
             settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)

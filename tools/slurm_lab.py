@@ -222,7 +222,8 @@ class Lab:
         first = _free_ports(self.nodes + 2)
         text = _CONF.format(
             host=socket.gethostname().split(".")[0], folder=self.folder, nodes=self.nodes, gpus=self.gpus,
-            controller_port=first, first_job=1 + first // 100 % 90 * 20, ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
+            controller_port=first, first_job=1 + first // 100 % 90 * 20,
+            ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
             settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -65,11 +66,12 @@ def finish_group(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens on, and that the system gives to no connection meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(30000, 32768)  # systems hand out those above
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 Waves = Sequence[Sequence[Planned | tuple[int, list[str]]]]

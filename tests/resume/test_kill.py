@@ -66,8 +66,10 @@ def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command
     output = tmp_path / "run"
     life = start(RANKS, ROOT / "ecdit_ds" / "train.py", arguments(output, cache, *SMALL))
     _wait_for_step(life, output, 8)
+    rank = _rank(life, 1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
-        _rank(life, 1).send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the first is enough, and a free machine is quick
+            rank.send_signal(number)
         time.sleep(0.05)  # signals that wait together are delivered in no order
     code, text = finish(life)
     steps = len(metrics_of(output))

@@ -107,6 +107,7 @@ class Lab:
         self.nodes, self.gpus = nodes, gpus
         self._settings = {**SETTINGS, **(settings or {})}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._sweeper: subprocess.Popen[bytes] | None = None
         self.folder = Path()
 
     @property
@@ -123,6 +124,10 @@ class Lab:
         if reason := why_not():
             raise ConfigError(f"no Slurm here: {reason}")
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))  # short: a socket's path has room for 107 letters
+        # It waits until this process lets go of its input, or is killed, and then ends and removes what is left.
+        self._sweeper = subprocess.Popen(
+            [sys.executable, __file__, "--sweep", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
             self._write_files()
             self._start("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
@@ -142,8 +147,8 @@ class Lab:
         """End jobs and daemons, whatever state they are in, and remove the folder."""
         for daemon in tuple(self._daemons):  # first of all, so that none starts anything any more
             self.kill(daemon)
-        _kill_all(self._own_processes())
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._sweeper is not None:
+            self._sweeper.communicate()  # lets go of it, and waits
 
     def ask(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
         """Run a command of Slurm and return what it prints.
@@ -183,18 +188,9 @@ class Lab:
         self.kill(name)
         log = f"{self.folder}/slurmd.{name}.log"  # a step's own daemon has it open, and no variable that tells
         _kill_all(
-            process for process in self._own_processes()
+            process for process in _processes_of(self.folder)
             if f"SLURMD_NODENAME={name}" in _environment(process) or log in (f.path for f in process.open_files())
         )  # fmt: skip
-
-    def _own_processes(self) -> Iterator[psutil.Process]:
-        """Yield the processes that belong to this lab: its daemons, their helpers, and what its jobs run."""
-        here = str(self.folder)
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                is_daemon = here in " ".join(process.cmdline())
-                if is_daemon or f"SLURM_CONF={here}/slurm.conf" in _environment(process):
-                    yield process
 
     def _start(self, program: str, *arguments: str, key: str | None = None) -> None:
         path = _program(program)
@@ -227,6 +223,23 @@ class Lab:
             settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
+
+
+def sweep(folder: Path) -> None:
+    """End all that belongs to a lab, whatever state it is in, and remove its folder."""
+    while found := list(_processes_of(folder)):
+        _kill_all(iter(found))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: Path) -> Iterator[psutil.Process]:
+    """Yield the processes that belong to a lab: its daemons, their helpers, and what its jobs run."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            command = process.cmdline()
+            is_daemon = str(folder) in " ".join(command) and "--sweep" not in command
+            if is_daemon or f"SLURM_CONF={folder}/slurm.conf" in _environment(process):
+                yield process
 
 
 def _program(name: str) -> str | None:
@@ -274,6 +287,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="of a node (default: %(default)s)")
+    parser.add_argument("--sweep", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="(default: your shell)")
     return parser.parse_args(arguments)
 
@@ -282,6 +296,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command in a lab; return its exit code."""
     try:
         options = parse_arguments(arguments)
+        if options.sweep:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the lab
+            sys.stdin.buffer.read()
+            sweep(options.sweep)
+            return ExitCode.DONE
         if not (1 <= options.nodes <= 64 and 1 <= options.gpus <= 16):
             raise ConfigError(f"--nodes {options.nodes}, --gpus {options.gpus}: choose 1 to 64 nodes of 1 to 16 GPUs")
         command = options.command[options.command[:1] == ["--"] :] or [os.environ.get("SHELL", "/bin/sh")]

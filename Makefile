@@ -53,7 +53,7 @@ test: lint
 	exit $$failed
 
 test-slurm: $(VENV)/installed
-	$(BIN)/python -m pytest -rs --numprocesses 4 --dist loadfile $(SLURM_TESTS)
+	$(BIN)/python -m pytest -rs --numprocesses 3 --dist loadfile $(SLURM_TESTS)
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/resume/soak.py --kills 100 --output runs/soak

@@ -365,7 +365,7 @@ def test_training_does_not_wait_for_the_libraries_that_judge_and_encode_pictures
     graph = {source.name: set(own_imports(source, set(by_name))) for source in sources}
     used = {module: set().union(*(imported_at_once(by_name[part]) for part in closure(module, graph)))
             for module in graph}  # fmt: skip
-    for library in ("torchmetrics", "transformers", "diffusers", "huggingface_hub"):
+    for library in ("torchmetrics", "transformers", "diffusers", "huggingface_hub", "sklearn"):
         assert not any(is_within(name, [library]) for name in used["train"]), library
     assert "data.pretrained" in closure("train", graph)
     assert any(is_within(name, ["diffusers"]) for name, _ in by_name["data.pretrained"].names)

@@ -16,7 +16,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
 
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import sample_rng, stable_seed
@@ -229,6 +228,8 @@ def _claims_by_caption() -> Mapping[str, Claim]:
 
 @functools.cache
 def _uci_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    from sklearn.datasets import load_digits  # takes a second, and a set that is encoded already needs none
+
     uci = load_digits()
     return (uci.images / 16.0).astype(np.float32), uci.target.astype(np.int64)
 

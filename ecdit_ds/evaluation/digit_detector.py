@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.kernel_ridge import KernelRidge
 
 from ecdit_ds.data.digit_scenes import DIGIT_PIXELS, MIN_CANVAS_PIXELS, PALETTE, digit_images, enlargement
 from ecdit_ds.errors import DataError
@@ -139,7 +138,7 @@ def _name_windows(windows_NCHW: Floats, scale: int) -> tuple[npt.NDArray[np.int6
 
 
 @functools.cache
-def _digit_classifier() -> KernelRidge:
+def _digit_classifier() -> Any:
     """Return the classifier of (N, 64) ink: ten scores, near 1 for the digit it is and near 0 where it is none.
 
     Kernel ridge regression to one-hot targets. A Gaussian kernel vanishes far from all it has seen, so an unknown shape
@@ -149,6 +148,8 @@ def _digit_classifier() -> KernelRidge:
     none_NHW = np.concatenate(_non_digits(images.ink_NHW, images.digit_N))
     ink_NHW = np.concatenate([images.ink_NHW, none_NHW])
     target_ND = np.concatenate([np.eye(10)[images.digit_N], np.zeros((len(none_NHW), 10))])
+    from sklearn.kernel_ridge import KernelRidge  # takes a second, which only who checks pictures need wait
+
     classifier = KernelRidge(kernel="rbf", gamma=_KERNEL_WIDTH, alpha=_RIDGE)
     classifier.fit(ink_NHW.reshape(len(ink_NHW), -1), target_ND)
     # As the kernel matrices are; with fp64 each prediction spends three quarters of its time on their conversion.

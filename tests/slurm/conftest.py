@@ -1,5 +1,7 @@
 """A lab for all tests of this folder, and the run that nobody interrupted."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +30,21 @@ def submit(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Submitter:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(submit: Submitter) -> Path:
+def uninterrupted(submit: Submitter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the same run on the same layout, started without Slurm and left alone."""
-    output = submit.root / "uninterrupted"
+    # Tests that run side by side (pytest-xdist) have folders beside one another; the first to come trains for all.
+    shared = tmp_path_factory.getbasetemp()
+    output = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "uninterrupted"
+    done = output.with_suffix(".done")
+    try:
+        output.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 300
+        while not done.exists():
+            assert time.monotonic() < deadline, f"{output} was never finished"
+            time.sleep(0.2)
+        return output
     flags = ["--config", "rehearsal", "--deepspeed", "ds_configs/zero2_overlap.json", "--output", str(output)]
     train_many(submit.root, [(2, [*flags, *submit.recipe])])
+    done.touch()
     return output

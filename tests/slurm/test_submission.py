@@ -121,6 +121,13 @@ def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
     assert lives() == [1, 2]
 
 
+def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(witness: Witness) -> None:
+    job = witness("loop", "7,137,75,0", "--ntasks-per-node=1", environment={"ECDIT_PREFLIGHT": "0"})
+    assert job.wait() == "FAILED", job.text
+    assert [(end["code"], end["is_again"]) for end in job.ends()] == [(7, True), (137, True), (75, False)]
+    assert "3 lives in a row" in (job.output / "slurm" / "why_it_stopped.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "environment", "expected"),
     [

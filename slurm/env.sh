@@ -28,6 +28,8 @@ if [ "${ECDIT_REHEARSAL:-0}" = 1 ]; then
     export ECDIT_REHEARSAL CUDA_VISIBLE_DEVICES=
 fi
 
+# What sbatch was told to keep from the job (--export) srun would keep from the ranks, and this file's variables with it.
+export SLURM_EXPORT_ENV=ALL
 # Slurm 22.05 and later do not hand the processors of a task on to srun by themselves.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}

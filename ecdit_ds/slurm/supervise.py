@@ -182,8 +182,12 @@ class Life:
 
     def _train(self) -> int:
         say(f"logs of ranks: {self._logs}/rank_*.log")
-        log = f"{self._logs}/rank_%4t.log"
-        return self._srun([f"--output={log}", f"--error={log}", "--open-mode=append"], self._program)
+        log = f"{str(self._logs).replace('%', '%%')}/rank_%4t.log"
+        code = self._srun([f"--output={log}", f"--error={log}", "--open-mode=append"], self._program)
+        if code == ExitCode.DONE and not any(self._logs.glob("rank_*.log")):
+            say("srun says that all is well, and started no rank")
+            return ExitCode.CRASHED
+        return code
 
     def _srun(self, flags: Sequence[str], program: Sequence[str]) -> int:
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time."""
@@ -287,6 +291,7 @@ def main(arguments: list[str], ending: Ending) -> int:
             raise ConfigError("supervise.py: nothing on one side of --; before it srun, after it what ranks run")
         job = own_job(os.environ)
         allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3, least=1), bool(number_of("ECDIT_PREFLIGHT", 1))
+        number_of("ECDIT_REHEARSAL", 0)  # "yes" would be no rehearsal, in silence
         life = Life(job, arguments[:at], arguments[at + 1 :], allowed, ending)
         verdict = life.live(is_checked=is_checked)
     except EcditError as error:

@@ -121,6 +121,18 @@ def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
     assert lives() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "flags", [(), ("--export=ECDIT_ROOT,ECDIT_PYTHON,ECDIT_WRAPPER,WITNESS,WITNESS_CODES,ECDIT_OUTPUT",)]
+)
+def test_ranks_find_their_variables_and_logs_whatever_is_exported_and_called(
+    witness: Witness, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    job = witness("50%j of a run", "0", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", *flags)
+    assert job.wait() == "COMPLETED", (tmp_path / "job.log").read_text()
+    assert len(seen(tmp_path, job, 0, "train")) == 1
+    assert (job.output / "slurm" / f"{job.number}.0" / "rank_0000.log").is_file()
+
+
 def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(witness: Witness) -> None:
     job = witness("loop", "7,137,75,0", "--ntasks-per-node=1", environment={"ECDIT_PREFLIGHT": "0"})
     assert job.wait() == "FAILED", job.text

@@ -3,8 +3,10 @@
 # Set a variable before `sbatch`, or for good in slurm/site.sh (not in git), which is also the place for `module load`.
 
 if [ -f slurm/site.sh ]; then
+    set -a # what it sets, the supervisor and the ranks are to see
     # shellcheck source=/dev/null
     source slurm/site.sh
+    set +a
 fi
 
 # The environment that `make demo` makes, on a file system that all nodes see.

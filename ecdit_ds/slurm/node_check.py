@@ -32,6 +32,7 @@ from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
+from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.slurm.rank import HELD
 
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
@@ -210,7 +211,7 @@ def _check_disk(output: Path, world: World, sight_s: float) -> float:
     Raises:
         ConfigError: on all ranks when any cannot, or its node sees another folder than rank 0's.
     """
-    folder, token = output / "slurm", world.broadcast(f"{time.time_ns():x}")
+    folder, token = output / LOGS, world.broadcast(f"{time.time_ns():x}")
     sign, speed = folder / f".sign-{token}", folder / f".speed-{token}-{world.rank}"
     is_writer = world.share(_node()).index(_node()) == world.rank
     try:

@@ -54,6 +54,8 @@ class RunStatus:
     """None until training begins: before, a refusal says it all."""
     seats: list[Seat] = field(default_factory=list)
     """Of all ranks, by rank."""
+    asked_to_stop: str = ""
+    """Why and on which ranks, where it was; all ranks say the same."""
     is_over: bool = False
     """Whether this rank leaves of its own accord, so that nobody need end it."""
     has_left: bool = False

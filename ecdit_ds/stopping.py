@@ -5,7 +5,10 @@ signal at different moments or not at all, so the trainer asks the flag where ra
 """
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
+
+_RANKS_NAMED = 8
 
 
 class StopRequest:
@@ -30,3 +33,23 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
+
+
+def reasons_of(reason_by_rank: Sequence[str | None]) -> str:
+    """Return who was asked to stop and by what, such as `SIGTERM on rank 3` or `SIGUSR1 on all ranks`."""
+    ranks_by_reason: dict[str, list[int]] = {}
+    for rank, reason in enumerate(reason_by_rank):
+        if reason is not None:
+            ranks_by_reason.setdefault(reason, []).append(rank)
+    size = len(reason_by_rank)
+    return "; ".join(f"{reason} on {_ranks_in_words(ranks, size)}" for reason, ranks in ranks_by_reason.items())
+
+
+def _ranks_in_words(ranks: list[int], size: int) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) == size:
+        return "all ranks"
+    if len(ranks) <= _RANKS_NAMED:
+        return f"ranks {', '.join(map(str, ranks))}"
+    return f"{len(ranks)} of {size} ranks, rank {ranks[0]} first"

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
         code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
-        cause = stop.reason or "another rank was asked to stop" if code == ExitCode.SAVED else "all steps are done"
+        cause = status.asked_to_stop if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
         if is_first:
             say(f"error: {error}", sys.stderr)

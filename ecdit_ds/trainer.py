@@ -28,7 +28,7 @@ from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
 from ecdit_ds.snapshot import Progress
-from ecdit_ds.stopping import StopRequest
+from ecdit_ds.stopping import StopRequest, reasons_of
 
 Batches = Callable[[int], Iterable[list[FlowBatch]]]
 """start sample -> this rank's micro-batches, step after step."""
@@ -125,6 +125,7 @@ class Trainer:
             is_report = is_last or is_checkpoint or progress.step % train.log_every == 0
             was_stopped = is_report and self._report() and not is_last
             if was_stopped:
+                self._given.status.asked_to_stop = reasons_of(self.world.share(self._given.stop.reason))
                 self._saver.save_last(progress, read_back=False)  # first of all: whoever asked may not wait
             if is_last or progress.step % train.evaluate_every == 0:
                 self._evaluate(progress.step)
@@ -234,8 +235,7 @@ class Trainer:
             raise
 
     def _farewell(self, progress: Progress) -> str:
-        names = self.world.gather(self._given.stop.reason) or []
-        asked = "; ".join(f"{name} on rank {rank}" for rank, name in enumerate(names) if name)
+        asked = self._given.status.asked_to_stop
         return f"stopped at step {progress.step} ({asked}): saved; the same command goes on from there"
 
     def _evaluate(self, step: int) -> None:

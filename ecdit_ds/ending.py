@@ -12,7 +12,7 @@ from typing import IO
 
 import psutil
 
-from ecdit_ds.checkpoint.manifest import list_checkpoints
+from ecdit_ds.checkpoint.folders import list_checkpoints
 from ecdit_ds.checkpoint.tending import fault_of
 from ecdit_ds.errors import CheckpointError, ExitCode
 

@@ -10,7 +10,8 @@ import xxhash
 from torch import Tensor, nn
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, encode_manifest
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
+from ecdit_ds.checkpoint.manifest import encode_manifest
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, read_part
 from ecdit_ds.config import Recipe

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import replace_durably

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ecdit_ds.checkpoint.folders import step_of
 from ecdit_ds.checkpoint.host_copy import HostCopy
 from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.checkpoint.storage import Save
@@ -150,7 +151,7 @@ class Saver:
         try:
             remove_old(
                 self._root, train.keep_checkpoints, keep_every=train.keep_every, verified=self._verified,
-                reached=lambda phase: self._faults.at(phase, int(newest.name.removeprefix("step_"))),
+                reached=lambda phase: self._faults.at(phase, step_of(newest)),
             )  # fmt: skip
         except (CheckpointError, OSError) as error:  # the new one is safe, which is what counts
             self._note(f"an old checkpoint stays: {error}")

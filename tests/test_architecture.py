@@ -84,6 +84,7 @@ NEVER_IN = {
         "deepspeed_config",
         "parallel.topology",
         "parallel.cutting",
+        "checkpoint.folders",
         "planner",
         *(f"slurm.{name}" for name in ("lives", "rank", "ranks", "scheduler", "supervise")),
     ),

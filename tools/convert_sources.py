@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.derived import UpcycledSource, Upcycling
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.formats import deepspeed_folder, lacks_recipe, open_deepspeed
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.ranges import reading
 from ecdit_ds.checkpoint.sources import INDEX_NAME, Source, open_source

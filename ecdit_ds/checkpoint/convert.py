@@ -17,8 +17,8 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.manifest import (
-    MANIFEST_NAME,
     Manifest,
     StoredFile,
     StoredSlice,

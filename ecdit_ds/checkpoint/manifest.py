@@ -18,12 +18,12 @@ import torch
 import xxhash
 
 from ecdit_ds.checkpoint.boxes import Box, check_cover
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, step_name, step_of
 from ecdit_ds.checkpoint.ranges import require_plain_file
 from ecdit_ds.errors import CheckpointError
 
 FORMAT = "ecdit_ds"
 VERSION = 1
-MANIFEST_NAME = "manifest.json"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -89,21 +89,6 @@ def shard_name(writer: int) -> str:
     return f"shard-{writer:05d}.safetensors"
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Return the folders named `step_<whole number>` in `root`, newest (largest step) first; [] without a root.
-
-    Raises:
-        CheckpointError: the root cannot be looked into.
-    """
-    try:
-        if not root.is_dir():
-            return []
-        folders = [path for path in root.iterdir() if re.fullmatch(r"step_[0-9]+", path.name) and path.is_dir()]
-    except OSError as error:
-        raise CheckpointError(f"{root}: cannot be read: {error.strerror}") from None
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-
-
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`.
 
@@ -136,10 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     manifest = decode_manifest(text, path)
-    named = re.fullmatch(r"step_([0-9]+)", folder.name)
-    if named and int(named[1]) != manifest.step:
+    if step_of(folder) not in (-1, manifest.step):
         raise CheckpointError(
-            f"{path}: is of step {manifest.step}, so its folder is misnamed; name it step_{manifest.step}"
+            f"{path}: is of step {manifest.step}, so its folder is misnamed; name it {step_name(manifest.step)}"
         )
     for name, file in manifest.files.items():
         _check_size(folder / name, file.size_bytes)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ecdit_ds.checkpoint import universal
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME
 from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import CheckpointError

@@ -15,11 +15,8 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, shifted
-from ecdit_ds.checkpoint.manifest import (
-    DTYPES,
-    MANIFEST_NAME,
-    encode_manifest,
-)
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
+from ecdit_ds.checkpoint.manifest import DTYPES, encode_manifest
 from ecdit_ds.checkpoint.ranges import reading, require_plain_file
 from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.checkpoint.streams import TensorFile, check_shape

@@ -18,10 +18,10 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, step_name
 from ecdit_ds.checkpoint.lease import Lease, attempt_name
 from ecdit_ds.checkpoint.manifest import (
     DTYPES,
-    MANIFEST_NAME,
     Manifest,
     StoredFile,
     StoredSlice,
@@ -89,7 +89,7 @@ class Save:
     ) -> None:  # fmt: skip
         self.step, self._meta, self._peers, self._lease, self._reached = step, meta, peers, lease, reached
         attempt = peers.broadcast((lease.attempt if lease else attempt_name()) if peers.rank == 0 else None)
-        self.folder, self._writing = root / f"step_{step}", root / f"step_{step}.tmp-{attempt}"
+        self.folder, self._writing = root / step_name(step), root / f"{step_name(step)}.tmp-{attempt}"
         self._shard: dict[str, Any] | None = None
         self.fault: str | None = None
         """Why this peer's part could not be written."""

@@ -9,7 +9,8 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
+from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.phases import Reached, go_on
 from ecdit_ds.errors import CheckpointError
 
@@ -93,7 +94,7 @@ def fault_of(folder: Path) -> CheckpointError | None:
 
 
 def _is_anchor(folder: Path, keep_every: int) -> bool:
-    return keep_every > 0 and int(folder.name.removeprefix("step_")) % keep_every == 0
+    return keep_every > 0 and step_of(folder) % keep_every == 0
 
 
 def _remove(folder: Path, reached: Reached) -> None:

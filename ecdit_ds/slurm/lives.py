@@ -7,7 +7,6 @@ end. A life made progress if the newest published checkpoint is a later one than
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ecdit_ds.errors import ExitCode
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints, step_of
+from ecdit_ds.errors import CheckpointError, ExitCode
 
 LOGS = "slurm"
 """Folder of a run's folder for what this package leaves."""
@@ -54,12 +54,9 @@ class Verdict:
 
 def newest_step(output: Path) -> int:
     """Return the step of the newest published checkpoint of a run; 0 without any."""
-    steps = [0]
-    with contextlib.suppress(OSError):
-        for path in (output / "checkpoints").iterdir():
-            if (match := re.fullmatch(r"step_([0-9]+)", path.name)) and (path / "manifest.json").is_file():
-                steps.append(int(match[1]))
-    return max(steps)
+    with contextlib.suppress(CheckpointError):
+        return next((step_of(f) for f in list_checkpoints(output / "checkpoints") if (f / MANIFEST_NAME).is_file()), 0)
+    return 0
 
 
 class Ledger:

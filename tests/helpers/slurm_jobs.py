@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
-from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.slurm.lives import Ledger
+from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, metrics_of
 from tools.slurm_lab import Lab
 
@@ -144,13 +144,6 @@ class Submitter:
         return Job(lab=self.lab, number=number, output=output, log=log)
 
 
-def digest(output: Path, step: int = STEPS) -> dict[str, Any]:
-    """Return the checksums of all that a checkpoint holds, and its counts."""
-    manifest = read_manifest(output / "checkpoints" / f"step_{step}")
-    counts = {name: manifest.meta[name] for name in ("samples_seen", "num_updates", "skipped_in_a_row")}
-    return counts | {name: [(str(s.box), s.xxh3) for s in tensor.slices] for name, tensor in manifest.tensors.items()}
-
-
 def losses(output: Path) -> list[tuple[int, float]]:
     """Return the steps of a run with their losses."""
     return [(record["step"], record["loss"]) for record in metrics_of(output)]
@@ -158,7 +151,7 @@ def losses(output: Path) -> list[tuple[int, float]]:
 
 def check_equal(job: Job, uninterrupted: Path) -> None:
     """Check that the job's run is the uninterrupted one, to the last bit."""
-    assert digest(job.output) == digest(uninterrupted)
+    assert digest(job.output, STEPS) == digest(uninterrupted, STEPS)
     assert losses(job.output) == losses(uninterrupted)
     assert not list(job.output.glob("checkpoints/*.tmp-*"))
 

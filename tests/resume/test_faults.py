@@ -18,11 +18,12 @@ import numpy as np
 import psutil
 import pytest
 
-from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from ecdit_ds.checkpoint.folders import list_checkpoints
 from ecdit_ds.checkpoint.phases import PHASES
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.errors import ExitCode
+from tests.helpers.checkpoints import digest
 from tests.helpers.launch import Planned, finish, metrics_of, start_many, train_many
 from tests.helpers.recipes import SMALL_MODEL, arguments
 from tests.helpers.witness import SAMPLES_FILE
@@ -347,11 +348,3 @@ def assert_same(output: Path, reference: Path) -> None:
     for folder in list_checkpoints(output / "checkpoints"):
         Reader(folder).verify()
     assert not [path for path in (output / "checkpoints").iterdir() if ".tmp-" in path.name or "trash" in path.name]
-
-
-def digest(output: Path, step: int) -> dict[str, list[tuple[str, str]]]:
-    """Return the checksums of weights, average, optimizer state, and the counts, of one checkpoint."""
-    manifest = read_manifest(output / "checkpoints" / f"step_{step}")
-    counts = {name: manifest.meta[name] for name in ("samples_seen", "num_updates", "skipped_in_a_row")}
-    tensors = {name: [(str(s.box), s.xxh3) for s in tensor.slices] for name, tensor in manifest.tensors.items()}
-    return tensors | {"counts": [(name, str(value)) for name, value in counts.items()]}

@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ecdit_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
+from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.errors import ExitCode
+from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, finish, finish_group, free_port, metrics_of, start, train, train_many
 from tests.helpers.recipes import SMALL_MODEL, arguments
 
@@ -56,7 +58,7 @@ def test_a_run_killed_three_ways_equals_the_uninterrupted_one_bitwise(
 
     for name in ("step", "samples_seen", "loss", "grad_norm", "learning_rate"):
         assert [m[name] for m in metrics_of(output)] == [m[name] for m in metrics_of(uninterrupted)], name
-    assert _digest(output) == _digest(uninterrupted)
+    assert digest(output, STEPS) == digest(uninterrupted, STEPS)
     assert not list(output.glob("checkpoints/*.tmp-*"))
 
 
@@ -84,7 +86,7 @@ def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command
     assert code == 0, text
     assert f"at step {steps}" in text
     assert [m["loss"] for m in metrics_of(output)] == [m["loss"] for m in metrics_of(uninterrupted)]
-    assert _digest(output) == _digest(uninterrupted)
+    assert digest(output, STEPS) == digest(uninterrupted, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_signal_of_which_launchers_die_still_lets_ranks_save(
     (os.killpg if is_to_all else os.kill)(life.pid, number)
     _, text = finish_group(life)
     newest = list_checkpoints(output / "checkpoints")[0]
-    step = int(newest.name.removeprefix("step_"))
+    step = step_of(newest)
     assert 8 <= step == len(metrics_of(output)) < STEPS
     # Of a signal to all, launchers die too, and a rank may notice that first.
     reason = f"({number.name}|the launcher died)" if is_to_all else "the launcher died"
@@ -107,7 +109,7 @@ def test_a_signal_of_which_launchers_die_still_lets_ranks_save(
     assert re.search(rf"end: saved \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
     text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
     assert f"at step {step}" in text
-    assert _digest(output) == _digest(uninterrupted)
+    assert digest(output, STEPS) == digest(uninterrupted, STEPS)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
@@ -156,10 +158,10 @@ def test_a_signal_while_a_rank_still_imports_kills_nobody(cache: Path, tmp_path:
 def test_a_finished_run_started_again_trains_nothing_and_changes_nothing(
     uninterrupted: Path, cache: Path, tmp_path: Path
 ) -> None:
-    before = (uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)
+    before = (uninterrupted / "metrics.jsonl").read_bytes(), digest(uninterrupted, STEPS)
     text = train_many(tmp_path, [(RANKS, arguments(uninterrupted, cache, *SMALL))])
     assert f"done at step {STEPS}" in text
-    assert ((uninterrupted / "metrics.jsonl").read_bytes(), _digest(uninterrupted)) == before
+    assert ((uninterrupted / "metrics.jsonl").read_bytes(), digest(uninterrupted, STEPS)) == before
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
@@ -175,7 +177,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     assert "rejected" in text
     assert newest.name in text
     assert f"goes on from {older}" in text
-    assert _digest(output) == _digest(uninterrupted)
+    assert digest(output, STEPS) == digest(uninterrupted, STEPS)
 
 
 def test_starting_from_another_runs_damaged_checkpoint_leaves_that_run_alone(
@@ -190,7 +192,7 @@ def test_starting_from_another_runs_damaged_checkpoint_leaves_that_run_alone(
     text = train_many(tmp_path, [(RANKS, arguments(tmp_path / "new", cache, *SMALL, resume=str(other)))])
     assert f"goes on from {older}" in text
     assert sorted(path.name for path in (other / "checkpoints").iterdir()) == before
-    assert _digest(tmp_path / "new") == _digest(uninterrupted)
+    assert digest(tmp_path / "new", STEPS) == digest(uninterrupted, STEPS)
 
 
 def test_a_port_that_is_taken_is_one_line(cache: Path, tmp_path: Path) -> None:
@@ -253,9 +255,3 @@ def _ranks(life: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 def _rank(life: "subprocess.Popen[str]", rank: int) -> psutil.Process:
     return next(process for process in _ranks(life) if f"--local_rank={rank}" in process.cmdline())
-
-
-def _digest(output: Path) -> dict[str, list[tuple[str, str]]]:
-    manifest = read_manifest(list_checkpoints(output / "checkpoints")[0])
-    assert manifest.step == STEPS
-    return {name: [(str(s.box), s.xxh3) for s in tensor.slices] for name, tensor in manifest.tensors.items()}

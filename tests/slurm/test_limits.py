@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.errors import ExitCode
-from tests.helpers.slurm_jobs import STEPS, Job, Submitter, check_equal, digest, losses
+from tests.helpers.checkpoints import digest
+from tests.helpers.slurm_jobs import STEPS, Job, Submitter, check_equal, losses
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def test_crashes_that_leave_progress_are_not_capped(story: Story, uninterrupted:
     assert job.wait() == "COMPLETED", job.text
     assert [end["step"] for end in job.ends()] == [15, 30, 30]
     assert "rank 0 died" in job.text  # the ranks' last words, in the job's own log
-    assert digest(job.output)["samples_seen"] == digest(uninterrupted)["samples_seen"]
+    assert digest(job.output, STEPS)["samples_seen"] == digest(uninterrupted, STEPS)["samples_seen"]
     assert losses(job.output) == losses(uninterrupted)
 
 

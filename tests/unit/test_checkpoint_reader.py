@@ -15,13 +15,8 @@ import xxhash
 from safetensors.torch import save_file
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.manifest import (
-    Manifest,
-    StoredFile,
-    encode_manifest,
-    list_checkpoints,
-    read_manifest,
-)
+from ecdit_ds.checkpoint.folders import list_checkpoints
+from ecdit_ds.checkpoint.manifest import Manifest, StoredFile, encode_manifest, read_manifest
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.checkpoint.sources import open_source

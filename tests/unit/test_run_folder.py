@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ecdit_ds import run_folder
-from ecdit_ds.checkpoint.manifest import MANIFEST_NAME
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import load_recipe

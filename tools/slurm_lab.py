@@ -133,11 +133,11 @@ class Lab:
             self._start("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
                         f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
                         f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed")  # fmt: skip
-            _wait_until(lambda: (self.folder / "munge.socket").exists(), "munged opens its socket")
+            self._wait_until(lambda: (self.folder / "munge.socket").exists(), "munged opens its socket")
             self.start_controller()
             for name in self.node_names:
                 self.start_node(name)
-            _wait_until(lambda: self.num_idle() == len(self.node_names), "all nodes are idle")
+            self._wait_until(lambda: self.num_idle() == len(self.node_names), "all nodes are idle")
         except BaseException:
             self.__exit__()
             raise
@@ -191,6 +191,27 @@ class Lab:
             process for process in _processes_of(self.folder)
             if f"SLURMD_NODENAME={name}" in _environment(process) or log in (f.path for f in process.open_files())
         )  # fmt: skip
+
+    def _wait_until(self, is_so: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            for name, daemon in self._daemons.items():
+                if (code := daemon.poll()) is not None:
+                    raise ConfigError(f"{name} ended with exit code {code}: {self._last_words(name)}")
+            with contextlib.suppress(ConfigError):
+                if is_so():
+                    return
+            if time.monotonic() > deadline:
+                raise ConfigError(f"waited {_PATIENCE_S:.0f} s in vain until {what}; {self._last_words('slurmctld')}")
+            time.sleep(0.1)
+
+    def _last_words(self, daemon: str) -> str:
+        """Return the last line that a daemon left, as its folder is about to go."""
+        lines = ["no word of it"]
+        for log in (f"{daemon}.out", f"{daemon}.log", f"slurmd.{daemon}.log"):
+            with contextlib.suppress(OSError):
+                lines += (self.folder / log).read_text(errors="replace").strip().splitlines()
+        return lines[-1]
 
     def _start(self, program: str, *arguments: str, key: str | None = None) -> None:
         path = _program(program)
@@ -267,17 +288,6 @@ def _free_ports(count: int) -> int:
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise ConfigError(f"no {count} free ports in a row from 10000 to 20000")
-
-
-def _wait_until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        with contextlib.suppress(ConfigError):
-            if is_so():
-                return
-        if time.monotonic() > deadline:
-            raise ConfigError(f"waited {_PATIENCE_S:.0f} s in vain until {what}")
-        time.sleep(0.1)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

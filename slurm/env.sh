@@ -56,6 +56,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_P
 
 # supervise COMMAND -- TRAIN.py ARGUMENTS: checks, the one srun of a script, and another life where there should be one.
 supervise() {
+    command -v "$ECDIT_HOST_PYTHON" >/dev/null || refuse "ECDIT_HOST_PYTHON: $ECDIT_HOST_PYTHON cannot be run; $ways_to_python"
     exec "$ECDIT_HOST_PYTHON" ecdit_ds/slurm/supervise.py "$@"
 }
 
@@ -73,3 +74,7 @@ refuse_same_task() {
             refuse "--task: names one task, and this array has $SLURM_ARRAY_TASK_COUNT; submit with --array=0"
     done
 }
+
+ways_to_python="make .venv/installed makes the environment, or name another in slurm/site.sh"
+[ -n "${ECDIT_WRAPPER[*]}${ECDIT_SRUN_FLAGS[*]}" ] || command -v "$ECDIT_PYTHON" >/dev/null ||
+    refuse "ECDIT_PYTHON: $ECDIT_PYTHON cannot be run; $ways_to_python"

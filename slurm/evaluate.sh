@@ -14,7 +14,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" && source slurm/env.sh || exit 2
+if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || ! source slurm/env.sh; then
+    echo "error: $PWD is not the repository; submit from it, or set ECDIT_ROOT to where it is" >&2
+    exit 2
+fi
 
 [ $# -ge 2 ] || refuse "$# arguments; give RUN METRIC and the metric's flags"
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "no array; name checkpoints by sbatch --array=50,100 (thousands of steps)"

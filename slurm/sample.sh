@@ -15,7 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" && source slurm/env.sh || exit 2
+if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || ! source slurm/env.sh; then
+    echo "error: $PWD is not the repository; submit from it, or set ECDIT_ROOT to where it is" >&2
+    exit 2
+fi
 
 refuse_same_task "$@"
 srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/sample.py "$@"

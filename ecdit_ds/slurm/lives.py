@@ -1,14 +1,15 @@
 """The lives of a job, and whether it gets another one: decisions only, standard library only.
 
-OUTPUT/slurm/lives.jsonl holds a line at a life's beginning and one at its end; a life that lost its first node has no
-end. A life made progress if the newest published checkpoint is a later one than when it began.
+OUTPUT/slurm/lives.jsonl holds a line at a life's beginning, one where it found the recipe in order, and one at its end;
+a life that lost its first node has no end. A life made progress if the newest published checkpoint is a later one than
+when it began. Clusters use numbers of jobs again: a job's lives are those since the newest that was a first one.
 """
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,13 @@ class Beginning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Passed:
+    """A life that found the recipe in order."""
+
+    life: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What becomes of a job after one of its lives."""
 
@@ -72,6 +80,10 @@ class Ledger:
         self._why.unlink(missing_ok=True)
         self._append({"event": "begin", "time": _now()} | asdict(beginning))
 
+    def pass_check(self, life: str) -> None:
+        """Write down that the recipe is in order, so that the job's later lives need not ask again."""
+        self._append({"event": "checked", "time": _now(), "life": life})
+
     def end(self, life: str, code: int, step: int, verdict: Verdict) -> None:
         """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
         self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
@@ -84,15 +96,31 @@ class Ledger:
 
     def beginnings(self) -> list[Beginning]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""
-        found = []
+        return [event for event in self._events() if isinstance(event, Beginning)]
+
+    def lives_of(self, job: str) -> list[Beginning]:
+        """Return the lives of the job that has this number now, the oldest first."""
+        return [event for event in self._events_of(job) if isinstance(event, Beginning)]
+
+    def is_checked(self, job: str) -> bool:
+        """Return whether a life of the job that has this number now found the recipe in order."""
+        return any(isinstance(event, Passed) for event in self._events_of(job))
+
+    def _events_of(self, job: str) -> list[Beginning | Passed]:
+        events = [event for event in self._events() if event.life.partition(".")[0] == job]
+        first_lives = [i for i, e in enumerate(events) if isinstance(e, Beginning) and e.life == f"{job}.0"]
+        return events[first_lives[-1] :] if first_lives else events
+
+    def _events(self) -> Iterator[Beginning | Passed]:
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 record = json.loads(line)
                 if record["event"] == "begin":
-                    found.append(Beginning(life=str(record["life"]), step=int(record["step"]),
-                                           nodes=str(record["nodes"]), ranks=int(record["ranks"])))  # fmt: skip
-        return found
+                    yield Beginning(life=str(record["life"]), step=int(record["step"]),
+                                    nodes=str(record["nodes"]), ranks=int(record["ranks"]))  # fmt: skip
+                elif record["event"] == "checked":
+                    yield Passed(life=str(record["life"]))
 
     def _append(self, record: dict[str, Any]) -> None:
         with open(self._path, "ab+") as file:
@@ -105,15 +133,14 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def count_barren(beginnings: Iterable[Beginning], job: str, step: int) -> int:
+def count_barren(lives: Iterable[Beginning], step: int) -> int:
     """Return how many of the last lives of a job, in a row, made no progress.
 
     Args:
         step: of the newest checkpoint now, which is where the last one has come to.
     """
-    steps = [*(life.step for life in beginnings if life.job == job), step]
     barren = 0
-    for before, after in pairwise(steps):
+    for before, after in pairwise([*(life.step for life in lives), step]):
         barren = 0 if after > before else barren + 1
     return barren
 

@@ -15,6 +15,7 @@ from ecdit_ds.errors import ConfigError
 
 _CALL_SECONDS = 60.0
 _LOOK_EVERY_S = 5.0
+_LOOK_AT_STEPS_EVERY_S = 1.0
 _SLURMS_OWN_WARNING_S = 60
 """Where --signal names no time."""
 
@@ -147,6 +148,29 @@ def kill_wait_seconds() -> float:
         if match := re.search(r"^KillWait\s*=\s*([0-9]+)", _call("scontrol", "show", "config"), re.MULTILINE):
             return float(match[1])
     return 30.0
+
+
+def end_steps(job: Job, patience_s: float) -> None:
+    """Ask what srun started within a job to end, by SIGTERM, and kill what has not ended after `patience_s`."""
+    for signal_flags, seconds in ((["--signal=TERM"], patience_s), ([], _CALL_SECONDS)):
+        deadline = time.monotonic() + seconds
+        for step in _steps_of(job):
+            with suppress(ConfigError):  # it has ended meanwhile
+                _call("scancel", *signal_flags, step)
+        while _steps_of(job):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_AT_STEPS_EVERY_S)
+        else:
+            return
+
+
+def _steps_of(job: Job) -> list[str]:
+    """Return the steps that run, but for the batch script; none where the controller does not answer."""
+    steps = ""
+    with suppress(ConfigError):
+        steps = _call("squeue", "--noheader", "--steps", "--jobs", job.name, "--format", "%i")
+    return re.findall(rf"^\s*({re.escape(job.name)}\.[0-9]+)\s*$", steps, re.MULTILINE)
 
 
 def requeue(job: Job) -> None:

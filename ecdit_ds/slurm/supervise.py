@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +27,7 @@ from ecdit_ds.slurm.scheduler import (
     Job,
     JobState,
     ask_state,
+    end_steps,
     is_alive,
     kill_wait_seconds,
     own_job,
@@ -40,6 +41,8 @@ CHECK_MINUTES = 15
 """Of a check before training; then srun ends it."""
 OUT_OF_TIME = 124
 """Exit code of a life that did not leave before its time limit, as that of timeout(1)."""
+LEAVING_PATIENCE_S = 600.0
+"""How long ranks that lost their srun may save, before they are killed."""
 _LOOK_EVERY_S = 1.0
 _LAST_SECONDS = 5.0
 _TOLD_LINES = 20
@@ -114,7 +117,7 @@ class Life:
             code = self._train()
             self._tell_last_words()
         reached = newest_step(self.output)
-        barren = count_barren(self._ledger.beginnings(), self._job.number, reached)
+        barren = count_barren(self._ledger.lives_of(self._job.number), reached)
         verdict = judge(code, barren=barren, allowed=self._allowed)
         try:
             self._ledger.end(self._job.life, code, reached, verdict)
@@ -145,7 +148,8 @@ class Life:
                 f"{self.output}: job {lives[-1].job} is not over and trains there; scancel it, or submit with another "
                 "ECDIT_OUTPUT"
             )
-        barren = count_barren(lives, self._job.number, step)
+        # A first life has none before it, whoever had its number.
+        barren = count_barren(self._ledger.lives_of(self._job.number), step) if self._job.restarts else 0
         if barren >= self._allowed:
             reason = (
                 f"job {self._job.name}: {barren} lives in a row published no later checkpoint than step {step} "
@@ -166,31 +170,39 @@ class Life:
         say(f"life {job.life} of {self.output}: {job.num_ranks} ranks on {job.nodes}, from step {step}")
 
     def _check(self, limit: float | None) -> int:
-        """Check the recipe, in a job's first life, and every node; return 0 where all is well."""
-        checks = [["ecdit_ds/slurm/node_check.py", *(["--limit-seconds", f"{limit:.0f}"] if limit else []), "--"]]
-        checks[0] += self._program[1:]
-        one_task = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
-        flags = [[f"--time={CHECK_MINUTES}"]]
-        if self._job.restarts == 0:
-            checks.insert(0, [*self._program, "--dry-run", f"--world-size={self._job.num_ranks}"])
-            flags.insert(0, [*flags[0], *one_task])
-        for check, more in zip(checks, flags, strict=True):
-            if code := self._srun(more, check):
-                say(f"the check before training failed with exit code {code}; no rank was started")
-                return code
-        return ExitCode.DONE
+        """Check the recipe, unless an earlier life of this job did, and every node; return 0 where all is well."""
+        code: int = ExitCode.DONE
+        if not self._ledger.is_checked(self._job.number):
+            one_task = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
+            code = self._run_check(one_task, [*self._program, "--dry-run", f"--world-size={self._job.num_ranks}"])
+            if code == ExitCode.DONE:
+                self._ledger.pass_check(self._job.life)
+        if code == ExitCode.DONE:
+            limit_flags = ["--limit-seconds", f"{limit:.0f}"] if limit else []
+            code = self._run_check([], ["ecdit_ds/slurm/node_check.py", *limit_flags, "--", *self._program[1:]])
+        if code:
+            say(f"the check before training failed with exit code {code}; no rank was started")
+        return code
+
+    def _run_check(self, flags: Sequence[str], program: Sequence[str]) -> int:
+        return self._srun([f"--time={CHECK_MINUTES}", *flags], program, may_leave=self._ending.is_near)
 
     def _train(self) -> int:
         say(f"logs of ranks: {self._logs}/rank_*.log")
         log = f"{str(self._logs).replace('%', '%%')}/rank_%4t.log"
-        code = self._srun([f"--output={log}", f"--error={log}", "--open-mode=append"], self._program)
+        flags = [f"--output={log}", f"--error={log}", "--open-mode=append"]
+        code = self._srun(flags, self._program, may_leave=self._is_out_of_time)
         if code == ExitCode.DONE and not any(self._logs.glob("rank_*.log")):
             say("srun says that all is well, and started no rank")
             return ExitCode.CRASHED
         return code
 
-    def _srun(self, flags: Sequence[str], program: Sequence[str]) -> int:
-        """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time."""
+    def _srun(self, flags: Sequence[str], program: Sequence[str], may_leave: Callable[[float], bool]) -> int:
+        """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
+
+        Args:
+            may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
+        """
         srun, *rest = self._launcher
         try:
             process = subprocess.Popen([srun, *flags, *rest, *program])
@@ -199,25 +211,39 @@ class Life:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(_LOOK_EVERY_S)
-                return 128 - code if code < 0 else code
+                return code if code >= 0 else self._outlive_srun(-code)
             if self._ending.take_warning():
                 process.send_signal(signal.SIGUSR1)  # srun hands it on to all ranks
-            if self._ending.is_near(self._kill_wait_s) and self._is_at_its_limit():
+            if may_leave(self._kill_wait_s):
                 return OUT_OF_TIME
 
-    def _is_at_its_limit(self) -> bool:
-        with suppress(ConfigError):
-            return ask_state(self._job, 0).is_at_its_limit
+    def _outlive_srun(self, number: int) -> int:
+        """Have the ranks save and leave, whose srun was killed: they do not notice, and what they reach counts."""
+        say(f"srun was killed by signal {number}; its ranks are asked to save and leave")
+        end_steps(self._job, LEAVING_PATIENCE_S)
+        return 128 + number
+
+    def _is_out_of_time(self, kill_wait_s: float) -> bool:
+        """Return whether ranks did not leave before the time limit; where others end the job, they have until then."""
+        if self._ending.is_near(kill_wait_s):
+            with suppress(ConfigError):
+                return ask_state(self._job, 0).is_at_its_limit
         return False
 
     def _tell_last_words(self) -> None:
-        """Repeat in the job's log why ranks ended, each line once, and where it was said."""
-        told: dict[str, Path] = {}
+        """Repeat in the job's log why ranks ended, each line once, and where it was said.
+
+        Where none says why, such as a shell that finds no program, it is each rank's last line.
+        """
+        last_words, last_lines = dict[str, Path](), dict[str, Path]()
         for log in sorted(self._logs.glob("rank_*.log")):
-            for line in tail(log):
+            lines = [line for line in tail(log) if line.strip()]
+            for line in lines:
                 if line.startswith(("end: ", "error: ")):
-                    told.setdefault(line, log)
-        for line, log in list(told.items())[:_TOLD_LINES]:
+                    last_words.setdefault(line, log)
+            for line in lines[-1:]:
+                last_lines.setdefault(line, log)
+        for line, log in list((last_words or last_lines).items())[:_TOLD_LINES]:
             say(f"{log.name}: {line}")
 
 

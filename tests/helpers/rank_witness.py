@@ -1,7 +1,8 @@
 """A rank that trains nothing: it writes down what it was given, and ends as it was told.
 
-WITNESS is the folder to write into. WITNESS_CODES tells how training ends in each life, such as `42,hang,0`: with an
-exit code, or not at all. What is no training (checks before it) ends well.
+WITNESS is the folder to write into. WITNESS_CODES tells how training ends in each life, such as `42,hang,save,0`: with
+an exit code, not at all, or by SIGTERM with a checkpoint of step 40. WITNESS_DRY_RUNS tells the same of dry runs. What
+it does not tell of ends well.
 """
 
 import json
@@ -10,6 +11,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from ecdit_ds.errors import ExitCode
 
 KEPT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME",
         "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip
@@ -23,10 +29,17 @@ def main() -> int:
     name = f"{environment['SLURM_JOB_ID']}.{life}.{what}.{environment['RANK']}.json"
     seen = {"environment": environment, "arguments": sys.argv[1:]}
     (Path(os.environ["WITNESS"]) / name).write_text(json.dumps(seen))
-    code = os.environ["WITNESS_CODES"].split(",")[life] if what == "train" else "0"
+    told = os.environ.get({"train": "WITNESS_CODES", "dry_run": "WITNESS_DRY_RUNS"}.get(what, ""))
+    code = told.split(",")[life] if told else "0"
     if code == "hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         time.sleep(600)
+    if code == "save":
+        signal.sigwait((signal.SIGTERM,))  # held back by slurm/rank.sh
+        output = Path(sys.argv[sys.argv.index("--output") + 1])
+        (output / "checkpoints" / "step_40").mkdir(parents=True)
+        (output / "checkpoints" / "step_40" / "manifest.json").touch()
+        return ExitCode.SAVED
     return int(code)
 
 

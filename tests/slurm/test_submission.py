@@ -133,11 +133,18 @@ def test_ranks_find_their_variables_and_logs_whatever_is_exported_and_called(
     assert (job.output / "slurm" / f"{job.number}.0" / "rank_0000.log").is_file()
 
 
-def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(witness: Witness) -> None:
+def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(witness: Witness, tmp_path: Path) -> None:
     job = witness("loop", "7,137,75,0", "--ntasks-per-node=1", environment={"ECDIT_PREFLIGHT": "0"})
     assert job.wait() == "FAILED", job.text
     assert [(end["code"], end["is_again"]) for end in job.ends()] == [(7, True), (137, True), (75, False)]
-    assert "3 lives in a row" in (job.output / "slurm" / "why_it_stopped.txt").read_text()
+    why = job.output / "slurm" / "why_it_stopped.txt"
+    assert "3 lives in a row" in why.read_text()
+
+    job.lab.ask("scontrol", "requeue", job.number)  # somebody from outside, with its lives spent
+    job.wait_until(lambda: job.restarts == 3, "its fourth life")
+    assert job.wait() == "FAILED", job.text
+    assert "3 lives in a row published no later checkpoint than step 0" in why.read_text()
+    assert not seen(tmp_path, job, 3, "train")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +153,10 @@ def test_a_crash_loop_ends_after_three_lives_without_progress_and_says_why(witne
         ("short", ["--time=5"], {}, "the time limit is 5 min, and the signal to save comes 600 s before it"),
         ("lives", [], {"ECDIT_MAX_LIVES": "0"}, "ECDIT_MAX_LIVES: '0' is not 1 or more"),
         ("number", [], {"ECDIT_MAX_LIVES": "many"}, "ECDIT_MAX_LIVES: 'many' is not 1 or more"),
-        ("python", [], {"ECDIT_PYTHON": "/nowhere/python"}, "/nowhere/python"),
-        ("root", [], {"ECDIT_ROOT": "/"}, "slurm/env.sh: No such file"),
+        ("rehearsal", [], {"ECDIT_REHEARSAL": "yes"}, "ECDIT_REHEARSAL: 'yes' is not 0 or more"),
+        ("python", [], {"ECDIT_PYTHON": "/no/python"}, "error: ECDIT_HOST_PYTHON: /no/python cannot be run"),
+        ("bare", [], {"ECDIT_PYTHON": "/no/python", "ECDIT_WRAPPER": ""}, "error: ECDIT_PYTHON: /no/python cannot be"),
+        ("root", [], {"ECDIT_ROOT": "/"}, "error: / is not the repository; submit from it, or set ECDIT_ROOT"),
     ],
 )
 def test_what_cannot_go_well_is_refused_before_ranks_start(
@@ -172,20 +181,52 @@ def test_a_folder_that_another_job_trains_in_is_refused(lab: Lab, witness: Witne
     assert [life.job for life in Ledger(first.output).beginnings()] == [first.number]
 
 
-def test_a_job_that_was_requeued_from_outside_with_its_lives_spent_starts_no_ranks(
+def test_a_job_inherits_no_spent_lives_from_an_earlier_one_of_its_number(
     lab: Lab, witness: Witness, tmp_path: Path
 ) -> None:
-    job = witness("spent", "0", "--ntasks-per-node=1", "--hold")
+    job = witness("again", "0", "--ntasks-per-node=1", "--hold", environment={"ECDIT_PREFLIGHT": "0"})
     for restarts in range(3):
-        life = Beginning(life=f"{job.number}.{restarts}", step=40, nodes="n1", ranks=1)
-        Ledger(job.output).begin(life)
-    (job.output / "checkpoints" / "step_40").mkdir(parents=True)
-    (job.output / "checkpoints" / "step_40" / "manifest.json").touch()
+        Ledger(job.output).begin(Beginning(life=f"{job.number}.{restarts}", step=0, nodes="n1", ranks=1))
     lab.ask("scontrol", "release", job.number)
+    assert job.wait() == "COMPLETED", job.text
+    assert len(seen(tmp_path, job, 0, "train")) == 1
+
+
+def test_a_job_cancelled_in_its_checks_tells_its_end_and_one_requeued_there_checks_again(
+    lab: Lab, witness: Witness, tmp_path: Path
+) -> None:
+    one_rank = ("--ntasks-per-node=1",)
+    cancelled = witness("cancelled", "0", *one_rank, environment={"WITNESS_DRY_RUNS": "hang"})
+    requeued = witness("requeued", "0,0,0", *one_rank, environment={"WITNESS_DRY_RUNS": "hang,0,0"})
+    for job, command in ((cancelled, "scancel"), (requeued, "scontrol requeue")):
+        job.wait_until(lambda job=job: bool(seen(tmp_path, job, 0, "dry_run")), "the check")  # type: ignore[misc]
+        lab.ask(*command.split(), job.number)
+    assert cancelled.wait() == "CANCELLED", cancelled.text
+    (end,) = cancelled.ends()
+    assert (end["code"], end["is_again"]) == (124, True), cancelled.text
+    assert "not requeued from here: Slurm is ending it" in cancelled.text
+    assert requeued.wait() == "COMPLETED", requeued.text
+    assert seen(tmp_path, requeued, 1, "dry_run")
+
+
+def test_ranks_that_lose_their_srun_save_before_their_life_is_judged(witness: Witness, tmp_path: Path) -> None:
+    environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_MAX_LIVES": "1"}
+    job = witness("orphans", "save,0", "--ntasks-per-node=1", environment=environment)
+    job.wait_until(lambda: bool(seen(tmp_path, job, 0, "train")), "its rank")
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or ()
+        if command[:1] == ["srun"] and str(job.output) in command:
+            process.kill()
+    assert job.wait() == "COMPLETED", job.text
+    assert [(end["code"], end["step"], end["is_again"]) for end in job.ends()] == [(137, 40, True), (0, 40, False)]
+    assert "srun was killed by signal 9" in job.text
+
+
+def test_a_program_that_cannot_start_is_told_in_the_jobs_log(witness: Witness, tmp_path: Path) -> None:
+    environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_MAX_LIVES": "1", "ECDIT_HOST_PYTHON": sys.executable}
+    job = witness("no python", "0", "--ntasks-per-node=1", environment=environment | {"ECDIT_PYTHON": "/no/python"})
     assert job.wait() == "FAILED", job.text
-    assert "3 lives in a row published no later checkpoint than step 40" in job.text
-    assert "3 lives in a row" in (job.output / "slurm" / "why_it_stopped.txt").read_text()
-    assert not seen(tmp_path, job, 0, "train")
+    assert "rank_0000.log: " in job.text and "/no/python: No such file" in job.text
 
 
 def test_gpus_are_asked_of_a_partition_that_has_them(lab: Lab) -> None:
@@ -248,6 +289,14 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])
             if str(folder) in " ".join(p.info["cmdline"] or ()) or "321" in (p.info["cmdline"] or ())]  # fmt: skip
     assert left == []
+
+
+def test_a_lab_that_cannot_start_says_why() -> None:
+    began = time.monotonic()
+    refusal = r"slurmctld ended with exit code 1: .*select/nonsense"
+    with pytest.raises(ConfigError, match=refusal), Lab(nodes=1, settings={"SelectType": "select/nonsense"}):
+        pass
+    assert time.monotonic() - began < 20
 
 
 def test_a_life_that_does_not_leave_before_its_time_limit_is_followed_by_another(hanging: Job) -> None:

@@ -45,13 +45,38 @@ def save_step(run: Path, step: int) -> Path:
 )
 def test_lives_in_a_row_without_a_later_checkpoint_are_counted(steps: list[int], now: int, barren: int) -> None:
     lives = [beginning(f"12.{restarts}", step) for restarts, step in enumerate(steps)]
-    assert count_barren(lives, "12", now) == barren
+    assert count_barren(lives, now) == barren
 
 
-def test_lives_of_other_jobs_do_not_count() -> None:
-    lives = [beginning("11.0"), beginning("12.0"), beginning("112.0"), beginning("12.1"), beginning("1.2", 5)]
-    assert count_barren(lives, "12", 0) == 2
-    assert count_barren(lives, "13", 0) == 0
+def test_lives_of_other_jobs_do_not_count(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for life, step in (("11.0", 0), ("12.0", 0), ("112.0", 0), ("12.1", 0), ("1.2", 5)):
+        ledger.begin(beginning(life, step))
+    assert count_barren(ledger.lives_of("12"), 0) == 2
+    assert count_barren(ledger.lives_of("13"), 0) == 0
+
+
+def test_a_job_inherits_nothing_from_an_earlier_one_of_its_number(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for life in ("12.0", "12.1", "12.2"):
+        ledger.begin(beginning(life))
+    ledger.pass_check("12.1")
+    assert ledger.is_checked("12") and len(ledger.lives_of("12")) == 3
+    ledger.begin(beginning("12.0", 40))
+    assert not ledger.is_checked("12")
+    assert [life.step for life in ledger.lives_of("12")] == [40]
+    assert len(ledger.beginnings()) == 4
+
+
+def test_a_recipe_is_checked_once_one_life_found_it_in_order(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(beginning("12.0"))  # interrupted before it could tell
+    assert not ledger.is_checked("12")
+    ledger.begin(beginning("12.1"))
+    ledger.pass_check("12.1")
+    ledger.begin(beginning("12.2"))
+    assert ledger.is_checked("12")
+    assert not ledger.is_checked("1") and not ledger.is_checked("13")
 
 
 def test_a_life_without_an_end_counts_as_one(tmp_path: Path) -> None:
@@ -61,7 +86,7 @@ def test_a_life_without_an_end_counts_as_one(tmp_path: Path) -> None:
     ledger.begin(beginning("12.1"))
     ledger.end("12.1", 75, 0, AGAIN)
     ledger.begin(beginning("12.2"))
-    assert count_barren(ledger.beginnings(), "12", 0) == 3
+    assert count_barren(ledger.lives_of("12"), 0) == 3
 
 
 @pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.GAVE_UP, ExitCode.INTERRUPTED])
@@ -105,7 +130,7 @@ def test_a_job_lives_until_its_story_ends(tmp_path: Path, ends: list[tuple[int, 
     ledger, step = Ledger(tmp_path), 0
     for restarts, (code, reached) in enumerate(ends):
         ledger.begin(beginning(f"12.{restarts}", step))
-        verdict = judge(code, barren=count_barren(ledger.beginnings(), "12", reached), allowed=3)
+        verdict = judge(code, barren=count_barren(ledger.lives_of("12"), reached), allowed=3)
         ledger.end(f"12.{restarts}", code, reached, verdict)
         step = reached
         if not verdict.is_again:
@@ -118,7 +143,7 @@ def test_a_job_that_is_submitted_anew_has_all_its_lives_again(tmp_path: Path) ->
     ledger = Ledger(tmp_path)
     for life in ("12.0", "12.1", "12.2", "13.0"):
         ledger.begin(beginning(life, 10))
-    assert judge(75, barren=count_barren(ledger.beginnings(), "13", 10), allowed=3).is_again
+    assert judge(75, barren=count_barren(ledger.lives_of("13"), 10), allowed=3).is_again
 
 
 def test_a_ledger_tells_what_was_written_and_a_new_one_nothing(tmp_path: Path) -> None:

@@ -218,8 +218,11 @@ class Life:
                 return OUT_OF_TIME
 
     def _outlive_srun(self, number: int) -> int:
-        """Have the ranks save and leave, whose srun was killed: they do not notice, and what they reach counts."""
-        say(f"srun was killed by signal {number}; its ranks are asked to save and leave")
+        """Have ranks that outlived their srun save and leave: what they reach counts.
+
+        As a rule a child of srun kills them when srun is killed, but that child may be killed as well.
+        """
+        say(f"srun was killed by signal {number}; ranks that are left are asked to save")
         end_steps(self._job, LEAVING_PATIENCE_S)
         return 128 + number
 

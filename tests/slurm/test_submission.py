@@ -213,10 +213,10 @@ def test_ranks_that_lose_their_srun_save_before_their_life_is_judged(witness: Wi
     environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_MAX_LIVES": "1"}
     job = witness("orphans", "save,0", "--ntasks-per-node=1", environment=environment)
     job.wait_until(lambda: bool(seen(tmp_path, job, 0, "train")), "its rank")
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or ()
-        if command[:1] == ["srun"] and str(job.output) in command:
-            process.kill()
+    found = [(process, process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    sruns = [process for process, command in found if command[:1] == ["srun"] and str(job.output) in command]
+    for process in sorted(sruns, key=lambda process: process.pid in [p.pid for s in sruns for p in s.parents()]):
+        process.kill()  # first its child, which would kill the ranks
     assert job.wait() == "COMPLETED", job.text
     assert [(end["code"], end["step"], end["is_again"]) for end in job.ends()] == [(137, 40, True), (0, 40, False)]
     assert "srun was killed by signal 9" in job.text

@@ -1,12 +1,16 @@
 """The processes of a tool: one alone, or as many as `deepspeed` started, in a layout."""
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ecdit_ds.ending import let_go_of_closed_streams
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
 from ecdit_ds.parallel.sharding import WHOLE, Share
 from ecdit_ds.parallel.topology import Topology
@@ -76,3 +80,14 @@ def join_crew(tp: int = 1, ep: int = 1) -> Crew:
     grid = create_grid(topology, dispatch_chunks=1)
     dp = Share(index=at.dp, count=topology.dp)
     return Crew(world=world, device=device, layers=grid.layers, dp=dp, is_speaker=at.tp == 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; call it when all is said and on the disk.
+
+    One of many leaves at once: threads of process groups that Python takes down may abort it, or wait for the dead.
+    """
+    if dist.is_initialized():
+        let_go_of_closed_streams()
+        os._exit(code)
+    sys.exit(code)

@@ -19,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ecdit_ds.crew import leave
 from ecdit_ds.errors import EcditError
 from tools.command_line import OneLineParser
 from tools.sample import add_drawing_arguments, add_model_arguments
@@ -114,4 +115,4 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.crew import Crew, join_crew
+from ecdit_ds.crew import Crew, join_crew, leave
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, DataError, EcditError
 from ecdit_ds.gallery import Brush, Job, Picture, fill, parts_of, read_picture
@@ -288,4 +288,4 @@ def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: Text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

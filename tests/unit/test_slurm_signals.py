@@ -119,7 +119,9 @@ def test_no_signal_of_the_first_milliseconds_ends_a_rank(tmp_path: Path, start_r
     )
     starter.chmod(0o755)
     reasons = set()
-    for delay_ms in (0, 1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30, 40, 50):
+    for delay_ms in (0, 1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30, 40, 50, 100, 200, 400, 800, 1600, 3200, 6400):
+        if delay_ms > 50 and reasons != {"None"}:
+            break  # only on a busy machine rank.py comes later
         number = signal.SIGTERM if delay_ms % 2 else signal.SIGUSR1
         process = start_rank(HOLD, starter=starter)
         assert process.stdout is not None

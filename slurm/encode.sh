@@ -14,10 +14,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || ! source slurm/env.sh; then
+if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || [ ! -f slurm/env.sh ]; then
     echo "error: $PWD is not the repository; submit from it, or set ECDIT_ROOT to where it is" >&2
     exit 2
 fi
+source slurm/env.sh
 
 refuse_same_task "$@"
 srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/encode_data.py encode "$@"

@@ -2,6 +2,22 @@
 # What all jobs of this folder need to know of a cluster; sourced by their scripts, from the repository.
 # Set a variable before `sbatch`, or for good in slurm/site.sh (not in git), which is also the place for `module load`.
 
+# refuse WORDS: say what is to be mended, and end the job for good.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# A job that was submitted by a job inherits what that one was told of itself: its place in an array, and its lives.
+forget_others() {
+    local told
+    told=$(scontrol show job --oneliner "${SLURM_JOB_ID:-}" 2>/dev/null | grep "^JobId=${SLURM_JOB_ID:-} ") || return 0
+    [[ $told == "JobId=$SLURM_JOB_ID ArrayJobId=${SLURM_ARRAY_JOB_ID:-} ArrayTaskId=${SLURM_ARRAY_TASK_ID:-} "* ]] ||
+        unset "${!SLURM_ARRAY_@}"
+    [[ ${told#* UserId=} != *" Restarts=0 "* ]] || unset SLURM_RESTART_COUNT
+}
+forget_others
+
 if [ -f slurm/site.sh ]; then
     set -a # what it sets, the supervisor and the ranks are to see
     # shellcheck source=/dev/null
@@ -21,6 +37,7 @@ ECDIT_HOST_PYTHON=${ECDIT_HOST_PYTHON:-$ECDIT_PYTHON}
 
 # Where the run is kept. A job of the same name goes on with it; tasks of an array have one each.
 job=${SLURM_JOB_NAME:-run}
+[[ ! ${job%.sh} =~ ^\.*$ ]] || refuse "--job-name=$job: names no folder; choose another, or set ECDIT_OUTPUT"
 ECDIT_OUTPUT=${ECDIT_OUTPUT:-runs/${job%.sh}}
 ECDIT_OUTPUT+=${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
@@ -58,12 +75,6 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_P
 supervise() {
     command -v "$ECDIT_HOST_PYTHON" >/dev/null || refuse "ECDIT_HOST_PYTHON: $ECDIT_HOST_PYTHON cannot be run; $ways_to_python"
     exec "$ECDIT_HOST_PYTHON" ecdit_ds/slurm/supervise.py "$@"
-}
-
-# refuse WORDS: say what is to be mended, and end the job for good.
-refuse() {
-    echo "error: $*" >&2
-    exit 2
 }
 
 # refuse_same_task ARGUMENTS: tasks of an array that are all told to be the same --task would write over one another.

@@ -14,10 +14,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || ! source slurm/env.sh; then
+if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || [ ! -f slurm/env.sh ]; then
     echo "error: $PWD is not the repository; submit from it, or set ECDIT_ROOT to where it is" >&2
     exit 2
 fi
+source slurm/env.sh
 
 [ $# -ge 2 ] || refuse "$# arguments; give RUN METRIC and the metric's flags"
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || refuse "no array; name checkpoints by sbatch --array=50,100 (thousands of steps)"

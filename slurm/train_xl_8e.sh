@@ -14,10 +14,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || ! source slurm/env.sh; then
+if ! cd "${ECDIT_ROOT:-${SLURM_SUBMIT_DIR:-.}}" || [ ! -f slurm/env.sh ]; then
     echo "error: $PWD is not the repository; submit from it, or set ECDIT_ROOT to where it is" >&2
     exit 2
 fi
+source slurm/env.sh
 
 supervise srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh --hold-signals -- \
     ecdit_ds/train.py --config "${ECDIT_RECIPE:-ecdit_xl_8e_node}" --deepspeed ds_configs/zero2_overlap.json \

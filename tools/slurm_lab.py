@@ -249,6 +249,9 @@ class Lab:
 def sweep(folder: Path) -> None:
     """End all that belongs to a lab, whatever state it is in, and remove its folder."""
     while found := list(_processes_of(folder)):
+        for process in tuple(found):  # what they started may have dropped its environment
+            with contextlib.suppress(psutil.Error):
+                found += process.children(recursive=True)
         _kill_all(iter(found))
     shutil.rmtree(folder, ignore_errors=True)
 

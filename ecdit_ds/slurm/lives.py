@@ -114,7 +114,7 @@ class Ledger:
     def _events(self) -> Iterator[Beginning | Passed]:
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 record = json.loads(line)
                 if record["event"] == "begin":
                     yield Beginning(life=str(record["life"]), step=int(record["step"]),

@@ -122,12 +122,18 @@ def ask_state(job: Job, patience_s: float) -> JobState:
         time.sleep(_LOOK_EVERY_S)
 
 
-def is_alive(job_number: str) -> bool:
-    """Return whether a job waits, runs or is being taken down; False where nobody can tell any more."""
-    try:  # asked for an array's own number, squeue tells of all its tasks
-        return job_number in _call("squeue", "--noheader", "--jobs", job_number, "--format", "%A").split()
-    except ConfigError:
-        return False
+def is_alive(job_number: str, patience_s: float) -> bool:
+    """Return whether a job waits or runs, or is still being taken down after `patience_s`; False where nobody knows."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:  # asked for an array's own number, squeue tells of all its tasks
+            told = _call("squeue", "--noheader", "--jobs", job_number, "--format", "%A %T").splitlines()
+        except ConfigError:
+            return False
+        states = [state for number, _, state in (line.strip().partition(" ") for line in told) if number == job_number]
+        if not states or states != ["COMPLETING"] or time.monotonic() > deadline:
+            return bool(states)
+        time.sleep(_LOOK_EVERY_S)
 
 
 def seconds_of_warning(job: Job) -> int | None:
@@ -151,35 +157,45 @@ def kill_wait_seconds() -> float:
 
 
 def end_steps(job: Job, patience_s: float) -> None:
-    """Ask what srun started within a job to end, by SIGTERM, and kill what has not ended after `patience_s`."""
-    for signal_flags, seconds in ((["--signal=TERM"], patience_s), ([], _CALL_SECONDS)):
-        deadline = time.monotonic() + seconds
-        for step in _steps_of(job):
-            with suppress(ConfigError):  # it has ended meanwhile
-                _call("scancel", *signal_flags, step)
-        while _steps_of(job):
-            if time.monotonic() > deadline:
-                break
+    """Ask what srun started within a job to end, by SIGTERM, and kill what has not ended after `patience_s`.
+
+    A controller that does not answer is asked again: what it does not tell of may live.
+    """
+    for flags, seconds in ((["--signal=TERM"], patience_s), ([], _CALL_SECONDS)):
+        asked, deadline = set[str](), time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(ConfigError):
+                steps = _steps_of(job)
+                if not steps:
+                    return
+                for step in steps - asked:
+                    _call("scancel", *flags, step)
+                    asked.add(step)
             time.sleep(_LOOK_AT_STEPS_EVERY_S)
-        else:
-            return
 
 
-def _steps_of(job: Job) -> list[str]:
-    """Return the steps that run, but for the batch script; none where the controller does not answer."""
-    steps = ""
-    with suppress(ConfigError):
-        steps = _call("squeue", "--noheader", "--steps", "--jobs", job.name, "--format", "%i")
-    return re.findall(rf"^\s*({re.escape(job.name)}\.[0-9]+)\s*$", steps, re.MULTILINE)
+def _steps_of(job: Job) -> set[str]:
+    steps = _call("squeue", "--noheader", "--steps", "--jobs", job.name, "--format", "%i")
+    return set(re.findall(rf"^\s*({re.escape(job.name)}\.[0-9]+)\s*$", steps, re.MULTILINE))  # not the batch script
+
+
+class RefusedError(ConfigError):
+    """The controller has answered, and will not answer otherwise."""
 
 
 def requeue(job: Job) -> None:
     """Put the job back into the queue; Slurm then ends what is left of this life.
 
     Raises:
-        ConfigError: it cannot be.
+        RefusedError: it may not be.
+        ConfigError: it could not be, such as by a controller that is busy or just back.
     """
-    _call("scontrol", "requeue", job.name)
+    try:
+        _call("scontrol", "requeue", job.name)
+    except ConfigError as error:
+        if re.search("disabled|denied|[Ii]nvalid", str(error)):
+            raise RefusedError(str(error)) from None
+        raise
 
 
 def _call(*command: str) -> str:

@@ -26,6 +26,7 @@ from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge
 from ecdit_ds.slurm.scheduler import (
     Job,
     JobState,
+    RefusedError,
     ask_state,
     end_steps,
     is_alive,
@@ -41,6 +42,8 @@ CHECK_MINUTES = 15
 """Of a check before training; then srun ends it."""
 OUT_OF_TIME = 124
 """Exit code of a life that did not leave before its time limit, as that of timeout(1)."""
+OTHERS_PATIENCE_S = 60.0
+"""How much longer than KillWait a job that is being taken down is waited for, if the run's folder is its."""
 LEAVING_PATIENCE_S = 600.0
 """How long ranks that lost their srun may save, before they are killed."""
 _LOOK_EVERY_S = 1.0
@@ -115,7 +118,7 @@ class Life:
             code = ExitCode.TRY_AGAIN
         elif code == ExitCode.DONE:
             code = self._train()
-            self._tell_last_words()
+            self._tell_last_words(code)
         reached = newest_step(self.output)
         barren = count_barren(self._ledger.lives_of(self._job.number), reached)
         verdict = judge(code, barren=barren, allowed=self._allowed)
@@ -143,10 +146,11 @@ class Life:
                 "so at the beginning; submit with a longer --time, or with --signal=USR1@S and ECDIT_SIGNAL_SECONDS=S"
             )
         lives = self._ledger.beginnings()
-        if lives and lives[-1].job != self._job.number and is_alive(lives[-1].job):
+        patience_s = self._kill_wait_s + OTHERS_PATIENCE_S
+        if lives and lives[-1].job != self._job.number and is_alive(lives[-1].job, patience_s):
             raise ConfigError(
-                f"{self.output}: job {lives[-1].job} is not over and trains there; scancel it, or submit with another "
-                "ECDIT_OUTPUT"
+                f"{self.output}: job {lives[-1].job} is not over and trains there; submit with "
+                f"--dependency=afterany:{lives[-1].job}, or with another ECDIT_OUTPUT"
             )
         # A first life has none before it, whoever had its number.
         barren = count_barren(self._ledger.lives_of(self._job.number), step) if self._job.restarts else 0
@@ -204,6 +208,8 @@ class Life:
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
         """
         srun, *rest = self._launcher
+        with suppress(ConfigError):
+            ask_state(self._job, CONTROLLER_PATIENCE_S)  # srun does not wait for a controller that is away
         try:
             process = subprocess.Popen([srun, *flags, *rest, *program])
         except OSError as error:
@@ -233,10 +239,10 @@ class Life:
                 return ask_state(self._job, 0).is_at_its_limit
         return False
 
-    def _tell_last_words(self) -> None:
+    def _tell_last_words(self, code: int) -> None:
         """Repeat in the job's log why ranks ended, each line once, and where it was said.
 
-        Where none says why, such as a shell that finds no program, it is each rank's last line.
+        Where none says why, such as a shell that finds no program, it is each rank's last line; not of killed ones.
         """
         last_words, last_lines = dict[str, Path](), dict[str, Path]()
         for log in sorted(self._logs.glob("rank_*.log")):
@@ -246,7 +252,9 @@ class Life:
                     last_words.setdefault(line, log)
             for line in lines[-1:]:
                 last_lines.setdefault(line, log)
-        for line, log in list((last_words or last_lines).items())[:_TOLD_LINES]:
+        if not last_words and code not in (ExitCode.DONE, 128 + signal.SIGKILL):
+            last_words = last_lines
+        for line, log in list(last_words.items())[:_TOLD_LINES]:
             say(f"{log.name}: {line}")
 
 
@@ -291,17 +299,26 @@ def may_ask_again(job: Job, state: JobState) -> str | None:
 
 def ask_again(life: Life, job: Job, verdict: Verdict) -> int:
     """Have Slurm give the job another life, if that is for this one to decide; return the exit code."""
+    deadline = time.monotonic() + CONTROLLER_PATIENCE_S
     try:
-        against = may_ask_again(job, ask_state(job, CONTROLLER_PATIENCE_S))
-        if against:
-            say(f"not requeued from here: {against}")
-            return verdict.exit_code
-        say(f"requeued: {verdict.reason}")
-        requeue(job)
+        while True:
+            if against := may_ask_again(job, ask_state(job, CONTROLLER_PATIENCE_S)):
+                say(f"not requeued from here: {against}")
+                return verdict.exit_code
+            say(f"to be requeued: {verdict.reason}")
+            try:
+                requeue(job)
+                return ExitCode.DONE
+            except RefusedError:
+                raise
+            except ConfigError as error:
+                if time.monotonic() > deadline:
+                    raise
+                say(f"not requeued yet: {error}")
+                time.sleep(_LOOK_EVERY_S)
     except ConfigError as error:
         life.stop(f"not requeued: {error}; submit anew: it goes on from the newest checkpoint")
         return verdict.exit_code
-    return ExitCode.DONE
 
 
 def say(text: str) -> None:

@@ -32,19 +32,23 @@ def submit_witness(
     lab: Lab, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
 ) -> Job:
     """Submit a job whose ranks only tell, in `folder`, what they see."""
-    wrapper = folder / "no_model.sh"
-    wrapper.write_text('#!/bin/bash\nexec "$1" "$2" tests/helpers/rank_witness.py "${@:3}"\n')
-    wrapper.chmod(0o755)
-    log = folder / f"{name}.log"
-    given = {
-        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
-        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
-    }  # fmt: skip
+    log, given = folder / f"{name}.log", without_a_model(folder, name, codes)
     # `--nodes` is the one number that a lab with fewer than 64 nodes needs otherwise.
     number = lab.ask(
         "sbatch", "--parsable", "--nodes=1", f"--output={log}", *flags, SCRIPT, environment=given | (environment or {})
     ).strip()
     return Job(lab=lab, number=number, output=folder / name, log=log)
+
+
+def without_a_model(folder: Path, name: str, codes: str) -> dict[str, str]:
+    """Return the environment of a job whose ranks only tell what they see."""
+    wrapper = folder / "no_model.sh"
+    wrapper.write_text('#!/bin/bash\nexec "$1" "$2" tests/helpers/rank_witness.py "${@:3}"\n')
+    wrapper.chmod(0o755)
+    return {
+        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
+        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -119,6 +123,24 @@ def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
     job.wait_until(lambda: lives() == [1, 2], "a second life of task 1")
     job.wait_until(lambda: not lab.ask("squeue", "-h", "-j", job.number).strip(), "its end")
     assert lives() == [1, 2]
+
+
+def test_a_job_that_a_task_of_an_array_submits_is_requeued_itself(lab: Lab, tmp_path: Path) -> None:
+    log, number = tmp_path / "inner.log", tmp_path / "number"
+    inner = f"sbatch --parsable --nodes=1 --ntasks-per-node=1 --output={log} {SCRIPT} > {number}; sleep 300"
+    environment = without_a_model(tmp_path, "inner", "42,0") | {"ECDIT_PREFLIGHT": "0"}
+    outer = lab.ask("sbatch", "--parsable", "--array=3", "--output=/dev/null", "--wrap", inner, environment=environment)
+    deadline = time.monotonic() + 60
+    while not (number.exists() and number.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job = Job(lab=lab, number=number.read_text().strip(), output=tmp_path / "inner", log=log)
+    assert job.wait() == "COMPLETED", job.text
+    assert job.restarts == 1
+    assert [(end["life"], end["code"]) for end in job.ends()] == [(f"{job.number}.0", 42), (f"{job.number}.1", 0)]
+    outer = outer.strip()
+    assert " Restarts=0 " in lab.ask("scontrol", "show", "job", "-o", outer)
+    lab.ask("scancel", outer)
 
 
 @pytest.mark.parametrize(

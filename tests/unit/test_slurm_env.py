@@ -17,7 +17,7 @@ def source(folder: Path, site: str | None = None, then: str = "env", **given: st
     shutil.copy(ENV, folder / "slurm" / "env.sh")
     if site is not None:
         (folder / "slurm" / "site.sh").write_text(site)
-    environment = {"PATH": os.environ["PATH"], "ECDIT_PYTHON": sys.executable} | given
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "ECDIT_PYTHON": sys.executable} | given
     return subprocess.run(
         ["bash", "-c", f"source slurm/env.sh\n{then}"], cwd=folder, env=environment, capture_output=True, text=True,
         check=False,
@@ -50,6 +50,7 @@ def test_without_a_site_file_defaults_hold_and_no_interface_is_forced(tmp_path: 
         ({}, "runs/run"),
         ({"SLURM_JOB_NAME": "train_97b.sh"}, "runs/train_97b"),
         ({"SLURM_JOB_NAME": "try2", "SLURM_ARRAY_TASK_ID": "3"}, "runs/try2_3"),
+        ({"SLURM_JOB_NAME": "my big.run", "SLURM_ARRAY_TASK_ID": "0"}, "runs/my big.run_0"),
         ({"SLURM_JOB_NAME": "try2", "ECDIT_OUTPUT": "/scratch/a b"}, "/scratch/a b"),
     ],
 )
@@ -87,3 +88,37 @@ def test_tasks_of_an_array_may_not_all_be_told_to_be_one(tmp_path: Path, argumen
     told = source(tmp_path, then=f"refuse_same_task --checkpoint a {arguments}", SLURM_ARRAY_TASK_COUNT=tasks)
     assert told.returncode == code
     assert told.stderr.startswith("error: --task: names one task") == (code == 2)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "...sh"])
+def test_a_job_whose_name_is_no_folders_is_refused(tmp_path: Path, name: str) -> None:
+    told = source(tmp_path, SLURM_JOB_NAME=name)
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"error: --job-name={name}: names no folder")
+
+
+INHERITED = {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8",
+             "SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "12"}  # fmt: skip
+TOLD = "JobId=12 {array}JobName=a UserId=root(0) JobState=RUNNING Restarts={restarts} BatchFlag=1"
+
+
+@pytest.mark.parametrize(
+    ("told", "has_array", "has_lives"),
+    [
+        (TOLD.format(array="", restarts=0), False, False),  # sbatch was run by task 3 of array 10, in its third life
+        (TOLD.format(array="", restarts=2), False, True),
+        (TOLD.format(array="ArrayJobId=10 ArrayTaskId=3 ArrayTaskThrottle=1 ", restarts=2), True, True),
+        (TOLD.format(array="ArrayJobId=10 ArrayTaskId=3 ", restarts=0), True, False),
+        (TOLD.format(array="ArrayJobId=12 ArrayTaskId=3 ", restarts=0), False, False),
+        ("JobId=11 ArrayJobId=12 ArrayTaskId=1 Restarts=0 ", True, True),  # nothing of this job
+        ("", True, True),  # a controller that is away
+    ],
+)
+def test_a_job_forgets_what_its_submitter_was_told_of_itself(
+    tmp_path: Path, told: str, has_array: bool, has_lives: bool
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\nprintf '%s\\n' 'JobId=112 x' '{told}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    found = variables(source(tmp_path, **INHERITED))
+    assert ("SLURM_ARRAY_JOB_ID" in found, "SLURM_ARRAY_TASK_COUNT" in found) == (has_array, has_array)
+    assert ("SLURM_RESTART_COUNT" in found) == has_lives

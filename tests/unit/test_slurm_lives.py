@@ -166,6 +166,7 @@ def test_a_ledger_tells_what_was_written_and_a_new_one_nothing(tmp_path: Path) -
         b"\xff\xfe\x00",
         b"\0" * 512,  # as some file systems leave after a crash
         b"[]",
+        b"[" * 100_000,
         b"null",
         b'{"event": "begin"}',
         b'{"event": "rained"}',

@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.slurm import scheduler
+from ecdit_ds.slurm import scheduler, supervise
+from ecdit_ds.slurm.lives import Beginning, Ledger, judge
 from ecdit_ds.slurm.scheduler import (
     Job,
     JobState,
     ask_state,
+    end_steps,
     is_alive,
     own_job,
     parse_limit,
     parse_state,
     seconds_of_warning,
 )
-from ecdit_ds.slurm.supervise import may_ask_again, output_of
+from ecdit_ds.slurm.supervise import Ending, Life, ask_again, may_ask_again, output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RefusalOf = Callable[[Callable[[], object]], str]
@@ -156,13 +158,20 @@ def test_a_machine_without_slurm_is_not_waited_for(
 @pytest.mark.parametrize(("job", "answer"), [("1", True), ("3", True), ("2", False), ("13", False)])
 def test_a_job_is_alive_if_it_is_in_the_queue_itself(job: str, answer: bool, put_program: PutProgram) -> None:
     """Asked for job 1, the controller tells of all tasks of array 1."""
-    put_program("squeue", '[ "$5" = %A ] || exit 1; echo 1; echo 3')
-    assert is_alive(job) is answer
+    put_program("squeue", '[ "$5" = "%A %T" ] || exit 1; echo 1 RUNNING; echo 3 PENDING')
+    assert is_alive(job, patience_s=60) is answer
+
+
+def test_a_job_that_is_being_taken_down_is_waited_for(put_program: PutProgram) -> None:
+    put_program("squeue", 'echo x >> calls; [ "$(wc -l < calls)" -gt 3 ] || echo 12 COMPLETING')
+    assert is_alive("12", patience_s=60) is False
+    put_program("squeue", "echo 12 COMPLETING")
+    assert is_alive("12", patience_s=0.05) is True
 
 
 def test_a_job_that_the_controller_has_forgotten_is_not_alive(put_program: PutProgram) -> None:
     put_program("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
-    assert is_alive("12") is False
+    assert is_alive("12", patience_s=60) is False
 
 
 @pytest.mark.parametrize(
@@ -238,3 +247,46 @@ def test_a_supervisor_with_nothing_to_start_says_so_in_one_line(arguments: list[
     (line,) = ended.stdout.splitlines()
     assert "error: supervise.py: no" in line
     assert not ended.stderr
+
+
+ASKING = """[ $1 = requeue ] || {{ echo '{line}'; exit; }}
+echo x >> calls; [ $(wc -l < calls) -gt {failures} ] || {{ {say}; }}"""
+"""scontrol, whose first requeues fail."""
+
+
+def ask_for_another_life(put_program: PutProgram, tmp_path: Path, failures: int, words: str) -> tuple[int, str, int]:
+    """Return the exit code, why it stopped, and how often was asked."""
+    line = LINES["a name that looks like a line"][0].replace("JobId=1 ", "JobId=12 ")
+    put_program("scontrol", ASKING.format(line=line, failures=failures, say=f"echo {words} >&2; exit 1"))
+    life = Life(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, Ending())
+    Ledger(tmp_path).begin(Beginning(life="12.0", step=0, nodes="n1", ranks=8))
+    code = ask_again(life, JOB, judge(75, barren=0, allowed=3))
+    why = tmp_path / "slurm" / "why_it_stopped.txt"
+    return code, why.read_text() if why.exists() else "", len((tmp_path / "calls").read_text().splitlines())
+
+
+def test_a_controller_that_fails_to_requeue_is_asked_again(
+    put_program: PutProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "_LOOK_EVERY_S", 0.01)
+    assert ask_for_another_life(put_program, tmp_path, 2, "Socket timed out on send/recv operation") == (0, "", 3)
+
+
+def test_a_controller_that_forbids_a_requeue_is_asked_once(put_program: PutProgram, tmp_path: Path) -> None:
+    words = "Requested operation is presently disabled for job 12"
+    code, why, asked = ask_for_another_life(put_program, tmp_path, 99, words)
+    assert (code, asked) == (75, 1)
+    assert words in why
+
+
+def test_a_controller_that_is_away_hides_no_step(put_program: PutProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "_LOOK_AT_STEPS_EVERY_S", 0.01)
+    put_program("scancel", '[ "$1 $2" = "--signal=TERM 12.3" ] && echo x >> asked')
+    put_program(
+        "squeue",
+        """echo x >> calls; n=$(wc -l < calls); [ $n -gt 2 ] || exit 1
+        echo 12.batch; [ -f asked ] || echo 12.3""",
+    )
+    end_steps(JOB, patience_s=60)
+    put_program("squeue", "wc -l < asked")
+    assert subprocess.run(["squeue"], capture_output=True, text=True, check=True).stdout.strip() == "1"

@@ -118,7 +118,7 @@ def test_no_signal_of_the_first_milliseconds_ends_a_rank(tmp_path: Path, start_r
         script.replace("USR1 TERM\n", "USR1 TERM\necho held\n").replace("ecdit_ds/", f"{ROOT}/ecdit_ds/")
     )
     starter.chmod(0o755)
-    reasons = set()
+    reasons = set[str]()
     for delay_ms in (0, 1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30, 40, 50, 100, 200, 400, 800, 1600, 3200, 6400):
         if delay_ms > 50 and reasons != {"None"}:
             break  # only on a busy machine rank.py comes later

@@ -17,15 +17,25 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         """What asked first, such as SIGTERM; what asks later changes nothing."""
+        self._is_listening = False
 
     def listen(self) -> None:
         """Take over both signals; until then their default kills, so call this before slow imports.
 
         Those that `slurm/rank.sh` held back until here come in now.
         """
+        self._is_listening = True
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+    def stand_down(self) -> None:
+        """Let both signals end this process, also one that came before: there is nothing that it would save."""
+        if self._is_listening:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            if self.reason in (signal.SIGTERM.name, signal.SIGUSR1.name):
+                signal.raise_signal(signal.Signals[self.reason])
 
     def launcher_died(self) -> None:
         """Take the end of the launcher for a wish to stop."""

@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
         deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
         if options.dry_run:
+            stop.stand_down()
             if is_first:
                 output = options.output or Path("runs") / recipe.name
                 print(

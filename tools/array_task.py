@@ -41,6 +41,11 @@ def _text_of_array(environment: Mapping[str, str]) -> str:
         i = (index - first) // step
     except (ValueError, KeyError, ZeroDivisionError):
         return ""
+    if count == 1 and index > 0:
+        raise ConfigError(
+            f"{ARRAY}: {index} is alone in its array, and would have all the work; name its part by --task, or submit "
+            "--array=0"
+        )
     if last - first != step * (count - 1) or (index - first) % step:
         raise ConfigError(
             f"{ARRAY}: {index} of {count} from {first} to {last}, with gaps; submit --array=0-{count - 1}, or one task "

@@ -8,6 +8,7 @@ when it began. Clusters use numbers of jobs again: a job's lives are those since
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -116,6 +117,8 @@ class Ledger:
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 record = json.loads(line)
+                if not re.fullmatch(r"[0-9]+\.[0-9]+", record["life"], re.ASCII):
+                    continue
                 if record["event"] == "begin":
                     yield Beginning(life=str(record["life"]), step=int(record["step"]),
                                     nodes=str(record["nodes"]), ranks=int(record["ranks"]))  # fmt: skip

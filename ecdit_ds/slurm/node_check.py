@@ -116,6 +116,10 @@ def check_device(environment: Any) -> None:
             f"{environment.get('CUDA_VISIBLE_DEVICES', '')!r}; use a partition with GPUs, or rehearse on CPUs with "
             "ECDIT_REHEARSAL=1"
         )
+    told = environment.get("SLURM_GPUS_ON_NODE", "")
+    if count == 1 and told.isdigit():  # each task sees its own, or all tasks the only one
+        count = int(told)
+        local_rank = int(environment["LOCAL_SIZE"]) - 1
     if local_rank >= count:
         raise ConfigError(f"{environment['LOCAL_SIZE']} ranks on this node, and {count} GPUs; lower --ntasks-per-node")
 

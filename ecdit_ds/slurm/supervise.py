@@ -42,6 +42,8 @@ CHECK_MINUTES = 15
 """Of a check before training; then srun ends it."""
 OUT_OF_TIME = 124
 """Exit code of a life that did not leave before its time limit, as that of timeout(1)."""
+EARLY_SIGNAL_S = 60
+"""How much earlier than asked for Slurm may send a signal."""
 OTHERS_PATIENCE_S = 60.0
 """How much longer than KillWait a job that is being taken down is waited for, if the run's folder is its."""
 LEAVING_PATIENCE_S = 600.0
@@ -70,12 +72,16 @@ class Ending:
     @property
     def was_asked(self) -> bool:
         """Return whether any signal came."""
-        return self._since is not None or self._was_warned
+        return self._was_warned
 
     def take_warning(self) -> bool:
-        """Return, once, whether the batch script alone was warned, as by --signal=B:USR1@S."""
+        """Return, once, whether ranks are to be warned: the script may be alone to know, as by --signal=B:USR1@S."""
         is_warned, self._is_warned = self._is_warned, False
         return is_warned
+
+    def start_anew(self) -> None:
+        """Count from now: Slurm was not ending the job yet when SIGTERM came, as by --signal=B:TERM@S."""
+        self._since = time.monotonic()
 
     def is_near(self, kill_wait_s: float) -> bool:
         """Return whether SIGKILL will come so soon that what is left to do must be done now."""
@@ -83,9 +89,8 @@ class Ending:
         return self._since is not None and time.monotonic() > self._since + patience_s
 
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGUSR1:
-            self._is_warned = self._was_warned = True
-        elif self._since is None:
+        self._is_warned = self._was_warned = True
+        if number == signal.SIGTERM and self._since is None:
             self._since = time.monotonic()
 
 
@@ -95,6 +100,7 @@ class Life:
     def __init__(self, job: Job, launcher: Sequence[str], program: Sequence[str], allowed: int, ending: Ending) -> None:
         self._job, self._launcher, self._program, self._allowed = job, list(launcher), list(program), allowed
         self._ending, self._kill_wait_s = ending, kill_wait_seconds()
+        self._warning_s = number_of("ECDIT_SIGNAL_SECONDS", seconds_of_warning(job) or 0)
         self.output = output_of(program)
         self._ledger = Ledger(self.output)
         self._logs = self._ledger.folder / job.life
@@ -113,8 +119,9 @@ class Life:
         self._refuse_what_is_known(step, limit)
         self._begin(step)
         code = self._check(limit) if is_checked else ExitCode.DONE
-        if code == ExitCode.DONE and self._ending.was_asked:
-            say("a signal asked to stop before training began")
+        is_late = limit is not None and time.monotonic() - began > limit - self._warning_s
+        if code == ExitCode.DONE and (self._ending.was_asked or is_late):
+            say("the signal to stop came before training began")
             code = ExitCode.TRY_AGAIN
         elif code == ExitCode.DONE:
             code = self._train()
@@ -139,12 +146,15 @@ class Life:
             self._ledger.tell_why(self._job.life, reason)
 
     def _refuse_what_is_known(self, step: int, limit_seconds: float | None) -> None:
-        warning = number_of("ECDIT_SIGNAL_SECONDS", seconds_of_warning(self._job) or 0)
-        if limit_seconds is not None and limit_seconds <= warning:
+        early_s = EARLY_SIGNAL_S if self._warning_s else 0
+        if limit_seconds is not None and limit_seconds <= self._warning_s + early_s:
             raise ConfigError(
-                f"the time limit is {limit_seconds / 60:.0f} min, and the signal to save comes {warning} s before it, "
-                "so at the beginning; submit with a longer --time, or with --signal=USR1@S and ECDIT_SIGNAL_SECONDS=S"
+                f"the time limit is {limit_seconds / 60:.0f} min, and the signal to save comes {self._warning_s} s "
+                "before it or a minute earlier, so at the beginning; submit with a longer --time, or with "
+                "--signal=USR1@S and ECDIT_SIGNAL_SECONDS=S"
             )
+        if "\\" in str(self.output):  # srun takes it out of the names of logs
+            raise ConfigError(f"{self.output}: a backslash in its name; choose another ECDIT_OUTPUT")
         lives = self._ledger.beginnings()
         patience_s = self._kill_wait_s + OTHERS_PATIENCE_S
         if lives and lives[-1].job != self._job.number and is_alive(lives[-1].job, patience_s):
@@ -236,7 +246,10 @@ class Life:
         """Return whether ranks did not leave before the time limit; where others end the job, they have until then."""
         if self._ending.is_near(kill_wait_s):
             with suppress(ConfigError):
-                return ask_state(self._job, 0).is_at_its_limit
+                state = ask_state(self._job, 0)
+                if state.is_running:
+                    self._ending.start_anew()
+                return state.is_at_its_limit
         return False
 
     def _tell_last_words(self, code: int) -> None:

@@ -1,8 +1,8 @@
 """A rank that trains nothing: it writes down what it was given, and ends as it was told.
 
 WITNESS is the folder to write into. WITNESS_CODES tells how training ends in each life, such as `42,hang,save,0`: with
-an exit code, not at all, or by SIGTERM with a checkpoint of step 40. WITNESS_DRY_RUNS tells the same of dry runs. What
-it does not tell of ends well.
+an exit code, not at all, or by SIGTERM or SIGUSR1 with a checkpoint of step 40. WITNESS_DRY_RUNS tells the same of dry
+runs. What it does not tell of ends well.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         time.sleep(600)
     if code == "save":
-        signal.sigwait((signal.SIGTERM,))  # held back by slurm/rank.sh
+        signal.sigwait((signal.SIGTERM, signal.SIGUSR1))  # held back by slurm/rank.sh
         output = Path(sys.argv[sys.argv.index("--output") + 1])
         (output / "checkpoints" / "step_40").mkdir(parents=True)
         (output / "checkpoints" / "step_40" / "manifest.json").touch()

@@ -60,7 +60,7 @@ def witness(lab: Lab, hanging: Job, tmp_path: Path) -> Witness:
 @pytest.fixture(scope="module")
 def hanging(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Submit a job that waits for its time limit, which takes a minute, beside all others."""
-    environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_SIGNAL_SECONDS": "10"}
+    environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_SIGNAL_SECONDS": "0"}
     flags = ("--ntasks-per-node=1", "--time=1", "--signal=USR1@10")
     return submit_witness(lab, tmp_path_factory.mktemp("hanging"), "hanging", "hang,0", *flags, environment=environment)
 
@@ -242,6 +242,14 @@ def test_ranks_that_lose_their_srun_save_before_their_life_is_judged(witness: Wi
     assert job.wait() == "COMPLETED", job.text
     assert [(end["code"], end["step"], end["is_again"]) for end in job.ends()] == [(137, 40, True), (0, 40, False)]
     assert "srun was killed by signal 9" in job.text
+
+
+def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(lab: Lab, witness: Witness, tmp_path: Path) -> None:
+    job = witness("script", "save,0", "--ntasks-per-node=1", environment={"ECDIT_PREFLIGHT": "0"})
+    job.wait_until(lambda: bool(seen(tmp_path, job, 0, "train")), "its rank")
+    lab.ask("scancel", "--batch", "--signal=TERM", job.number)  # as --signal=B:TERM@S does
+    assert job.wait() == "COMPLETED", job.text
+    assert [(end["code"], end["step"]) for end in job.ends()] == [(42, 40), (0, 40)]
 
 
 def test_a_program_that_cannot_start_is_told_in_the_jobs_log(witness: Witness, tmp_path: Path) -> None:

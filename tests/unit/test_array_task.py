@@ -34,7 +34,7 @@ def test_a_task_is_the_arrays_or_the_launchers_unless_it_is_named(
     assert task_of("5/8", environment, are_ranks_tasks=True) == (5, 8)
 
 
-@pytest.mark.parametrize(("indices", "step"), [((0, 1, 2), 1), ((3, 4, 5, 6), 1), ((0, 5, 10), 5), ((7,), 1)])
+@pytest.mark.parametrize(("indices", "step"), [((0, 1, 2), 1), ((3, 4, 5, 6), 1), ((0, 5, 10), 5), ((0,), 1)])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_of_an_arrays_tasks_share_all_of_the_work_and_share_none_twice(
     indices: tuple[int, ...], step: int, ranks: int
@@ -60,6 +60,12 @@ def test_an_array_with_gaps_is_refused_by_each_of_its_tasks(indices: tuple[int, 
         assert f"{index} of {len(indices)} from {indices[0]} to {indices[-1]}, with gaps" in told
         assert f"--array=0-{len(indices) - 1}" in told
         assert task_of("1/8", array(index, *indices), are_ranks_tasks=False) == (1, 8)
+
+
+def test_an_index_that_is_submitted_alone_does_not_do_the_work_of_all(refusal_of: RefusalOf) -> None:
+    told = refusal_of(lambda: task_of(None, array(7, 7), are_ranks_tasks=False))
+    assert "7 is alone in its array" in told and "--task" in told
+    assert task_of("7/8", array(7, 7), are_ranks_tasks=False) == (7, 8)
 
 
 @pytest.mark.parametrize("asked", ["4/4", "-1/4", "x", "1/0", "", "1/2/3", "0.5/2"])

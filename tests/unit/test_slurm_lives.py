@@ -167,6 +167,8 @@ def test_a_ledger_tells_what_was_written_and_a_new_one_nothing(tmp_path: Path) -
         b"\0" * 512,  # as some file systems leave after a crash
         b"[]",
         b"[" * 100_000,
+        b'{"event": "begin", "life": "--help.0", "step": 0, "nodes": "n1", "ranks": 8}',
+        b'{"event": "begin", "life": "\\ud800.0", "step": 0, "nodes": "n1", "ranks": 8}',
         b"null",
         b'{"event": "begin"}',
         b'{"event": "rained"}',

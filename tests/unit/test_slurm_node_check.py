@@ -93,6 +93,16 @@ def test_more_ranks_than_gpus_are_refused_on_the_rank_that_has_none(
     assert message.startswith("8 ranks on this node, and 4 GPUs")
 
 
+def test_ranks_that_all_see_the_only_gpu_are_refused_and_those_that_see_their_own_are_not(
+    refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    rank = {"LOCAL_RANK": "0", "LOCAL_SIZE": "8"}  # rank_environment counts from 0 in what each sees
+    assert "8 ranks on this node, and 1 GPUs" in refusal_of(lambda: check_device(rank | {"SLURM_GPUS_ON_NODE": "1"}))
+    check_device(rank | {"SLURM_GPUS_ON_NODE": "8"})
+    check_device({"LOCAL_RANK": "0", "LOCAL_SIZE": "1", "SLURM_GPUS_ON_NODE": "1"})
+
+
 def test_trainings_arguments_say_what_is_checked(tmp_path: Path) -> None:
     train = ["--config", "rehearsal", "--deepspeed", "x.json", "--set", "train.max_steps=7", f"--output={tmp_path}"]
     options, recipe = parse_arguments(["--limit-seconds", "600", "--", *train, "--resume", "never"])

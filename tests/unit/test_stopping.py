@@ -1,8 +1,13 @@
 """Being asked to stop: who asked, in words that stay short at any size."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from ecdit_ds.stopping import reasons_of
+from tests.helpers.launch import ROOT
 
 
 @pytest.mark.parametrize(
@@ -18,3 +23,26 @@ from ecdit_ds.stopping import reasons_of
 )
 def test_whoever_was_asked_to_stop_is_named_in_few_words(reason_by_rank: list[str | None], words: str) -> None:
     assert reasons_of(reason_by_rank) == words
+
+
+PROGRAM = """
+import os, signal, sys
+from ecdit_ds.stopping import StopRequest
+number, stop = int(sys.argv[1]), StopRequest()
+stop.listen()
+if sys.argv[2] == "before":
+    os.kill(os.getpid(), number)
+stop.stand_down()
+if sys.argv[2] == "after":
+    os.kill(os.getpid(), number)
+print("lived on", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_where_there_is_nothing_to_save_a_signal_ends_the_process(number: signal.Signals, moment: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(int(number)), moment], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (-number, "")

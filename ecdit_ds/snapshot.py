@@ -5,7 +5,6 @@ layout wrote them and whatever layout reads them.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import Piece
-from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
+from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields, with_defaults
 from ecdit_ds.engine import DeepSpeedEngine
-from ecdit_ds.errors import CheckpointError, ConfigError
-from ecdit_ds.recipe_file import recipe_from_dict
+from ecdit_ds.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,8 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
     Raises:
         CheckpointError: naming every changed field that may not change, with both values.
     """
-    with suppress(ConfigError):  # what is no recipe is compared as it is, and told
-        written = recipe_from_dict(written).to_dict()  # an older release did not know every field: defaults
-    changes = {k: v for k, v in changed_fields(written, recipe.to_dict()).items() if k not in MAY_CHANGE_ON_RESUME}
+    differing = changed_fields(with_defaults(written), recipe.to_dict())
+    changes = {field: values for field, values in differing.items() if field not in MAY_CHANGE_ON_RESUME}
     if changes:
         told = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
         raise CheckpointError(

@@ -72,7 +72,7 @@ def test_a_switch_of_one_kind_of_experts_is_refused_by_every_other_kind(
         if ffn in kinds or len(kinds) > 1:
             replace(tiny_config, **changes)
         else:
-            with pytest.raises(ConfigError, match="has no effect with model.ffn"):
+            with pytest.raises(ConfigError, match=r"has no effect with model\.ffn"):
                 replace(tiny_config, **changes)
 
 

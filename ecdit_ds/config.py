@@ -344,7 +344,9 @@ def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _SECTIONS: dict[str, type] = {
-    name: of for name, of in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(of)
+    name: of
+    for name, of in typing.get_type_hints(Recipe).items()
+    if isinstance(of, type) and dataclasses.is_dataclass(of)
 }
 _CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")
 

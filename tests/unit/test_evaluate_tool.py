@@ -264,7 +264,7 @@ def test_digit_scenes_do_not_judge_a_model_of_other_data(
     tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel, data: tuple[str, ...], script: str,
     flags: tuple[object, ...], is_export: bool,
 ) -> None:  # fmt: skip
-    encoders = {
+    encoders: dict[str, Any] = {
         "image_encoder": image_facts(PixelCodec()),
         "text_encoder": text_facts(WordEncoder(embed_dim=24, max_tokens=12)),
     }

@@ -37,7 +37,7 @@ from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import Progress, check_same_data, check_same_recipe, load_snapshot, progress_of
+from ecdit_ds.snapshot import Progress, check_same_data, check_same_recipe, load_snapshot, progress_of, schedule_jumps
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.trainer import Surroundings, Trainer
 
@@ -183,7 +183,7 @@ def _restore(
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
-                world.on_first(partial(_report_resume, folder, progress, rejections, own))
+                world.on_first(partial(_report_resume, folder, progress, rejections, own, recipe))
                 return progress, folder
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)
@@ -196,12 +196,14 @@ def _restore(
     return Progress(step=0, samples_seen=0, num_updates=0), None
 
 
-def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str], own: Path) -> None:
-    """Say where the run goes on, and move its own damaged checkpoints out of the way of the steps to come."""
+def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str], own: Path, recipe: Recipe) -> None:
+    """Say where the run goes on and what jumps there, and move its own damaged checkpoints out of the way."""
     for damaged, fault in rejections.items():
         is_own = damaged.parent.resolve() == own.resolve()
         print(f"rejected {fault}; kept as {set_aside(damaged) if is_own else damaged}", flush=True)
     print(f"goes on from {folder} at step {progress.step}", flush=True)
+    for line in schedule_jumps(Reader(folder).manifest.meta["recipe"], recipe, progress.step):
+        print(line, flush=True)
 
 
 def _fault_of(folder: Path, recipe: Recipe, data: dict[str, Any]) -> str | None:

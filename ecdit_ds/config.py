@@ -7,6 +7,8 @@ This module knows no torch: a recipe is checked on a laptop before a cluster see
 import dataclasses
 import math
 import re
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -341,6 +343,11 @@ def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
+_SECTIONS: dict[str, type] = {
+    name: of
+    for name, of in typing.get_type_hints(Recipe).items()
+    if isinstance(of, type) and dataclasses.is_dataclass(of)
+}
 _CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")
 
 MAY_CHANGE_ON_RESUME = frozenset({
@@ -354,6 +361,20 @@ MAY_CHANGE_ON_RESUME = frozenset({
 })  # fmt: skip
 """Recipe fields that a run may change between its lives; any other change is another experiment. What a path names may
 move: that the samples are the same, checkpoints know (`snapshot.check_same_data`)."""
+
+
+def with_defaults(written: Mapping[str, Any], of: type = Recipe) -> dict[str, Any]:
+    """Return a recipe's dict with the default of each field that it lacks, as one of an older release does."""
+    filled = dict(written)
+    for spec in dataclasses.fields(of):
+        given, section = filled.get(spec.name), _SECTIONS.get(spec.name) if of is Recipe else None
+        if isinstance(given, dict) and section is not None:
+            filled[spec.name] = with_defaults(given, section)
+        elif spec.name not in filled and spec.default is not dataclasses.MISSING:
+            filled |= _with_lists([(spec.name, spec.default)])
+        elif spec.name not in filled and section is not None:
+            filled[spec.name] = with_defaults({}, section)
+    return filled
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,7 @@ nothing. A literal that differs is an error that names both places.
 import difflib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,38 @@ from ecdit_ds.errors import ConfigError
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 _STAGES = (1, 2, 3)
-_KEYS = frozenset({
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
-    "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "dump_state",
-    "comms_logger", "flops_profiler",
-})  # fmt: skip
-_SWITCHES = ("zero_allow_untested_optimizer", "wall_clock_breakdown", "dump_state")
-_SECTIONS = ("comms_logger", "flops_profiler")
+_FACTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_CLOSED = "DeepSpeed would tell it in a log that is closed here"
+_FIXED_KEYS: dict[str, tuple[Any, str]] = {
+    "zero_allow_untested_optimizer": (True, "the recipe's optimizers are allowed, whatever stands here"),
+    "steps_per_print": (1_000_000_000, f"{_CLOSED}; train.log_every says how often a run reports"),
+    "dump_state": (False, f"{_CLOSED}; train.py --print-config tells what is trained"),
+    "comms_logger": (
+        {"enabled": False},
+        "nobody asks DeepSpeed for this table, and all-to-alls of experts would not be in it; tools/plan.py tells the "
+        "traffic, and tools/bench.py dispatch counts it",
+    ),
+}
+"""Keys that nothing here depends on, the value that says so, and why; any other value promises what does not come."""
+_PROFILER: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "enabled": (lambda value: type(value) is bool, "true or false"),
+    "profile_step": (lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
+    "recompute_fwd_factor": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on"),
+    "module_depth": (lambda value: type(value) is int and value >= -1, "a whole number from 0 on, or -1 for all"),
+    "top_modules": (lambda value: type(value) is int and value >= 1, "a positive whole number"),
+    "detailed": (lambda value: type(value) is bool, "true or false"),
+    "output_file": (lambda value: value is None or (isinstance(value, str) and value != ""), "a path, or null"),
+}
+"""Keys of flops_profiler, which values each takes, and those in words."""
+_KEYS = frozenset({*_FACTS, *_FIXED_KEYS, "bf16", "zero_optimization", "wall_clock_breakdown", "flops_profiler"})
+_INSTEAD = {
+    "activation_checkpointing": "train.recompute says what is computed again",
+    "memory_breakdown": "metrics.jsonl has memory_bytes, and --dry-run counts them by kind",
+} | dict.fromkeys(
+    ("tensorboard", "wandb", "csv_monitor", "comet"),
+    "a run's folder has every number, in metrics.jsonl and tensorboard/",
+)
+"""What does here what some other keys of DeepSpeed would."""
 _ZERO_FLAGS = ("contiguous_gradients", "reduce_scatter", "overlap_comm", "round_robin_gradients")
 _FIXED_FLAGS = {
     "contiguous_gradients": (True, "DeepSpeed needs it for experts"),
@@ -29,10 +55,10 @@ _FIXED_FLAGS = {
     "round_robin_gradients": (False, "DeepSpeed 0.19.8 then tells wrong places, and checkpoints mix weights up"),
 }
 """Flags with one value that works, and why."""
-_ZERO_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
+_ZERO_1_AND_2_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 _ZERO_3_SIZES = (
-    "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size", "sub_group_size",
+    "reduce_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "sub_group_size",
 )  # fmt: skip
 
 
@@ -47,8 +73,9 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"{path}: {key}: is not used here; {hint}the recipe decides such things: delete it")
-    _check_values(path, config)
+            instead = _INSTEAD.get(key, "the recipe decides such things")
+            raise ConfigError(f"{path}: {key}: is not used here; {hint}{instead}: delete it")
+    _check_values(path, config, recipe.train.max_steps)
     _check_zero(path, config.get("zero_optimization", {}))
     if config["zero_optimization"]["stage"] == 3 and recipe.model.ffn == "token_choice":
         raise ConfigError(
@@ -84,16 +111,35 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     return config
 
 
-def _check_values(path: Path, config: dict[str, Any]) -> None:
-    for key in _SWITCHES:
-        if key in config and type(config[key]) is not bool:
-            raise ConfigError(f"{path}: {key}: {config[key]!r} is neither true nor false")
-    for key in _SECTIONS:
-        if key in config and not isinstance(config[key], dict):
-            raise ConfigError(f"{path}: {key}: {config[key]!r} is not a section; write {{...}}")
-    steps = config.get("steps_per_print", 1)
-    if type(steps) is not int or steps < 1:
-        raise ConfigError(f"{path}: steps_per_print: {steps!r} is not a positive whole number")
+def _check_values(path: Path, config: dict[str, Any], max_steps: int) -> None:
+    if type(config.get("wall_clock_breakdown", False)) is not bool:
+        raise ConfigError(f"{path}: wall_clock_breakdown: {config['wall_clock_breakdown']!r} is neither true nor false")
+    for key, (fixed, why) in _FIXED_KEYS.items():
+        given = config.get(key, fixed)
+        if type(given) is not type(fixed) or given != fixed:
+            raise ConfigError(f"{path}: {key}: {given!r} has no effect: {why}; delete it")
+    if "flops_profiler" in config:
+        _check_profiler(path, config["flops_profiler"], max_steps)
+
+
+def _check_profiler(path: Path, profiler: Any, max_steps: int) -> None:
+    key = f"{path}: flops_profiler"
+    if not isinstance(profiler, dict):
+        raise ConfigError(f"{key}: {profiler!r} is not a section; write {{...}}")
+    for name, value in profiler.items():
+        if name not in _PROFILER:
+            raise ConfigError(f"{key}.{name}: is not known; keys are {', '.join(_PROFILER)}")
+        is_right, wanted = _PROFILER[name]
+        if not is_right(value):
+            raise ConfigError(f"{key}.{name}: {value!r} is not {wanted}")
+    if "enabled" not in profiler:
+        raise ConfigError(f'{key}: has no effect without "enabled": true; add it, or delete the section')
+    step = profiler.get("profile_step", 1)
+    if profiler["enabled"] and step >= max_steps:
+        raise ConfigError(
+            f"{key}.profile_step: {step} never comes: it counts from 0 in each life of a run, and train.max_steps is "
+            f"{max_steps}; choose 0 to {max_steps - 1}"
+        )
 
 
 def _check_zero(path: Path, zero: Any) -> None:
@@ -103,15 +149,15 @@ def _check_zero(path: Path, zero: Any) -> None:
             f"{path}: zero_optimization.stage: {stage!r}; choose 1, 2 or 3 (without ZeRO, DeepSpeed averages the "
             "gradient norms of different experts, and clipping goes wrong)"
         )
-    sizes = _ZERO_SIZES + (_ZERO_3_SIZES if stage == 3 else ())
+    sizes = _ZERO_3_SIZES if stage == 3 else _ZERO_1_AND_2_SIZES
     for key, value in zero.items():
         if key in _ZERO_FLAGS and type(value) is not bool:
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is neither true nor false")
         if key in _FIXED_FLAGS and value is not _FIXED_FLAGS[key][0]:
             fixed, why = _FIXED_FLAGS[key]
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r}; write {str(fixed).lower()}: {why}")
-        if key in sizes and not (type(value) in (int, float) and 1 <= value < math.inf):
-            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number")
+        if key in sizes and not (type(value) in (int, float) and 1 <= value < math.inf and value == int(value)):
+            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number of whole elements")
         if key not in ("stage", "offload_optimizer", *_ZERO_FLAGS, *sizes):
             raise ConfigError(
                 f"{path}: zero_optimization.{key}: is not supported with stage {stage}; keys are stage, "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoder_facts import count_frozen
@@ -26,7 +27,7 @@ from ecdit_ds.data.mixture import Bucket
 from ecdit_ds.data.splits import SplitFacts, check_split
 from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
-from ecdit_ds.errors import ConfigError
+from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.live_bytes import LiveBytes
 from ecdit_ds.model.ecdit import ECDiT
@@ -42,13 +43,22 @@ from ecdit_ds.planner.memory import checkpoint_bytes, memory_of_rank
 from ecdit_ds.planner.parameters import NUMBER_BYTES, count_parameters
 from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
+from ecdit_ds.run_folder import RunFolder
+from ecdit_ds.snapshot import check_same_recipe, schedule_jumps
 
 _FP32 = 4
 _GB = 1e9
 
 
 def dry_run(
-    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], rank: int, output: Path, *, is_named: bool
+    recipe: Recipe,
+    topology: Topology,
+    deepspeed_config: dict[str, Any],
+    rank: int,
+    output: Path,
+    *,
+    is_named: bool,
+    resume: str = "auto",
 ) -> str:
     """Check what can be checked, and return what was found: sizes, batch, memory of rank `rank`, disk and data.
 
@@ -58,6 +68,7 @@ def dry_run(
         output: the run's folder, which need not exist.
         is_named: whether a person named it, and means to train there; only then a lack of room in it, or of data, is an
             error.
+        resume: as `RunFolder.candidates`.
 
     Raises:
         EcditError: the run would fail, and why.
@@ -65,6 +76,7 @@ def dry_run(
     check_encodable(recipe)
     stage = deepspeed_config["zero_optimization"]["stage"]
     lines = [*_sizes(recipe, topology, stage), *_data(recipe), _disk(recipe, output, is_named)]
+    lines += _resume(recipe, output, resume, is_named)
     if 1 < topology.world_size <= MAX_RANKS:
         lines += ["", draw_layout(recipe, topology)]
     lines += ["", *_memory_table(recipe, topology, deepspeed_config, rank), ""]
@@ -182,6 +194,28 @@ def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:
     if is_named:
         raise ConfigError(f"--output {output}: {sum_text}, but {there} has {_gb(free)} free; choose another folder")
     return f"disk         {sum_text}; {there} has {_gb(free)} free, so the run needs another --output"
+
+
+def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> list[str]:
+    """Say from where the run would go on, and what would jump there; nothing of a fresh start.
+
+    Manifests are read, no tensors: the run itself passes over a checkpoint that is damaged.
+    """
+    try:
+        for folder in RunFolder(path=output).candidates(resume):
+            manifest = Reader(folder).manifest
+            written = dict(manifest.meta.get("recipe", {}))
+            check_same_recipe(written, recipe, folder)
+            jumps = schedule_jumps(written, recipe, manifest.step)
+            return [
+                f"resume       goes on from {folder} at step {manifest.step}",
+                *(f"{'':<13}{line}" for line in jumps),
+            ]
+    except CheckpointError as error:
+        if is_named:
+            raise
+        return [f"resume       {error}"]
+    return []
 
 
 def _gb(num_bytes: float) -> str:

@@ -1,15 +1,24 @@
 """The architecture: what a checkpoint's weights mean. `config.py` holds the rest of a recipe."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.validation import require_divides, require_multiple_of_4, require_not_negative, require_positive
 
 Activation = Literal["gelu", "swiglu"]
 """Of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one matrix more."""
+
+
+_KINDS = "kinds of ffn"
+
+
+def _of(*kinds: str, default: Any) -> Any:
+    """Return a field that only models whose `ffn` is one of `kinds` use: the one place that says so."""
+    return field(default=default, metadata={_KINDS: kinds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +52,25 @@ class ModelConfig:
     """What every second layer uses, starting from the second; the others are dense."""
     ffn_activation: Activation = "gelu"
     """Of the dense FFN, the experts and the shared experts alike."""
-    num_experts: int = 8
-    capacity_factor: float = 2.0
+    num_experts: int = _of("expert_choice", "token_choice", default=8)
+    capacity_factor: float = _of("expert_choice", "token_choice", default=2.0)
     """Mean number of experts per token, f."""
-    capacity_rounding: Literal["floor", "nearest", "ceil"] = "ceil"
+    capacity_rounding: Literal["floor", "nearest", "ceil"] = _of("expert_choice", default="ceil")
     """How the expert capacity f * S / E becomes a whole number of tokens."""
-    routing_pool: Literal["image", "group", "batch"] = "image"
+    routing_pool: Literal["image", "group", "batch"] = _of("expert_choice", default="image")
     """Among whose tokens an expert chooses: one image's, `routing_group` images', or the micro-batch's."""
-    routing_group: int = 1
+    routing_group: int = _of("expert_choice", default=1)
     """Images of a pool when routing_pool is `group`."""
-    router_scores: Literal["softmax", "sigmoid"] = "softmax"
-    router_input: Literal["modulated", "unmodulated"] = "modulated"
+    router_scores: Literal["softmax", "sigmoid"] = _of("expert_choice", default="softmax")
+    router_input: Literal["modulated", "unmodulated"] = _of("expert_choice", default="modulated")
     """Whether the router sees the normalised token after or before adaLN; experts always see it after."""
-    gate_normalization: Literal["none", "token"] = "none"
+    gate_normalization: Literal["none", "token"] = _of("expert_choice", default="none")
     """`none`: raw scores weigh the experts (the paper). `token`: they sum to one over the experts that took a token."""
-    num_shared_experts: int = 0
+    num_shared_experts: int = _of("expert_choice", default=0)
     """Experts that see every token, beside the routed ones."""
-    top_k: int = 2
+    top_k: int = _of("token_choice", default=2)
     """Experts per token of the token-choice baseline."""
-    load_balance_weight: float = 0.01
+    load_balance_weight: float = _of("token_choice", default=0.01)
     """Weight of the token-choice baseline's auxiliary loss; expert choice has none."""
 
     @property
@@ -137,15 +146,14 @@ class ModelConfig:
             )
 
     def _refuse_switches_without_effect(self) -> None:
-        used_by_others = {"token_choice": ("top_k", "load_balance_weight"), "expert_choice": EXPERT_CHOICE_SWITCHES}
-        for kind, switches in used_by_others.items():
-            for name in switches:
-                default = type(self).__dataclass_fields__[name].default
-                if self.ffn != kind and getattr(self, name) != default:
-                    raise ConfigError(
-                        f"model.{name}: {getattr(self, name)!r} has no effect with model.ffn: {self.ffn}; "
-                        f"leave it at {default!r} or use model.ffn: {kind}"
-                    )
+        """Refuse switches of another kind of network; sizes that both kinds with experts have may stay."""
+        for name, kinds in EXPERT_FIELDS.items():
+            default = type(self).__dataclass_fields__[name].default
+            if len(kinds) == 1 and self.ffn not in kinds and getattr(self, name) != default:
+                raise ConfigError(
+                    f"model.{name}: {getattr(self, name)!r} has no effect with model.ffn: {self.ffn}; "
+                    f"leave it at {default!r} or use model.ffn: {kinds[0]}"
+                )
 
     def check_capacity_factor(self, key: str, factor: float | None) -> None:
         """Refuse a factor for drawing that this model cannot use; None is its own.
@@ -183,10 +191,11 @@ class ModelConfig:
         return min(rounded[self.capacity_rounding], pool_tokens)
 
 
-EXPERT_CHOICE_SWITCHES = (
-    "capacity_rounding", "routing_pool", "routing_group", "router_scores", "router_input", "gate_normalization",
-    "num_shared_experts",
-)  # fmt: skip
+EXPERT_FIELDS: Mapping[str, tuple[str, ...]] = {
+    spec.name: spec.metadata[_KINDS] for spec in fields(ModelConfig) if _KINDS in spec.metadata
+}
+"""Field that a dense model does not use -> the kinds of `ffn` that do. With `ffn`, all that changes as experts come."""
+EXPERT_CHOICE_SWITCHES = tuple(name for name, kinds in EXPERT_FIELDS.items() if kinds == ("expert_choice",))
 """Fields that a model without expert choice leaves at their defaults."""
 
 _POSITIVE_MODEL_FIELDS = (

@@ -4,8 +4,7 @@ Tensors are named `weight/blocks.0...`, `ema/...`, `exp_avg/...`; all are fp32 s
 layout wrote them and whatever layout reads them.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import Piece
-from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields
+from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields, with_defaults
 from ecdit_ds.engine import DeepSpeedEngine
 from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.optim import learning_rate
 from ecdit_ds.recipe_file import recipe_from_dict
 
 
@@ -78,14 +78,42 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
     Raises:
         CheckpointError: naming every changed field that may not change, with both values.
     """
-    with suppress(ConfigError):  # what is no recipe is compared as it is, and told
-        written = recipe_from_dict(written).to_dict()  # an older release did not know every field: defaults
-    changes = {k: v for k, v in changed_fields(written, recipe.to_dict()).items() if k not in MAY_CHANGE_ON_RESUME}
+    differing = changed_fields(with_defaults(written), recipe.to_dict())
+    changes = {field: values for field, values in differing.items() if field not in MAY_CHANGE_ON_RESUME}
     if changes:
         told = "; ".join(f"{field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
         raise CheckpointError(
             f"{where}: belongs to another recipe ({told}); choose another --output, or undo the change"
         )
+
+
+def schedule_jumps(written: Mapping[str, Any], recipe: Recipe, step: int) -> list[str]:
+    """Return a line for each scheduled number that the former recipe would have given another value at the next step.
+
+    Args:
+        written: the recipe that the checkpoint was trained by.
+        recipe: the one that it goes on by, with changes that `check_same_recipe` allows.
+        step: steps taken; the next one has this number, from 0.
+    """
+    try:
+        former = recipe_from_dict(dict(written))
+    except ConfigError:
+        return []  # of an older release, whose numbers are not known
+    lines = []
+    for field, what, number_of in _SCHEDULED:
+        before, now = number_of(former, step), number_of(recipe, step)
+        if before != now and step < recipe.train.max_steps:
+            old, new = getattr(former.train, field), getattr(recipe.train, field)
+            lines.append(f"{what} jumps at step {step + 1}: {before:.6g} as it was begun, {now:.6g} from here, for "
+                         f"train.{field} was {old} and is {new}")  # fmt: skip
+    return lines
+
+
+_SCHEDULED: tuple[tuple[str, str, Callable[[Recipe, int], float]], ...] = (
+    ("max_steps", "learning rate", lambda recipe, step: learning_rate(step, recipe.train.max_steps, recipe.optimizer)),
+    ("unmasked_from_step", "share of tokens left out", lambda recipe, step: recipe.train.mask_ratio_at(step)),
+)
+"""Fields of `train` that may change on resume and move a number of the next step, which, and the number."""
 
 
 def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:

@@ -85,11 +85,11 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
             stop.stand_down()
             if is_first:
                 output = options.output or Path("runs") / recipe.name
-                print(
-                    dry_run(
-                        recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output)
-                    )
-                )
+                told = dry_run(
+                    recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),
+                    resume=options.resume,
+                )  # fmt: skip
+                print(told)
             return ExitCode.DONE
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)

@@ -28,6 +28,31 @@ def test_every_requirement_is_pinned_to_one_version() -> None:
         assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.+]*", line), line
 
 
+HANGS = """
+import threading
+
+def test_that_waits_for_a_thread_that_waits():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    threading.Event().wait()
+
+def test_after_it():
+    pass
+"""
+
+
+def test_a_test_that_hangs_fails_with_all_stacks_and_the_next_one_runs(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    assert 60 <= float(request.config.getini("timeout")) <= 3600
+    path = tmp_path / "test_hanging.py"
+    path.write_text(HANGS)
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-o", "timeout=1", str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    assert "Timeout" in done.stdout and "Stack of Thread" in done.stdout + done.stderr
+
+
 def test_no_file_of_ours_hides_a_library_when_run_by_path() -> None:
     distributions = {name.lower() for name in requirements()}
     libraries = {

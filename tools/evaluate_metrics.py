@@ -16,6 +16,7 @@ from PIL import Image
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
+from ecdit_ds.data.scene_set import require_digit_scenes
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
@@ -32,6 +33,7 @@ from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_o
 _COLUMNS = 6
 _SCENES_PER_KIND = 50
 _PICTURES_TO_DRAW = 256
+_WITHOUT_SCENES = "score it by fid, clip or geneval, with --prompts FILE and a folder of --real pictures"
 _PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -162,9 +164,9 @@ def _counted(rows: Iterable[Row], name: str) -> SceneScores:
 
 
 def _canvas(recipe: Recipe, options: argparse.Namespace) -> tuple[int, int]:
+    require_digit_scenes(recipe.data, f"{options.metric}: held-out digit scenes", _WITHOUT_SCENES)
     pixels = encoders_of(recipe)[0].downsampling
-    height = options.height or recipe.model.latent_height * pixels
-    return height, options.width or recipe.model.latent_width * pixels
+    return options.height or recipe.model.latent_height * pixels, options.width or recipe.model.latent_width * pixels
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -274,10 +276,8 @@ def geneval(options: argparse.Namespace) -> None:
             shown = ((read_picture(folder, pictures[i]), wanted[i]) for i in indices)
             judged = judge_pictures(shown, detector, namer, batch_size=options.batch_size)
             for i, one in zip(indices, judged, strict=True):
-                yield {
-                    "index": i, "tag": wanted[i].tag, "prompt": wanted[i].prompt, "file": pictures[i].file,
-                    "correct": one.verdict.is_correct, "reason": one.verdict.reason,
-                }  # fmt: skip
+                yield {"index": i, "tag": wanted[i].tag, "prompt": wanted[i].prompt, "file": pictures[i].file,
+                       "correct": one.verdict.is_correct, "reason": one.verdict.reason}  # fmt: skip
 
         rows = task.judge(
             len(jobs), verdicts, lambda row: type(row.get("correct")) is bool and type(row.get("reason")) is str

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecdit_ds.config import SampleConfig
+from ecdit_ds.data.scene_set import require_digit_scenes
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.interpret.heatmap_page import Drawing, trace_numbers, trace_page
@@ -83,6 +84,8 @@ def show(options: argparse.Namespace) -> None:
     require_words(prompts)
     pipeline = load_drawer(options.checkpoint, kind=options.weights)
     require_expert_choice(pipeline.recipe.model)
+    if options.scenes is not None:
+        require_digit_scenes(pipeline.recipe.data, f"--scenes {options.scenes}", "give --prompt")
     sample = pipeline.settings(num_steps=options.steps, guidance_scale=options.guidance)
     try:
         for i, prompt in enumerate(prompts):

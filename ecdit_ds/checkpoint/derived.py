@@ -9,14 +9,10 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.sources import Source
-from ecdit_ds.config import Recipe
+from ecdit_ds.config import Recipe, with_defaults
 from ecdit_ds.errors import CheckpointError
+from ecdit_ds.model_config import EXPERT_FIELDS
 
-EXPERT_FIELDS = (
-    "ffn", "num_experts", "capacity_factor", "capacity_rounding", "routing_pool", "routing_group", "router_scores",
-    "router_input", "gate_normalization", "num_shared_experts", "top_k", "load_balance_weight",
-)  # fmt: skip
-"""Of the model; all others must stay as they are when a dense model gets experts."""
 _WEIGHT, _EMA = "weight", "ema"
 _DENSE_OF = {"ffn.experts.w1": "ffn.up.weight", "ffn.experts.w2": "ffn.down.weight"}
 
@@ -123,7 +119,7 @@ def check_upcyclable(source: Source, recipe: Recipe) -> None:
         CheckpointError: naming the fields.
     """
     written = source.meta.get("recipe")
-    model = written.get("model") if isinstance(written, dict) else None
+    model = with_defaults(written).get("model") if isinstance(written, dict) else None
     if not isinstance(model, dict) or model.get("ffn") != "dense":
         found = model.get("ffn") if isinstance(model, dict) else "no recipe"
         raise CheckpointError(f"--upcycle: the checkpoint is of model.ffn: {found}; only a dense one can be upcycled")
@@ -133,11 +129,8 @@ def check_upcyclable(source: Source, recipe: Recipe) -> None:
             f"--upcycle: the new recipe has model.ffn: {new['ffn']} and model.num_shared_experts: "
             f"{new['num_shared_experts']}; a dense network becomes expert_choice without shared experts"
         )
-    changed = {
-        field: (model.get(field), new[field])
-        for field in new
-        if field not in EXPERT_FIELDS and model.get(field) != new[field]
-    }
+    stays = [field for field in new if field != "ffn" and field not in EXPERT_FIELDS]
+    changed = {field: (model.get(field), new[field]) for field in stays if model.get(field) != new[field]}
     if changed:
         told = "; ".join(f"model.{field}: {old!r} there, {now!r} now" for field, (old, now) in changed.items())
         raise CheckpointError(f"--upcycle: the new recipe differs in more than experts ({told}); undo that with --set")

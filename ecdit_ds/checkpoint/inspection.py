@@ -10,7 +10,7 @@ from torch import Tensor
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of, read_part
 from ecdit_ds.checkpoint.universal import UniversalSource
-from ecdit_ds.config import changed_fields
+from ecdit_ds.config import changed_fields, with_defaults
 from ecdit_ds.errors import CheckpointError
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -90,7 +90,7 @@ def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
     """Yield a line for each way in which two checkpoints differ; none if they hold the same."""
     if first.step != second.step:
         yield f"step: {first.step} and {second.step}"
-    for field, (ours, theirs) in changed_fields(dict(first.meta), dict(second.meta)).items():
+    for field, (ours, theirs) in changed_fields(_filled(first.meta), _filled(second.meta)).items():
         yield f"meta.{field}: {ours!r} and {theirs!r}"
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         yield f"{name}: only in the {'first' if name in first.tensors else 'second'}"
@@ -110,6 +110,12 @@ def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
         if different:
             by = f"by up to {largest:.6g}" if largest else "in bits that are no distance: NaN, infinity, sign of zero"
             yield f"{name}: {different:,} of {_numel(first, name):,} numbers differ, {by}"
+
+
+def _filled(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says, with the defaults of recipe fields that an older release did not know."""
+    recipe = meta.get("recipe")
+    return dict(meta) | ({"recipe": with_defaults(recipe)} if isinstance(recipe, dict) else {})
 
 
 def total_bytes(source: Source) -> int:

@@ -27,6 +27,7 @@ from ecdit_ds.data.folder import (
     ShardInfo,
     new_draft,
     publish_set,
+    read_index,
     write_arrow_shard,
     write_index,
     write_null_text,
@@ -38,6 +39,8 @@ from ecdit_ds.seeding import stable_seed
 
 _ROWS_PER_BATCH = 256
 _SHARD_FILE = "shard-00000.arrow"
+_OF_SCENES = {"split", "count", "canvas_height", "canvas_width"}
+"""Settings by which a set says that it is of digit scenes: no corpus has them."""
 
 
 def open_digit_scenes(
@@ -119,6 +122,30 @@ def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_enc
     check_encoders_fit(model, image_encoder, text_encoder)
     height, width = (side * image_encoder.downsampling for side in (model.latent_height, model.latent_width))
     draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
+
+
+def require_digit_scenes(data: DataConfig, what: str, way_out: str) -> None:
+    """Refuse to judge by digit scenes a model that was trained on anything else: the table would be of zeros.
+
+    Raises:
+        DataError: naming `what` cannot be used, what was trained on, and the way out.
+    """
+    if not _is_of_scenes(data):
+        online = ", data.encode: online" if data.is_online else ""
+        raise DataError(
+            f"{what}: only models of digit scenes draw them, and this one was trained on data.dataset: {data.dataset}"
+            f"{online}, data.path: {', '.join(map(repr, data.paths)) or 'none'}; {way_out}"
+        )
+
+
+def _is_of_scenes(data: DataConfig) -> bool:
+    """Return whether a model of that data has seen digit scenes alone, encoded as it began or before."""
+    if data.dataset == "digit_scenes":
+        return True
+    paths = () if data.is_online else data.paths
+    return bool(paths) and all(Path(path).is_dir() for path in paths) and all(
+        read_index(Path(path)).settings.keys() >= _OF_SCENES for path in paths
+    )  # fmt: skip
 
 
 def _encode_scenes(

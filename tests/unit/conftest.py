@@ -5,6 +5,7 @@ Numbers are drawn by name, so a test reads the same ones alone, in a suite, and 
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from ecdit_ds.config import Recipe, TrainConfig
 from ecdit_ds.errors import EcditError
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import parameter_generator
+
+SECONDS_AT_MOST = 600
+"""Of a test, with the fixtures that it is the first to ask for; other folders have what pyproject.toml says."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests of this folder less time than real launches get."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SECONDS_AT_MOST))
 
 
 @pytest.fixture

@@ -52,9 +52,70 @@ def test_a_value_that_agrees_with_the_recipe_is_accepted(load: Load) -> None:
 
 def test_what_is_deepspeeds_alone_is_left_as_it_is(load: Load) -> None:
     zero = {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": True}
-    config = load({"zero_optimization": zero, "steps_per_print": 7})
+    profiler = {"enabled": True, "profile_step": 3}
+    config = load({"zero_optimization": zero, "wall_clock_breakdown": True, "flops_profiler": profiler})
     assert config["zero_optimization"] == zero
-    assert config["steps_per_print"] == 7
+    assert config["wall_clock_breakdown"] is True
+    assert config["flops_profiler"] == profiler
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "way_out"),
+    [
+        ("dump_state", True, "--print-config"),
+        ("comms_logger", {"enabled": True}, "tools/plan.py"),
+        ("comms_logger", {"enabled": False, "verbose": True}, "tools/plan.py"),
+        ("steps_per_print", 7, "train.log_every"),
+        ("zero_allow_untested_optimizer", False, "delete it"),
+    ],
+)
+def test_a_key_without_an_effect_is_refused_with_what_to_use(
+    load: Load, refusal_of: RefusalOf, path: Path, key: str, value: Any, way_out: str
+) -> None:
+    message = refusal_of(lambda: load({key: value}))
+    assert message.startswith(f"{path}: {key}: {value!r} has no effect: ") and way_out in message
+
+
+def test_a_file_that_only_says_what_holds_anyway_still_works(load: Load) -> None:
+    load({
+        "zero_allow_untested_optimizer": True, "steps_per_print": 1000000000, "dump_state": False,
+        "comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False, "profile_step": 99},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("profiler", "said"),
+    [
+        ({"enabled": 1}, ".enabled: 1 is not true or false"),
+        ({"enabled": True, "profile_step": -1}, ".profile_step: -1 is not"),
+        ({"enabled": True, "profile_step": 4}, ".profile_step: 4 never comes"),
+        ({"enabled": True, "module_depth": "all"}, ".module_depth: 'all' is not"),
+        ({"enabled": True, "recompute_fwd_factor": math.nan}, ".recompute_fwd_factor: nan is not"),
+        ({"enabled": True, "top_modules": 0}, ".top_modules: 0 is not"),
+        ({"enabled": True, "output_file": ""}, ".output_file: '' is not"),
+        ({"enabled": True, "detail": True}, ".detail: is not known; keys are enabled"),
+        ({"profile_step": 1}, 'has no effect without "enabled": true'),
+    ],
+)
+def test_a_profile_that_would_not_be_made_is_refused(
+    load: Load, refusal_of: RefusalOf, path: Path, profiler: dict[str, Any], said: str
+) -> None:
+    message = refusal_of(lambda: load({"flops_profiler": profiler}))
+    assert message.startswith(f"{path}: flops_profiler") and said in message
+
+
+@pytest.mark.parametrize(
+    ("key", "way_out"),
+    [
+        ("activation_checkpointing", "train.recompute"), ("memory_breakdown", "memory_bytes"),
+        ("tensorboard", "metrics.jsonl"), ("wandb", "metrics.jsonl"), ("csv_monitor", "metrics.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_is_done_here_in_another_way_is_refused_with_that_way(
+    load: Load, refusal_of: RefusalOf, path: Path, key: str, way_out: str
+) -> None:
+    message = refusal_of(lambda: load({key: {"enabled": True}}))
+    assert message.startswith(f"{path}: {key}: is not used here; ") and way_out in message
 
 
 @pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", True)])
@@ -79,6 +140,8 @@ def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled:
         ({"stage": 2, "nonsense": 3}, "nonsense: is not supported"),
         ({"stage": 2, "cpu_offload": True}, "offload_optimizer"),
         ({"stage": 2, "stage3_max_live_parameters": 5}, "is not supported with stage 2"),
+        ({"stage": 3, "allgather_bucket_size": 5}, "allgather_bucket_size: is not supported with stage 3"),
+        ({"stage": 2, "reduce_bucket_size": 1.5}, "reduce_bucket_size: 1.5 is not a positive number"),
         ({"stage": 3, "stage3_max_live_parameters": 0}, "stage3_max_live_parameters: 0 is not a positive number"),
     ],
 )

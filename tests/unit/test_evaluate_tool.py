@@ -1,5 +1,6 @@
 """The command that scores a checkpoint or pictures: its folder, what it refuses, and the metrics that need no judge."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,17 @@ import torch
 from PIL import Image
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.encoder_facts import image_facts, text_facts
+from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+from ecdit_ds.data.folder import read_index, write_index
 from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data.splits import open_split
+from ecdit_ds.drawing import encoders_of
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.loading import load_drawer
 from tests.helpers.evaluate_tool import EvaluateTool, content
+from tests.helpers.made_sets import write_set
+from tools import convert_ckpt
 
 MakeRecipe = Callable[..., Recipe]
 SaveModel = Callable[..., Path]
@@ -235,6 +243,53 @@ def test_the_command_refuses_in_one_line(tool: EvaluateTool, flags: tuple[object
     assert told in tool.refusal(*flags)
     assert (tool.folder / "taken").read_text(encoding="ascii") == "mine"
     assert not list(tool.folder.rglob("results.json"))
+
+
+ENCODED = ("data.dataset=encoded", "data.path=made/set")
+OTHER_DATA = (
+    (ENCODED, "evaluate.py", ("scenes", *SCENES)),
+    (ENCODED, "evaluate.py", ("clip", "--clip", "nowhere")),
+    (ENCODED, "evaluate.py", ("fid", "--features", "nowhere", "--real", "DIR")),
+    (ENCODED, "heatmaps.py", ("--scenes", 2, "--prompt", "a nine")),
+    (("data.dataset=encoded", "data.path=gone"), "evaluate.py", ("scenes", *SCENES)),
+    (("data.dataset=encoded", "data.encode=online", "data.path=made"), "evaluate.py", ("scenes", *SCENES)),
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "script", "flags", "is_export"),
+    [(*case, False) for case in OTHER_DATA] + [(*case, True) for case in OTHER_DATA if "scenes" in str(case[2][0])],
+)
+def test_digit_scenes_do_not_judge_a_model_of_other_data(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel, data: tuple[str, ...], script: str,
+    flags: tuple[object, ...], is_export: bool,
+) -> None:  # fmt: skip
+    encoders: dict[str, Any] = {
+        "image_encoder": image_facts(PixelCodec()),
+        "text_encoder": text_facts(WordEncoder(embed_dim=24, max_tokens=12)),
+    }
+    folder = write_set(tool.folder / "made" / "set", [((3, 16, 16), 2)], tokens=12, width=24)
+    write_index(folder, dataclasses.replace(read_index(folder), **encoders))
+    model = save_model(tool.folder / "other" / "checkpoints", make_recipe(*data))
+    if is_export:
+        assert convert_ckpt.main(["convert", str(model), str(tool.folder / "new"), "--to", "safetensors"]) == 0
+        model = tool.folder / "new"
+    metric = flags[:1] if script == "evaluate.py" else ()
+    code, lines = tool.run(*metric, "--checkpoint", model, *flags[len(metric) :], tool=script)
+    assert code == 2 and len(lines) == 1, lines
+    assert "only models of digit scenes" in lines[0] and "data.dataset: encoded" in lines[0]
+    assert "--prompt" in lines[0]
+    assert not list(tool.folder.rglob("results.json")) and not list(tool.folder.rglob("*.png"))
+
+
+def test_a_model_of_digit_scenes_that_were_encoded_before_is_still_judged_by_them(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel
+) -> None:
+    recipe = make_recipe("data.num_train=4")
+    open_split(recipe, "train", encoders_of(recipe))
+    (encoded,) = Path(recipe.data.cache_dir).iterdir()
+    tool.checkpoint = save_model(tool.folder / "other", make_recipe("data.dataset=encoded", f"data.path={encoded}"))
+    assert tool.score("scenes", *SCENES)["results"]["model"]["kinds"]["single"]["count"] == 2
 
 
 def test_captions_that_are_of_no_digit_scene_are_named(tool: EvaluateTool) -> None:

@@ -282,3 +282,25 @@ def test_a_plan_is_drawn_from_the_projects_own_files() -> None:
         "zero1": (1, False), "zero2": (2, False), "zero2_offload": (2, True), "zero2_overlap": (2, False),
         "zero3": (3, False),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_parameter_that_is_larger_than_the_bucket_travels_whole_and_is_counted(
+    tiny_recipe: Recipe, stage: int, precision: str
+) -> None:
+    recipe = recipe_of(tiny_recipe, {}, {"precision": precision})
+    topology, width = Topology(world_size=2, tp=1, ep=1), {"fp32": 4, "bf16": 2}[precision]
+    largest = max(parameter.size for parameter in parameters(recipe.model))
+
+    def buffers(bucket: int) -> int:
+        config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": False}}
+        return memory_of_rank(recipe, topology, zero_settings(config), 0.0).buffers
+
+    small, half, whole, double = (buffers(bucket) for bucket in (1, largest // 2, largest, 2 * largest))
+    # The bucket itself is as large as it is said to be; what is reduced from it, at least the largest parameter.
+    assert half - small == width * (largest // 2 - 1)
+    assert whole - half == width * (largest - largest // 2)
+    assert double - whole == 2 * width * largest
+    whole_model = sum(parameter.size for parameter in parameters(recipe.model))
+    assert small >= width * largest and 2 * largest < whole_model

@@ -214,7 +214,7 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
         print(f"  {facts['count']:>8}  {cause}: {shown}")
     for name, count in report["converted"].items():
-        print(f"  {count:>8}  made upright RGB: {name}")
+        print(f"  {count:>8}  converted: {name}")
     for suffix, count in report["ignored_files"].items():
         print(f"  {count:>8}  files not looked at: {suffix}")
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from ecdit_ds.data.causes import BadSample, Cause
 from ecdit_ds.errors import DataError
 
+DECODING = 2
+"""Counts up when a file comes to give other pixels; half a set is not done by one and half by another."""
 MAX_PIXELS = 89_000_000
 """Beyond it an image is refused by its header, before memory is taken: a PNG of 24 kB can claim 196 megapixels."""
 MAX_FILE_BYTES = 2**28

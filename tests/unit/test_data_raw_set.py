@@ -148,6 +148,20 @@ def test_what_encoding_leaves_out_is_bad_by_the_same_cause_and_name(tmp_path: Pa
     assert [samples.captions[i] for i in good] == stored.texts("caption", np.arange(len(stored)))
 
 
+def test_what_systems_leave_in_a_tar_takes_no_sample_s_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(COUNT):
+            for name, content in ((f"._{i}.jpg", b"x"), (f"{i}.jpg", FILES[i]), (f"{i}.txt", CAPTIONS[i].encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    dataset = opened(path)
+    assert len(dataset) == COUNT
+    samples = dataset.gather(np.array([8, 0, 3]), np.arange(3))
+    assert samples.bad == {} and samples.captions == tuple(CAPTIONS[i] for i in (8, 0, 3))
+
+
 def test_a_damaged_page_is_told_at_every_place_that_it_took(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "source") / "a.parquet"
     content = bytearray(path.read_bytes())

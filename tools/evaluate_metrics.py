@@ -17,6 +17,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
 from ecdit_ds.data.images import read_image
+from ecdit_ds.data.source import kind_of_ignored
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
@@ -373,7 +374,10 @@ def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
     if (root / LINES_NAME).is_file():  # and not the grids beside them
         pictures = read_gallery(root)
         return len(pictures), lambda i: read_picture(root, pictures[i])
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _PICTURE_ENDINGS)
+    files = sorted(
+        path for path in root.rglob("*")
+        if path.suffix.lower() in _PICTURE_ENDINGS and not kind_of_ignored(path.relative_to(root))
+    )  # fmt: skip
     if not files:
         raise EvaluationError(f"--real {root}: holds no pictures ({', '.join(_PICTURE_ENDINGS)})")
     return len(files), lambda i: read_image(files[i])

@@ -179,6 +179,7 @@ def test_a_profile_of_srgb_changes_no_byte(photograph: Image.Image) -> None:
         assert np.array_equal(pixels(image), pixels(photograph)) and image.info["converted"] == []
         grey = decoded(encoded(photograph.convert("L"), "PNG", icc_profile=profile))
         assert np.array_equal(pixels(grey), pixels(photograph.convert("L").convert("RGB")))
+        assert grey.info["converted"] == ["grey"], "a grey picture may have a profile of three colours"
 
 
 def test_palettes_greys_and_alpha_follow_their_profile_too() -> None:

@@ -519,6 +519,8 @@ def test_a_tar_with_several_captions_a_sample_asks_which_is_meant(tmp_path: Path
     assert "('caption in json', 'text in json', 'txt'): several captions; name one by --caption-column" in message
     for column, caption in (("txt", "one"), ("caption", "from the web"), ("text", "of a machine")):
         assert read_all(path, columns=Columns(caption=column))[0][0].caption == caption
+    both = write_tar(tmp_path / "both.tar", [("0.jpg", JPEGS[0]), ("0.caption", b"of a file"), ("0.json", fields)])
+    assert read_all(both, columns=Columns(caption="caption"))[0][0].caption == "of a file"
     path = write_tar(tmp_path / "b.tar", [*members(1, 7), ("0.jpg", b""), ("0.txt", b"one"), ("0.caption", b"two")])
     assert causes(read_all(path)[1]) == [("several captions", "b.tar/0 ('caption', 'txt')")]
 

@@ -17,7 +17,7 @@ import torch
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data import raw_set
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, SystemFile
 from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
 from ecdit_ds.data.dataset import LatentDataset
@@ -180,7 +180,7 @@ def test_archives_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, mon
     source_type = type(dataset._source)
     read = source_type.read
 
-    def noted(self: Source, unit: Unit) -> Iterator[RawSample | BadSample]:
+    def noted(self: Source, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         reads.append(unit.name)
         yield from read(self, unit)
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ecdit_ds.config import SampleConfig
 from ecdit_ds.crew import Crew
+from ecdit_ds.data.images import read_image
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import DataError
@@ -176,14 +177,10 @@ def read_picture(folder: Path, picture: Picture) -> Image.Image:
     Raises:
         DataError: it cannot be read.
     """
-    path = folder / picture.file
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: is no picture that can be read ({error}); delete it and draw the folder again"
-        ) from None
+        return read_image(folder / picture.file)
+    except DataError as error:
+        raise DataError(f"{error}; delete it and draw the folder again") from None
 
 
 def clear(folder: Path) -> None:

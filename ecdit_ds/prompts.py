@@ -1,13 +1,18 @@
 """Where prompts come from: files and columns of data sets."""
 
+import csv
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from ecdit_ds.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_SPACE = re.compile(r"\s*")
 
 
 def require_words(prompts: Sequence[str]) -> None:
@@ -54,14 +59,17 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     """
     import datasets  # takes seconds, and few prompts come from one
 
+    from ecdit_ds.data.tables import load_saved
+
     path = Path(name)
     if path.is_file() and path.suffix not in _LOADERS:
         raise DataError(f"--dataset {name}: is none of {', '.join(_LOADERS)}; name its kind, or use --prompts")
     datasets.disable_progress_bars()
     try:
         if path.is_dir():
-            found: Any = datasets.load_from_disk(str(path))
+            found: Any = load_saved(path.resolve(), split)[0]
         elif path.is_file():
+            _refuse_lost_columns(path, column)
             found = datasets.load_dataset(_LOADERS[path.suffix], data_files={split: str(path)})
         else:
             found = datasets.load_dataset(name)
@@ -73,7 +81,7 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
         found = found[split]
     if column not in found.column_names:
         raise DataError(f"--dataset {name}: has no column {column}; choose from {', '.join(found.column_names)}")
-    texts = list(found[column])
+    texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in found[column]]
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"--dataset {name}: row {row} of column {column} is {type(text).__name__}, not text")
@@ -82,9 +90,48 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     return texts
 
 
+def _refuse_lost_columns(path: Path, column: str) -> None:
+    """Refuse a table that `datasets` would read, but not as it is: a column twice, or values under another's name.
+
+    Raises:
+        ValueError: it is such a table; names both places.
+    """
+    names: list[str] = []
+    if path.suffix == ".parquet":
+        names = pq.read_schema(path).names
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file)
+            names = next(reader, [])
+            for row in reader:
+                if len(row) > len(names):
+                    raise ValueError(f"line {reader.line_num} has {len(row)} fields, the head line has {len(names)}")
+    else:
+        for names in _names_in_json(path.read_text(encoding="utf-8-sig")):
+            if names.count(column) > 1:
+                break
+    if names.count(column) > 1:
+        places = " and ".join(str(i) for i, name in enumerate(names, 1) if name == column)
+        raise ValueError(f"column {column} comes twice (as column {places}); rename one")
+
+
+def _names_in_json(text: str) -> Iterator[list[str]]:
+    """Yield the names of every object in a file of JSON or JSON lines, as often as they come."""
+    found: list[list[str]] = []
+    decoder, place = json.JSONDecoder(object_pairs_hook=lambda pairs: found.append([name for name, _ in pairs])), 0
+    while place < len(text):
+        _, place = decoder.raw_decode(text, place)
+        place = _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches nothing, too
+        yield from found
+        found.clear()
+
+
 def _from_json(line: str, where: str) -> tuple[str, int | None]:
     try:
         data = json.loads(line)
+        for names in _names_in_json(line):
+            if len(set(names)) < len(names):
+                raise DataError(f"{where}: gives a name twice ({', '.join(names)}); keep one of each")
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON: {error}") from None
     prompt, seed = (data.get("prompt"), data.get("seed")) if isinstance(data, dict) else (None, None)

@@ -67,9 +67,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         add(flag, choices=PRECISIONS, default="fp32", help="what the encoder computes in (default: fp32)")
     add("--captions-only", action="store_true",
         help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
-    add("--image-column", metavar="NAME")
-    add("--caption-column", metavar="NAME", help="of a table, or the suffix or JSON field in a tar")
-    add("--split", default="train", help="of a Hugging Face dataset (default: train)")
+    add("--image-column", metavar="NAME", help="of a table, or the suffix in a tar, such as depth.png")
+    add("--caption-column", metavar="NAME", help="of a table, or the suffix or else the JSON field in a tar")
+    add("--split", help="of a Hugging Face dataset (default: train)")
     add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
     add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
     add("--buckets", action="store_true", help="keep proportions: several sizes of the square's area")
@@ -127,7 +127,10 @@ def _encode(options: argparse.Namespace) -> int:
         ),
         image_facts=image_facts(image_encoder, options.vae and _place(options.vae)),
         text_facts=text_facts(text_encoder, [_place(name) for name in options.text]),
-        settings={"shard_samples": options.shard_samples},
+        settings={
+            "shard_samples": options.shard_samples, "image_column": options.image_column,
+            "caption_column": options.caption_column,
+        },
         task=task,
         tasks=tasks,
         max_bad=options.max_bad,
@@ -214,7 +217,7 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
         print(f"  {facts['count']:>8}  {cause}: {shown}")
     for name, count in report["converted"].items():
-        print(f"  {count:>8}  made upright RGB: {name}")
+        print(f"  {count:>8}  converted: {name}")
     for suffix, count in report["ignored_files"].items():
         print(f"  {count:>8}  files not looked at: {suffix}")
 

@@ -16,7 +16,9 @@ from PIL import Image
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
+from ecdit_ds.data.images import read_image
 from ecdit_ds.data.scene_set import require_digit_scenes
+from ecdit_ds.data.source import kind_of_ignored
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
@@ -372,18 +374,13 @@ def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
     if (root / LINES_NAME).is_file():  # and not the grids beside them
         pictures = read_gallery(root)
         return len(pictures), lambda i: read_picture(root, pictures[i])
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _PICTURE_ENDINGS)
+    files = sorted(
+        path for path in root.rglob("*")
+        if path.suffix.lower() in _PICTURE_ENDINGS and not kind_of_ignored(path.relative_to(root))
+    )  # fmt: skip
     if not files:
         raise EvaluationError(f"--real {root}: holds no pictures ({', '.join(_PICTURE_ENDINGS)})")
-    return len(files), lambda i: _read_image(files[i])
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{path}: is no picture that can be read ({error})") from None
+    return len(files), lambda i: read_image(files[i])
 
 
 def _require_match(folder: Path, pictures: Sequence[Picture], prompts: Sequence[str]) -> None:

@@ -8,7 +8,10 @@ Cause = Literal[
     "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
     "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
     "damaged archive", "archive ends early", "unreadable archive", "not finite", "text without a token",
+    "several pictures", "several captions", "name given twice", "system file",
 ]  # fmt: skip
+AMBIGUOUS: tuple[Cause, ...] = ("several pictures", "several captions")
+"""Of which the user must say which one is meant."""
 UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
 """Of which nobody knows how many samples are lost by it."""
 
@@ -22,6 +25,14 @@ class BadSample:
     """Where it is in the source."""
     samples: int = 1
     """How many are lost by it, where that is known to be more than one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemFile:
+    """A file among the samples that an operating system left there: part of none of them, and counted all the same."""
+
+    kind: str
+    """The pattern of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

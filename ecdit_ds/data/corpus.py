@@ -38,6 +38,7 @@ from ecdit_ds.data.folder import (
     write_index,
     write_null_text,
 )
+from ecdit_ds.data.images import DECODING
 from ecdit_ds.data.source import Source
 from ecdit_ds.durable import put_on_disk, write_durably
 from ecdit_ds.errors import DataError
@@ -84,6 +85,7 @@ class Job:
             "sizes": [list(size) for size in self.encoding.sizes],
             "dtype": self.encoding.dtype,
             "has_text": self.encoding.has_text,
+            "decoding": DECODING,
             "batch_size": self.encoding.batch_size,
             **self.settings,
         }
@@ -134,7 +136,8 @@ def _is_published(job: Job) -> bool:
     if not (job.destination / INDEX_FILE).is_file():
         raise DataError(f"{job.destination}: is there and is no encoded set; name another place, or move it away")
     plan = dict(read_index(job.destination).settings)
-    _compare(plan, job.plan, job.destination, "holds another set")
+    # A set that an earlier version made whole stays what it is.
+    _compare(plan, job.plan | {"decoding": plan.get("decoding")}, job.destination, "holds another set")
     return True
 
 
@@ -267,6 +270,7 @@ def _report_of(records: Sequence[UnitRecord], ignored: Mapping[str, int]) -> dic
             known = names.setdefault(cause, [])
             known += some[: MAX_NAMES - len(known)]
     converted = sum((Counter(record.converted) for record in records), Counter())
+    ignored = sum((Counter(record.ignored) for record in records), Counter(ignored))
     good = sum(record.count for record in records)
     return {
         "samples": good,

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, SystemFile
 from ecdit_ds.data.columns import DTYPES, LatentSums, table_of, total_of
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.data.folder import ShardInfo, ShardWriter
@@ -62,7 +62,9 @@ class UnitRecord:
     bad_counts: dict[str, int]
     bad_names: dict[str, list[str]]
     converted: dict[str, int]
-    """Pictures that were no upright RGB ones, by what was changed."""
+    """Samples that are not as their files have them, by what was changed or chosen."""
+    ignored: dict[str, int]
+    """Files among the samples that are no part of any, by kind."""
 
     @property
     def count(self) -> int:
@@ -84,6 +86,7 @@ class UnitRecord:
             "bad_counts": self.bad_counts,
             "bad_names": self.bad_names,
             "converted": self.converted,
+            "ignored": self.ignored,
         }
         return json.dumps(fields, indent=1).encode("ascii")
 
@@ -101,6 +104,7 @@ def read_record(path: Path) -> UnitRecord | None:
             bad_counts=fields["bad_counts"],
             bad_names=fields["bad_names"],
             converted=fields["converted"],
+            ignored=fields["ignored"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -128,6 +132,7 @@ class _Output:
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
     converted: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def leave_out(self, bad: BadSample) -> None:
         self.counts[bad.cause] += bad.samples
@@ -138,7 +143,7 @@ class _Output:
 
 def encode_unit(
     unit: int,
-    samples: Iterable[RawSample | BadSample],
+    samples: Iterable[RawSample | BadSample | SystemFile],
     encoding: Encoding,
     *,
     shards: Path,
@@ -168,6 +173,9 @@ def encode_unit(
                     output.leave_out(sample)
                     tell(sample.samples)
                     continue
+                if isinstance(sample, SystemFile):
+                    output.ignored[sample.kind] += 1
+                    continue
                 batch = waiting.setdefault(sample.bucket, [])
                 batch.append(sample)
                 if len(batch) == encoding.batch_size:
@@ -187,11 +195,14 @@ def encode_unit(
             path.unlink(missing_ok=True)
 
 
-def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> Iterator[_Ready | BadSample]:
+_Prepared = _Ready | BadSample | SystemFile
+
+
+def _prepared(samples: Iterable[RawSample | BadSample | SystemFile], encoding: Encoding) -> Iterator[_Prepared]:
     """Decode images in threads, some samples ahead of the encoders, and yield results in order."""
 
-    def prepare(sample: RawSample | BadSample) -> _Ready | BadSample:
-        if isinstance(sample, BadSample):
+    def prepare(sample: RawSample | BadSample | SystemFile) -> _Prepared:
+        if not isinstance(sample, RawSample):
             return sample
         image = decode_image(sample.content, sample.key)
         if isinstance(image, BadSample):
@@ -199,10 +210,10 @@ def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> I
         bucket = nearest_bucket((image.height, image.width), encoding.sizes)
         return _Ready(
             key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket]),
-            converted=image.info["converted"],
+            converted=[*sample.converted, *image.info["converted"]],
         )  # fmt: skip
 
-    def checked(result: _Ready | BadSample) -> _Ready | BadSample:
+    def checked(result: _Prepared) -> _Prepared:
         # Here and not in the threads: tokenizers are not made for several at once.
         if isinstance(result, _Ready):
             (count,) = encoding.text_encoder.count_tokens([result.caption])
@@ -210,7 +221,7 @@ def _prepared(samples: Iterable[RawSample | BadSample], encoding: Encoding) -> I
                 return BadSample(cause="caption too long", name=result.key)
         return result
 
-    ahead: deque[Future[_Ready | BadSample]] = deque()
+    ahead: deque[Future[_Prepared]] = deque()
     with ThreadPoolExecutor(encoding.threads) as pool:
         for sample in samples:
             ahead.append(pool.submit(prepare, sample))
@@ -318,6 +329,7 @@ def _keep(
         bad_counts=dict(sorted(output.counts.items())),
         bad_names=dict(sorted(output.names.items())),
         converted=dict(sorted(output.converted.items())),
+        ignored=dict(sorted(output.ignored.items())),
     )
     moment("record")
     draft = drafts / f"{uuid.uuid4().hex}.json"

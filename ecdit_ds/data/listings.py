@@ -4,14 +4,13 @@ A list is held in memory, so it suits millions of pictures; more belong into Par
 """
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, Cause
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -24,6 +23,8 @@ from ecdit_ds.data.source import (
     cut,
     files_below,
     fingerprint_of,
+    json_object,
+    plain_caption,
     raw_sample,
     read_inside,
     stamps_of,
@@ -47,6 +48,8 @@ class Entry:
     """The words, where the list holds them."""
     caption_file: str | None = None
     """Or where they are."""
+    rivals: tuple[str, ...] = field(default=(), repr=False)
+    """Other files that could hold them. (What a list holds is fingerprinted by `repr`, and lists have none.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +71,22 @@ class ListedSource:
             if isinstance(entry, BadSample):
                 yield entry
                 continue
-            caption = entry.caption
-            if entry.caption_file is not None:
-                content = read_inside(self.root, entry.caption_file, missing="no caption")
-                if isinstance(content, str):
-                    yield BadSample(cause=content, name=entry.caption_file)
-                    continue
-                caption = content.decode("utf-8-sig", "surrogateescape")
-            yield raw_sample(entry.key, read_inside(self.root, entry.image), caption)
+            caption = entry.caption if entry.caption_file is None else self._read_caption(entry.caption_file, entry)
+            if isinstance(caption, BadSample):
+                yield caption
+            else:
+                yield raw_sample(entry.key, read_inside(self.root, entry.image), caption)
+
+    def _read_caption(self, first: str, entry: Entry) -> str | BadSample:
+        found = []
+        for file in (first, *entry.rivals):
+            content = read_inside(self.root, file, missing="no caption")
+            if isinstance(content, str):
+                return BadSample(cause=content, name=file)
+            found.append(content.decode("utf-8-sig", "surrogateescape"))
+        if len(set(map(plain_caption, found))) > 1:
+            return BadSample(cause="several captions", name=f"{entry.key} ({', '.join((first, *entry.rivals))})")
+        return found[0]
 
 
 def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
@@ -84,14 +95,19 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
     Raises:
         DataError: it holds no pictures, its metadata lacks a column, or there is none and columns are named.
     """
-    files, links = files_below(root)
+    files, links, system_files = files_below(root)
     listed = [name for name in METADATA_FILES if (root / name).is_file()]
     if len(listed) > 1:
         raise DataError(f"{root}: has both {' and '.join(listed)}; keep one")
     if listed:
-        return open_list(root / listed[0], root, unit_samples=unit_samples, columns=columns)
+        found = open_list(root / listed[0], root, unit_samples=unit_samples, columns=columns)
+        named = {listed[0], *(entry.image for entry in found.entries if isinstance(entry, Entry))}
+        return replace(found, ignored=system_files + _unused(file for file in files if str(file) not in named))
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    captions = {str(file.with_suffix("")): file for file in files if file.suffix.lower() in _CAPTION_SUFFIXES}
+    captions: dict[str, list[str]] = {}
+    for file in files:
+        if file.suffix.lower() in _CAPTION_SUFFIXES:
+            captions.setdefault(str(file.with_suffix("")), []).append(str(file))
     if not pictures:
         raise DataError(f"{root}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); name a folder that does")
     if columns != Columns():
@@ -105,19 +121,24 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         elif key not in captions:
             entries.append(BadSample(cause="no caption", name=str(picture)))
         else:
-            entries.append(Entry(key=key, image=str(picture), caption_file=str(captions[key])))
+            first, *rivals = captions[key]
+            entries.append(Entry(key=key, image=str(picture), caption_file=first, rivals=tuple(rivals)))
         seen.add(key)
-    lonely = [str(captions[key]) for key in sorted(captions.keys() - seen)]
-    entries += [BadSample(cause="no image", name=name) for name in lonely]
-    used = {*pictures, *captions.values()}
+    lonely = [captions[key] for key in sorted(captions.keys() - seen)]
+    entries += [BadSample(cause="no image", name=", ".join(names)) for names in lonely]
+    used = {*map(str, pictures), *(name for names in captions.values() for name in names)}
     return ListedSource(
         kind="folder of pictures",
         root=root,
         entries=entries,
         units=cut(root.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of([*stamps_of(root, sorted(used, key=str)), *links]),
-        ignored=Counter(file.suffix.lower() or file.name for file in files if file not in used),
+        fingerprint=fingerprint_of([*stamps_of(root, sorted(used)), *links]),
+        ignored=system_files + _unused(file for file in files if str(file) not in used),
     )
+
+
+def _unused(files: Iterable[Path]) -> Counter[str]:
+    return Counter(file.suffix.lower() or file.name for file in files)
 
 
 def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
@@ -131,15 +152,19 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         DataError: it cannot be read, or lacks a column.
     """
     try:
-        rows = list(_json_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path))
+        if path.suffix.lower() == ".jsonl":
+            rows = list(_json_rows(path))
+            names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+        else:
+            names, rows = _read_csv(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
-    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
-    if not names:
+    if not any(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: holds no row; name a list that does")
     image = choose_column(names, columns.image, IMAGE_COLUMNS, str(path), "image")
     caption = choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
     key_column = next((name for name in KEY_COLUMNS if name in names), image)
+    choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()
     for i, row in enumerate(rows):
@@ -167,29 +192,31 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     )
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
-    """Yield rows by column; a damaged one counts as many samples as it swallowed lines."""
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any] | BadSample]]:
+    """Return the head line, and rows by column; a damaged one counts as many samples as it swallowed lines."""
     csv.field_size_limit(_MAX_FIELD)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Strict: an open quotation mark is an error, and not a field that goes on to the end of the file.
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         names: list[str] = []
+        rows: list[dict[str, Any] | BadSample] = []
         before = 0
         while True:
             row: list[str] | None
             try:
                 row = next(reader, None)
                 if row is None:
-                    return
+                    return names, rows
             except csv.Error:
                 row = ["damaged"] * (len(names) + 1)
             lines, before = reader.line_num - before, reader.line_num
             if not names:
                 names = row
             elif len(row) == len(names):
-                yield dict(zip(names, row, strict=True))
+                rows.append(dict(zip(names, row, strict=True)))
             elif row:
-                yield BadSample(cause="damaged row", name=f"{path.name} line {reader.line_num}", samples=max(1, lines))
+                name = f"{path.name} line {reader.line_num}"
+                rows.append(BadSample(cause="damaged row", name=name, samples=max(1, lines)))
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
@@ -197,8 +224,5 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield row if isinstance(row, dict) else BadSample(cause="damaged row", name=f"{path.name} line {number}")
+            row: dict[str, Any] | Cause = json_object(line, damaged="damaged row")
+            yield row if isinstance(row, dict) else BadSample(cause=row, name=f"{path.name} line {number}")

@@ -16,7 +16,7 @@ from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import TextEmbeddings, TextEncoder
 from ecdit_ds.data.images import Size, decode_image, fit_image
-from ecdit_ds.data.source import Columns, RawSample, Source, Unit
+from ecdit_ds.data.source import Columns, RawSample, Source, Unit, samples_of
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import DataError
@@ -143,10 +143,10 @@ class RawSet:
         unit = self._source.units[number]
         if self._source.reads_singly:
             begin = unit.start + place
-            items = list(self._source.read(replace(unit, start=begin, stop=begin + 1)))
+            items = list(samples_of(self._source, replace(unit, start=begin, stop=begin + 1)))
             place = 0
         else:
-            items = self._cache.get(number) or self._cache.put(number, list(self._source.read(unit)))
+            items = self._cache.get(number) or self._cache.put(number, list(samples_of(self._source, unit)))
         if place < len(items):
             return items[place]
         # Damage that was told once, at the end, took this one too; or the source has shrunk since it was counted.
@@ -193,7 +193,7 @@ def open_raw_source(name: str, data: DataConfig) -> Source:
 def _length_of(source: Source, unit: Unit) -> int:
     if unit.stop >= 0:
         return unit.stop - unit.start
-    return sum(1 for _ in source.read(unit))
+    return sum(1 for _ in samples_of(source, unit))
 
 
 class _Cache:

@@ -4,17 +4,20 @@ A unit is read anew as often as it is asked for and gives the same each time, so
 taken up again. Nothing is read outside the source's folder, whatever a link or a name in a file says.
 """
 
+import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import xxhash
 
-from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.causes import BadSample, Cause, SystemFile
 from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.errors import DataError
 
@@ -22,6 +25,10 @@ IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "file",
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "captions", "txt")
 KEY_COLUMNS = ("key", "__key__", "id")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
+_SYSTEM_FILES = ("._*", ".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "PaxHeader",
+                 "PaxHeaders.*")  # fmt: skip
+"""What macOS, Windows, network drives and unpackers leave beside files: names of files or of folders around them."""
+HIDDEN = ".*"
 _STAMP_THREADS = 16
 _STAMPS_AT_ONCE = 1024
 
@@ -33,6 +40,8 @@ class RawSample:
     key: str
     content: bytes
     caption: str
+    converted: tuple[str, ...] = ()
+    """What was chosen or changed to get here, for the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table to read; None takes the first of the usual names."""
+    """Which columns of a table to read, or files of a tar's samples; None takes the only one of the usual names."""
 
     image: str | None = None
     caption: str | None = None
@@ -77,24 +86,36 @@ class Source(Protocol):
     def ignored(self) -> Mapping[str, int]:
         """How many files of each suffix are no part of it."""
 
-    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
-        """Yield the samples of a unit in order, or why they are none."""
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
+        """Yield the samples of a unit in order, or why they are none, and what else lies between them."""
+
+
+def samples_of(source: Source, unit: Unit) -> Iterator[RawSample | BadSample]:
+    """Yield the samples of a unit alone, or why they are none."""
+    return (one for one in source.read(unit) if not isinstance(one, SystemFile))
 
 
 def raw_sample(key: str, content: bytes | Cause, caption: Any) -> RawSample | BadSample:
     """Return a sample of what was read of it, or what is wrong with it."""
     if isinstance(content, str):
         return BadSample(cause=content, name=key)
-    if isinstance(caption, list | tuple) and caption:
-        caption = caption[0]
+    is_one_of_several = isinstance(caption, list | tuple) and len(caption) > 1
+    caption = plain_caption(caption)
     if caption is None:
         return BadSample(cause="no caption", name=key)
     if not isinstance(caption, str) or not _is_text(caption):
         return BadSample(cause="caption is not text", name=key)
-    caption = " ".join(caption.split())
-    return RawSample(key=key, content=content, caption=caption) if caption else BadSample(
-        cause="empty caption", name=key
-    )  # fmt: skip
+    if not caption:
+        return BadSample(cause="empty caption", name=key)
+    told = ("first of several captions",) if is_one_of_several else ()
+    return RawSample(key=key, content=content, caption=caption, converted=told)
+
+
+def plain_caption(caption: Any) -> Any:
+    """Return a caption, or the first of a list, without byte order marks and needless spaces; no text as it is."""
+    if isinstance(caption, list | tuple) and caption:
+        caption = caption[0]
+    return " ".join(caption.replace("\ufeff", "").split()) if isinstance(caption, str) else caption
 
 
 def _is_text(caption: str) -> bool:
@@ -105,6 +126,29 @@ def _is_text(caption: str) -> bool:
     return "\x00" not in caption
 
 
+def json_object(content: bytes, *, damaged: Cause) -> dict[str, Any] | Cause:
+    """Return a JSON object, or why it is none: `damaged`, or a name twice, of which a parser would drop one unseen."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise KeyError
+        return dict(pairs)
+
+    try:
+        found = json.loads(content, object_pairs_hook=once)
+    except KeyError:
+        return "name given twice"
+    except (ValueError, RecursionError):
+        return damaged
+    return found if isinstance(found, dict) else damaged
+
+
+def system_file(path: PurePath) -> str | None:
+    """Return what kind of file that operating systems leave behind a path names, or lies in; None for all others."""
+    kinds = (kind for part in path.parts for kind in _SYSTEM_FILES if fnmatchcase(part.lower(), kind.lower()))
+    return next(kinds, None)
+
+
 def read_inside(root: Path, name: str, *, missing: Cause = "no image") -> bytes | Cause:
     """Return the content of a regular file within `root`, or why it cannot be used.
 
@@ -113,6 +157,8 @@ def read_inside(root: Path, name: str, *, missing: Cause = "no image") -> bytes 
         name: relative to it, or absolute within it; links are followed only to places within it.
         missing: the cause where there is no such file.
     """
+    if system_file(PurePath(name)):
+        return "system file"
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
@@ -130,10 +176,10 @@ def read_inside(root: Path, name: str, *, missing: Cause = "no image") -> bytes 
         return "no regular file"
 
 
-def files_below(root: Path) -> tuple[list[Path], list[str]]:
+def files_below(root: Path) -> tuple[list[Path], list[str], Counter[str]]:
     """Return all files below a folder, relative and sorted, and the links to folders, which are not followed.
 
-    Hidden files and folders are not looked at.
+    Files that systems leave behind, and hidden files and folders, are not looked at: third, how many of each kind.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -142,13 +188,24 @@ def files_below(root: Path) -> tuple[list[Path], list[str]]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}; make it readable") from None
 
-    files, links = [], []
+    files, links, ignored = [], [], Counter[str]()
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         place = Path(folder)
+        ignored[HIDDEN] += sum(name.startswith(".") for name in subfolders)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         links += [str((place / name).relative_to(root)) for name in subfolders if (place / name).is_symlink()]
-        files += [(place / name).relative_to(root) for name in names if not name.startswith(".")]
-    return sorted(files, key=str), sorted(links)
+        for file in [(place / name).relative_to(root) for name in names]:
+            kind = kind_of_ignored(file)
+            if kind is None:
+                files.append(file)
+            else:
+                ignored[kind] += 1
+    return sorted(files, key=str), sorted(links), +ignored
+
+
+def kind_of_ignored(file: PurePath) -> str | None:
+    """Return why a file is not looked at where files are found rather than named: left by a system, or hidden."""
+    return system_file(file) or (HIDDEN if file.name.startswith(".") else None)
 
 
 def stamps_of(root: Path, files: Sequence[Path | str]) -> list[tuple[str, int, int]]:
@@ -178,18 +235,35 @@ def fingerprint_of(facts: Iterable[object]) -> str:
     return state.hexdigest()
 
 
-def choose_column(names: Sequence[str], asked: str | None, usual: Sequence[str], where: str, what: str) -> str:
-    """Return which column to read: what was asked for, or the first of the usual names.
+def choose_column(
+    names: Sequence[str], asked: str | None, usual: Sequence[str], where: str, what: str,
+    held: Collection[str] = (),
+) -> str:  # fmt: skip
+    """Return which column to read: what was asked for, or the only one of the usual names.
+
+    Args:
+        names: of all columns in order; one may come twice.
+        held: those that hold pictures by their type. They are candidates whatever they are called, and where one of
+            them has a usual name, those that could hold no more than a picture's place are none.
 
     Raises:
-        DataError: there is no such column; names those that there are.
+        DataError: there is no such column, or several; names those that there are.
     """
-    lower = {name.lower(): name for name in reversed(names)}
-    found = asked if asked in names else None if asked else next((lower[u] for u in usual if u in lower), None)
-    if found is None:
+    found = [name for name in names if (name == asked if asked else _plain(name) in usual)]
+    if not asked and held:
+        found = [name for name in names if name in held or (name in found and not set(found) & set(held))]
+    if not found:
         wanted = f"column {asked!r}" if asked else f"column of {what}s ({', '.join(usual)})"
         raise DataError(f"{where}: has no {wanted}; it has {', '.join(map(str, names))}; name one by --{what}-column")
-    return found
+    if len(found) > 1:
+        shown = ", ".join(f"{name!r} (column {i})" for i, name in enumerate(names, 1) if name in found)
+        way_out = f"name one by --{what}-column" if len(set(found)) > 1 else "rename all but one"
+        raise DataError(f"{where}: has {len(found)} columns of {what}s: {shown}; {way_out}")
+    return found[0]
+
+
+def _plain(name: str) -> str:
+    return name.replace("\ufeff", "").strip().lower()
 
 
 def cut(name: str, count: int, size: int) -> list[Unit]:

@@ -15,7 +15,12 @@ _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
 def open_source(
-    name: str, *, unit_samples: int, columns: Columns | None = None, split: str = "train", images: Path | None = None
+    name: str,
+    *,
+    unit_samples: int,
+    columns: Columns | None = None,
+    split: str | None = None,
+    images: Path | None = None,
 ) -> Source:
     """Open what a user names.
 
@@ -23,7 +28,7 @@ def open_source(
         name: a folder, a `.csv`, `.tsv`, `.jsonl`, `.parquet` or `.tar` file, or a dataset's name on the hub.
         unit_samples: samples of a unit of work, where the source can be cut; a tar is a unit.
         columns: which to read of a table; by default the usual names.
-        split: of a Hugging Face dataset.
+        split: of a Hugging Face dataset; `train` by default.
         images: what paths in a list are relative to; by default the list's folder.
 
     Raises:
@@ -33,17 +38,20 @@ def open_source(
     path = Path(name).absolute()
     if images is not None and path.suffix.lower() not in LIST_SUFFIXES:
         raise DataError(f"{name}: is no list ({', '.join(LIST_SUFFIXES)}), so --images {images} has no effect on it")
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if split is not None and path.exists() and not is_saved:
+        raise DataError(f"{name}: has no splits, so --split {split} has no effect on it; leave it out")
     if path.is_file():
         return _open_file(path.resolve(), unit_samples, columns, images)
     if not path.is_dir():
         if not _HUB_NAME.fullmatch(name):
             raise DataError(f"{name}: is no file or folder, nor can it be a dataset's name on the hub")
-        return open_hub(name, split, unit_samples=unit_samples, columns=columns)
+        return open_hub(name, split or "train", unit_samples=unit_samples, columns=columns)
     root = path.resolve()
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if is_saved:
         return open_saved(root, split, unit_samples=unit_samples, columns=columns)
 
-    files, _links = files_below(root)
+    files, _links, system_files = files_below(root)
     packed = [file for file in files if file.name.lower().endswith(_COMPRESSED_TARS)]
     if packed:
         raise DataError(f"{root / packed[0]}: is a compressed tar, and {len(packed)} of them are here; unpack it first")
@@ -56,7 +64,7 @@ def open_source(
         counts = " and ".join(f"{len(of_kind[kind])} {kind}" for kind in kinds)
         raise DataError(f"{root}: holds {counts}; name a folder that holds one kind, so that none is left out unseen")
     wanted = of_kind[kinds[0]] if kinds else []
-    ignored = Counter(file.suffix.lower() or file.name for file in files if file not in set(wanted))
+    ignored = system_files + Counter(file.suffix.lower() or file.name for file in files if file not in set(wanted))
     if kinds == ["tars"]:
         return open_tars(root, wanted, columns=columns, ignored=ignored)
     if kinds == ["Parquet files"]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
@@ -23,10 +23,12 @@ from ecdit_ds.data.source import (
     raw_sample,
     read_inside,
     stamps_of,
+    system_file,
 )
 from ecdit_ds.errors import DataError
 
 _ROWS_AT_ONCE = 16
+_OURS = f"datasets {datasets.__version__}"
 _FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
@@ -49,9 +51,7 @@ class ParquetSource:
         path = self.root / unit.name
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                names = file.schema_arrow.names
-                image = choose_column(names, self.columns.image, IMAGE_COLUMNS, str(path), "image")
-                caption = choose_column(names, self.columns.caption, CAPTION_COLUMNS, str(path), "caption")
+                image, caption = _chosen(file.schema_arrow, self.columns, str(path))
                 for row in _rows(file, unit, [image, caption]):
                     yield raw_sample(f"{unit.name}#{done}", _content(row[image], self.root), row[caption])
                     done += 1
@@ -81,17 +81,31 @@ def open_parquet(
             raise DataError(f"{path}: is a link out of {root}; copy the file there, or leave it out")
         try:
             with pq.ParquetFile(path) as file:
-                count, names = file.metadata.num_rows, file.schema_arrow.names
+                count, schema = file.metadata.num_rows, file.schema_arrow
         except _FAILURES as error:
             raise DataError(
                 f"{path}: is no whole Parquet file ({_first_line(error)}); fetch it again, or leave it out"
             ) from None
-        choose_column(names, columns.image, IMAGE_COLUMNS, str(path), "image")
-        choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
+        _chosen(schema, columns, str(path))
         units += cut(str(name), count, unit_samples)
     return ParquetSource(
         root=root, units=units, fingerprint=fingerprint_of(stamps_of(root, files)), ignored=ignored, columns=columns
     )
+
+
+def _chosen(schema: pa.Schema, columns: Columns, where: str) -> tuple[str, str]:
+    """Return which columns hold images and captions; raise DataError where there is none, or several."""
+    held = [field.name for field in schema if _holds_pictures(field)]
+    image = choose_column(schema.names, columns.image, IMAGE_COLUMNS, where, "image", held)
+    return image, choose_column(schema.names, columns.caption, CAPTION_COLUMNS, where, "caption")
+
+
+def _holds_pictures(field: pa.Field) -> bool:
+    """Return whether a column is of bytes with a path, as `datasets` stores pictures, or of bytes and called so."""
+    if pa.types.is_struct(field.type):
+        return {"bytes", "path"} <= {part.name for part in field.type}
+    is_binary = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+    return is_binary and field.name.lower() in IMAGE_COLUMNS
 
 
 def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -114,6 +128,8 @@ def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[s
 def _content(value: Any, root: Path) -> bytes | Cause:
     """Return the image that a cell holds, or the content of the file that it names."""
     if isinstance(value, dict):
+        if isinstance(value.get("path"), str) and system_file(PurePath(value["path"])):
+            return "system file"
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and value:
         return read_inside(root, value)
@@ -148,28 +164,52 @@ class HuggingFaceSource:
             yield raw_sample(f"row-{i}", content, row[self.caption])
 
 
-def open_saved(root: Path, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
+def open_saved(root: Path, split: str | None, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
     """Open a folder that `save_to_disk` wrote.
 
     Raises:
         DataError: it is damaged, names files outside itself, has no such split, or lacks a column.
+    """
+    if split is not None and not (root / "dataset_dict.json").is_file():
+        raise DataError(f"{root}: has no splits, so --split {split} has no effect on it; leave it out")
+    rows, facts = load_saved(root, split or "train")
+    return _of_rows(rows, [root], str(root), facts, unit_samples, columns)
+
+
+def load_saved(root: Path, split: str) -> tuple[datasets.Dataset, Sequence[object]]:
+    """Return the rows of a folder that `save_to_disk` wrote, and facts of the files they are in, for a fingerprint.
+
+    The rows are as they are stored: a format that they were saved with (torch, arrow, some columns only) changes what
+    rows look like, may need a library that is not here, and is not of interest.
+
+    Args:
+        root: resolved.
+        split: of several; rows that were saved without splits are read whatever it is.
+
+    Raises:
+        DataError: it is damaged, names files outside itself, or has no such split.
     """
     folder = root
     try:
         if (root / "dataset_dict.json").is_file():
             splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
             if split not in splits:
-                raise DataError(f"{root}: has no split {split!r}; it has {', '.join(splits)}; name one by --split")
+                raise DataError(f"{root}: has no split {split}; choose from {', '.join(splits)}")
             folder = root / split
-        names = [file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("_indices_data_files"):
+            raise DataError(
+                f"{folder}: was saved by an old `datasets`, its rows out of order; save it again with {_OURS}"
+            )
+        names = [file["filename"] for file in state["_data_files"]]
         for name in names:
             if not (folder / name).resolve().is_relative_to(root):
                 raise DataError(f"{folder / 'state.json'}: names {name}, which lies outside {root}; mend it")
-        rows = datasets.load_from_disk(str(folder))
+        # Not `load_from_disk`, which would apply the format.
+        parts = [datasets.Dataset.from_file(str(folder / name)) for name in names]
+        return datasets.concatenate_datasets(parts), stamps_of(folder, names)
     except _FAILURES as error:
         raise DataError(f"{folder}: is no whole dataset on disk ({_first_line(error)}); save it again") from None
-    facts = stamps_of(folder, names)
-    return _of_rows(rows, [root], str(root), facts, unit_samples, columns)
 
 
 def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
@@ -200,9 +240,8 @@ def _of_rows(
     unit_samples: int,
     columns: Columns,
 ) -> HuggingFaceSource:
-    image = choose_column(rows.column_names, columns.image, IMAGE_COLUMNS, where, "image")
-    caption = choose_column(rows.column_names, columns.caption, CAPTION_COLUMNS, where, "caption")
-    rows = rows.select_columns([image, caption])
+    image, caption = _chosen(rows.features.arrow_schema, columns, where)
+    rows = rows.with_format(None).select_columns([image, caption])
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(

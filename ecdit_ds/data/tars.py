@@ -6,15 +6,14 @@ next header whose checksum holds. How many samples such a gap held is estimated 
 early, or of which nothing can be read, nobody knows how many are lost.
 """
 
-import json
 import os
 import tarfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.causes import AMBIGUOUS, BadSample, Cause, SystemFile
 from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
@@ -23,6 +22,9 @@ from ecdit_ds.data.source import (
     RawSample,
     Unit,
     fingerprint_of,
+    json_object,
+    kind_of_ignored,
+    plain_caption,
     raw_sample,
     stamps_of,
 )
@@ -73,7 +75,7 @@ class TarSource:
     kind: str = "WebDataset tars"
     reads_singly: bool = False
 
-    def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
+    def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         """Yield the samples of a tar in order, or why they are none."""
         seen: set[str] = set()
         group: _Group | None = None
@@ -87,6 +89,10 @@ class TarSource:
                 yield member
                 continue
             path = PurePosixPath(member.name)
+            ignored = kind_of_ignored(path)
+            if ignored is not None:
+                yield SystemFile(kind=ignored)
+                continue
             stem, _, suffix = path.name.partition(".")
             key = str(path.parent / stem)
             if group is not None and group.key != key:
@@ -109,22 +115,38 @@ class TarSource:
             yield BadSample(cause="duplicate key", name=name)
             return
         seen.add(group.key)
-        images = [suffix for suffix in group.parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+        asked = self.columns.image and self.columns.image.lower().removeprefix(".")
+        images = [suffix for suffix in group.parts if (suffix == asked if asked else _is_picture(suffix))]
         image: bytes | Cause = group.parts[images[0]] if images else "no image"
-        yield raw_sample(name, image, self._caption(group))
+        captions = self._captions(group)
+        if len(images) > 1:
+            yield BadSample(cause="several pictures", name=_with_names(name, images))
+        elif isinstance(captions, str):
+            yield BadSample(cause=captions, name=name)
+        elif len({repr(plain_caption(caption)) for caption in captions.values()}) > 1:
+            yield BadSample(cause="several captions", name=_with_names(name, captions))
+        else:
+            yield raw_sample(name, image, next(iter(captions.values()), None))
 
-    def _caption(self, group: _Group) -> object:
-        asked = [self.columns.caption] if self.columns.caption else list(CAPTION_COLUMNS)
-        for suffix in asked:
-            if suffix in group.parts:
-                return group.parts[suffix].decode("utf-8", "surrogateescape")
-        if "json" in group.parts:
-            try:
-                fields = _json_object(group.parts["json"])
-            except (ValueError, RecursionError):
-                return b""
-            return next((fields[name] for name in asked if name in fields), None)
-        return None
+    def _captions(self, group: _Group) -> dict[str, object] | Cause:
+        """Return what may be meant, by where it stands; of what was asked for, a file comes before a field of JSON."""
+        asked = [self.columns.caption.removeprefix(".")] if self.columns.caption else list(CAPTION_COLUMNS)
+        content = {name: group.parts[name.lower()] for name in asked if name.lower() in group.parts}
+        found: dict[str, object] = {name: text.decode("utf-8", "surrogateescape") for name, text in content.items()}
+        if "json" not in group.parts or (found and self.columns.caption):
+            return found
+        fields = json_object(group.parts["json"], damaged="caption is not text")
+        if isinstance(fields, str):
+            return found or fields
+        return found | {f"{name} in json": fields[name] for name in asked if fields.get(name) is not None}
+
+
+def _is_picture(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def _with_names(sample: str, names: Iterable[str]) -> str:
+    return f"{sample} ({', '.join(sorted(map(repr, names)))})"
 
 
 def _bad_of(gap: Gap, unit: Unit, samples: int) -> BadSample:
@@ -138,14 +160,6 @@ def _bad_of(gap: Gap, unit: Unit, samples: int) -> BadSample:
     return BadSample(cause="damaged archive", name=name, samples=max(1, lost))
 
 
-def _json_object(content: bytes) -> dict[str, object]:
-    """Return a JSON object; raise ValueError for anything else."""
-    fields = json.loads(content)
-    if not isinstance(fields, dict):
-        raise ValueError("no object")
-    return fields
-
-
 def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: Mapping[str, int]) -> TarSource:
     """Open tars below a folder.
 
@@ -154,18 +168,25 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
         files: relative to it, sorted.
 
     Raises:
-        DataError: one is a link that leads out of the folder.
+        DataError: one is a link that leads out of the folder, or the first sample leaves open what of it is meant.
     """
     for file in files:
         if not (root / file).resolve().is_relative_to(root):
             raise DataError(f"{root / file}: is a link out of {root}; copy the tar there, or leave it out")
-    return TarSource(
+    source = TarSource(
         root=root,
         units=[Unit(name=str(file)) for file in files],
         fingerprint=fingerprint_of(stamps_of(root, files)),
         ignored=ignored,
         columns=columns,
     )
+    # Later ones are counted as bad. That all are is better told before any work, with the way out.
+    is_telling = (one for one in source.read(source.units[0]) if not isinstance(one, SystemFile))
+    first = next((one for one in is_telling if isinstance(one, RawSample) or one.cause in AMBIGUOUS), None)
+    if isinstance(first, BadSample):
+        flag = "--image-column" if first.cause == "several pictures" else "--caption-column"
+        raise DataError(f"{root / first.name}: {first.cause}; name one by {flag}")
+    return source
 
 
 def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -43,8 +45,18 @@ def huge_png(side: int = 14_000) -> bytes:
     row = bytes(1 + side // 8)
     pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
 
+    return _png(struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), pixels)
+
+
+def deep_png(levels_HW3: npt.NDArray[np.uint16]) -> bytes:
+    """Return an RGB PNG of 16 bits a colour, which Pillow does not write; big-endian."""
+    height, width, _ = levels_HW3.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in levels_HW3)
+    return _png(struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0), zlib.compress(rows))
+
+
+def _png(header: bytes, pixels: bytes) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")

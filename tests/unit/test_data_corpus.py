@@ -1,6 +1,7 @@
 """Corpora: real photographs through real encoders, killed and raced, and what is left out is counted and named."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from ecdit_ds.data.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.errors import DataError
+from tests.helpers.colour_profiles import P3_TO_SRGB, SRGB_CURVE, in_srgb, rgb_profile
 from tests.helpers.photographs import crops, encoded, huge_png, photographs
 from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 
@@ -220,6 +223,48 @@ def test_every_bad_sample_has_its_line_in_the_report(make_job: MakeJob, tmp_path
     }
     assert report["converted"] == {"16 bits": 1, "CMYK": 1, "alpha": 1, "grey": 1, "palette": 1, "turned": 1}
     assert len(LatentDataset(job.destination)) == 7
+
+
+def test_what_is_chosen_changed_or_passed_over_has_its_line_in_the_report(make_job: MakeJob, tmp_path: Path) -> None:
+    image = crops(1)[0]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in [
+            ("._0.png", b"x"), ("0.png", encoded(image, "PNG", icc_profile=rgb_profile())), ("0.txt", b"one"),
+            (".DS_Store", b"x"), ("1.png", encoded(image, "PNG", icc_profile=b"broken")), ("__MACOSX/1.png", b"x"),
+            ("1.txt", b"two"), ("2.png", b""), ("2.webp", b""), ("2.txt", b"three"),
+            ("3.png", encoded(image, "PNG")), ("3.json", b'{"captions": ["four", "five"]}'),
+        ]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    job = make_job(tmp_path / "a.tar", max_bad=0.5, sizes=((48, 48),))
+    report = encode_corpus(job)
+    assert (
+        report
+        == json.loads((job.destination / "report.json").read_bytes())
+        == {
+            "samples": 3,
+            "left_out": 1,
+            "causes": {"several pictures": {"count": 1, "names": ["a.tar/2 ('png', 'webp')"]}},
+            "converted": {"colour profile": 1, "colour profile ignored": 1, "first of several captions": 1},
+            "ignored_files": {"._*": 1, ".DS_Store": 1, "__MACOSX": 1},
+        }
+    )
+    stored = job.encoding.image_encoder.decode(LatentDataset(job.destination)[0].latents_CHW[None])
+    truth = in_srgb(np.asarray(image), P3_TO_SRGB, SRGB_CURVE)
+    assert np.abs((stored[0].permute(1, 2, 0).numpy() + 1) * 127.5 - truth).max() <= 1.01
+
+
+def test_half_a_set_that_was_decoded_otherwise_is_not_gone_on_with(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, refusal_of: Refusal
+) -> None:
+    assert encode_corpus(make_job(task=0, tasks=2)) is None
+    monkeypatch.setattr(corpus, "DECODING", corpus.DECODING + 1)
+    assert "was begun with other settings (decoding: " in refusal_of(lambda: encode_corpus(make_job(task=1, tasks=2)))
+    monkeypatch.undo()
+    assert encode_corpus(make_job(task=1, tasks=2)) is not None
+    monkeypatch.setattr(corpus, "DECODING", corpus.DECODING + 1)
+    assert encode_corpus(make_job()) is not None, "a whole set stays what it is"
 
 
 class _Overflowing(PixelCodec):

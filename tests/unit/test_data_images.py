@@ -1,19 +1,38 @@
 """Image files of every kind become RGB pictures of a size, and what is none is named by its cause."""
 
+import struct
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import sklearn.datasets
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from ecdit_ds.data.causes import BadSample
-from ecdit_ds.data.images import buckets_of, decode_image, fit_image, nearest_bucket, to_tensor
-from tests.helpers.photographs import encoded, huge_png, photographs
+from ecdit_ds.data.images import buckets_of, decode_image, fit_image, nearest_bucket, read_image, to_tensor
+from tests.helpers.colour_profiles import (
+    ADOBE_CURVE,
+    ADOBE_RGB,
+    ADOBE_TO_SRGB,
+    DISPLAY_P3,
+    P3_TO_SRGB,
+    SRGB,
+    SRGB_CURVE,
+    in_srgb,
+    ink_profile,
+    linear_grey_profile,
+    rgb_profile,
+)
+from tests.helpers.photographs import deep_png, encoded, huge_png, photographs
 
+Refusal = Callable[[Callable[[], object]], str]
+P3 = rgb_profile()
 PAGE = b"\n <!DOCTYPE html><html><body>404 Not Found</body></html>"
 
 
@@ -124,6 +143,118 @@ def test_transparent_parts_are_white() -> None:
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([9, 9, 9])
     assert pixels(decoded(encoded(palette, "PNG", transparency=0))).tolist() == [[[255, 255, 255]]]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("primaries", "curve", "matrix"), [(DISPLAY_P3, SRGB_CURVE, P3_TO_SRGB), (ADOBE_RGB, ADOBE_CURVE, ADOBE_TO_SRGB)]
+)
+def test_a_picture_with_a_colour_profile_becomes_srgb(
+    photograph: Image.Image, file_format: str, primaries: Any, curve: Any, matrix: Any
+) -> None:
+    profile = rgb_profile(primaries, curve)
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    image = decoded(encoded(photograph, file_format, icc_profile=profile, **options))
+    assert image.info["converted"] == ["colour profile"]
+    truth = in_srgb(np.asarray(photograph), matrix, curve)
+    assert np.abs(pixels(image) - truth).max() <= 1  # the transform's tables and rounding
+    assert np.abs(pixels(photograph) - truth).mean() > 1, "as they stand, its numbers are others"
+
+
+def test_a_jpeg_with_a_colour_profile_becomes_srgb_before_it_is_turned_or_not(photograph: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    plain = decoded(encoded(photograph, exif=exif))
+    image = decoded(encoded(photograph, exif=exif, icc_profile=P3))
+    assert image.info["converted"] == ["turned", "colour profile"]
+    assert np.abs(pixels(image) - in_srgb(np.asarray(plain), P3_TO_SRGB, SRGB_CURVE)).max() <= 1
+
+
+def test_a_profile_of_srgb_changes_no_byte(photograph: Image.Image) -> None:
+    with Image.open(Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg") as flower:
+        of_cameras = flower.info["icc_profile"]
+    of_pillow = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (of_cameras, of_pillow, rgb_profile(SRGB, SRGB_CURVE)):
+        image = decoded(encoded(photograph, "PNG", icc_profile=profile))
+        assert np.array_equal(pixels(image), pixels(photograph)) and image.info["converted"] == []
+        grey = decoded(encoded(photograph.convert("L"), "PNG", icc_profile=profile))
+        assert np.array_equal(pixels(grey), pixels(photograph.convert("L").convert("RGB")))
+        assert grey.info["converted"] == ["grey"], "a grey picture may have a profile of three colours"
+
+
+def test_palettes_greys_and_alpha_follow_their_profile_too() -> None:
+    colour = (200, 40, 90)
+    wanted = in_srgb(np.array([[colour]], dtype=np.uint8), P3_TO_SRGB, SRGB_CURVE)
+    layer = Image.new("RGBA", (2, 1), (*colour, 255))
+    layer.putpixel((1, 0), (*colour, 0))
+    shown = decoded(encoded(layer, "PNG", icc_profile=P3))
+    assert np.abs(pixels(shown)[:, :1] - wanted).max() <= 1
+    assert pixels(shown)[0, 1].tolist() == [255, 255, 255], "white on which it lies is of sRGB"
+    assert shown.info["converted"] == ["alpha", "colour profile"]
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette(colour)
+    assert np.abs(pixels(decoded(encoded(palette, "PNG", icc_profile=P3))) - wanted).max() <= 1
+    # Half of the light is 188 of 255 in sRGB.
+    for mode, value in (("L", 128), ("LA", (128, 255))):
+        grey = decoded(encoded(Image.new(mode, (1, 1), value), "PNG", icc_profile=linear_grey_profile()))
+        assert pixels(grey).tolist() == [[[188, 188, 188]]]
+        assert grey.info["converted"][-1] == "colour profile"
+    deep = Image.fromarray(np.array([[128 * 257]], dtype=np.uint16))
+    assert pixels(decoded(encoded(deep, "PNG", icc_profile=linear_grey_profile()))).tolist() == [[[188, 188, 188]]]
+
+
+def test_inks_follow_their_profile() -> None:
+    inks = Image.new("CMYK", (16, 8), (0, 0, 0, 0))
+    inks.paste((255, 0, 0, 0), (8, 0, 16, 8))
+    image = decoded(encoded(inks, "TIFF", icc_profile=ink_profile()))
+    assert image.info["converted"] == ["CMYK", "colour profile"]
+    # L* of 50 is 119 of 255; without the profile, cyan is (0, 255, 255).
+    assert np.abs(pixels(image)[0, [0, 15]] - [[255] * 3, [119] * 3]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"no profile", P3[:200], ink_profile(), linear_grey_profile()])
+def test_a_profile_that_is_broken_or_of_other_colours_is_told_and_not_followed(
+    photograph: Image.Image, profile: bytes
+) -> None:
+    image = decoded(encoded(photograph, "PNG", icc_profile=profile))
+    assert image.info["converted"] == ["colour profile ignored"]
+    assert np.array_equal(pixels(image), pixels(photograph))
+
+
+def test_a_jpeg_that_lost_a_part_of_its_profile_is_told(photograph: Image.Image) -> None:
+    content = encoded(photograph, icc_profile=P3)
+    image = decoded(content.replace(b"ICC_PROFILE\0\x01\x01", b"ICC_PROFILE\0\x01\x02"))
+    assert image.info["converted"] == ["colour profile ignored"]
+
+
+def test_a_png_whose_notes_on_colours_are_not_followed_is_told(photograph: Image.Image) -> None:
+    for gamma, told in ((100_000, ["gAMA or cHRM ignored"]), (45_455, [])):
+        notes = PngImagePlugin.PngInfo()
+        notes.add(b"gAMA", struct.pack(">I", gamma))
+        image = decoded(encoded(photograph, "PNG", pnginfo=notes))
+        assert image.info["converted"] == told
+        assert np.array_equal(pixels(image), pixels(photograph))
+        notes.add(b"sRGB", b"\0")  # which stands above the others
+        assert decoded(encoded(photograph, "PNG", pnginfo=notes)).info["converted"] == []
+    primaries = PngImagePlugin.PngInfo()
+    primaries.add(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))
+    assert decoded(encoded(photograph, "PNG", pnginfo=primaries)).info["converted"] == ["gAMA or cHRM ignored"]
+
+
+def test_sixteen_bits_a_colour_are_told() -> None:
+    levels = np.array([[[0, 257, 65535]]], dtype=">u2")
+    image = decoded(deep_png(levels))
+    assert image.info["converted"] == ["16 bits"]
+    assert pixels(image).tolist() == [[[0, 1, 255]]]
+
+
+def test_a_file_is_read_as_samples_are(photograph: Image.Image, tmp_path: Path, refusal_of: Refusal) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(photograph.convert("RGBA"), "PNG", icc_profile=P3))
+    truth = in_srgb(np.asarray(photograph), P3_TO_SRGB, SRGB_CURVE)
+    assert np.abs(pixels(read_image(tmp_path / "a.png")) - truth).max() <= 1
+    (tmp_path / "b.png").write_bytes(PAGE)
+    assert "b.png: is no picture that can be read (web page" in refusal_of(lambda: read_image(tmp_path / "b.png"))
+    assert "(No such file or directory)" in refusal_of(lambda: read_image(tmp_path / "c.png"))
 
 
 def test_a_picture_is_cut_at_its_middle() -> None:

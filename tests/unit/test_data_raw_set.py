@@ -17,7 +17,7 @@ import torch
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data import raw_set
-from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.causes import BadSample, SystemFile
 from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
 from ecdit_ds.data.dataset import LatentDataset
@@ -148,6 +148,20 @@ def test_what_encoding_leaves_out_is_bad_by_the_same_cause_and_name(tmp_path: Pa
     assert [samples.captions[i] for i in good] == stored.texts("caption", np.arange(len(stored)))
 
 
+def test_what_systems_leave_in_a_tar_takes_no_sample_s_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(COUNT):
+            for name, content in ((f"._{i}.jpg", b"x"), (f"{i}.jpg", FILES[i]), (f"{i}.txt", CAPTIONS[i].encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    dataset = opened(path)
+    assert len(dataset) == COUNT
+    samples = dataset.gather(np.array([8, 0, 3]), np.arange(3))
+    assert samples.bad == {} and samples.captions == tuple(CAPTIONS[i] for i in (8, 0, 3))
+
+
 def test_a_damaged_page_is_told_at_every_place_that_it_took(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "source") / "a.parquet"
     content = bytearray(path.read_bytes())
@@ -166,7 +180,7 @@ def test_archives_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, mon
     source_type = type(dataset._source)
     read = source_type.read
 
-    def noted(self: Source, unit: Unit) -> Iterator[RawSample | BadSample]:
+    def noted(self: Source, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         reads.append(unit.name)
         yield from read(self, unit)
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ecdit_ds.data.causes import BadSample
-from ecdit_ds.data.source import Columns, RawSample
+from ecdit_ds.data.causes import BadSample, SystemFile
+from ecdit_ds.data.source import Columns, RawSample, samples_of
 from ecdit_ds.data.sources import open_source
 from tests.helpers.photographs import crops, encoded
 
+Refusal = Callable[[Callable[[], object]], str]
 JPEGS = [encoded(image) for image in crops(7)]
 CAPTIONS = [f"part {i} of a photograph" for i in range(7)]
 
@@ -485,3 +487,298 @@ def test_sources_that_are_none_are_refused(
     assert "1 tars and 7 pictures" in refusal_of(lambda: read_all(folder))
     (folder / "a.tar").rename(folder / "a.tar.gz")
     assert "compressed tar" in refusal_of(lambda: read_all(folder))
+
+
+SEVERAL = [("0.depth.png", b"depth"), ("0.canny.png", b"canny"), ("0.png", b"picture"), ("0.txt", b"one")]
+
+
+def test_a_tar_with_several_pictures_a_sample_asks_which_is_meant(tmp_path: Path, refusal_of: Refusal) -> None:
+    path = write_tar(tmp_path / "a.tar", SEVERAL)
+    message = refusal_of(lambda: read_all(path))
+    assert "a.tar/0 ('canny.png', 'depth.png', 'png'): several pictures; name one by --image-column" in message
+    for column, content in (("png", b"picture"), ("depth.png", b"depth"), (".CANNY.png", b"canny")):
+        (sample,) = read_all(path, columns=Columns(image=column))[0]
+        assert sample.content == content
+    assert causes(read_all(path, columns=Columns(image="jpg"))[1]) == [("no image", "a.tar/0")]
+
+
+def test_a_single_sample_with_several_pictures_is_left_out_and_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*members(1, 7), *SEVERAL, ("x.jpg", b"1"), ("x.webp", b"2"), ("x.txt", b"x")])
+    good, bad = read_all(path)
+    assert [sample.content for sample in good] == JPEGS[1:]
+    assert causes(bad) == [
+        ("several pictures", "a.tar/0 ('canny.png', 'depth.png', 'png')"),
+        ("several pictures", "a.tar/x ('jpg', 'webp')"),
+    ]
+
+
+def test_a_tar_with_several_captions_a_sample_asks_which_is_meant(tmp_path: Path, refusal_of: Refusal) -> None:
+    fields = json.dumps({"caption": "from the web", "text": "of a machine", "width": 9}).encode()
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.txt", b"one"), ("0.json", fields)])
+    message = refusal_of(lambda: read_all(path))
+    assert "('caption in json', 'text in json', 'txt'): several captions; name one by --caption-column" in message
+    for column, caption in (("txt", "one"), ("caption", "from the web"), ("text", "of a machine")):
+        assert read_all(path, columns=Columns(caption=column))[0][0].caption == caption
+    both = write_tar(tmp_path / "both.tar", [("0.jpg", JPEGS[0]), ("0.caption", b"of a file"), ("0.json", fields)])
+    assert read_all(both, columns=Columns(caption="caption"))[0][0].caption == "of a file"
+    path = write_tar(tmp_path / "b.tar", [*members(1, 7), ("0.jpg", b""), ("0.txt", b"one"), ("0.caption", b"two")])
+    assert causes(read_all(path)[1]) == [("several captions", "b.tar/0 ('caption', 'txt')")]
+
+
+def test_one_caption_at_several_places_is_one_caption(tmp_path: Path) -> None:
+    # As img2dataset writes them.
+    fields = json.dumps({"caption": f" {CAPTIONS[0]}\n", "text": None}).encode()
+    path = write_tar(tmp_path / "a.tar", [*members(0, 1), ("0000.json", fields)])
+    assert [sample.caption for sample in read_all(path)[0]] == CAPTIONS[:1]
+
+
+def test_a_folder_with_several_captions_a_picture_trains_on_neither(folder: Path) -> None:
+    (folder / "0.caption").write_text("another")
+    (folder / "1.caption").write_text(CAPTIONS[1])
+    good, bad = read_all(folder)
+    assert [sample.key for sample in good] == ["1", "2", "3", "4", "z/5", "z/6"]
+    assert causes(bad) == [("several captions", "0 (0.caption, 0.txt)")]
+
+
+def test_the_first_of_a_list_of_captions_is_told_as_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": JPEGS[:3], "captions": [["one", "two"], ["only"], []]}), path)
+    good, bad = read_all(path)
+    assert [(sample.caption, sample.converted) for sample in good] == [
+        ("one", ("first of several captions",)), ("only", ()),
+    ]  # fmt: skip
+    assert [one.cause for one in bad] == ["caption is not text"]
+
+
+def table_file(path: Path, names: list[str], columns: list[list[Any]]) -> Path:
+    """Write a table whose columns may share a name."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], names=names), path)
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(
+                [names, *zip(*columns, strict=True)]
+            )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["path", "caption", "caption"], "2 columns of captions: 'caption' (column 2), 'caption' (column 3); rename"),
+        (
+            ["path", "caption", " Caption"],
+            "2 columns of captions: 'caption' (column 2), ' Caption' (column 3); name one",
+        ),
+        (["path", "caption", "\ufeffcaption"], "'caption' (column 2), '\\ufeffcaption' (column 3); name one by"),
+        (["path", "text", "prompt"], "'text' (column 2), 'prompt' (column 3); name one by --caption-column"),
+        (["path", "path", "caption"], "2 columns of images: 'path' (column 1), 'path' (column 2); rename"),
+        (["path", "IMAGE", "caption"], "2 columns of images: 'path' (column 1), 'IMAGE' (column 2); name one by"),
+    ],
+)
+def test_two_columns_that_may_be_meant_are_refused_with_both_names(
+    folder: Path, refusal_of: Refusal, kind: str, names: list[str], told: str
+) -> None:
+    columns: list[list[Any]] = [["0.jpg"], ["one"], ["two"]]
+    path = table_file(folder / f"table.{kind}", names, columns)
+    assert told in refusal_of(lambda: read_all(path))
+    wanted = Columns(image="path", caption=names[1])
+    if names.count(names[1]) == 2:
+        assert "rename" in refusal_of(lambda: read_all(path, columns=wanted))
+    elif names[2] != "caption":
+        assert [sample.caption for sample in read_all(path, columns=wanted)[0]] == ["one"]
+
+
+def test_columns_that_are_not_read_may_share_a_name(folder: Path, refusal_of: Refusal) -> None:
+    names = ["path", "url", "url", "caption"]
+    for kind in ("csv", "parquet"):
+        path = table_file(folder / f"table.{kind}", names, [["0.jpg"], ["a"], ["b"], ["one"]])
+        assert [sample.caption for sample in read_all(path)[0]] == ["one"]
+    path = table_file(folder / "keys.csv", ["id", "path", "id", "text"], [["1"], ["0.jpg"], ["2"], ["one"]])
+    assert "2 columns of keys: 'id' (column 1), 'id' (column 3)" in refusal_of(lambda: read_all(path))
+
+
+def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_path: Path) -> None:
+    lines = ['{"path": "0.jpg", "text": "one"}', '{"path": "1.jpg", "text": "two", "text": "three"}']
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    good, bad = read_all(folder / "list.jsonl")
+    assert [sample.caption for sample in good] == ["one"]
+    assert causes(bad) == [("name given twice", "list.jsonl line 2")]
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())])
+    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0")]
+
+
+def pictures_table(**columns: list[bytes]) -> datasets.Dataset:
+    """Return photographs with captions, and other columns of pictures."""
+    columns = {"image": JPEGS, **columns}
+    features = {name: datasets.Image() for name in columns} | {"text": datasets.Value("string")}
+    cells = {name: [{"bytes": one, "path": None} for one in column] for name, column in columns.items()}
+    return datasets.Dataset.from_dict({**cells, "text": CAPTIONS}, features=datasets.Features(features))
+
+
+def test_several_columns_of_pictures_are_refused_whatever_they_are_called(tmp_path: Path, refusal_of: Refusal) -> None:
+    table = pictures_table(depth=[b"depth"] * 7)
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
+        told = refusal_of(lambda: read_all(path))  # noqa: B023
+        assert "2 columns of images: 'image' (column 1), 'depth' (column 2); name one by --image-column" in told
+        assert_all_there(read_all(path, columns=Columns(image="image"))[0])
+
+
+def test_a_column_of_pictures_comes_before_one_of_their_names(tmp_path: Path, refusal_of: Refusal) -> None:
+    table = pictures_table().add_column("file_name", ["none.jpg"] * 7)
+    for kind in ("struct", "binary"):
+        path = tmp_path / f"{kind}.parquet"
+        cells = (
+            table.data.table if kind == "struct" else pa.table({"file_name": ["x"] * 7, "jpg": JPEGS, "text": CAPTIONS})
+        )
+        pq.write_table(cells, path)
+        assert_all_there(read_all(path)[0])
+    # Of no usual name, it may be a mask.
+    path = tmp_path / "mask.parquet"
+    pq.write_table(table.rename_column("image", "mask").data.table, path)
+    assert "'mask' (column 1), 'file_name' (column 3)" in refusal_of(lambda: read_all(path))
+
+
+def test_a_split_of_what_has_none_is_refused(folder: Path, tmp_path: Path, refusal_of: Refusal) -> None:
+    pictures_table().save_to_disk(str(tmp_path / "saved"))
+    places = [folder, tmp_path / "saved", write_tar(tmp_path / "a.tar", members()), write_csv(folder / "a.csv", rows())]
+    for place in places:
+        told = refusal_of(lambda: read_all(place, split="test"))  # noqa: B023
+        assert "has no splits, so --split test has no effect" in told
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path, tmp_path: Path) -> None:
+    marked = "\ufeffone\n\ufefftwo"
+    (tmp_path / "tars").mkdir()
+    fields = MARK + json.dumps({"caption": marked}).encode()
+    write_tar(tmp_path / "tars" / "a.tar", [("0.jpg", b"x"), ("0.txt", marked.encode())])
+    write_tar(tmp_path / "tars" / "b.tar", [("0.jpg", b"x"), ("0.json", fields)])
+    pq.write_table(pa.table({"image": [b"x"], "text": [marked]}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"image": [b"x"], "text": [marked]}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "0.jpg").write_bytes(b"x")
+    table_file(tmp_path / "list" / "a.csv", ["path", "text"], [["0.jpg"], [marked]])
+    (tmp_path / "list" / "a.jsonl").write_bytes(MARK + json.dumps({"path": "0.jpg", "text": marked}).encode())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "0.jpg").write_bytes(b"x")
+    (tmp_path / "folder" / "0.txt").write_text(marked)
+    for place in ("tars", "a.parquet", "saved", "list/a.csv", "list/a.jsonl", "folder"):
+        good, bad = read_all(tmp_path / place)
+        assert {sample.caption for sample in good} == {"one two"} and not bad, place
+    path = write_tar(tmp_path / "empty.tar", [("0.jpg", b"x"), ("0.txt", MARK)])
+    assert causes(read_all(path)[1]) == [("empty caption", "empty.tar/0")]
+
+
+LEFT = [
+    ("._0000.jpg", "._*"), ("__MACOSX/0000.jpg", "__MACOSX"), ("a/.DS_Store", ".DS_Store"), ("thumbs.db", "Thumbs.db"),
+    ("Desktop.ini", "desktop.ini"), ("PaxHeaders.99/0000.jpg", "PaxHeaders.*"), ("@eaDir/0000.jpg", "@eaDir"),
+    (".hidden.jpg", ".*"),
+]  # fmt: skip
+
+
+def test_what_systems_leave_in_a_tar_is_no_sample_and_counted(tmp_path: Path) -> None:
+    shuffled = [pair for member in members() for pair in (("._" + member[0], b"\0\5\x16\7"), member)]
+    path = write_tar(tmp_path / "a.tar", [*((name, b"x") for name, _ in LEFT), *shuffled])
+    good, bad = read_all(path)
+    assert_all_there(good)
+    assert bad == []
+    source = open_source(str(path), unit_samples=3)
+    kinds = Counter(one.kind for one in source.read(source.units[0]) if isinstance(one, SystemFile))
+    assert kinds == Counter(kind for _, kind in LEFT) + Counter({"._*": 14})
+    assert len(list(samples_of(source, source.units[0]))) == 7
+
+
+def test_what_systems_leave_in_a_folder_is_no_sample_and_counted(folder: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "metadata.csv", rows())
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", members())
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "0.jpg").write_bytes(b"x")
+    for root in (folder, tmp_path / "tars"):
+        for name, _ in LEFT:
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(b"x")
+    (folder / "._0.jpg").write_bytes(b"x")
+    counts = Counter(kind for _, kind in LEFT)
+    for place, more in ((folder, {"._*": 1, ".*": 1}), (tmp_path / "tars", {})):
+        good, bad = read_all(place)
+        assert_all_there(good)
+        assert bad == []
+        assert open_source(str(place), unit_samples=3).ignored == counts + Counter(more)
+    (tmp_path / "metadata.csv").rename(folder / "metadata.csv")
+    (folder / "unlisted.jpg").write_bytes(b"x")
+    # Captions beside pictures that a list describes are not looked at, nor pictures that it does not name.
+    assert open_source(str(folder), unit_samples=3).ignored == counts + Counter(
+        {"._*": 1, ".*": 1, ".txt": 7, ".jpg": 1}
+    )
+
+
+def test_a_row_that_names_what_systems_leave_is_told_as_such(folder: Path, tmp_path: Path) -> None:
+    (folder / "._0.jpg").write_bytes(b"x")
+    path = write_csv(folder / "list.csv", [{"path": "._0.jpg", "caption": "one"}, *rows()])
+    good, bad = read_all(path)
+    assert_all_there(good)
+    assert causes(bad) == [("system file", "._0.jpg")]
+    cells = [{"bytes": b"x", "path": "__MACOSX/0.jpg"}, {"bytes": b"x", "path": "0.jpg"}]
+    pq.write_table(pa.table({"image": cells, "text": ["one", "two"]}), tmp_path / "a.parquet")
+    assert causes(read_all(tmp_path / "a.parquet")[1]) == [("system file", "a.parquet#0")]
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"type": "torch", "columns": ["label"]}, {"type": "numpy", "columns": ["label"]}, {"type": "numpy"},
+    {"type": "torch"}, {"type": "arrow"}, {"type": "pandas"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_the_format_that_rows_were_saved_with_does_not_matter(
+    tmp_path: Path, form: dict[str, Any], in_splits: bool
+) -> None:
+    table = pictures_table().add_column("label", list(range(7))).with_format(**form)
+    (datasets.DatasetDict({"train": table}) if in_splits else table).save_to_disk(str(tmp_path / "saved"))
+    good, bad = read_all(tmp_path / "saved")
+    assert_all_there(good)
+    assert bad == []
+
+
+def test_a_format_of_a_library_that_is_not_here_does_not_matter(tmp_path: Path) -> None:
+    pictures_table().save_to_disk(str(tmp_path / "saved"))
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {"_format_type": "jax"}))
+    assert_all_there(read_all(tmp_path / "saved")[0])
+
+
+def test_a_format_of_the_hubs_rows_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pictures_table().with_format("arrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert_all_there(read_all("owner/photographs")[0])
+
+
+def test_rows_that_were_chosen_before_saving_are_the_ones_that_are_read(tmp_path: Path, refusal_of: Refusal) -> None:
+    table = pictures_table().select([5, 1, 3]).with_format("numpy")
+    table.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    good, _ = read_all(tmp_path / "saved")
+    assert [sample.caption for sample in good] == [CAPTIONS[i] for i in (5, 1, 3)]
+    assert [sample.content for sample in good] == [JPEGS[i] for i in (5, 1, 3)]
+    path = tmp_path / "saved" / "state.json"
+    state = json.loads(path.read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
+    path.write_text(json.dumps(state))  # as `datasets` did before 1.7
+    assert "its rows out of order; save it again" in refusal_of(lambda: read_all(tmp_path / "saved"))
+
+
+def test_rows_whose_columns_share_a_name_are_refused(tmp_path: Path, refusal_of: Refusal) -> None:
+    pictures_table().save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    twice = pa.Table.from_arrays(
+        [pa.array(JPEGS), pa.array(CAPTIONS), pa.array(CAPTIONS)], names=["image", "text", "text"]
+    )
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, twice.schema) as writer:
+        writer.write_table(twice)
+    assert str(tmp_path / "saved") in refusal_of(lambda: read_all(tmp_path / "saved"))

@@ -1,5 +1,6 @@
 """tools/encode_data.py: from a folder to a set and its contact sheet, and every wrong flag in one line."""
 
+import io
 import json
 import os
 import tarfile
@@ -134,6 +135,32 @@ def test_a_tar_that_ends_early_is_published_only_where_that_is_said(
     assert "2 samples, 1 left out" in capsys.readouterr().out
 
 
+def test_columns_name_the_picture_and_the_caption_of_a_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat, deep = (encoded(Image.new("RGB", (32, 32), colour), "PNG") for colour in ("red", "blue"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (
+            ("0.depth.png", deep),
+            ("0.png", flat),
+            ("0.txt", b"one"),
+            ("0.json", b'{"text": "two"}'),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    arguments = ["encode", tmp_path / "a.tar", tmp_path / "set", "--size", 32]
+    assert run(*arguments) == ExitCode.USER_ERROR
+    assert "('depth.png', 'png'): several pictures; name one by --image-column" in capsys.readouterr().err
+    assert run(*arguments, "--image-column", "depth.png") == ExitCode.USER_ERROR
+    assert "('text in json', 'txt'): several captions; name one by --caption-column" in capsys.readouterr().err
+    arguments += ["--image-column", "depth.png", "--caption-column"]
+    assert run(*arguments, "text") == ExitCode.DONE
+    sample = LatentDataset(tmp_path / "set")[0]
+    assert sample.caption == "two"
+    assert sample.latents_CHW.mean(dim=(1, 2)).argmax() == 2, "blue"
+    assert run(*arguments, "txt") == ExitCode.USER_ERROR
+    assert "holds another set (caption_column: text, not txt)" in capsys.readouterr().err
+
+
 def test_a_set_within_its_source_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "link").symlink_to(pictures)
     for destination in (pictures / "set", tmp_path / "link" / "deep" / "set"):
@@ -194,6 +221,7 @@ def test_a_damaged_set_is_told_by_inspect(pictures: Path, tmp_path: Path, capsys
         (["--text-precision", "bf16"], "--text-precision bf16: has no effect without --text"),
         (["--caption-column", "alt"], "no columns"),
         (["--images", "."], "has no effect"),
+        (["--split", "train"], "has no splits, so --split train has no effect"),
     ],
 )
 def test_wrong_flags_are_one_line(

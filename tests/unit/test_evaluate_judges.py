@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.data.images import decode_image
 from ecdit_ds.evaluation import geneval_models, geneval_prompts
 from ecdit_ds.gallery import read_gallery
+from tests.helpers.colour_profiles import rgb_profile
 from tests.helpers.evaluate_tool import EvaluateTool
+from tests.helpers.photographs import encoded
 from tests.helpers.tiny_judges import pictures as noise
 from tests.helpers.tiny_judges import save_clip, save_vit, save_yolos
 
@@ -74,6 +78,30 @@ def test_kept_statistics_of_real_scenes_give_the_distance_that_the_scenes_give(t
     (tool.folder / "file").write_text("mine", encoding="ascii")
     command = ("fid", "--checkpoint", tool.checkpoint, *FID, *drawn, "--real", "heldout", "--output", "p")
     assert "cannot be written" in tool.refusal(*command, "--save-real", "file/real.safetensors")
+
+
+def test_real_pictures_are_read_as_training_reads_them(tool: EvaluateTool) -> None:
+    folder = tool.draw(*WANTED)
+    for name, options in (("plain", {}), ("of_phones", {"icc_profile": rgb_profile()})):
+        (tool.folder / name).mkdir()
+        for i, picture in enumerate(noise(3)):
+            content = encoded(picture, "PNG", **options)
+            if name == "plain":  # what training makes of them
+                content = encoded(decode(encoded(picture, "PNG", icc_profile=rgb_profile())), "PNG")
+            (tool.folder / name / f"{i}.png").write_bytes(content)
+    (tool.folder / "of_phones" / "._0.png").write_bytes(b"left by a Mac")
+    results = [
+        tool.score("fid", "--pictures", folder, *FID, "--real", name, output=f"o_{name}")["results"]
+        for name in ("plain", "of_phones")
+    ]
+    assert results[0] == results[1] and results[0]["real_pictures"] == 3
+
+
+def decode(content: bytes) -> Image.Image:
+    """Return the picture of a good file."""
+    image = decode_image(content, "")
+    assert isinstance(image, Image.Image)
+    return image
 
 
 def test_real_pictures_that_are_not_there_or_are_damaged_are_named(tool: EvaluateTool) -> None:

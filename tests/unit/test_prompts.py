@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
@@ -57,6 +59,7 @@ def test_json_lines_hold_prompts_with_or_without_seeds(tmp_path: Path) -> None:
         ("{}", 'has no "prompt"'),
         ('{"prompt": null}', 'has no "prompt"'),
         ('{"prompt": 7}', 'has no "prompt"'),
+        ('{"prompt": "a", "prompt": "b"}', "gives a name twice (prompt, prompt)"),
         ('{"prompt": "a", "seed": -1}', "seed is -1"),
         ('{"prompt": "a", "seed": 1.0}', "seed is 1.0"),
         ('{"prompt": "a", "seed": "1"}', "seed is '1'"),
@@ -163,3 +166,56 @@ def test_a_saved_data_set_without_rows_is_refused(tmp_path: Path, refusal_of: Re
     datasets.Dataset.from_dict({"caption": []}).save_to_disk(str(tmp_path / "empty"))
     path = str(tmp_path / "empty")
     assert f"--dataset {path}: " in refusal_of(lambda: read_dataset_prompts(path, "caption", "train"))
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "torch", "columns": ["label"]}, {"type": "arrow"}, {"type": "pandas"}], ids=str
+)
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_the_format_that_rows_were_saved_with_does_not_matter(
+    tmp_path: Path, form: dict[str, Any], in_splits: bool
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"caption": CAPTIONS, "label": [1, 2, 3]}).select([2, 0]).with_format(**form)
+    (datasets.DatasetDict({"train": rows}) if in_splits else rows).save_to_disk(str(tmp_path / "saved"))
+    assert read_dataset_prompts(str(tmp_path / "saved"), "caption", "train") == [CAPTIONS[2], CAPTIONS[0]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"caption": ["\ufeffa nine", "b"]})
+    rows.save_to_disk(str(tmp_path / "saved"))
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    for name in ("saved", "a.parquet"):
+        assert read_dataset_prompts(str(tmp_path / name), "caption", "train") == ["a nine", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("p.csv", "caption,caption\na,b\n", "column caption comes twice (as column 1 and 2); rename one"),
+        ("p.csv", "id,caption\n1,a red seven,more\n", "line 2 has 3 fields, the head line has 2"),
+        ("p.jsonl", '{"caption": "a"}\n{"caption": "b", "caption": "c"}\n', "column caption comes twice"),
+        ("p.json", '[{"caption": "a"}, {"caption": "b", "n": 1, "caption": "c"}]', "twice (as column 1 and 3)"),
+    ],
+)
+def test_prompts_of_which_some_would_be_lost_are_refused(
+    tmp_path: Path, stored: Callable[[str], str], refusal_of: RefusalOf, name: str, text: str, told: str
+) -> None:
+    path = write(tmp_path / name, text)
+    assert told in refusal_of(lambda: read_dataset_prompts(str(path), "caption", "train"))
+
+
+def test_a_parquet_column_that_comes_twice_is_refused(tmp_path: Path, refusal_of: RefusalOf) -> None:
+    path = tmp_path / "p.parquet"
+    columns = [pa.array(["a"]), pa.array([1]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["caption", "id", "caption"]), path)
+    message = refusal_of(lambda: read_dataset_prompts(str(path), "caption", "train"))
+    assert "column caption comes twice (as column 1 and 3)" in message
+
+
+def test_columns_that_are_not_read_may_come_twice(tmp_path: Path, stored: Callable[[str], str]) -> None:
+    path = write(tmp_path / "p.csv", "\ufeffcaption,n,n\na nine,1,2\n")
+    assert read_dataset_prompts(str(path), "caption", "train") == ["a nine"]

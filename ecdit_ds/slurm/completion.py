@@ -43,7 +43,8 @@ def mark_complete(work: str) -> None:
     if VARIABLE not in os.environ:
         return
     path = Path(os.environ[VARIABLE])
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    # As srun has told: a dry run makes itself a rank of another world.
+    rank, size = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
     try:
         replace_durably(_path_of(path, rank), _text_of(path, rank, size, work).encode())
     except OSError as error:

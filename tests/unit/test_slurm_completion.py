@@ -35,7 +35,9 @@ def leave(monkeypatch: pytest.MonkeyPatch) -> Leave:
     """Return `leave(completion, rank, size, work)`: leave a mark as that rank would."""
 
     def as_rank(completion: Completion, rank: int, size: int, work: str = DRY_RUN) -> None:
-        for name, value in (completion.environment | {"RANK": str(rank), "WORLD_SIZE": str(size)}).items():
+        for name, value in (
+            completion.environment | {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size)}
+        ).items():
             monkeypatch.setenv(name, value)
         mark_complete(work)
 
@@ -171,7 +173,7 @@ work = {{"dry_run": DRY_RUN, "node_check": NODE_CHECK, "train": os.environ["TRAI
 started = dict(part.split("=") for part in os.environ["STARTED"].split())
 size = 1 if step == "dry_run" else 2
 for rank in range(size)[: int(started.get(step, size))]:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS=str(size))
     mark_complete(work)
 """
 """srun, which ends with 0 however many ranks of a step it has started: STARTED is such as `train=1`, or all of them."""
@@ -255,8 +257,8 @@ def test_a_task_of_an_array_ends_with_a_0_that_was_confirmed_or_another_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: list[str], code: int,
     told: str,
 ) -> None:  # fmt: skip
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")):
+        monkeypatch.setenv(name, value)
     assert run_task.main([str(tmp_path / "marks"), *command]) == code
     said = capfd.readouterr().err.splitlines()
     assert len(said) == bool(told) and all(line.startswith("error: ") and told in line for line in said)
@@ -274,7 +276,7 @@ def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list
     """Expect marks, and return `marked()`: what was reported as complete."""
     path = tmp_path / "marks" / ".complete-00"
     path.parent.mkdir()
-    for name, value in ((VARIABLE, str(path)), ("RANK", "0"), ("WORLD_SIZE", "1")):
+    for name, value in ((VARIABLE, str(path)), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")):
         monkeypatch.setenv(name, value)
     return lambda: [mark.read_text().partition(": ")[2].rpartition(" ")[0] for mark in path.parent.iterdir()]
 
@@ -292,14 +294,23 @@ def test_training_reports_its_last_step_and_no_other_end(
     assert marked() == expected
 
 
-def test_a_dry_run_reports_itself_and_what_only_prints_reports_nothing(
-    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_only_prints_reports_nothing(marked: Callable[[], list[str]]) -> None:
     assert train.main(["--print-config"]) == 0
     assert marked() == []
-    monkeypatch.setattr(train, "dry_run", lambda *_, **__: "in order")
-    assert train.main(["--dry-run"]) == 0
+
+
+def test_a_dry_run_reports_itself_as_the_task_that_it_is_and_not_as_the_rank_that_it_plays(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(*_: object, **__: object) -> str:
+        for name, value in (("RANK", "1"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        return "in order"
+
+    monkeypatch.setattr(train, "dry_run", play)
+    assert train.main(["--dry-run", "--world-size=2", "--rank=1"]) == 0
     assert marked() == [DRY_RUN]
+    Completion(Path(os.environ[VARIABLE])).confirm(lambda: DRY_RUN)
 
 
 def _fail(*_: object) -> None:

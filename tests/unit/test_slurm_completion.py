@@ -12,11 +12,21 @@ import pytest
 from ecdit_ds import train
 from ecdit_ds.errors import ConfigError, ExitCode, LostRankError
 from ecdit_ds.slurm import completion as module
-from ecdit_ds.slurm import run_task, scheduler
-from ecdit_ds.slurm.completion import ARRAY_TASK, DRY_RUN, VARIABLE, Completion, expect_completion, mark_complete
+from ecdit_ds.slurm import node_check, run_task, scheduler
+from ecdit_ds.slurm.completion import (
+    ARRAY_TASK,
+    DRY_RUN,
+    NODE_CHECK,
+    VARIABLE,
+    Completion,
+    expect_completion,
+    mark_complete,
+)
 from ecdit_ds.slurm.lives import Ledger, Verdict
 from ecdit_ds.slurm.scheduler import Job
 from ecdit_ds.slurm.supervise import Ending, Life
+from tests.helpers.forked import in_a_copy
+from tests.helpers.launch import free_port
 from tests.helpers.photographs import crops, encoded
 from tools import encode_data, evaluate, sample
 
@@ -133,9 +143,13 @@ def test_a_mark_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, leave: Leave, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     did: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (did.append("fsync"), fsync(descriptor))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (did.append("replace"), replace(a, b))[1])
+
+    def noted(name: str) -> Callable[..., object]:
+        really = getattr(os, name)
+        return lambda *arguments: did.append(name) or really(*arguments)  # type: ignore[func-returns-value]
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name))
     with expect_completion(tmp_path) as completion:
         leave(completion, 0, 1)
     assert did[:2] == ["fsync", "replace"]
@@ -311,6 +325,22 @@ def test_a_dry_run_reports_itself_as_the_task_that_it_is_and_not_as_the_rank_tha
     assert train.main(["--dry-run", "--world-size=2", "--rank=1"]) == 0
     assert marked() == [DRY_RUN]
     Completion(Path(os.environ[VARIABLE])).confirm(lambda: DRY_RUN)
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--limit-seconds=30"], 2)])
+def test_a_node_check_that_passes_reports_itself_and_no_other(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], code: int
+) -> None:
+    told = {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "ECDIT_REHEARSAL": "1", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    command = [*flags, "--", "--config", "rehearsal", "--output", str(tmp_path / "run")]
+    ended, said, complaints = in_a_copy(lambda: node_check.main(command))
+    assert ended == code, said + complaints
+    assert marked() == [NODE_CHECK] * (code == 0)
 
 
 def _fail(*_: object) -> None:

@@ -31,6 +31,7 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.run_folder import RunFolder
+from ecdit_ds.slurm.completion import DRY_RUN, mark_complete, training_to
 from ecdit_ds.stopping import StopRequest
 
 
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
                     resume=options.resume,
                 )  # fmt: skip
                 print(told)
+            mark_complete(DRY_RUN)
             return ExitCode.DONE
         share_cores(place)
         folder = RunFolder(path=options.output or Path("runs") / recipe.name)
@@ -113,6 +115,8 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     if status.step is not None and status.speaks(lost):
         say(last_line(status, code.name.lower().replace("_", " "), cause), sys.stderr)
     let_go_of_closed_streams()
+    if code == ExitCode.DONE:
+        mark_complete(training_to(recipe.train.max_steps))
     status.has_left = True
     return code
 

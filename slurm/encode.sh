@@ -21,4 +21,4 @@ fi
 source slurm/env.sh
 
 refuse_same_task "$@"
-srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/encode_data.py encode "$@"
+confirm srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/encode_data.py encode "$@"

@@ -73,8 +73,17 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_P
 
 # supervise COMMAND -- TRAIN.py ARGUMENTS: checks, the one srun of a script, and another life where there should be one.
 supervise() {
+    on_host ecdit_ds/slurm/supervise.py "$@"
+}
+
+# confirm COMMAND: the one srun of an array's script, whose 0 is 75 unless every rank has reported that its work is complete.
+confirm() {
+    on_host ecdit_ds/slurm/run_task.py "${ECDIT_COMPLETION_DIR:-runs/.completion}" "$@"
+}
+
+on_host() {
     command -v "$ECDIT_HOST_PYTHON" >/dev/null || refuse "ECDIT_HOST_PYTHON: $ECDIT_HOST_PYTHON cannot be run; $ways_to_python"
-    exec "$ECDIT_HOST_PYTHON" ecdit_ds/slurm/supervise.py "$@"
+    exec "$ECDIT_HOST_PYTHON" "$@"
 }
 
 # refuse_same_task ARGUMENTS: tasks of an array that are all told to be the same --task would write over one another.

@@ -31,5 +31,5 @@ held=("${held[@]%/manifest.json}")
 [ -f "$checkpoint/manifest.json" ] || refuse "no checkpoint $checkpoint (index $SLURM_ARRAY_TASK_ID x" \
     "ECDIT_STEPS_PER_INDEX=$ECDIT_STEPS_PER_INDEX); there are ${#held[@]}: ${held[*]##*/}"
 
-srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/evaluate.py "$metric" \
+confirm srun --kill-on-bad-exit=1 "${ECDIT_SRUN_FLAGS[@]}" "${ECDIT_WRAPPER[@]}" slurm/rank.sh tools/evaluate.py "$metric" \
     --checkpoint "$checkpoint" --output "${ECDIT_SCORES:-$run/evaluation}/step_$step/$metric" "${@:3}"

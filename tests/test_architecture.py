@@ -86,7 +86,10 @@ NEVER_IN = {
         "parallel.cutting",
         "checkpoint.folders",
         "planner",
-        *(f"slurm.{name}" for name in ("lives", "rank", "ranks", "scheduler", "supervise")),
+        *(
+            f"slurm.{name}"
+            for name in ("completion", "lives", "rank", "rank_logs", "ranks", "run_task", "scheduler", "supervise")
+        ),
     ),
     "torch.distributed": ("model", "flow", "data", "checkpoint"),
 }

@@ -37,6 +37,7 @@ from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
 from ecdit_ds.pictures import save_grid, to_uint8
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
 from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
@@ -141,6 +142,7 @@ def _encode(options: argparse.Namespace) -> int:
         print(f"task {task}/{tasks} is done; other tasks have units left, and the last one publishes {job.destination}")
     else:
         _tell(report, job.destination)
+    mark_complete(ARRAY_TASK)
     return ExitCode.DONE
 
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from ecdit_ds.crew import leave
 from ecdit_ds.errors import EcditError
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
 from tools.command_line import OneLineParser
 from tools.sample import add_drawing_arguments, add_model_arguments
 
@@ -91,6 +92,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    mark_complete(ARRAY_TASK)
     return 0
 
 

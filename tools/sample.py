@@ -35,6 +35,7 @@ from ecdit_ds.loading import KINDS, Spread, StoredModel, load_drawer, load_sprea
 from ecdit_ds.parallel.sharding import Share
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
 from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
@@ -135,6 +136,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    mark_complete(ARRAY_TASK)
     return 0
 
 

@@ -148,24 +148,25 @@ def count_barren(lives: Iterable[Beginning], step: int) -> int:
     return barren
 
 
-def judge(code: int, *, barren: int, allowed: int) -> Verdict:
+def judge(code: int, *, barren: int, allowed: int, cause: str = "") -> Verdict:
     """Return what becomes of a job whose life ended with `code`.
 
     Args:
         barren: lives in a row without progress, this one among them if it made none.
         allowed: how many of those end the job.
+        cause: of the exit code, where it is known here.
     """
     if code == ExitCode.DONE:
         return Verdict(is_again=False, exit_code=code, reason="training is done")
     if code in FOR_GOOD:
         return Verdict(is_again=False, exit_code=code, reason=f"exit code {code}: {FOR_GOOD[ExitCode(code)]}")
+    what = "saved" if code == ExitCode.SAVED else f"exit code {code}" + (f" ({cause})" if cause else "")
     if barren >= allowed:
         reason = (
-            f"exit code {code}, and {barren} lives in a row published no later checkpoint (ECDIT_MAX_LIVES={allowed}); "
+            f"{what}, and {barren} lives in a row published no later checkpoint (ECDIT_MAX_LIVES={allowed}); "
             "mend the cause and submit anew: it goes on from the newest checkpoint"
         )
         return Verdict(is_again=False, exit_code=code, reason=reason)
-    what = "saved" if code == ExitCode.SAVED else f"exit code {code}"
     return Verdict(is_again=True, exit_code=code, reason=f"{what}; {barren} of {allowed} lives without progress")
 
 

@@ -32,6 +32,7 @@ from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
+from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete
 from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.slurm.rank import HELD
 
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         rate = f"sums of {_SUM_BYTES[_kind()] >> 20} MiB at {sum_bytes_per_s / 1e9:.3g} GB/s a rank"
         print("\n".join([*table, f"ranks        {world.size} summed up alike; {rate}"]), flush=True)
     dist.destroy_process_group()
+    mark_complete(NODE_CHECK)
     return ExitCode.DONE
 
 

@@ -1,9 +1,9 @@
 """One life of a job, from its batch script:  supervise.py srun FLAGS slurm/rank.sh --hold-signals -- train.py FLAGS
 
 What stands before `--` starts ranks, what comes after it is what they run. Refuses what can be known beforehand, checks
-the recipe and every node, starts the ranks, and decides by their exit code and by the checkpoints they left whether
-Slurm shall give the job another life. Runs on the job's first node, with the standard library only: a container that
-ranks live in need not be there.
+the recipe and every node, starts the ranks, and decides by their exit code, and by the marks and the checkpoints they
+left, whether Slurm shall give the job another life. Runs on the job's first node, with the standard library only: a
+container that ranks live in need not be there.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +21,10 @@ from typing import NoReturn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of
+from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, training_to
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
+from ecdit_ds.slurm.rank_logs import last_words
 from ecdit_ds.slurm.scheduler import (
     Job,
     JobState,
@@ -50,8 +52,6 @@ LEAVING_PATIENCE_S = 600.0
 """How long ranks that lost their srun may save, before they are killed."""
 _LOOK_EVERY_S = 1.0
 _LAST_SECONDS = 5.0
-_TOLD_LINES = 20
-_TAIL_BYTES = 65536
 
 
 class Ending:
@@ -104,6 +104,8 @@ class Life:
         self.output = output_of(program)
         self._ledger = Ledger(self.output)
         self._logs = self._ledger.folder / job.life
+        self._doubt = ""
+        """Why a 0 of srun was not believed."""
 
     def live(self, *, is_checked: bool) -> Verdict:
         """Do all there is to do, but for asking Slurm for another life.
@@ -125,10 +127,11 @@ class Life:
             code = ExitCode.TRY_AGAIN
         elif code == ExitCode.DONE:
             code = self._train()
-            self._tell_last_words(code)
+            for words in last_words(self._logs, is_why_wanted=code not in (ExitCode.DONE, 128 + signal.SIGKILL)):
+                say(words)
         reached = newest_step(self.output)
         barren = count_barren(self._ledger.lives_of(self._job.number), reached)
-        verdict = judge(code, barren=barren, allowed=self._allowed)
+        verdict = judge(code, barren=barren, allowed=self._allowed, cause=self._doubt)
         try:
             self._ledger.end(self._job.life, code, reached, verdict)
         except OSError as error:  # such as a full disk: what is decided stands all the same
@@ -188,40 +191,61 @@ class Life:
         code: int = ExitCode.DONE
         if not self._ledger.is_checked(self._job.number):
             one_task = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"]
-            code = self._run_check(one_task, [*self._program, "--dry-run", f"--world-size={self._job.num_ranks}"])
+            code = self._run_check(
+                one_task, [*self._program, "--dry-run", f"--world-size={self._job.num_ranks}"], DRY_RUN
+            )
             if code == ExitCode.DONE:
                 self._ledger.pass_check(self._job.life)
         if code == ExitCode.DONE:
             limit_flags = ["--limit-seconds", f"{limit:.0f}"] if limit else []
-            code = self._run_check([], ["ecdit_ds/slurm/node_check.py", *limit_flags, "--", *self._program[1:]])
+            node_check = ["ecdit_ds/slurm/node_check.py", *limit_flags, "--", *self._program[1:]]
+            code = self._run_check([], node_check, NODE_CHECK)
         if code:
             say(f"the check before training failed with exit code {code}; no rank was started")
         return code
 
-    def _run_check(self, flags: Sequence[str], program: Sequence[str]) -> int:
-        return self._srun([f"--time={CHECK_MINUTES}", *flags], program, may_leave=self._ending.is_near)
+    def _run_check(self, flags: Sequence[str], program: Sequence[str], work: str) -> int:
+        return self._srun([f"--time={CHECK_MINUTES}", *flags], program, lambda: work, may_leave=self._ending.is_near)
 
     def _train(self) -> int:
         say(f"logs of ranks: {self._logs}/rank_*.log")
         log = f"{str(self._logs).replace('%', '%%')}/rank_%4t.log"
         flags = [f"--output={log}", f"--error={log}", "--open-mode=append"]
-        code = self._srun(flags, self._program, may_leave=self._is_out_of_time)
-        if code == ExitCode.DONE and not any(self._logs.glob("rank_*.log")):
-            say("srun says that all is well, and started no rank")
-            return ExitCode.CRASHED
-        return code
+        # What the ranks say they have come to is to be what anybody finds published.
+        return self._srun(
+            flags, self._program, lambda: training_to(newest_step(self.output)), may_leave=self._is_out_of_time
+        )
 
-    def _srun(self, flags: Sequence[str], program: Sequence[str], may_leave: Callable[[float], bool]) -> int:
+    def _srun(
+        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str], may_leave: Callable[[float], bool]
+    ) -> int:
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
 
+        A 0 is TRY_AGAIN where not every rank says that the work is complete.
+
         Args:
+            work: what is complete after a 0.
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
         """
-        srun, *rest = self._launcher
+        with expect_completion(self._logs) as completion:
+            code = self._wait_for_srun([*flags, *self._launcher[1:], *program], completion.environment, may_leave)
+            if code == ExitCode.DONE:
+                try:
+                    completion.confirm(work)
+                except LostRankError as error:
+                    self._doubt = str(error)
+                    say(f"error: {error}")
+                    return exit_code_of(error)
+            return code
+
+    def _wait_for_srun(
+        self, arguments: Sequence[str], told: Mapping[str, str], may_leave: Callable[[float], bool]
+    ) -> int:
+        srun = self._launcher[0]
         with suppress(ConfigError):
             ask_state(self._job, CONTROLLER_PATIENCE_S)  # srun does not wait for a controller that is away
         try:
-            process = subprocess.Popen([srun, *flags, *rest, *program])
+            process = subprocess.Popen([srun, *arguments], env=os.environ | told)
         except OSError as error:
             raise ConfigError(f"{srun}: {error.strerror}") from None
         while True:
@@ -252,24 +276,6 @@ class Life:
                 return state.is_at_its_limit
         return False
 
-    def _tell_last_words(self, code: int) -> None:
-        """Repeat in the job's log why ranks ended, each line once, and where it was said.
-
-        Where none says why, such as a shell that finds no program, it is each rank's last line; not of killed ones.
-        """
-        last_words, last_lines = dict[str, Path](), dict[str, Path]()
-        for log in sorted(self._logs.glob("rank_*.log")):
-            lines = [line for line in tail(log) if line.strip()]
-            for line in lines:
-                if line.startswith(("end: ", "error: ")):
-                    last_words.setdefault(line, log)
-            for line in lines[-1:]:
-                last_lines.setdefault(line, log)
-        if not last_words and code not in (ExitCode.DONE, 128 + signal.SIGKILL):
-            last_words = last_lines
-        for line, log in list(last_words.items())[:_TOLD_LINES]:
-            say(f"{log.name}: {line}")
-
 
 def output_of(program: Sequence[str]) -> Path:
     """Return the run's folder that train.py's arguments name.
@@ -285,16 +291,6 @@ def output_of(program: Sequence[str]) -> Path:
     if output is None:
         raise ConfigError("train.py --output: is missing; it says where lives and logs are kept")
     return output
-
-
-def tail(log: Path) -> list[str]:
-    """Return the last lines of a log."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def may_ask_again(job: Job, state: JobState) -> str | None:

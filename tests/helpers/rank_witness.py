@@ -16,6 +16,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ExitCode
+from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete, training_to
+from ecdit_ds.slurm.lives import newest_step
 
 KEPT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME",
         "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip
@@ -29,6 +31,7 @@ def main() -> int:
     name = f"{environment['SLURM_JOB_ID']}.{life}.{what}.{environment['RANK']}.json"
     seen = {"environment": environment, "arguments": sys.argv[1:]}
     (Path(os.environ["WITNESS"]) / name).write_text(json.dumps(seen))
+    output = Path(sys.argv[sys.argv.index("--output") + 1])
     told = os.environ.get({"train": "WITNESS_CODES", "dry_run": "WITNESS_DRY_RUNS"}.get(what, ""))
     code = told.split(",")[life] if told else "0"
     if code == "hang":
@@ -36,10 +39,11 @@ def main() -> int:
         time.sleep(600)
     if code == "save":
         signal.sigwait((signal.SIGTERM, signal.SIGUSR1))  # held back by slurm/rank.sh
-        output = Path(sys.argv[sys.argv.index("--output") + 1])
         (output / "checkpoints" / "step_40").mkdir(parents=True)
         (output / "checkpoints" / "step_40" / "manifest.json").touch()
         return ExitCode.SAVED
+    if code == "0":
+        mark_complete({"dry_run": DRY_RUN, "node_check": NODE_CHECK}.get(what) or training_to(newest_step(output)))
     return int(code)
 
 

@@ -16,6 +16,7 @@ from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, metrics_of
 from tools.slurm_lab import Lab
 
+SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
 STEPS = 30
 RECIPE = (
     "parallel.tp=1", f"train.max_steps={STEPS}", "train.checkpoint_every=6", "train.log_every=1",
@@ -105,6 +106,16 @@ class Job:
                 found.append((int(process.environ()["RANK"]), process))
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
+    def break_launch(self, step: int, *nodes: str) -> list[Path]:
+        """Have Slurm fail to start a step's tasks on some nodes, as long as what this returns is there.
+
+        Its PMI plugin finds a folder where its socket is to be, and gives up. Needs `srun --mpi=pmi2`.
+        """
+        obstacles = [self.lab.folder / "spool" / node / f"sock.pmi2.{self.number}.{step}" for node in nodes]
+        for obstacle in obstacles:
+            obstacle.mkdir()
+        return obstacles
+
     def signal(self, *numbers: signal.Signals, rank: int) -> None:
         """Send signals to one rank, shortly after one another."""
         for number in numbers:
@@ -138,7 +149,7 @@ class Submitter:
         settings = [part for change in changes for part in ("--set", change)]
         number = self.lab.ask(
             "sbatch", "--parsable", f"--nodes={nodes}", *ON_CPUS, "--time=60", f"--output={log}", *flags,
-            f"--chdir={ROOT}", str(ROOT / "slurm" / "train_97b.sh"), *self.recipe, *settings,
+            f"--chdir={ROOT}", SCRIPT, *self.recipe, *settings,
             environment=given | {"ECDIT_ROOT": str(ROOT)} | (environment or {}),
         ).strip()  # fmt: skip
         return Job(lab=self.lab, number=number, output=output, log=log)
@@ -159,3 +170,32 @@ def check_equal(job: Job, uninterrupted: Path) -> None:
 def is_gone(pid: int) -> bool:
     """Return whether a process has ended."""
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def submit_witness(
+    lab: Lab, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
+) -> Job:
+    """Submit a job whose ranks only tell, in `folder`, what they see."""
+    log, given = folder / f"{name}.log", without_a_model(folder, name, codes)
+    # `--nodes` is the one number that a lab with fewer than 64 nodes needs otherwise.
+    number = lab.ask(
+        "sbatch", "--parsable", "--nodes=1", f"--output={log}", *flags, SCRIPT, environment=given | (environment or {})
+    ).strip()
+    return Job(lab=lab, number=number, output=folder / name, log=log)
+
+
+def without_a_model(folder: Path, name: str, codes: str) -> dict[str, str]:
+    """Return the environment of a job whose ranks only tell what they see."""
+    wrapper = folder / "no_model.sh"
+    wrapper.write_text('#!/bin/bash\nexec "$1" "$2" tests/helpers/rank_witness.py "${@:3}"\n')
+    wrapper.chmod(0o755)
+    return {
+        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
+        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
+    }  # fmt: skip
+
+
+def seen(folder: Path, job: Job, life: int, what: str) -> list[dict[str, Any]]:
+    """Return what the ranks of a step saw, by rank."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{job.number}.{life}.{what}.*.json")]
+    return sorted(found, key=lambda facts: int(facts["environment"]["RANK"]))

@@ -4,7 +4,6 @@ slurm/train_97b.sh is the production script, unchanged, with its 8 ranks and GPU
 the container hook puts a witness in the place of the program.
 """
 
-import json
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,34 +19,10 @@ import pytest
 from ecdit_ds.errors import ConfigError, ExitCode
 from ecdit_ds.slurm.lives import Beginning, Ledger
 from tests.helpers.launch import ROOT
-from tests.helpers.slurm_jobs import Job, Submitter
+from tests.helpers.slurm_jobs import SCRIPT, Job, Submitter, seen, submit_witness, without_a_model
 from tools.slurm_lab import Lab
 
-SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
 Witness = Callable[..., Job]
-
-
-def submit_witness(
-    lab: Lab, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
-) -> Job:
-    """Submit a job whose ranks only tell, in `folder`, what they see."""
-    log, given = folder / f"{name}.log", without_a_model(folder, name, codes)
-    # `--nodes` is the one number that a lab with fewer than 64 nodes needs otherwise.
-    number = lab.ask(
-        "sbatch", "--parsable", "--nodes=1", f"--output={log}", *flags, SCRIPT, environment=given | (environment or {})
-    ).strip()
-    return Job(lab=lab, number=number, output=folder / name, log=log)
-
-
-def without_a_model(folder: Path, name: str, codes: str) -> dict[str, str]:
-    """Return the environment of a job whose ranks only tell what they see."""
-    wrapper = folder / "no_model.sh"
-    wrapper.write_text('#!/bin/bash\nexec "$1" "$2" tests/helpers/rank_witness.py "${@:3}"\n')
-    wrapper.chmod(0o755)
-    return {
-        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
-        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -63,12 +37,6 @@ def hanging(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Job:
     environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_SIGNAL_SECONDS": "0"}
     flags = ("--ntasks-per-node=1", "--time=1", "--signal=USR1@10")
     return submit_witness(lab, tmp_path_factory.mktemp("hanging"), "hanging", "hang,0", *flags, environment=environment)
-
-
-def seen(folder: Path, job: Job, life: int, what: str) -> list[dict[str, Any]]:
-    """Return what the ranks of a step saw, by rank."""
-    found = [json.loads(path.read_text()) for path in folder.glob(f"{job.number}.{life}.{what}.*.json")]
-    return sorted(found, key=lambda facts: int(facts["environment"]["RANK"]))
 
 
 def test_the_production_script_starts_32_ranks_on_4_nodes_of_8_gpus_and_checks_them_first(

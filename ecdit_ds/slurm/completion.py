@@ -1,0 +1,135 @@
+"""Whether the ranks of a step did their work: marks that they leave as their last act; standard library only.
+
+Where Slurm fails to start tasks (a SPANK or PMI plugin), srun says "task N launch failed" and exits with 0 even so.
+Therefore a 0 is believed only where every rank of the step has left its mark, a small file with a token that this step
+alone was given. A rank that never started leaves none, and an older life's or another job's has another token.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ecdit_ds.durable import replace_durably
+from ecdit_ds.errors import ConfigError, LostRankError
+
+VARIABLE = "ECDIT_COMPLETION"
+"""Environment variable: how the path of a mark begins, to which each rank adds its number."""
+DRY_RUN, NODE_CHECK, ARRAY_TASK = "dry run", "node check", "array task"
+"""What may be complete, besides training."""
+SIGHT_SECONDS = 5.0
+"""How long marks may take until they are seen from another node, once srun has ended."""
+_LOOK_EVERY_S = 0.5
+_NAMED_RANKS = 8
+
+
+def training_to(step: int) -> str:
+    """Return what is complete once a run's last step is published."""
+    return f"training to step {step}"
+
+
+def mark_complete(work: str) -> None:
+    """Leave this rank's mark, on the disk when this returns; nothing where nobody looks for one.
+
+    To be called when all is published. A mark that cannot be written is told of, and leaves the work to be done again.
+    """
+    if VARIABLE not in os.environ:
+        return
+    path = Path(os.environ[VARIABLE])
+    # As srun has told: a dry run makes itself a rank of another world.
+    rank, size = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    try:
+        replace_durably(_path_of(path, rank), _text_of(path, rank, size, work).encode())
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            print(f"error: {_path_of(path, rank)}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The marks of one step."""
+
+    path: Path
+    """How theirs begin."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return what the step's ranks are to be told."""
+        return {VARIABLE: str(self.path)}
+
+    def confirm(self, work: Callable[[], str], patience_s: float | None = None) -> None:
+        """Return where every rank says that this work is complete; look again while they do not.
+
+        Args:
+            work: what is to be complete, asked at each look.
+            patience_s: for how long; SIGHT_SECONDS by default.
+
+        Raises:
+            LostRankError: a rank says nothing or something else.
+        """
+        deadline = time.monotonic() + (SIGHT_SECONDS if patience_s is None else patience_s)
+        while fault := self._fault(work()):
+            if time.monotonic() > deadline:
+                raise LostRankError(f"srun ended with exit code 0, but {fault}")
+            time.sleep(_LOOK_EVERY_S)
+
+    def _fault(self, work: str) -> str | None:
+        first = re.fullmatch(r"rank 0 of ([0-9]{1,7}): (.+) [0-9a-f]{64}\n", self._read(0))
+        size, told = (int(first[1]), first[2]) if first else (1, work)
+        silent = [str(rank) for rank in range(size) if self._read(rank) != _text_of(self.path, rank, size, told)]
+        if silent:
+            more = f" and {len(silent) - _NAMED_RANKS} more" if len(silent) > _NAMED_RANKS else ""
+            of_all = f" of {size}" if first else ""
+            return (
+                f"rank {', '.join(silent[:_NAMED_RANKS])}{more}{of_all} never reported its {told} as complete: not "
+                "started by Slurm, or ended early"
+            )
+        return None if told == work else f"the ranks report a complete {told}, where {work} is what was to be found"
+
+    def _read(self, rank: int) -> str:
+        try:
+            return _path_of(self.path, rank).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+
+@contextmanager
+def expect_completion(folder: Path) -> Iterator[Completion]:
+    """Yield the marks of a step that is about to start; they are removed in the end.
+
+    Args:
+        folder: seen by all ranks and from here.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror}; ranks are to leave marks there") from None
+    completion = Completion(folder / f".complete-{secrets.token_hex(16)}")
+    try:
+        yield completion
+    finally:
+        for mark in folder.glob(f"{completion.path.name}-*"):
+            with suppress(OSError):
+                mark.unlink()
+
+
+def _path_of(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}-{rank}")
+
+
+def _text_of(path: Path, rank: int, size: int, work: str) -> str:
+    """Return a line that nothing but a rank of this very step writes, and no damage to another one's gives."""
+    text = f"rank {rank} of {size}: {work}"
+    return f"{text} {hashlib.sha256(f'{path.name} {text}'.encode()).hexdigest()}\n"

@@ -98,7 +98,7 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
     """Return the Frechet distance between two sets, at least 0.
 
     Raises:
-        EvaluationError: fewer than 2 pictures, features of two models, or features that are not finite.
+        EvaluationError: fewer than 2 pictures, features of two models, or features or a distance that is not finite.
     """
     _require_same_features(real, generated)
     for name, statistics in (("real", real), ("generated", generated)):
@@ -107,6 +107,8 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
                 f"{name} pictures: {statistics.count} have no covariance; give at least {_FEWEST}, better thousands"
             )
         _require_finite(name, statistics)
+    if not (real.outer_DD @ generated.outer_DD).isfinite().all():  # LAPACK may crash on the eigenvalues of such
+        raise EvaluationError("Frechet distance: products of covariances overflow; the features model is damaged")
     dim = len(real.sum_D)
     metric = FrechetInceptionDistance(feature=_AsGiven(dim))
     for is_real in (True, False):
@@ -119,7 +121,7 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
     )
     distance = float(metric.compute())
     if not math.isfinite(distance):  # and max(0.0, nan) is 0.0
-        raise EvaluationError(f"Frechet distance: is {distance}, since products of the features overflow")
+        raise EvaluationError(f"Frechet distance: is {distance}; the features model overflows or is damaged")
     return max(0.0, distance)
 
 

@@ -26,6 +26,7 @@ from ecdit_ds.evaluation.clip_score import clip_scores
 from ecdit_ds.evaluation.fid import FeatureStatistics, frechet_distance, save_statistics
 from ecdit_ds.evaluation.geneval_models import load_detector
 from ecdit_ds.evaluation.scenes import heldout_prompts
+from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.gallery import Brush, Job, fill
 from ecdit_ds.interpret.routing_trace import trace_routing
 from ecdit_ds.interpret.scene_study import count_scenes
@@ -262,8 +263,11 @@ def test_the_tools_end_with_2_and_leave_neither_pictures_nor_scores_of_what_over
         return lambda latents, time: found(latents, time) * math.inf
 
     monkeypatch.setattr(TextToImage, "velocity", overflowing)
-    monkeypatch.setattr("ecdit_ds.evaluation.heldout.flow_losses",
-                        lambda *_: SimpleNamespace(flow_B=torch.full((2,), math.nan)))  # fmt: skip
+
+    def no_loss(_model: Any, batch: FlowBatch) -> SimpleNamespace:
+        return SimpleNamespace(flow_B=torch.full_like(batch.timesteps_B, math.nan))
+
+    monkeypatch.setattr("ecdit_ds.evaluation.heldout.flow_losses", no_loss)
     for place, flags in enumerate((("sample.py", "--prompt", "a red seven"), ("heatmaps.py", "--prompt", "a red seven"),
                                    ("evaluate.py", "scenes", "--per-kind", 1), ("evaluate.py", "loss"))):  # fmt: skip
         name, *rest = flags

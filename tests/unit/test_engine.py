@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.config import OptimizerConfig, Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.engine import EMA, WEIGHT, DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.engine import EMA, WEIGHT, DeepSpeedEngine, Grid, create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from tests.helpers.forked import in_a_copy
@@ -76,7 +76,7 @@ def make_engine(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Cal
         monkeypatch.delenv(name, raising=False)
     recipe = make_recipe("train.global_batch_size=1", "optimizer.gradient_clipping=0")
     config = OptimizerConfig(learning_rate=RATE, beta1=0.9, beta2=0.99, eps=1e-8, ema_decay=DECAY)
-    grids = []
+    grids: list[Grid] = []
 
     def make() -> DeepSpeedEngine:
         if not grids:

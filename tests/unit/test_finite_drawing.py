@@ -76,7 +76,7 @@ class SpoiltCodec(PixelCodec):
 def spoilt(drawer: TextToImage, where: str) -> TextToImage:
     """Return a drawer whose numbers break at one place."""
     if where in ("embeds_BTD", "pooled_BD"):
-        return replace(drawer, text_encoder=SpoiltText(drawer, where))  # type: ignore[arg-type]
+        return replace(drawer, text_encoder=SpoiltText(drawer, where))
     if where == "decoder":
         return replace(drawer, image_encoder=SpoiltCodec())
     with torch.no_grad():

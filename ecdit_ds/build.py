@@ -11,6 +11,7 @@ import torch
 
 from ecdit_ds.batches import Draw, Finish
 from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.checkpoint.finite import require_finite
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
@@ -207,10 +208,11 @@ def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]
 
 
 def _fault_of(folder: Path, recipe: Recipe, data: dict[str, Any]) -> str | None:
-    """Return what is wrong with a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
+    """Return what is wrong by a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
     try:
         reader = Reader(folder)
         progress_of(reader)
+        require_finite(folder, reader.manifest.nonfinite)
     except CheckpointError as error:
         return str(error)
     written = reader.manifest.meta.get("recipe")

@@ -19,7 +19,7 @@ from ecdit_ds.data.folder import read_index
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.scene_set import check_digit_scenes
 from ecdit_ds.data.splits import sets_without_text
-from ecdit_ds.errors import DataError
+from ecdit_ds.errors import DataError, NonFiniteError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
 from ecdit_ds.model.ecdit import ECDiT, Prediction
@@ -142,12 +142,23 @@ class TextToImage:
 
         Raises:
             DataError: a prompt is longer than the text encoder takes, or the size does not fit the patches.
+            NonFiniteError: latents or pictures are; raised when all of a layout's ranks are done with one another.
         """
         noise = noise_of(seeds, self.latent_shape(height, width))
         latents = self.denoise(
             prompts, noise=noise, sample=sample, negative_prompts=negative_prompts, callback=callback
         )
-        return self.image_encoder.decode(latents)
+        return self.decode(latents, prompts)
+
+    def decode(self, latents_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return images_B3HW in [-1, 1].
+
+        Raises:
+            NonFiniteError: naming the prompt.
+        """
+        images = self.image_encoder.decode(latents_BCHW)
+        require_finite("pictures", images, prompts, "the decoder of latents overflows or is damaged")
+        return images
 
     @torch.no_grad()
     def denoise(
@@ -163,6 +174,9 @@ class TextToImage:
 
         The text's keys and values are computed once and serve all steps. Images of another size than the recipe's
         shift times by the root of the ratio of tokens (SD3, arXiv 2403.03206 sec. 5.3.2).
+
+        Raises:
+            NonFiniteError: naming the prompt, and where it comes from.
         """
         texts = self.text_encoder.encode(prompts)
         opposite = self.text_encoder.encode(negative_prompts) if negative_prompts else self.text_encoder.null()
@@ -172,7 +186,7 @@ class TextToImage:
         def full_pools(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor[-1:].expand(lacking, *tensor.shape[1:])]) if lacking else tensor
 
-        latents = full_pools(noise()).to(self.device)
+        start = full_pools(noise()).to(self.device)
 
         def tell(step: int, time: float, latents: Tensor, /) -> Tensor | None:
             replaced = None if callback is None else callback(step, time, latents[: len(prompts)])
@@ -185,9 +199,11 @@ class TextToImage:
             (sample.guidance_interval[0], sample.guidance_interval[1]),
         )
         step = rule_of(sample, lambda: full_pools(noise()).to(self.device))(velocity)
-        times = time_grid(sample.num_steps, self.timestep_shift(latents.shape))
+        times = time_grid(sample.num_steps, self.timestep_shift(start.shape))
         with with_capacity_factor(self.model, sample.capacity_factor):
-            return follow(step, latents, times, tell)[: len(prompts)]
+            latents = follow(step, start, times, tell)[: len(prompts)]
+        require_finite("latents", latents, prompts, _cause_of_nonfinite(start, texts, opposite))
+        return latents
 
     def velocity(self, text: TextEmbeddings) -> VelocityFn:
         """Return the velocity under `text`, one caption for each image or one for all, which is read once."""
@@ -248,6 +264,31 @@ class TextToImage:
         config = self.recipe.model
         tokens = latents_shape[-2] * latents_shape[-1] // config.patch_size**2
         return self.recipe.flow.timestep_shift * math.sqrt(tokens / config.num_tokens)
+
+
+def require_finite(what: str, values_B: Tensor, prompts: Sequence[str], cause: str) -> None:
+    """Refuse NaN and infinities, of which pictures would be made as of any other numbers; the host waits.
+
+    Args:
+        what: they are called.
+        values_B: one of the leading axis for each prompt.
+        cause: to be told.
+
+    Raises:
+        NonFiniteError: with the first prompt they are of.
+    """
+    is_finite_B = values_B.flatten(1).isfinite().all(dim=1).tolist()
+    if bad := [prompt for prompt, is_finite in zip(prompts, is_finite_B, strict=True) if not is_finite]:
+        raise NonFiniteError(f"{len(bad)} of {len(prompts)} {what} are not finite, such as of {bad[0]!r}: {cause}")
+
+
+def _cause_of_nonfinite(noise: Tensor, *texts: TextEmbeddings) -> str:
+    vectors = [tensor for text in texts for tensor in (text.embeds_BTD, text.pooled_BD)]
+    if not all(bool(tensor.isfinite().all()) for tensor in vectors):
+        return "the text encoder's vectors are not; it overflows or is damaged"
+    if not bool(noise.isfinite().all()):
+        return "what they start from is not"
+    return "the model overflows; use a checkpoint from before, fp32, or less guidance"
 
 
 def _each(change: Callable[[Tensor], Tensor], text: TextEmbeddings) -> TextEmbeddings:

@@ -201,10 +201,7 @@ class DeepSpeedEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank keeps. Over all ranks, each element comes once where `is_written_here`."""
-        flats = self._partitions.flats()
-        kept = [{WEIGHT: flat.data, EMA: average} for flat, average in zip(flats, self.ema.averages, strict=True)]
-        for flat, states in zip(flats, kept, strict=True):
-            states |= {name: self._zero.optimizer.state[flat][name] for name in STATE_NAMES[self._optimizer_name]}
+        kept = self._kept()
         for here in self._partitions.ranges():
             name, shard, local_shape = self._places[id(here.parameter)]
             yield Fragment(
@@ -215,6 +212,23 @@ class DeepSpeedEngine:
                 states={name: state.narrow(0, here.at, here.length) for name, state in kept[here.partition].items()},
                 is_written_here=shard.is_cut_by_tp or self._tp.index == 0,
             )
+
+    def is_finite(self) -> bool:
+        """Return whether all that this rank keeps is finite; one pass over it, for which the host waits: for reports.
+
+        What is not finite never becomes so again. Gradients do not tell: they may be finite, and the update not.
+        """
+        tensors = [state for states in self._kept() for state in states.values() if state.numel()]
+        extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]  # NaN where any is
+        return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+    def _kept(self) -> list[dict[str, Tensor]]:
+        """Return, for each flat tensor, what is kept for it by name."""
+        flats = self._partitions.flats()
+        kept = [{WEIGHT: flat.data, EMA: average} for flat, average in zip(flats, self.ema.averages, strict=True)]
+        for flat, states in zip(flats, kept, strict=True):
+            states |= {name: self._zero.optimizer.state[flat][name] for name in STATE_NAMES[self._optimizer_name]}
+        return kept
 
     @property
     def num_updates(self) -> int:

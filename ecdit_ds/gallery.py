@@ -108,6 +108,7 @@ def fill(
 
     Raises:
         DataError: the folder holds pictures of other prompts, seeds or settings, or cannot be written.
+        NonFiniteError: of any process's pictures, on all; those of its part are not written.
     """
     told = _settings(brush, facts)
     parts = parts_of(len(jobs), brush.batch_size, share)
@@ -124,7 +125,7 @@ def fill(
         turn = missing[min(start + crew.dp.index, len(missing) - 1)]
         chosen = [jobs[index] for index in turn]
         chosen += [chosen[-1]] * (min(brush.batch_size, len(jobs)) - len(chosen))
-        images = brush.draw(chosen)
+        images = crew.world.together(partial(brush.draw, chosen))
         is_mine = crew.is_speaker and start + crew.dp.index < len(missing)
         # Together: who left alone would leave the others waiting.
         write = partial(_write, folder, crew.world.rank, turn if is_mine else range(0), jobs, images)

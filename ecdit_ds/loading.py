@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.manifest import encode_manifest
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
@@ -41,6 +42,15 @@ class StoredModel:
     read_into: Callable[[str, tuple[int, ...], Box, Tensor], None]
     """(parameter, global shape, box of it, where to): raises CheckpointError for what is missing or damaged."""
 
+    def fill(self, name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+        """As `read_into`; and raise CheckpointError for what is not finite, or is not any more as `out` holds it."""
+        self.read_into(name, shape, box, out)
+        if count := count_nonfinite(out):
+            raise CheckpointError(
+                f"{self.folder}: {count:,} numbers of {self.kind}/{name} are not finite as {out.dtype}; use a "
+                "checkpoint from before, or another type"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -62,13 +72,15 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
         kind: of weights; by default the average, or the one kind that an export holds.
 
     Raises:
-        CheckpointError: it is none of these, damaged, without a usable recipe, or lacks that kind.
+        CheckpointError: it is none of these, damaged, without a usable recipe, lacks that kind, or says that some of
+            it is not finite.
     """
     if kind not in (None, *KINDS):
         raise CheckpointError(f"weights: {kind!r} is not known; choose from {', '.join(KINDS)}")
     if (path / INDEX_NAME).is_file() and not (path / MANIFEST_NAME).is_file():
         return _open_export(path, kind)
     reader = _open_checkpoint(path)
+    _require_finite_kind(reader.folder, kind or "ema", reader.manifest.nonfinite)
 
     def read_into(name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
         reader.expect(f"{kind or 'ema'}/{name}", shape)
@@ -107,7 +119,7 @@ def load_drawer(
     model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)
-        stored.read_into(name, shard.global_shape, Box(shard.offset, tuple(parameter.shape)), parameter.detach())
+        stored.fill(name, shard.global_shape, Box(shard.offset, tuple(parameter.shape)), parameter.detach())
     return _drawer(model, stored.recipe, device)
 
 
@@ -134,7 +146,7 @@ def load_spread_drawer(
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         values = torch.empty(shape, dtype=dtype)
-        stored.read_into(name, shape, Box((0,) * len(shape), shape), values)
+        stored.fill(name, shape, Box((0,) * len(shape), shape), values)
         place = _place_of(name, device_map)
         if place == "disk":
             waiting.put(name, values)
@@ -239,6 +251,7 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
             )
         out.copy_(read_part(source, f"{held[0]}/{name}", box))
 
+    _require_finite_kind(folder, held[0], source.nonfinite)
     identity = xxhash.xxh3_64_hexdigest(" ".join(source.identity).encode())
     recipe = _recipe_in(source.meta, folder)
     return StoredModel(
@@ -259,6 +272,11 @@ def _open_checkpoint(path: Path) -> Reader:
         f"{path}: is neither a checkpoint, nor a run with checkpoints, nor a folder with {INDEX_NAME}; other formats "
         "become one of these by tools/convert_ckpt.py"
     )
+
+
+def _require_finite_kind(folder: Path, kind: str, nonfinite: Mapping[str, int] | None) -> None:
+    """Refuse what cannot be drawn with; the rest, such as moments, is not looked at."""
+    require_finite(folder, {name: n for name, n in (nonfinite or {}).items() if name.startswith(f"{kind}/")})
 
 
 def _recipe_in(meta: Mapping[str, Any], where: Path) -> Recipe:

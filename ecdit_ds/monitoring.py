@@ -48,12 +48,20 @@ class Monitor:
         )  # fmt: skip
 
     def draw(self, model: nn.Module) -> np.ndarray:
-        """Return uint8 pictures (B, H, W, 3) of the recipe's prompts; the first one's seed is the run's."""
+        """Return uint8 pictures (B, H, W, 3) of the recipe's prompts; the first one's seed is the run's.
+
+        Raises:
+            NonFiniteError: as `TextToImage.draw`.
+        """
         prompts, seed = self.recipe.sample.prompts, self.recipe.train.seed
         return self._pictures(model, prompts, range(seed, seed + len(prompts)))
 
     def scene_scores(self, model: nn.Module) -> dict[str, Any]:
-        """Return how many held-out digit scenes of each kind it draws right (sample.scenes_per_kind), as plain data."""
+        """Return how many held-out digit scenes of each kind it draws right (sample.scenes_per_kind), as plain data.
+
+        Raises:
+            NonFiniteError: on all ranks alike.
+        """
         counts_here = self.topology.coordinates(self.world.rank).tp == 0  # ranks of one group draw the same
         return drawn_alignment(
             lambda prompts, seeds: self._pictures(model, prompts, seeds), self._scenes, batch_size=self._batch_size,

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.drawing import TextToImage, require_finite
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.flow.samplers import NoiseFn
 from ecdit_ds.loading import Spread, load_drawer, load_spread_drawer
@@ -139,6 +139,7 @@ class TextToImagePipeline:
         Raises:
             DataError: a prompt that is too long, counts or sizes that do not fit.
             ConfigError: a setting that cannot work.
+            NonFiniteError: latents or images are not finite; none is returned.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check_request(prompts, num_images_per_prompt, output_type)
@@ -160,7 +161,8 @@ class TextToImagePipeline:
                 callback=tell,
             )
             drawn = tell.ended(sample.num_steps - 1, 0.0, drawn)
-        images = self._as(output_type, drawn)
+        require_finite("latents", drawn, repeated, "callback_on_step_end gave them")
+        images = self._as(output_type, drawn, repeated)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _noise(
@@ -181,10 +183,10 @@ class TextToImagePipeline:
 
         return draw
 
-    def _as(self, output_type: OutputType, latents: Tensor) -> Any:
+    def _as(self, output_type: OutputType, latents: Tensor, prompts: Sequence[str]) -> Any:
         if output_type == "latent":
             return latents
-        images = self.drawer.image_encoder.decode(latents)
+        images = self.drawer.decode(latents, prompts)
         if output_type == "pil":
             return [Image.fromarray(pixels) for pixels in to_uint8(images)]
         unit = (images.float() + 1) / 2

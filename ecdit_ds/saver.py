@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ecdit_ds.checkpoint.finite import tell_nonfinite
 from ecdit_ds.checkpoint.folders import step_of
 from ecdit_ds.checkpoint.host_copy import HostCopy
 from ecdit_ds.checkpoint.lease import Lease
@@ -24,7 +25,7 @@ from ecdit_ds.checkpoint.tending import remove_old
 from ecdit_ds.config import Recipe
 from ecdit_ds.ending import say
 from ecdit_ds.engine import DeepSpeedEngine
-from ecdit_ds.errors import CheckpointError, LostRankError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, GaveUpError, LostRankError, StaleAttemptError
 from ecdit_ds.faults import Faults
 from ecdit_ds.parallel.world import World
 from ecdit_ds.snapshot import Progress, meta_of, pieces_of
@@ -64,6 +65,8 @@ class Saver:
         self._data = data
         self._faults, self._note = faults, note
         self._verified = [] if verified is None else [verified]
+        self.keeps_all = False
+        """Whether nothing is removed for now: steps are skipped, and what makes them so may be in all that is newer."""
         self._in_flight: _InFlight | None = None
         self._host: HostCopy | None = None
         if recipe.train.async_save:
@@ -99,6 +102,7 @@ class Saver:
         """Publish what is in flight, once every rank has written it; what cannot be published is noted.
 
         Raises:
+            GaveUpError: on every rank, when what was published is not finite.
             LostRankError: on every rank, when one has not written it within train.save_timeout_minutes.
         """
         if self._in_flight is not None:
@@ -110,7 +114,7 @@ class Saver:
 
         Raises:
             CheckpointError: it could not be saved.
-            LostRankError: as `finish`.
+            GaveUpError, LostRankError: as `finish`.
         """
         self.finish()
         self._publish(self._launch(progress, None, read_back=read_back))
@@ -141,9 +145,14 @@ class Saver:
         total = time.perf_counter() - flying.started
         stall = total if flying.stall_seconds is None else flying.stall_seconds
         self._note(f"saved {folder}: held up training for {stall:.2f} s, published after {total:.2f} s")
+        if flying.save.nonfinite:
+            raise GaveUpError(
+                f"{folder}: {tell_nonfinite(flying.save.nonfinite)}; it is kept for you to look into and counts for "
+                "nothing; go on from a checkpoint from before"
+            )
         if flying.is_read_back:
             self._verified.append(folder)
-        if self._world.rank == 0:
+        if self._world.rank == 0 and not self.keeps_all:
             self._remove_old(folder)
 
     def _remove_old(self, newest: Path) -> None:

@@ -4,12 +4,13 @@ Tensors are named `weight/blocks.0...`, `ema/...`, `exp_avg/...`; all are fp32 s
 layout wrote them and whatever layout reads them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
+from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite, sum_nonfinite
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import Piece
 from ecdit_ds.config import MAY_CHANGE_ON_RESUME, Recipe, changed_fields, with_defaults
@@ -49,12 +50,13 @@ def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
     The caller makes sure that all ranks succeeded before it calls `engine.restored`.
 
     Raises:
-        CheckpointError: damage, or a tensor the checkpoint lacks or has in another shape.
+        CheckpointError: damage, a tensor the checkpoint lacks or has in another shape, or numbers that are not finite.
     """
     pieces = list(_pieces_held(engine, of_others=True))
     for piece in pieces:
         reader.expect(piece.name, piece.global_shape)
     reader.read_all_into((piece.name, piece.box, piece.data) for piece in pieces)
+    require_finite(reader.folder, _nonfinite_in(pieces))  # the first releases did not count
     return progress_of(reader)
 
 
@@ -137,6 +139,15 @@ def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:
 def pieces_of(engine: DeepSpeedEngine) -> Iterator[Piece]:
     """Yield what this rank writes: views of the engine's state, in global coordinates."""
     return _pieces_held(engine, of_others=False)
+
+
+def nonfinite_of(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Return how many numbers that this rank writes are NaN or infinite, by tensor that has any."""
+    return _nonfinite_in(pieces_of(engine))
+
+
+def _nonfinite_in(pieces: Iterable[Piece]) -> dict[str, int]:
+    return sum_nonfinite((piece.name, count_nonfinite(piece.data)) for piece in pieces)
 
 
 def _pieces_held(engine: DeepSpeedEngine, *, of_others: bool) -> Iterator[Piece]:

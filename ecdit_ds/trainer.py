@@ -8,28 +8,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ecdit_ds.callbacks import Callback
+from ecdit_ds.checkpoint.finite import sum_nonfinite, tell_nonfinite
 from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.causes import Replaced
 from ecdit_ds.ending import RunStatus, say
 from ecdit_ds.engine import DeepSpeedEngine, StepResult
-from ecdit_ds.errors import GaveUpError
+from ecdit_ds.errors import GaveUpError, NonFiniteError
 from ecdit_ds.faults import Faults
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.metrics import BadSamples, MetricLog, RoutingProbe, Tally, bad_sample_lines, finite_or_none
 from ecdit_ds.optim import learning_rate
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress
+from ecdit_ds.snapshot import Progress, nonfinite_of
 from ecdit_ds.stopping import StopRequest, reasons_of
 
+T = TypeVar("T")
 Batches = Callable[[int], Iterable[list[FlowBatch]]]
 """start sample -> this rank's micro-batches, step after step."""
 
@@ -93,8 +95,8 @@ class Trainer:
         A stop is agreed at a report: all ranks save that step and leave.
 
         Raises:
-            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient, or more samples are bad than
-                data.max_bad.
+            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient, weights or what is kept
+                beside them are not finite, or more samples are bad than data.max_bad.
             CheckpointError: the last checkpoint could not be written, or a newer attempt has taken over.
             LostRankError: a checkpoint was not written in time.
         """
@@ -119,6 +121,7 @@ class Trainer:
             self._given.status.step = progress.step
             self._record(progress, result, seconds_waited + time.perf_counter() - started, num_bad)
             self._saver.complain()
+            self._saver.keeps_all = result.is_skipped
             self._check_finite(progress)
             is_last = progress.step == train.max_steps
             is_checkpoint = progress.step % train.checkpoint_every == 0
@@ -210,13 +213,26 @@ class Trainer:
     def _report(self) -> bool:
         """Tell of the steps since the last report, and publish what all have written; return whether any is to stop."""
         wants_stop = self._given.stop.reason is not None
-        records, (stops, written) = self._log.flush(self.world, (wants_stop, self._saver.is_written))
+        answers = (wants_stop, self._saver.is_written, not self.engine.is_finite())
+        records, (stops, written, broken) = self._log.flush(self.world, answers)
         if records:
             self._tell(lambda callback: callback.on_report(records))
             self._judge(records)
-        if written == 1:
+        if written == 1 or broken:
             self._saver.finish()
+        if broken:
+            self._give_up_on_state()
         return stops > 0
+
+    def _give_up_on_state(self) -> NoReturn:
+        found = self.world.share(nonfinite_of(self.engine))
+        told = tell_nonfinite(sum_nonfinite(item for of_rank in found for item in of_rank.items()))
+        newest = self._saver.newest
+        raise GaveUpError(
+            f"step {self._given.status.step}: {told}, though gradients may be; no later step mends that, and it is not "
+            f"saved; lower optimizer.learning_rate or optimizer.weight_decay and go on from "
+            f"{newest.name if newest else 'the beginning'}"
+        )
 
     def _judge(self, records: list[dict[str, Any]]) -> None:
         """Tell of the bad samples of some steps; end the run, on all ranks alike, where they are too many."""
@@ -245,7 +261,7 @@ class Trainer:
             if step > 0:
                 with self.engine.averaged_weights():
                     averaged = self._given.heldout_losses(model)
-                    scores = score(model) if score else None
+                    scores = self._looked_at(step, lambda: score(model)) if score else None
         record = {
             "step": step,
             "heldout_loss": finite_or_none(float(np.mean(losses))),
@@ -258,8 +274,17 @@ class Trainer:
         prompts = list(self.recipe.sample.prompts)
         if prompts:
             with _evaluating(self.engine.module) as model, self.engine.averaged_weights():
-                pictures = self._given.draw(model)
-            self._tell(lambda callback: callback.on_samples(step, pictures, prompts))
+                pictures = self._looked_at(step, lambda: self._given.draw(model))
+            if pictures is not None:
+                self._tell(lambda callback: callback.on_samples(step, pictures, prompts))
+
+    def _looked_at(self, step: int, look: Callable[[], T]) -> T | None:
+        """Return what is only looked at; training goes on without pictures that are not finite, and says so."""
+        try:
+            return look()
+        except NonFiniteError as error:
+            self._note(f"step {step}: not drawn, training goes on: {error}")
+            return None
 
     def _note(self, text: str) -> None:
         self._tell(lambda callback: callback.on_note(text))

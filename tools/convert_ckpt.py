@@ -1,7 +1,8 @@
 """Look into, check, compare and convert checkpoints:  python tools/convert_ckpt.py COMMAND ...
 
     inspect CKPT              what is in it
-    verify CKPT               every checksum, every slice, every tensor of the model; exit code 0 only if all hold
+    verify CKPT               every checksum, every slice, every tensor of the model, every number finite; exit code 0
+                              only if all hold
     diff A B                  what differs; exit code 0 only if nothing does
     convert SRC DST --to ...  the same tensors in other files; streams, resumes, verifies, overwrites nothing
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.derived import WithAverage
+from ecdit_ds.checkpoint.finite import tell_nonfinite
 from ecdit_ds.checkpoint.formats import lacks_recipe
 from ecdit_ds.checkpoint.inspection import describe, differences, total_bytes, verify
 from ecdit_ds.checkpoint.model_facts import ModelFacts
@@ -174,7 +176,7 @@ def _convert(options: argparse.Namespace) -> int:
             _require_state(source)
             files = plan_universal(source, cut_axes, options.tp or 1)
         with _bar(bytes_to_move(files), "convert") as bar:
-            convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
+            nonfinite = convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
     elif options.to == "safetensors":
         if options.files or options.tp or options.ep or options.only == "all":
             raise ConfigError("--to safetensors: takes --only weights or ema, and --dtype; files are cut at 5 GB")
@@ -182,12 +184,16 @@ def _convert(options: argparse.Namespace) -> int:
         _require_kind(source, kind)
         files = plan_safetensors(source, kind, MAX_FILE_BYTES, dtype)
         with _bar(bytes_to_move(files), "convert") as bar:
-            convert_to_safetensors(source, options.destination, kind, files, bar.update)
+            nonfinite = convert_to_safetensors(source, options.destination, kind, files, bar.update)
     else:
         files = _ecdit_files(source, options, dtype)
         with _bar(bytes_to_move(files), "convert") as bar:
-            convert_to_ecdit(source, options.destination, files, bar.update)
+            nonfinite = convert_to_ecdit(source, options.destination, files, bar.update)
     print(_one_line(f"{folder} -> {options.destination}, read back and compared"))
+    if nonfinite:
+        print(
+            _one_line(f"note: {tell_nonfinite(nonfinite)}, and it says so; nothing trains on from it or draws with it")
+        )
     if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
         print("note: there is no average (ema), which training needs; --ema-from-weights begins one")
     return 0

@@ -226,7 +226,7 @@ def fid(options: argparse.Namespace) -> None:
 def clip(options: argparse.Namespace) -> None:
     """CLIP score of pictures and their prompts."""
     from ecdit_ds.evaluation.clip import load_clip
-    from ecdit_ds.evaluation.clip_score import clip_scores, mean_clip_score
+    from ecdit_ds.evaluation.clip_score import clip_scores, is_score, mean_clip_score
     from ecdit_ds.evaluation.pretrained import fingerprint
 
     task = task_of(options, "prompts", "limit")
@@ -241,7 +241,7 @@ def clip(options: argparse.Namespace) -> None:
             for i, score in zip(indices, clip_scores(pairs, judge, batch_size=options.batch_size), strict=True):
                 yield {"index": i, "prompt": pictures[i].prompt, "file": pictures[i].file, "score": score}
 
-        rows = task.judge(len(pictures), verdicts, lambda row: type(row.get("score")) is float)
+        rows = task.judge(len(pictures), verdicts, lambda row: is_score(row.get("score")))
         return {"clip_score": mean_clip_score([row["score"] for row in rows.values()]), "pictures": len(rows)}
 
     judges = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ecdit_ds.crew import Crew, join_crew
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
-from ecdit_ds.errors import ConfigError, DataError
+from ecdit_ds.errors import ConfigError, DataError, NonFiniteError
 from ecdit_ds.gallery import Job, Picture, do_compete, fill, gallery_identity, read_gallery
 from ecdit_ds.ledger import Ledger, Row, work_through
 from ecdit_ds.loading import StoredModel, open_model
@@ -90,12 +91,16 @@ class Task:
 
         Raises:
             DataError: the folder is of an evaluation with other settings.
+            NonFiniteError: a result is not finite; it is not written.
         """
         world, metric = self.crew.world, self.options.metric
         settings = json.loads(json.dumps({"metric": metric} | world.together(self.facts) | settings))
         results = world.on_first(partial(_claim, self.folder, settings))
-        if results is None:
+        if results is not None:
+            _require_finite(results, f"{self.folder / _RESULTS_NAME}: delete it, and it is worked out again")
+        else:
             results = work()
+            _require_finite(results, "nothing is written; the model overflows or is damaged")
             told = {"metric": metric, "results": results, "settings": settings}
             world.on_first(lambda: _write(
                 self.folder / _RESULTS_NAME, told | describe_run(self.crew.device, _PACKAGES)
@@ -171,6 +176,20 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise DataError(f"{results}: holds no results; delete it, and they are worked out again")
     return found
+
+
+def _require_finite(results: dict[str, Any], way_out: str) -> None:
+    if bad := [place for place, value in _numbers(results, "") if not math.isfinite(value)]:
+        raise NonFiniteError(f"results: {', '.join(bad)} not finite; {way_out}")
+
+
+def _numbers(found: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested JSON, with their places."""
+    if isinstance(found, dict | list):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from _numbers(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(found, int | float):
+        yield place, found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.manifest import (
     Manifest,
@@ -45,28 +46,38 @@ class _Note:
     held: Held
 
 
-def convert_to_ecdit(source: Source, destination: Path, files: list[FilePlan], tick: Tick) -> None:
-    """Write our format."""
+def convert_to_ecdit(source: Source, destination: Path, files: list[FilePlan], tick: Tick) -> dict[str, int]:
+    """Write our format; as `convert`."""
 
     def texts(held: Sequence[Held]) -> dict[str, bytes]:
         return {MANIFEST_NAME: _encoded_manifest(source, destination, files, held)}
 
-    convert(source, destination, files, texts, tick)
+    return convert(source, destination, files, texts, tick)
 
 
-def convert_to_safetensors(source: Source, destination: Path, kind: str, files: list[FilePlan], tick: Tick) -> None:
-    """Write the weights of one kind as Hugging Face's libraries do, with an index and our `config.json`."""
+def convert_to_safetensors(
+    source: Source, destination: Path, kind: str, files: list[FilePlan], tick: Tick
+) -> dict[str, int]:
+    """Write weights of one kind as Hugging Face's libraries do, with an index and our `config.json`; as `convert`."""
     weight_map = {target.key: plan.name for plan in files for target in plan.targets}
     total = sum(plan.nbytes for plan in files)
-    contents = {
-        INDEX_NAME: {"metadata": {"total_size": total}, "weight_map": weight_map},
-        CONFIG_NAME: {"model_type": "ecdit", "step": source.step, "kind": kind, "meta": dict(source.meta)},
-    }
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    config = {"model_type": "ecdit", "step": source.step, "kind": kind, "meta": dict(source.meta)}
 
-    def texts(_: Sequence[Held]) -> dict[str, bytes]:
+    def texts(held: Sequence[Held]) -> dict[str, bytes]:
+        contents = {INDEX_NAME: index, CONFIG_NAME: config | {"nonfinite": nonfinite_of(files, held)}}
         return {name: json.dumps(text, indent=1, sort_keys=True).encode() + b"\n" for name, text in contents.items()}
 
-    convert(source, destination, files, texts, tick)
+    return convert(source, destination, files, texts, tick)
+
+
+def nonfinite_of(files: Sequence[FilePlan], held: Sequence[Held]) -> dict[str, int]:
+    """Return how many numbers are NaN or infinite in what was written, by global tensor that has any."""
+    return sum_nonfinite(
+        (target.name, count)
+        for plan, found in zip(files, held, strict=True)
+        for target, count in zip(plan.targets, found.nonfinite, strict=True)
+    )
 
 
 def bytes_to_move(files: list[FilePlan]) -> int:
@@ -77,14 +88,17 @@ def bytes_to_move(files: list[FilePlan]) -> int:
 def convert(
     source: Source, destination: Path, files: list[FilePlan], texts: Callable[[Sequence[Held]], dict[str, bytes]],
     tick: Tick,
-) -> None:  # fmt: skip
-    """Write all files, then the texts about them, and publish.
+) -> dict[str, int]:  # fmt: skip
+    """Write all files, then the texts about them, and publish; return the numbers that are not finite, by tensor.
 
     Args:
         texts: from what `files` hold to name -> content of what is written beside them; asked before anything is
             written as well, for its names and for what it refuses.
     """
-    blank = [Held(xxh3=("",) * len(file.targets), header_xxh3="", size_bytes=0) for file in files]
+    blank = [
+        Held(xxh3=("",) * (count := len(file.targets)), header_xxh3="", size_bytes=0, nonfinite=(0,) * count)
+        for file in files
+    ]
     try:
         names = {*(file.name for file in files), *texts(blank)}  # and nothing is begun whose texts would be refused
     except (TypeError, ValueError, RecursionError) as error:
@@ -97,6 +111,7 @@ def convert(
         for name, text in texts(held).items():
             write_durably(space.place(name), text)
         space.publish()
+    return nonfinite_of(files, held)
 
 
 def _write_file(
@@ -109,13 +124,16 @@ def _write_file(
         tick(2 * file.nbytes)
         return earlier
     writer = file.writer(path)
-    checksums = [xxhash.xxh3_64() for _ in file.targets]
+    checksums, nonfinite = [xxhash.xxh3_64() for _ in file.targets], [0] * len(file.targets)
     for index, data in _read_ahead(source, file.targets, reader):
         values = writer.append(data)
         checksums[index].update(values)
+        nonfinite[index] += count_nonfinite(data)
         tick(len(values))
     xxh3 = tuple(checksum.hexdigest() for checksum in checksums)
-    held = Held(xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close())
+    held = Held(
+        xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close(), nonfinite=tuple(nonfinite)
+    )  # fmt: skip
     if held != _read_back(file, path):
         raise CheckpointError(f"{path}: reads back other than written; the disk may be failing, use another")
     write_durably(space.note(file.name), json.dumps(asdict(_Note(plan=plan, held=held))).encode())
@@ -191,7 +209,12 @@ def _encoded_manifest(source: Source, destination: Path, files: list[FilePlan], 
         name: StoredTensor(dtype=dtypes[name], shape=source.tensors[name][1], slices=tuple(cuts))
         for name, cuts in slices.items()
     }
-    encoded = encode_manifest(Manifest(step=source.step, meta=source.meta, files=stored_files, tensors=tensors))
+    encoded = encode_manifest(
+        Manifest(
+            step=source.step, meta=source.meta, files=stored_files, tensors=tensors,
+            nonfinite=nonfinite_of(files, held),
+        )
+    )  # fmt: skip
     decode_manifest(encoded, destination / MANIFEST_NAME)
     return encoded
 
@@ -200,7 +223,8 @@ def _read_note(path: Path, plan: str) -> Held | None:
     try:
         note = json.loads(path.read_bytes())
         held = note["held"]
-        return Held(**held | {"xxh3": tuple(held["xxh3"])}) if note["plan"] == plan else None
+        lists = {"xxh3": tuple(held["xxh3"]), "nonfinite": tuple(held["nonfinite"])}
+        return Held(**held | lists) if note["plan"] == plan else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

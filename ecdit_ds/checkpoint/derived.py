@@ -20,6 +20,8 @@ _DENSE_OF = {"ffn.experts.w1": "ffn.up.weight", "ffn.experts.w2": "ffn.down.weig
 class WithAverage:
     """A checkpoint without an average, which then begins at the weights."""
 
+    nonfinite: Mapping[str, int] | None = None
+
     def __init__(self, source: Source) -> None:
         if any(name.startswith(f"{_EMA}/") for name in source.tensors):
             raise CheckpointError("--ema-from-weights: the checkpoint holds an ema already; leave the flag away")
@@ -59,6 +61,8 @@ class UpcycledSource:
 
     Source: sparse upcycling, arXiv 2212.05055.
     """
+
+    nonfinite: Mapping[str, int] | None = None
 
     def __init__(self, source: Source, upcycling: Upcycling) -> None:
         check_upcyclable(source, upcycling.recipe)

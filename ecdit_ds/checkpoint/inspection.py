@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite, tell_nonfinite
 from ecdit_ds.checkpoint.sources import EcditSource, Source, Tick, parts_of, read_part
 from ecdit_ds.checkpoint.universal import UniversalSource
 from ecdit_ds.config import changed_fields, with_defaults
@@ -18,7 +19,7 @@ _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 
 def describe(source: Source) -> list[str]:
-    """Return lines: step, recipe, kinds with their sizes, files and slices."""
+    """Return lines: step, recipe, kinds with their sizes, files and slices, and numbers that are not finite."""
     meta, recipe = source.meta, _section(source.meta, "recipe")
     model, parallel = _section(recipe, "model"), _section(recipe, "parallel")
     lines = [
@@ -37,7 +38,9 @@ def describe(source: Source) -> list[str]:
         slices = sum(len(stored.slices) for stored in source.manifest.tensors.values())
         size = sum(file.size_bytes for file in source.manifest.files.values())
         lines.append(f"files        {len(source.manifest.files)} with {slices} slices, {size:,} bytes")
-    return lines
+    found = source.nonfinite
+    said = "does not say; verify counts" if found is None else tell_nonfinite(found) if found else "all numbers are"
+    return [*lines, f"finite       {said}"]
 
 
 def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names: Collection[str], tick: Tick) -> int:
@@ -51,7 +54,7 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names:
         state_names: what the recipe's optimizer keeps; where any of it is there, all must be.
 
     Raises:
-        CheckpointError: naming the file or tensor.
+        CheckpointError: naming the file or tensor; also where a number is not finite.
     """
     kinds = _by_kind(source)
     if kinds.keys() & set(state_names):
@@ -66,18 +69,26 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names:
             source.open_file(file)
     if isinstance(source, UniversalSource):
         source.verify_counts()
-    total = 0
-    for name in source.tensors:
-        if isinstance(source, EcditSource):
-            stored = source.manifest.tensors[name]
-            for cut in stored.slices:
-                source.verify_slice(stored, cut)
-                tick(cut.box.numel * source.tensors[name][0].itemsize)
-        else:
-            for part in _parts(source, name):
-                tick(read_part(source, name, part).nbytes)
-        total += _nbytes(source, name)
-    return total
+    found = sum_nonfinite((name, count) for name in source.tensors for count in _nonfinite_parts(source, name, tick))
+    if found:
+        raise CheckpointError(f"{tell_nonfinite(found)}; use a checkpoint from before")
+    if source.nonfinite:
+        raise CheckpointError(f"says that {tell_nonfinite(source.nonfinite)}, but all are; convert it anew")
+    return total_bytes(source)
+
+
+def _nonfinite_parts(source: Source, name: str, tick: Tick) -> Iterator[int]:
+    """Read all of a tensor, compared with its checksums; yield of each part how many numbers are not finite."""
+    if isinstance(source, EcditSource):
+        stored = source.manifest.tensors[name]
+        for cut in stored.slices:
+            yield source.count_nonfinite(stored, cut)
+            tick(cut.box.numel * source.tensors[name][0].itemsize)
+    else:
+        for part in _parts(source, name):
+            data = read_part(source, name, part)
+            yield count_nonfinite(data)
+            tick(data.nbytes)
 
 
 def _require_all_kinds(source: Source, held: Collection[str], state_names: Collection[str]) -> None:

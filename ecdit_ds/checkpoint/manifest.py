@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from ecdit_ds.checkpoint.boxes import Box, check_cover
+from ecdit_ds.checkpoint.finite import nonfinite_in_json
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME, step_name, step_of
 from ecdit_ds.checkpoint.ranges import require_plain_file
 from ecdit_ds.errors import CheckpointError
@@ -82,6 +83,8 @@ class Manifest:
     """What the saver wished to keep beside the tensors, as plain JSON: recipe, samples_seen, ..."""
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
+    nonfinite: Mapping[str, int] | None = None
+    """Numbers that are NaN or infinite, by tensor that has any; None where nobody counted, as the first releases."""
 
 
 def shard_name(writer: int) -> str:
@@ -101,6 +104,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     }
     files = {name: {"bytes": file.size_bytes, "header_xxh3": file.header_xxh3} for name, file in manifest.files.items()}
     content = {"format": FORMAT, "version": VERSION, "step": manifest.step, "meta": dict(manifest.meta)}
+    content |= {} if manifest.nonfinite is None else {"nonfinite": dict(manifest.nonfinite)}
     # Read back once: a whole-number key of `meta` sorts as text after a round trip, and the checksum must not change.
     content = json.loads(_canonical(content | {"files": files, "tensors": tensors}))
     return _canonical(content | {"xxh3": xxhash.xxh3_64_hexdigest(_canonical(content))})
@@ -188,7 +192,8 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
         raise TypeError("meta is not a mapping")
     if type(data["step"]) is not int or not 0 <= data["step"] < 2**63:
         raise ValueError(f"step {data['step']!r} is not a whole number from 0 on")
-    return Manifest(step=data["step"], meta=data["meta"], files=files, tensors=tensors)
+    nonfinite = nonfinite_in_json(data.get("nonfinite"), tensors)
+    return Manifest(step=data["step"], meta=data["meta"], files=files, tensors=tensors, nonfinite=nonfinite)
 
 
 def _tensor_from_json(name: str, data: dict[str, Any]) -> StoredTensor:

@@ -1,7 +1,7 @@
 """Which tensors go into which new files, by what a conversion is for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +38,8 @@ class Held:
     header_xxh3: str
     """Of what the file says besides."""
     size_bytes: int
+    nonfinite: tuple[int, ...] = field(default=(), compare=False)
+    """Numbers that are NaN or infinite, by target; counted while it is written, and not by `read_back`."""
 
 
 class Writer(Protocol):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, shifted
+from ecdit_ds.checkpoint.finite import require_finite
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.manifest import DTYPES, StoredTensor
 from ecdit_ds.checkpoint.slices import CheckedSlices
@@ -120,7 +121,7 @@ class Reader:
 
 
 def newest_valid(root: Path, thorough: bool = False) -> tuple[Reader | None, list[str]]:
-    """Open the newest checkpoint of `root` that is whole, falling back to older ones.
+    """Open the newest checkpoint of `root` that is whole and says of no number that it is not finite, or an older one.
 
     Args:
         root: holds `step_N` folders; may be missing or empty.
@@ -137,6 +138,7 @@ def newest_valid(root: Path, thorough: bool = False) -> tuple[Reader | None, lis
     for folder in list_checkpoints(root):
         try:
             reader = Reader(folder)
+            require_finite(folder, reader.manifest.nonfinite)
             if thorough:
                 reader.verify()
             return reader, rejections

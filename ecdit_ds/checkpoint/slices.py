@@ -27,6 +27,12 @@ class CheckedSlices:
         if (cut.file, cut.key) not in self._verified:
             self._compare(cut, self._file_of(stored, cut).xxh3(cut.key))
 
+    def count_nonfinite(self, stored: StoredTensor, cut: StoredSlice) -> int:
+        """Compare a slice with its checksum; return how many of its numbers are not finite."""
+        actual, nonfinite = self._file_of(stored, cut).xxh3_and_nonfinite(cut.key)
+        self._compare(cut, actual)
+        return nonfinite
+
     def read_slice(self, stored: StoredTensor, cut: StoredSlice, box: Box) -> Tensor:
         """Return a box, in its own coordinates, of a slice."""
         self.verify_slice(stored, cut)

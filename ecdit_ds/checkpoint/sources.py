@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, shifted
+from ecdit_ds.checkpoint.finite import nonfinite_in_json
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.manifest import DTYPES, encode_manifest
 from ecdit_ds.checkpoint.ranges import reading, require_plain_file
@@ -45,6 +46,11 @@ class Source(Protocol):
         ...
 
     @property
+    def nonfinite(self) -> Mapping[str, int] | None:
+        """Return how many numbers it says are not finite, by tensor that has any; None where it does not say."""
+        ...
+
+    @property
     def identity(self) -> list[str]:
         """Return what tells this content from another: a restarted conversion goes on only with the same."""
         ...
@@ -59,7 +65,7 @@ class EcditSource(CheckedSlices):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.step, self.meta = self.manifest.step, self.manifest.meta
+        self.step, self.meta, self.nonfinite = self.manifest.step, self.manifest.meta, self.manifest.nonfinite
         self.tensors = {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self.manifest.tensors.items()}
         check_tensors(folder / MANIFEST_NAME, self.tensors)
 
@@ -104,6 +110,7 @@ class SafetensorsSource:
         entries = {name: file.entries[key] for name, (file, key) in self._where.items()}
         self.tensors = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         check_tensors(folder, self.tensors)
+        self.nonfinite = nonfinite_said(folder / CONFIG_NAME, config, self.tensors)
 
     @property
     def identity(self) -> list[str]:
@@ -194,6 +201,14 @@ def step_and_meta(path: Path, content: Mapping[str, Any]) -> tuple[int, dict[str
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: meta is {meta!r}, not an object")
     return step, meta
+
+
+def nonfinite_said(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return what a JSON file says of numbers that are not finite; as `Source.nonfinite`."""
+    try:
+        return nonfinite_in_json(content.get("nonfinite"), tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def check_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME, step_name
 from ecdit_ds.checkpoint.lease import Lease, attempt_name
 from ecdit_ds.checkpoint.manifest import (
@@ -93,6 +94,8 @@ class Save:
         self._shard: dict[str, Any] | None = None
         self.fault: str | None = None
         """Why this peer's part could not be written."""
+        self.nonfinite: dict[str, int] = {}
+        """On every peer, once published: numbers that are NaN or infinite, by tensor."""
         with self._all_or_nothing():
             self.pieces = self._together(lambda: list(pieces))
             """Read by `write`; whoever replaces them by copies may change the originals meanwhile."""
@@ -126,7 +129,8 @@ class Save:
         with self._all_or_nothing():
             shard = self._together(self._written)
             shards = self._peers.gather(shard)  # None but on rank 0
-            self._together(lambda: self._rename(_merge(shards, self.step, self._meta)) if shards else None)
+            found = self._together(lambda: self._rename(_merge(shards, self.step, self._meta)) if shards else {})
+        self.nonfinite = self._peers.broadcast(found)
         return self.folder
 
     def _written(self) -> dict[str, Any]:
@@ -146,7 +150,9 @@ class Save:
             if shutil.disk_usage(self._writing).free < _FREE_SPACE_FACTOR * need_bytes:
                 raise OSError(errno.ENOSPC, "found before writing")
 
-    def _rename(self, manifest: Manifest) -> None:
+    def _rename(self, manifest: Manifest) -> dict[str, int]:
+        """Publish, and return what is not finite: that is evidence for a person, and `latest` names another."""
+        nonfinite = dict(manifest.nonfinite or {})
         self._reached("before-manifest")
         path, text = self._writing / MANIFEST_NAME, encode_manifest(manifest)
         with _explained(path, len(text)):
@@ -164,7 +170,9 @@ class Save:
             self._reached("after-rename")
             put_on_disk(self.folder.parent)
             self._reached("before-latest")
-            write_latest(self.folder.parent, self.folder)
+            if not nonfinite:
+                write_latest(self.folder.parent, self.folder)
+        return nonfinite
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -224,9 +232,10 @@ def _write_shard(path: Path, pieces: list[Piece], reached: Reached) -> dict[str,
     for key, piece in zip(keys, pieces, strict=True):
         if len(slices) == len(pieces) // 2:
             reached("mid-shard")
-        digest = xxhash.xxh3_64()
+        digest, nonfinite = xxhash.xxh3_64(), 0
         for part in piece.data.detach().reshape(-1).cpu().split(_PART_NUMEL):
             digest.update(writer.append(part))
+            nonfinite += count_nonfinite(part)
         slices.append(
             {
                 "name": piece.name,
@@ -236,6 +245,7 @@ def _write_shard(path: Path, pieces: list[Piece], reached: Reached) -> dict[str,
                 "offset": piece.box.offset,
                 "shape": piece.box.shape,
                 "xxh3": digest.hexdigest(),
+                "nonfinite": nonfinite,
             }
         )
     size_bytes = writer.close()
@@ -277,7 +287,8 @@ def _merge(shards: list[dict[str, Any]], step: int, meta: dict[str, Any]) -> Man
     for name, tensor in tensors.items():
         check_tensor_cover(name, tensor)
     files = {shard["file"]: StoredFile(size_bytes=shard["bytes"], header_xxh3=shard["header_xxh3"]) for shard in shards}
-    return Manifest(step=step, meta=meta, files=files, tensors=tensors)
+    nonfinite = sum_nonfinite((cut["name"], cut["nonfinite"]) for shard in shards for cut in shard["slices"])
+    return Manifest(step=step, meta=meta, files=files, tensors=tensors, nonfinite=nonfinite)
 
 
 @contextmanager

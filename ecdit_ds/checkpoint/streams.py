@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.finite import count_nonfinite
 from ecdit_ds.checkpoint.ranges import RangedFile, bytes_of
 from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import CheckpointError
@@ -69,6 +70,15 @@ class TensorFile(RangedFile):
         entry = self.entries[key]
         with self._open() as file:
             return self._xxh3(file, entry.begin, entry.nbytes)
+
+    def xxh3_and_nonfinite(self, key: str) -> tuple[str, int]:
+        """Return the checksum of a tensor's bytes, and how many of its numbers are not finite; one reading."""
+        entry, digest, nonfinite = self.entries[key], xxhash.xxh3_64(), 0
+        with self._open() as file:
+            for part in self._chunks(file, entry.begin, entry.nbytes):
+                digest.update(part)
+                nonfinite += count_nonfinite(torch.frombuffer(part, dtype=entry.dtype))
+        return digest.hexdigest(), nonfinite
 
     def read_into(self, key: str, out: Tensor) -> str:
         """Fill a contiguous tensor of the same dtype and size on the host; return the checksum of the bytes."""

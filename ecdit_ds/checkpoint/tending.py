@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from ecdit_ds.checkpoint.finite import require_finite
 from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.phases import Reached, go_on
@@ -23,9 +24,9 @@ def remove_old(
 ) -> list[Path]:
     """Remove all but the newest `keep` checkpoints, and return what was removed.
 
-    Whatever is a link or has no valid manifest is left alone: what this program cannot prove to be its own whole
-    checkpoint is evidence for a person, not waste. A folder is renamed before it is deleted, so that a half-deleted
-    one never looks like a checkpoint.
+    Whatever is a link, has no valid manifest or is not finite is left alone and does not count: what this program
+    cannot prove to be its own whole checkpoint is evidence for a person, not waste. A folder is renamed before it is
+    deleted, so that a half-deleted one never looks like a checkpoint.
 
     Args:
         keep: 2 or more, since one may prove damaged.
@@ -85,9 +86,9 @@ def remove_stale_attempts(root: Path) -> list[Path]:
 
 
 def fault_of(folder: Path) -> CheckpointError | None:
-    """Return what is wrong with a checkpoint's manifest or the sizes of its files."""
+    """Return what is wrong with a checkpoint's manifest, the sizes of its files, or its numbers by what it says."""
     try:
-        read_manifest(folder)
+        require_finite(folder, read_manifest(folder).nonfinite)
     except CheckpointError as error:
         return error
     return None

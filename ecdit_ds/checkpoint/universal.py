@@ -23,7 +23,7 @@ from torch import Tensor
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.ranges import reading
-from ecdit_ds.checkpoint.sources import check_tensors, read_json, step_and_meta
+from ecdit_ds.checkpoint.sources import check_tensors, nonfinite_said, read_json, step_and_meta
 from ecdit_ds.checkpoint.torch_files import Skipped, StoredTensor, TorchFile
 from ecdit_ds.errors import CheckpointError
 
@@ -54,6 +54,7 @@ class UniversalSource:
 
     step: int
     meta: Mapping[str, Any]
+    nonfinite: Mapping[str, int] | None = None
 
     def __init__(self, folder: Path, facts: ModelFacts | None) -> None:
         self.folder = folder
@@ -111,6 +112,7 @@ class UniversalSource:
         if recorded != (actual := checksum(content)):
             raise CheckpointError(f"{path}: has checksum {actual}, recorded {recorded}: damaged; use another")
         self.step, self.meta = step_and_meta(path, content)
+        self.nonfinite = nonfinite_said(path, content, self._files)
         _check_all_there(self.folder, self._files, set(map(str, content.get("tensors", ()))))
 
 

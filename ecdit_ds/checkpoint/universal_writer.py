@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecdit_ds.checkpoint.convert import convert
+from ecdit_ds.checkpoint.convert import convert, nonfinite_of
 from ecdit_ds.checkpoint.plans import FilePlan, Held, Target, whole_target
 from ecdit_ds.checkpoint.ranges import bytes_of
 from ecdit_ds.checkpoint.sources import Source, Tick
@@ -95,19 +95,24 @@ def plan_universal(source: Source, cut_axes: Callable[[str], dict[str, int]], tp
     return files
 
 
-def convert_to_universal(source: Source, destination: Path, files: list[FilePlan], tp: int, tick: Tick) -> None:
-    """Write a Universal Checkpoint.
+def convert_to_universal(
+    source: Source, destination: Path, files: list[FilePlan], tp: int, tick: Tick
+) -> dict[str, int]:
+    """Write a Universal Checkpoint; as `convert`.
 
     Args:
         files: as `plan_universal` returned them.
         tp: as many files tell the tensor-parallel ranks where training is.
     """
 
-    def texts(_: Sequence[Held]) -> dict[str, bytes]:
+    def texts(held: Sequence[Held]) -> dict[str, bytes]:
         tag, contents = _tag(source), _torch_texts(source, tp)
         folders = sorted({file.name.rsplit("/", 1)[0] for file in files})
         step = torch_bytes(_step(source))
-        content = {"step": source.step, "meta": dict(source.meta), "tensors": sorted(source.tensors)}
+        content = {
+            "step": source.step, "meta": dict(source.meta), "tensors": sorted(source.tensors),
+            "nonfinite": nonfinite_of(files, held),
+        }  # fmt: skip
         text = json.dumps(content | {"xxh3": checksum(content)}, indent=1, sort_keys=True, allow_nan=False)
         return (
             {f"{folder}/{STEP}.pt": step for folder in folders}
@@ -115,7 +120,7 @@ def convert_to_universal(source: Source, destination: Path, files: list[FilePlan
             | {f"{tag}/{OURS}": text.encode() + b"\n", LATEST: tag.encode()}
         )
 
-    convert(source, destination, files, texts, tick)
+    return convert(source, destination, files, texts, tick)
 
 
 def _torch_texts(source: Source, tp: int) -> dict[str, Any]:

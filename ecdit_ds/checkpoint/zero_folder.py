@@ -12,7 +12,7 @@ may write as well, hold rounded copies and are not needed.
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ class _Piece:
 
 class ZeroSource:
     """A tag's folder. Parameters that tensor-parallel ranks hold alike are read from all of them and compared."""
+
+    nonfinite: Mapping[str, int] | None = None
 
     def __init__(self, folder: Path, facts: ModelFacts | None) -> None:
         self.folder = folder

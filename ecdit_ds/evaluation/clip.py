@@ -37,7 +37,11 @@ class Clip:
     device: torch.device
 
     def embed_pictures(self, pictures: Iterable[Image.Image], *, batch_size: int) -> Iterator[Tensor]:
-        """Yield unit vectors_BD (fp32, on the CPU) of `batch_size` pictures at a time, in order."""
+        """Yield unit vectors_BD (fp32, on the CPU) of `batch_size` pictures at a time, in order.
+
+        Raises:
+            EvaluationError: they are not finite; so does `embed_texts`.
+        """
         for rows in in_batches(
             pictures,
             self.processor,
@@ -45,7 +49,7 @@ class Clip:
             batch_size=batch_size,
             device=self.device,
         ):
-            yield normalize(torch.stack(rows).cpu(), dim=-1)
+            yield _unit(torch.stack(rows), "pictures")
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -56,7 +60,14 @@ class Clip:
         found = self.model.get_text_features(
             input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
         )
-        return normalize(found.pooler_output.cpu(), dim=-1)
+        return _unit(found.pooler_output, "texts")
+
+
+def _unit(vectors_BD: Tensor, of: str) -> Tensor:
+    """Return unit vectors; NaN would be a colour, the first, to whoever asks for the closest."""
+    if not bool(vectors_BD.isfinite().all()):
+        raise EvaluationError(f"{_PURPOSE}: vectors of {of} are not finite; it overflows or is damaged")
+    return normalize(vectors_BD.cpu(), dim=-1)
 
 
 def load_clip(name: str, *, device: torch.device) -> Clip:

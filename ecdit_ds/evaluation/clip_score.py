@@ -28,6 +28,11 @@ def clip_scores(pictures: Iterable[tuple[Image.Image, str]], clip: Clip, *, batc
         yield from (100.0 * torch.as_tensor(cosines_B).clamp(min=0.0)).tolist()
 
 
+def is_score(value: object) -> bool:
+    """Return whether a value read from a file can be a score."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def mean_clip_score(scores: Sequence[float]) -> float:
     """Return the mean, equal for every order of `scores`; raise EvaluationError where there are none."""
     if not scores:

@@ -9,6 +9,7 @@ Sums are all it needs, so sets are encoded in parts, on as many ranks as there a
 Suffixes: B pictures, D features.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
     """Return the Frechet distance between two sets, at least 0.
 
     Raises:
-        EvaluationError: fewer than 2 pictures, features of two models, or features that are not finite.
+        EvaluationError: fewer than 2 pictures, features of two models, or features or a distance that is not finite.
     """
     _require_same_features(real, generated)
     for name, statistics in (("real", real), ("generated", generated)):
@@ -105,10 +106,9 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
             raise EvaluationError(
                 f"{name} pictures: {statistics.count} have no covariance; give at least {_FEWEST}, better thousands"
             )
-        if not (statistics.sum_D.isfinite().all() and statistics.outer_DD.isfinite().all()):
-            raise EvaluationError(
-                f"{name} pictures: features are not finite; the features model overflows or is damaged"
-            )
+        _require_finite(name, statistics)
+    if not (real.outer_DD @ generated.outer_DD).isfinite().all():  # LAPACK may crash on the eigenvalues of such
+        raise EvaluationError("Frechet distance: products of covariances overflow; the features model is damaged")
     dim = len(real.sum_D)
     metric = FrechetInceptionDistance(feature=_AsGiven(dim))
     for is_real in (True, False):
@@ -119,7 +119,10 @@ def frechet_distance(real: FeatureStatistics, generated: FeatureStatistics) -> f
         torch.tensor(real.count),
         torch.tensor(generated.count),
     )
-    return max(0.0, float(metric.compute()))
+    distance = float(metric.compute())
+    if not math.isfinite(distance):  # and max(0.0, nan) is 0.0
+        raise EvaluationError(f"Frechet distance: is {distance}; the features model overflows or is damaged")
+    return max(0.0, distance)
 
 
 def shortage(name: str, statistics: FeatureStatistics) -> str | None:
@@ -138,7 +141,12 @@ def shortage(name: str, statistics: FeatureStatistics) -> str | None:
 
 
 def save_statistics(statistics: FeatureStatistics, path: Path) -> None:
-    """Write statistics as safetensors, whole or not at all; raise OSError for no space or no permission."""
+    """Write statistics as safetensors, whole or not at all; raise OSError for no space or no permission.
+
+    Raises:
+        EvaluationError: features are not finite.
+    """
+    _require_finite("real", statistics)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         "sum": statistics.sum_D.contiguous(),
@@ -176,6 +184,11 @@ class _AsGiven(nn.Identity):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.num_features = dim
+
+
+def _require_finite(name: str, statistics: FeatureStatistics) -> None:
+    if not (statistics.sum_D.isfinite().all() and statistics.outer_DD.isfinite().all()):
+        raise EvaluationError(f"{name} pictures: features are not finite; the features model overflows or is damaged")
 
 
 def _require_same_features(one: FeatureStatistics, other: FeatureStatistics) -> None:

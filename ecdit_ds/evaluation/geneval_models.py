@@ -38,6 +38,8 @@ _PURPOSE = "object detector"
 _BACKGROUND = "#999"
 _TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 _CROPS_AT_ONCE = 16
+_READ = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
+"""Outputs that objects are read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Detector:
     def _find_boxes(
         self, inputs: dict[str, Tensor], sizes: list[tuple[int, int]], confidence: float
     ) -> list[list[DetectedObject]]:
-        outputs = self.model(**inputs)
+        outputs = self._ask(inputs)
         results = self.processor.post_process_object_detection(outputs, threshold=confidence, target_sizes=sizes)
         return [
             [
@@ -82,7 +84,7 @@ class Detector:
     def _find_masks(
         self, inputs: dict[str, Tensor], sizes: list[tuple[int, int]], confidence: float
     ) -> list[list[DetectedObject]]:
-        outputs = self.model(**inputs)
+        outputs = self._ask(inputs)
         results = self.processor.post_process_instance_segmentation(
             outputs, threshold=confidence, target_sizes=sizes, return_binary_maps=True
         )
@@ -97,6 +99,14 @@ class Detector:
                 for info, mask in zip(infos, masks, strict=True)
             ])  # fmt: skip
         return found
+
+    def _ask(self, inputs: dict[str, Tensor]) -> Any:
+        """Return the model's output; of NaN it would be read that there is no object."""
+        outputs = self.model(**inputs)
+        read = [found for name in _READ if (found := getattr(outputs, name, None)) is not None]
+        if not all(bool(found.isfinite().all()) for found in read):
+            raise EvaluationError(f"{_PURPOSE}: what it finds is not finite; it overflows or is damaged")
+        return outputs
 
     def _name(self, label: int) -> str:
         return canonical_class(self.model.config.id2label[label])

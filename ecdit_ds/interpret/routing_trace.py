@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.config import SampleConfig
 from ecdit_ds.drawing import TextToImage
-from ecdit_ds.errors import ConfigError
+from ecdit_ds.errors import ConfigError, NonFiniteError
 from ecdit_ds.flow.samplers import StepCallback, VelocityFn
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, with_capacity_factor
 from ecdit_ds.model_config import ModelConfig
@@ -78,6 +78,7 @@ def trace_routing(
     Raises:
         ConfigError: the model has no expert-choice layer.
         DataError: the prompt is longer than the text encoder takes.
+        NonFiniteError: as `TextToImage.draw`.
     """
     config = pipeline.recipe.model
     require_expert_choice(config)
@@ -88,7 +89,7 @@ def trace_routing(
     with with_capacity_factor(pipeline.model, sample.capacity_factor):
         routed = [route_images(pipeline, velocity, passed[step][1], passed[step][0]) for step in steps]
     with torch.no_grad():
-        states = [to_uint8(pipeline.image_encoder.decode(passed[step][1][:1]))[0] for step in steps]
+        states = [to_uint8(pipeline.decode(passed[step][1][:1], prompts[:1]))[0] for step in steps]
     return RoutingTrace(
         image_HWC=image_HWC,
         steps=steps,
@@ -130,12 +131,17 @@ def expected_experts(config: ModelConfig, factor: float | None = None) -> float:
 def route_images(
     pipeline: TextToImage, velocity: VelocityFn, latents_BCHW: Tensor, time: float
 ) -> npt.NDArray[np.bool_]:
-    """Return taken_LBEHW: whether, in each layer of experts, an expert took a patch of an image at that time."""
+    """Return taken_LBEHW: whether, in each layer of experts, an expert took a patch of an image at that time.
+
+    Raises:
+        NonFiniteError: the velocity is not finite, so that routers chose among nothing.
+    """
     config = pipeline.recipe.model
     rows = config.latent_height // config.patch_size
 
     def forward() -> None:
-        velocity(latents_BCHW, time)
+        if not bool(velocity(latents_BCHW, time).isfinite().all()):
+            raise NonFiniteError(f"the velocity at t = {time:.4f} is not finite, so there is no routing to show")
 
     taken = [rearrange(t, "b e (n h w) -> (b n) e h w", h=rows, n=t.shape[-1] // config.num_tokens)
              for t in _taken_tokens(pipeline.model, forward)]  # fmt: skip

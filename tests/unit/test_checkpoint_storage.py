@@ -149,6 +149,34 @@ def test_an_empty_tensor_and_a_writer_without_pieces_are_fine(tmp_path: Path) ->
     Reader(tmp_path / "step_1").verify()
 
 
+def test_every_writer_learns_what_is_not_finite_in_any_part_by_global_tensor(tmp_path: Path) -> None:
+    def part(start: int, *numbers: float) -> Piece:
+        data = torch.tensor(numbers)
+        return Piece(name="w", global_shape=(6,), box=Box((start,), (len(numbers),)), data=data)
+
+    def pieces_of(sound: bool, rank: int) -> list[Piece]:
+        nan, inf = (0.0, 0.0) if sound else (float("nan"), float("inf"))
+        return [[part(0, nan, 1.0), whole("v", torch.ones(3))], [part(2, 1.0)], [part(3, 1.0, inf, nan)]][rank]
+
+    def publish(step: int, sound: bool) -> list[dict[str, int]]:
+        room = Room()
+
+        def work(rank: int) -> dict[str, int]:
+            save = Save(tmp_path, step, pieces_of(sound, rank), {}, ThreadPeers(rank, room))
+            save.write(read_back=False)
+            save.publish()
+            return save.nonfinite
+
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            return list(pool.map(work, range(NUM_WRITERS)))
+
+    assert publish(1, sound=True) == [{}] * NUM_WRITERS
+    assert publish(2, sound=False) == [{"w": 3}] * NUM_WRITERS
+    assert read_manifest(tmp_path / "step_1").nonfinite == {}
+    assert read_manifest(tmp_path / "step_2").nonfinite == {"w": 3}
+    assert (tmp_path / "latest").read_text() == "step_1\n"
+
+
 def test_whole_number_keys_of_meta_do_not_spoil_the_checksum(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, [], {"losses": {9: 0.5, 10: 0.25}}, SoloPeers())
     assert read_manifest(tmp_path / "step_1").meta == {"losses": {"9": 0.5, "10": 0.25}}

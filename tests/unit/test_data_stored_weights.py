@@ -64,7 +64,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
 def cut(folder: Path) -> Path:
     """Cut a folder's weights into two shards; only what the index names by now is in it."""
     (path,) = folder.glob("*.safetensors")
-    tensors, weight_map = load_file(path), {}
+    tensors, weight_map = load_file(path), dict[str, str]()
     for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
         shard = f"{path.stem}-{number + 1:05}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})

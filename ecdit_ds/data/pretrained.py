@@ -295,8 +295,9 @@ def _encoder_of(model: Any, who: str) -> Any:
     has_decoder = model.config.is_encoder_decoder or hasattr(model, "decoder")
     if not has_decoder or type(model).__name__ in WITHOUT_DECODER.values():
         return model
-    encoder = model.get_encoder()
-    if getattr(encoder, "main_input_name", None) != "input_ids":
+    encoder = model.get_encoder()  # the model itself where it has none, as an OPT
+    is_missing = encoder is model and model.config.is_encoder_decoder
+    if is_missing or getattr(encoder, "main_input_name", None) != "input_ids":
         raise DataError(
             f"{who}: is a {type(model).__name__}, whose encoder ({type(encoder).__name__}) cannot read captions "
             "alone; name a model of text, such as a T5, a CLIP or a BART"

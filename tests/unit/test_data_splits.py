@@ -105,12 +105,12 @@ def test_a_held_out_set_of_another_encoder_is_refused(
     ],
 )
 def test_texts_of_other_lengths_or_widths_than_the_models_are_refused(
-    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, split: Split, texts: dict[str, int], parts: list[str]
+    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, split: Split, texts: dict[str, Any], parts: list[str]
 ) -> None:
     recipe = make_sets(a=[(SQUARE, 4)])
     check_split(recipe, split)
     other = str(write_set(tmp_path / "other", [(SQUARE, 4)], **texts))
-    given = {"path": other} if split == "train" else {"heldout_path": other}
+    given: dict[str, Any] = {"path" if split == "train" else "heldout_path": other}
     recipe = replace(recipe, data=replace(recipe.data, **given))
     for action in (lambda: check_split(recipe, split), lambda: open_split(recipe, split, None)):
         message = refusal_of(action)

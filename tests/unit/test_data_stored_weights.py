@@ -306,3 +306,12 @@ def test_an_encoder_that_reads_no_captions_is_refused(copy_of: Callable[[str], P
     transformers.WhisperModel(transformers.WhisperConfig(**SIZES)).save_pretrained(folder)
     message = refusal_of(lambda: states(folder))
     assert "is a WhisperModel, whose encoder (WhisperEncoder) cannot read captions alone" in message
+
+
+def test_an_encoder_decoder_that_does_not_give_its_encoder_is_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of("t5")
+    transformers.BartModel(transformers.BartConfig(**SIZES, max_position_embeddings=32)).save_pretrained(folder)
+    monkeypatch.setattr(transformers.BartModel, "get_encoder", lambda self: self)
+    assert "is a BartModel, whose encoder (BartModel) cannot read captions alone" in refusal_of(lambda: states(folder))

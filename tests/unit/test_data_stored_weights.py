@@ -315,3 +315,13 @@ def test_an_encoder_decoder_that_does_not_give_its_encoder_is_refused(
     transformers.BartModel(transformers.BartConfig(**SIZES, max_position_embeddings=32)).save_pretrained(folder)
     monkeypatch.setattr(transformers.BartModel, "get_encoder", lambda self: self)
     assert "is a BartModel, whose encoder (BartModel) cannot read captions alone" in refusal_of(lambda: states(folder))
+
+
+def test_what_a_model_under_a_head_has_no_place_for_is_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal
+) -> None:
+    folder = copy_of("t5")
+    config = transformers.BartConfig(**SIZES, max_position_embeddings=32)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    change(folder, lambda tensors: tensors.update({"model.encoder.layers.0.fc1.SCB": torch.ones(1)}))
+    assert "1 tensors of its files have no place in the model" in refusal_of(lambda: states(folder))

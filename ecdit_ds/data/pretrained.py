@@ -2,7 +2,8 @@
 
 An encoder is a folder, or the name of one on the Hugging Face hub where no such folder is here. Weights are read from
 safetensors alone and no code from a folder is run. A weight that the files do not hold would be drawn at random, and
-a set encoded with it would look plausible; so it is refused. The libraries take seconds to import, so functions do.
+a set encoded with it would look plausible; so it is refused, and so is what the files hold and the model did not take
+(`stored_weights`). The libraries take seconds to import, so functions do.
 
 Suffixes: B batch, C channels, H, W pixels (of the image or of the latents), T text tokens, D width.
 """
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.stored_weights import left_over, not_in_index, refuse_left_over, refuse_quantized
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -171,20 +173,23 @@ def load_image_encoder(
     """Load a frozen AutoencoderKL; its config gives scaling, shift and number of channels.
 
     Raises:
-        DataError: it is not here, of another kind, damaged, or has pickled weights.
+        DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
     folder = _folder_of(name, "image encoder")
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
     with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
+        refuse_quantized(f"image encoder {folder}", folder, DataError)
         from diffusers import AutoencoderKL
 
         model, found = AutoencoderKL.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
             output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        unindexed = not_in_index(folder)  # which diffusers does not see
     _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
+    refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)
     # Module's own `to`: the one of diffusers warns of modules to be kept in fp32, and then lists none.
     model = torch.nn.Module.to(model.eval().requires_grad_(False), device or torch.device("cpu"), _DTYPES[precision])
     config = model.config
@@ -218,7 +223,7 @@ def load_text_encoder(
         max_tokens: longest caption, where the model and its tokenizer allow it.
 
     Raises:
-        DataError: one is not here, of another kind, damaged, or has pickled weights.
+        DataError: one is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
     assert names
     device = device or torch.device("cpu")
@@ -242,16 +247,23 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with _explained(f"{who}: cannot be loaded as a text model from safetensors"):
+        refuse_quantized(who, folder, DataError)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(str(folder), **options)
-        model, found = _text_class(config).from_pretrained(
+        whole, found = _text_class(config).from_pretrained(
             str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    parameters = {name for name, _ in model.named_parameters()}
-    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} & parameters)
+        unknown = left_over(whole, found["unexpected_keys"], folder)
+    model = _encoder_of(whole, who)
+    own = {id(parameter) for parameter in model.parameters()}
+    parameters = {name for name, parameter in whole.named_parameters() if id(parameter) in own}
+    # Marian's positions are sines and cosines, which its files leave out.
+    computed = {key.removeprefix(f"{whole.base_model_prefix}.") for key in whole._keys_to_ignore_on_load_missing or ()}
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} & parameters - computed)
     _refuse_missing(who, [key for key in absent if "pooler" not in key])
+    refuse_left_over(who, unknown, DataError)
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
     return _Tower(
         model=model.eval().requires_grad_(False).to(device, _DTYPES[precision]),
@@ -270,6 +282,27 @@ def _text_class(config: Any) -> Any:
         return transformers.CLIPTextModel
     known = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
     return transformers.AutoModelForTextEncoding if config.model_type in known else transformers.AutoModel
+
+
+def _encoder_of(model: Any, who: str) -> Any:
+    """Return the encoder of a model that has a decoder too, whose states are of shifted captions; others as they are.
+
+    Raises:
+        DataError: its encoder reads no captions.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as WITHOUT_DECODER
+
+    has_decoder = model.config.is_encoder_decoder or hasattr(model, "decoder")
+    if not has_decoder or type(model).__name__ in WITHOUT_DECODER.values():
+        return model
+    encoder = model.get_encoder()  # the model itself where it has none, as an OPT
+    is_missing = encoder is model and model.config.is_encoder_decoder
+    if is_missing or getattr(encoder, "main_input_name", None) != "input_ids":
+        raise DataError(
+            f"{who}: is a {type(model).__name__}, whose encoder ({type(encoder).__name__}) cannot read captions "
+            "alone; name a model of text, such as a T5, a CLIP or a BART"
+        )
+    return encoder
 
 
 def _has_pooler(model: Any) -> bool:

@@ -1,7 +1,8 @@
 """Models of `transformers` that judge pictures: from local files, weights as safetensors, and nothing left random.
 
 A model is a folder, or the hub name of one that is in the local cache; nothing is downloaded. A weight that the files
-do not hold would be drawn at random, and every number computed with it would look plausible; so it is refused.
+do not hold would be drawn at random, and every number computed with it would look plausible; so it is refused, and so
+is one of which the files hold more than the model takes, such as the scales of quantised weights.
 """
 
 import json
@@ -16,8 +17,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from ecdit_ds.data.stored_weights import left_over, refuse_left_over, refuse_quantized
 from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")
@@ -83,13 +86,17 @@ def load_model(
         The model, and the names of the parameters that its files lack: these hold random numbers.
 
     Raises:
-        EvaluationError: no safetensors, or a parameter is missing or of another shape.
+        EvaluationError: no safetensors, a parameter is missing or of another shape, weights are quantised, or some of
+            the files' have no place in the model.
     """
     with _explained(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
+        folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+        refuse_quantized(f"{purpose} {name}", folder, EvaluationError)
         model, found = auto_class.from_pretrained(
             name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+        unknown = left_over(model, found["unexpected_keys"], folder)
     absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
     missing = frozenset(absent & {name for name, _ in model.named_parameters()})
     needed = sorted(parameter for parameter in missing if not may_lack(parameter))
@@ -98,6 +105,7 @@ def load_model(
             f"{purpose} {name}: {len(needed)} weights of {type(model).__name__} are not in its files, or of another "
             f"shape, such as {needed[0]}; they would be random"
         )
+    refuse_left_over(f"{purpose} {name}", unknown, EvaluationError)
     return model.eval().requires_grad_(False).to(device), missing
 
 

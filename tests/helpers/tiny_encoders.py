@@ -21,7 +21,7 @@ def save_vae(folder: Path, *, channels: int = 5, seed: int = 0) -> Path:
         block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=channels,
         scaling_factor=SCALING, shift_factor=SHIFT,
     )  # fmt: skip
-    _randomize(model, seed).save_pretrained(folder)
+    randomize(model, seed).save_pretrained(folder)
     return folder
 
 
@@ -32,7 +32,7 @@ def save_t5(folder: Path) -> Path:
     config = T5Config(
         vocab_size=len(pieces), d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1, decoder_start_token_id=0
     )
-    _randomize(T5EncoderModel(config)).save_pretrained(folder)
+    randomize(T5EncoderModel(config)).save_pretrained(folder)
     return folder
 
 
@@ -46,12 +46,12 @@ def save_clip_text(folder: Path) -> Path:
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=20, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    _randomize(CLIPTextModel(config)).save_pretrained(folder)
+    randomize(CLIPTextModel(config)).save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _randomize(model: Any, seed: int = 0) -> Any:
+def randomize(model: Any, seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=parameter_generator(seed, name))
         parameter.copy_(noise * (0.3 if parameter.dim() < 2 else 1.0 / parameter[0].numel() ** 0.5))

@@ -264,6 +264,24 @@ def test_a_picture_is_cut_at_its_middle() -> None:
     assert fit_image(Image.fromarray(bars), (8, 16)).size == (16, 8)
 
 
+def lanczos_weights(inputs: int, outputs: int) -> npt.NDArray[np.float64]:
+    """Return what each of `outputs` pixels takes of `inputs`: Lanczos of three lobes, wider where pixels get fewer."""
+    scale = max(1.0, inputs / outputs)
+    centres = (np.arange(outputs) + 0.5) * inputs / outputs
+    t = (np.arange(inputs)[None] + 0.5 - centres[:, None]) / scale
+    weights = np.where(np.abs(t) < 3, np.sinc(t) * np.sinc(t / 3), 0.0)
+    normalized: npt.NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return normalized
+
+
+@pytest.mark.parametrize("size", [(16, 24), (10, 15), (32, 48), (40, 60)])
+def test_pixels_are_resampled_by_lanczos(size: tuple[int, int]) -> None:
+    noise_HW3 = np.random.default_rng(0).integers(60, 196, size=(32, 48, 3)).astype(np.uint8)
+    rows, columns = lanczos_weights(32, size[0]), lanczos_weights(48, size[1])
+    exact = np.einsum("yh,hwc,xw->yxc", rows, noise_HW3, columns).clip(0, 255)
+    assert np.abs(pixels(fit_image(Image.fromarray(noise_HW3), size)) - exact).max() <= 1.5  # rounded twice
+
+
 def test_pixels_span_minus_one_to_one() -> None:
     images = to_tensor([Image.new("RGB", (4, 2), (0, 255, 51))])
     assert images.shape == (1, 3, 2, 4)

@@ -49,6 +49,42 @@ def test_latents_are_the_mode_shifted_and_scaled_as_the_config_says(folders: dic
     assert reconstruction.std() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5, -1.0, 2.0, 0.0, 0.25), (2.0, 0.5, 4.0, 1.0, 8.0)), ((3.0,) * 5, None), (None, (0.5,) * 5)]
+)
+def test_latents_have_their_mean_and_spread_taken_off_channel_by_channel(
+    copy_of: Callable[[str], Path], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> None:
+    folder = copy_of("vae")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latents_mean": mean, "latents_std": std}))
+    encoder, own = load_image_encoder(str(folder)), AutoencoderKL.from_pretrained(folder).eval()
+    images = to_tensor(crops(2, side=24))
+    with torch.no_grad():
+        mode = own.encode(images).latent_dist.mode()
+        reconstruction = own.decode(mode).sample.clamp(-1, 1)
+    latents = encoder.encode(images)
+    for channel in range(5):  # as diffusers' pipelines do: (latents - latents_mean) * scaling_factor / latents_std
+        shift = SHIFT if mean is None else mean[channel]
+        spread = 1.0 if std is None else std[channel]
+        torch.testing.assert_close(latents[:, channel], (mode[:, channel] - shift) * SCALING / spread)
+    torch.testing.assert_close(encoder.decode(latents), reconstruction, rtol=0, atol=1e-4)
+    assert reconstruction.std() > 0.01
+
+
+def test_latents_of_their_own_mean_and_spread_become_those_of_unit_variance(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("vae")
+    images = to_tensor(crops(4, side=32))
+    with torch.no_grad():
+        mode = AutoencoderKL.from_pretrained(folder).eval().encode(images).latent_dist.mode()
+    own = {"latents_mean": mode.mean(dim=(0, 2, 3)).tolist(), "latents_std": mode.std(dim=(0, 2, 3)).tolist()}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | own | {"scaling_factor": 1.0}))
+    latents = load_image_encoder(str(folder)).encode(images)
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(5), rtol=0, atol=1e-4)
+
+
 def test_t5_gives_its_last_layer_and_the_mean_of_its_tokens(folders: dict[str, Path]) -> None:
     encoder = load_text_encoder([str(folders["t5"])], max_tokens=18)
     assert (encoder.embed_dim, encoder.max_tokens) == (12, 18)

@@ -4,6 +4,7 @@ import copy
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,3 +90,25 @@ def test_what_the_machine_ran_out_of_is_no_fault_of_the_set(
     assert "shard-00000.arrow: cannot be mapped now" in said and "vm.max_map_count" in said and "anew" not in said
     monkeypatch.undo()
     assert read(dataset, 0) == ["set 0"]
+
+
+def test_a_fingerprint_is_that_of_every_number_text_and_encoder_and_not_of_the_place(tmp_path: Path) -> None:
+    runs = [((3, 2, 2), 5), ((3, 2, 2), 3)]
+
+    def fingerprint(place: str, made: list[tuple[tuple[int, int, int], int]] = runs, **changes: Any) -> str:
+        return LatentDataset(write_set(tmp_path / place / changes.pop("name", "set"), made, **changes)).fingerprint
+
+    own = fingerprint("here")
+    assert fingerprint("there") == own
+    others = [
+        fingerprint("latents", broken={7: "latents 7.5"}),  # one number of the last sample
+        fingerprint("text", broken={0: "text_embeds 0.5"}),
+        fingerprint("pooled", broken={4: "text_pooled 3.5"}),
+        fingerprint("mask", broken={5: "mask"}),
+        fingerprint("captions", name="elsewhere"),
+        fingerprint("cut elsewhere", [((3, 2, 2), 4), ((3, 2, 2), 4)]),
+        fingerprint("other size", [((3, 2, 2), 5), ((3, 1, 4), 3)]),
+        fingerprint("other pictures", image="other"),
+        fingerprint("other words", text="other"),
+    ]
+    assert len({own, *others}) == 1 + len(others)

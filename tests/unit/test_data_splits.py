@@ -12,6 +12,7 @@ import torch
 
 from ecdit_ds.batches import Draw
 from ecdit_ds.config import Recipe, SampleConfig
+from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.mixture import Bucket, Mixture
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.data_config import DataConfig
@@ -92,6 +93,28 @@ def test_a_held_out_set_of_another_encoder_is_refused(
     assert message.startswith(
         f"data.heldout_path: {b} was encoded by {what} other, but {a}, which is trained on, by made"
     )
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("texts", "parts"),
+    [
+        ({"tokens": 5}, ["holds texts (5, 6), but the model's are (4, 6)", "model.max_text_tokens"]),
+        ({"width": 7}, ["holds texts (4, 7), but the model's are (4, 6)", "text_embed_dim"]),
+        ({"pooled": 9}, ["holds pooled texts of width 9", "6 wide"]),
+    ],
+)
+def test_texts_of_other_lengths_or_widths_than_the_models_are_refused(
+    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, split: Split, texts: dict[str, Any], parts: list[str]
+) -> None:
+    recipe = make_sets(a=[(SQUARE, 4)])
+    check_split(recipe, split)
+    other = str(write_set(tmp_path / "other", [(SQUARE, 4)], **texts))
+    given: dict[str, Any] = {"path" if split == "train" else "heldout_path": other}
+    recipe = replace(recipe, data=replace(recipe.data, **given))
+    for action in (lambda: check_split(recipe, split), lambda: open_split(recipe, split, None)):
+        message = refusal_of(action)
+        assert other in message and all(part in message for part in parts), message
 
 
 def test_sets_of_other_channels_are_not_mixed(make_sets: MakeSets, refusal_of: Refusal) -> None:

@@ -278,6 +278,26 @@ def test_a_summary_is_that_of_counting_by_hand() -> None:
     assert summarize(pictures[::-1]) == summary
 
 
+def test_the_mean_over_tasks_the_share_of_pictures_and_the_share_of_prompts_are_three_numbers() -> None:
+    cat, dog, bird = (prompt_of("single_object", one(name)) for name in ("cat", "dog", "bird"))
+    also_a_cat = prompt_of("two_object", one("cat"))  # the same words, another prompt
+    summary = summarize(
+        [
+            *judged(cat, True, False, False, False),
+            *judged(dog, True, False),
+            *judged(bird, False),
+            *judged(also_a_cat, False),
+            *judged(CAT_LEFT_OF_DOG, True, True),
+        ]
+    )
+    shares = [task.share for task in summary.tasks.values()]
+    assert shares == pytest.approx([2 / 7, 0.0, 1.0])
+    assert summary.score == pytest.approx((2 / 7 + 0.0 + 1.0) / 3)
+    assert summary.correct_pictures == pytest.approx(4 / 10)
+    assert summary.correct_prompts == pytest.approx(3 / 5)
+    assert (summary.pictures, summary.prompts) == (10, 5)
+
+
 def test_a_summary_of_nothing_is_refused(refusal_of: Refusal) -> None:
     assert "no pictures" in refusal_of(lambda: summarize([]))
 

@@ -315,6 +315,8 @@ def by_model(model: ECDiT, inputs: Inputs, *, remembers: bool = False) -> list[T
 
 
 MASKED = {"decoder_layers": 2}
+NEAREST_UP = {"capacity_rounding": "nearest", "capacity_factor": 1.25}  # 18.75 of a batch's 60 tokens
+NEAREST_DOWN = {"capacity_rounding": "nearest", "capacity_factor": 1.1, "router_scores": "sigmoid"}  # 4.125 of 15
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"ffn": "dense"},
     "dense swiglu": {"ffn": "dense", "ffn_activation": "swiglu", "positions": "rotary_and_absolute"},
@@ -322,8 +324,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "expert choice": {},
     "expert choice swiglu": {"ffn_activation": "swiglu", "num_shared_experts": 2},
     "group": {"routing_pool": "group", "routing_group": 2, "gate_normalization": "token"},
-    "batch": {"routing_pool": "batch", "router_scores": "sigmoid", "capacity_rounding": "nearest"},
-    "unmodulated": {"router_input": "unmodulated", "router_scores": "sigmoid", "gate_normalization": "token"},
+    "batch": {"routing_pool": "batch", "router_scores": "sigmoid"} | NEAREST_UP,
+    "unmodulated": {"router_input": "unmodulated", "num_shared_experts": 1, "gate_normalization": "token"}
+    | NEAREST_DOWN,
     "shared": {"num_shared_experts": 1, "positions": "rotary_and_absolute", "capacity_factor": 1.5},
     "token choice 1": {"ffn": "token_choice", "top_k": 1, "capacity_factor": 4.0},
     "token choice 2": {"ffn": "token_choice", "top_k": 2, "capacity_factor": 4.0},

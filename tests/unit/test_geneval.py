@@ -211,6 +211,14 @@ def test_each_axis_has_its_own_sizes() -> None:
     assert relations_of((0, 20, 100, 22), wide, threshold=0.1) == ("below",)
 
 
+def test_the_sizes_of_both_boxes_count() -> None:
+    small: Box = (18, 0, 22, 4)  # 4 and 40 wide: 4.4 are taken off the distance of the centres
+    for distance, holds in ((6, False), (9, True)):
+        large: Box = (-distance, 0, 40 - distance, 4)
+        assert relations_of(small, large, threshold=0.1) == (("right of",) if holds else ())
+        assert relations_of(large, small, threshold=0.1) == (("left of",) if holds else ())
+
+
 def test_a_position_must_be_the_one_asked_for() -> None:
     dog = seen("dog", box=(50, 50, 60, 60))
     left, right = seen("cat", box=(0, 50, 10, 60)), seen("cat", box=(90, 50, 100, 60))

@@ -99,6 +99,18 @@ def test_the_stochastic_rule_without_renewal_is_eulers(draw: Draw) -> None:
     torch.testing.assert_close(calm, follow(euler(gaussian_velocity), noise, time_grid(7)))
 
 
+@pytest.mark.parametrize(
+    ("eta", "below"), [(0.0, 0.4), (0.5, 0.3), (1.0, 0.2)]
+)  # from 0.8 to 0.4: by as much below 0.4 as eta of the way to 0.4 x 0.4 / 0.8
+def test_a_stochastic_step_renews_the_share_of_noise_that_the_recipe_asks_for(eta: float, below: float) -> None:
+    sample = SampleConfig(sampler="euler_ancestral", eta=eta)
+    step = rule_of(sample, lambda: torch.full((1,), 10.0, dtype=torch.float64))(lambda _x, _t: torch.full((1,), 2.0))
+    signal = (1 - 0.4) / (1 - below)
+    renewed = (0.4**2 - (signal * below) ** 2) ** 0.5 if eta else 0.0
+    found = step(torch.ones(1, dtype=torch.float64), 0.8, 0.4).item()
+    assert found == pytest.approx(signal * (1 + (below - 0.8) * 2.0) + 10.0 * renewed, rel=1e-6, abs=1e-6)
+
+
 def test_dpm_solver_is_exact_for_data_of_one_point_however_few_the_steps(draw: Draw) -> None:
     noise, point = draw("noise", 1, 1, 5, 5).double(), draw("point", 1, 1, 5, 5).double()
     drawn = follow(dpmpp_2m(lambda x_t, t: (x_t - point) / t), noise, time_grid(3))
@@ -276,6 +288,13 @@ def test_guidance_acts_within_its_interval_alone_and_costs_nothing_outside(time:
     assert [name for name, _ in calls] == (["conditional", "unconditional"] if is_guided else ["conditional"])
     expected = (1 - time) + 3 * (3 - (1 - time)) if is_guided else 3.0
     torch.testing.assert_close(velocity, torch.full_like(latents, expected))
+
+
+@pytest.mark.parametrize(("time", "is_guided"), [(0.05, False), (0.2, True), (0.35, False), (0.7, False), (0.9, False)])
+def test_an_interval_near_data_is_not_one_near_noise(time: float, is_guided: bool) -> None:
+    calls: list[tuple[str, int]] = []
+    guided(*toy_velocities(calls), 3.0, (0.1, 0.3))(torch.ones(1, 1, 2, 2), time)
+    assert len(calls) == (2 if is_guided else 1)
 
 
 @pytest.fixture

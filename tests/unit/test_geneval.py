@@ -211,6 +211,14 @@ def test_each_axis_has_its_own_sizes() -> None:
     assert relations_of((0, 20, 100, 22), wide, threshold=0.1) == ("below",)
 
 
+def test_the_sizes_of_both_boxes_count() -> None:
+    small: Box = (18, 0, 22, 4)  # 4 and 40 wide: 4.4 are taken off the distance of the centres
+    for distance, holds in ((6, False), (9, True)):
+        large: Box = (-distance, 0, 40 - distance, 4)
+        assert relations_of(small, large, threshold=0.1) == (("right of",) if holds else ())
+        assert relations_of(large, small, threshold=0.1) == (("left of",) if holds else ())
+
+
 def test_a_position_must_be_the_one_asked_for() -> None:
     dog = seen("dog", box=(50, 50, 60, 60))
     left, right = seen("cat", box=(0, 50, 10, 60)), seen("cat", box=(90, 50, 100, 60))
@@ -276,6 +284,26 @@ def test_a_summary_is_that_of_counting_by_hand() -> None:
     assert (summary.pictures, summary.prompts) == (8, 4)
     assert (summary.correct_pictures, summary.correct_prompts) == (0.5, 0.5)
     assert summarize(pictures[::-1]) == summary
+
+
+def test_the_mean_over_tasks_the_share_of_pictures_and_the_share_of_prompts_are_three_numbers() -> None:
+    cat, dog, bird = (prompt_of("single_object", one(name)) for name in ("cat", "dog", "bird"))
+    also_a_cat = prompt_of("two_object", one("cat"))  # the same words, another prompt
+    summary = summarize(
+        [
+            *judged(cat, True, False, False, False),
+            *judged(dog, True, False),
+            *judged(bird, False),
+            *judged(also_a_cat, False),
+            *judged(CAT_LEFT_OF_DOG, True, True),
+        ]
+    )
+    shares = [task.share for task in summary.tasks.values()]
+    assert shares == pytest.approx([2 / 7, 0.0, 1.0])
+    assert summary.score == pytest.approx((2 / 7 + 0.0 + 1.0) / 3)
+    assert summary.correct_pictures == pytest.approx(4 / 10)
+    assert summary.correct_prompts == pytest.approx(3 / 5)
+    assert (summary.pictures, summary.prompts) == (10, 5)
 
 
 def test_a_summary_of_nothing_is_refused(refusal_of: Refusal) -> None:

@@ -135,3 +135,9 @@ def test_rmsprop_without_momentum_remembers_exactly_what_is_saved_of_it() -> Non
     config = OptimizerConfig(name="rmsprop", momentum=0.0)
     _, optimizer, parameter = trained(config, weight_decay=0.0)
     assert set(optimizer.state[parameter]) <= {"step", *STATE_NAMES["rmsprop"]}
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_adamw_is_fused_on_a_cpu_for_offloaded_weights_alone(is_offloaded: bool) -> None:
+    group = {"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.0, "name": "all"}
+    assert build_optimizer([group], OptimizerConfig(), is_offloaded=is_offloaded).defaults["fused"] == is_offloaded

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import EvaluationError
 from ecdit_ds.evaluation.features import FeatureModel
 
@@ -139,7 +139,7 @@ def shortage(name: str, statistics: FeatureStatistics) -> str | None:
 
 def save_statistics(statistics: FeatureStatistics, path: Path) -> None:
     """Write statistics as safetensors, whole or not at all; raise OSError for no space or no permission."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     tensors = {
         "sum": statistics.sum_D.contiguous(),
         "outer": statistics.outer_DD.contiguous(),

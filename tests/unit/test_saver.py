@@ -1,6 +1,7 @@
 """What a save holds while training goes on: every number as it was at the saved step, whenever it is written."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ecdit_ds import saver as saver_module
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.folders import list_checkpoints
+from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
 from ecdit_ds.checkpoint.lease import claim
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader
@@ -227,14 +228,29 @@ def test_only_what_was_read_back_is_the_newest_that_is_known_to_be_good(make_sav
     assert saver.newest == tmp_path / "checkpoints" / "step_4"
 
 
+def test_as_many_checkpoints_stay_as_the_recipe_says_and_one_that_was_not_read_back_pushes_none_out(
+    make_saver: Make, tmp_path: Path
+) -> None:
+    saver, _, _ = make_saver("train.keep_checkpoints=3", "train.keep_every=4")
+    for step in (2, 4, 6, 8, 10):
+        saver.start(after(step))
+    saver.finish()
+    assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [10, 8, 6, 4]
+    saver.save_last(after(12), read_back=False)
+    assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [12, 10, 8, 6, 4]
+
+
 def test_what_failed_is_told_once_and_the_next_save_is_whole(
     make_saver: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fault = Fault(action="full", moment="mid-shard", step=1)
     saver, engine, notes = make_saver(faults=Faults(rank=0, faults=(fault,)))
     saver.start(after(1))
+    while not saver.is_written:
+        time.sleep(0.001)
+    for _ in range(2):
+        saver.complain()
     saver.finish()
-    saver.complain()
     assert len(notes) == 1 and "step 1: not saved, training goes on: " in notes[0]
     told = capsys.readouterr().err
     assert told.count("rank 0: step 1 will not be saved: ") == 1 and "the disk is full" in told

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +20,12 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.storage import Save, save_checkpoint
 from ecdit_ds.ema import ShardedEMA
 from ecdit_ds.engine import DeepSpeedEngine, Fragment
-from ecdit_ds.errors import LostRankError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, LostRankError, StaleAttemptError
 from ecdit_ds.faults import Fault, Faults
 from ecdit_ds.parallel.sharding import ShardSpec
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress, load_snapshot, pieces_of
+from ecdit_ds.snapshot import Progress, check_same_data, load_snapshot, pieces_of, progress_of
 from tests.conftest import MakeRecipe
 
 SHAPES = {"a.weight": (4, 3), "b.weight": (2, 3, 2), "c.bias": (5,)}
@@ -35,9 +36,12 @@ DATA = {"sets": ["of made-up numbers"]}
 class FlatEngine:
     """One flat tensor of some elements of all parameters, with torch's AdamW and the average, as a rank of ZeRO has."""
 
-    def __init__(self, ranges: dict[str, tuple[int, int]], *, tp_cut: tuple[int, int] = (0, 1), seed: int = 0) -> None:
+    def __init__(
+        self, ranges: dict[str, tuple[int, int]], *, tp_cut: tuple[int, int] = (0, 1), seed: int = 0,
+        is_writer: bool = True,
+    ) -> None:  # fmt: skip
         """Hold elements [start, stop) of each local tensor; of `a.weight` part `tp_cut[0]` of `tp_cut[1]`, by rows."""
-        self._ranges, self._tp_cut = ranges, tp_cut
+        self._ranges, self._tp_cut, self._is_writer = ranges, tp_cut, is_writer
         self._draws = torch.Generator().manual_seed(seed)
         numel = sum(stop - start for start, stop in ranges.values())
         self.flat = torch.randn(numel, generator=self._draws)
@@ -63,7 +67,7 @@ class FlatEngine:
                 local_shape=(rows // count, *rest),
                 start=start,
                 states={kind: values.narrow(0, at, stop - start) for kind, values in whole.items()},
-                is_written_here=True,
+                is_written_here=self._is_writer,
             )
             at += stop - start
 
@@ -76,9 +80,9 @@ class FlatEngine:
         }
 
 
-def whole_engine(seed: int = 0) -> FlatEngine:
+def whole_engine(**changes: Any) -> FlatEngine:
     """Return an engine that holds all of everything."""
-    return FlatEngine({name: (0, torch.Size(shape).numel()) for name, shape in SHAPES.items()}, seed=seed)
+    return FlatEngine({name: (0, torch.Size(shape).numel()) for name, shape in SHAPES.items()}, **changes)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -306,3 +310,56 @@ def test_ranks_that_hold_parts_of_slices_give_a_checkpoint_that_another_layout_r
         assert progress == Progress(step=5, samples_seen=40, num_updates=4)
     halves = [engine.held() for engine in others]
     assert_equal({name: torch.cat([half[name] for half in halves]) for name in wanted}, wanted)
+
+
+COUNTS = {"samples_seen": 40, "num_updates": 4, "skipped_in_a_row": 1}
+
+
+def save_whole(root: Path, engine: FlatEngine, **meta: Any) -> Reader:
+    """Save all that an engine holds, and open what was saved."""
+    pieces = pieces_of(cast(DeepSpeedEngine, engine))
+    return Reader(save_checkpoint(root, 5, pieces, COUNTS | meta, SoloPeers()))
+
+
+def test_a_rank_that_writes_nothing_reads_all_it_holds(tmp_path: Path) -> None:
+    engine, copy = whole_engine(seed=1), whole_engine(seed=2, is_writer=False)
+    assert list(pieces_of(cast(DeepSpeedEngine, copy))) == []
+    load_snapshot(save_whole(tmp_path, engine), cast(DeepSpeedEngine, copy))
+    assert_equal(copy.held(), engine.held())
+
+
+def test_a_model_of_another_shape_takes_nothing_though_all_it_asks_for_is_there(tmp_path: Path) -> None:
+    reader = save_whole(tmp_path, whole_engine())
+    half = FlatEngine({"a.weight": (0, 6)}, tp_cut=(0, 2))
+    load_snapshot(reader, cast(DeepSpeedEngine, half))
+    half = FlatEngine({"a.weight": (0, 6)})
+    fragment = next(half.fragments())
+    small = replace(fragment, local_shape=(2, 3), shard=ShardSpec(global_shape=(2, 3), offset=(0, 0)))
+    half.fragments = lambda: iter([small])  # type: ignore[method-assign]
+    before = half.held()
+    with pytest.raises(CheckpointError, match=r"weight/a\.weight has shape \[4, 3\], the model needs \[2, 3\]"):
+        load_snapshot(reader, cast(DeepSpeedEngine, half))
+    assert_equal(half.held(), before)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+@pytest.mark.parametrize("count", [None, -1, True, 1.0, "3", 2**63])
+def test_a_run_goes_on_from_whole_counts_alone(tmp_path: Path, name: str, count: object) -> None:
+    reader = save_whole(tmp_path, whole_engine(), **{name: count})
+    with pytest.raises(CheckpointError, match=rf"says {name}: {count!r}, not a whole number from 0 on"):
+        progress_of(reader)
+
+
+def test_a_run_goes_on_with_the_samples_it_was_trained_on_alone(tmp_path: Path) -> None:
+    check_same_data(DATA, DATA, tmp_path)
+    check_same_data(None, DATA, tmp_path)  # a converted one does not say
+    check_same_data(DATA, {}, tmp_path)  # of digit scenes the recipe says it all
+    with pytest.raises(CheckpointError, match="was trained on other samples"):
+        check_same_data(DATA, {"sets": ["of others"]}, tmp_path)
+
+
+def test_a_writer_that_ended_without_a_word_publishes_nothing(tmp_path: Path) -> None:
+    save = Save(tmp_path, 1, pieces_of(cast(DeepSpeedEngine, whole_engine())), {}, SoloPeers())
+    with pytest.raises(CheckpointError, match="the writer ended without a word"):
+        save.publish()
+    assert list(tmp_path.iterdir()) == []

@@ -342,6 +342,17 @@ def test_a_model_of_another_shape_takes_nothing_though_all_it_asks_for_is_there(
     assert_equal(half.held(), before)
 
 
+@pytest.mark.parametrize("place", [-1, -200])
+def test_damage_that_a_run_would_go_on_from_is_found_wherever_it_is(tmp_path: Path, place: int) -> None:
+    reader = save_whole(tmp_path, whole_engine())
+    [shard] = reader.folder.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[place] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: .* has checksum .*: damaged"):
+        load_snapshot(Reader(reader.folder), cast(DeepSpeedEngine, whole_engine()))
+
+
 @pytest.mark.parametrize("name", sorted(COUNTS))
 @pytest.mark.parametrize("count", [None, -1, True, 1.0, "3", 2**63])
 def test_a_run_goes_on_from_whole_counts_alone(tmp_path: Path, name: str, count: object) -> None:

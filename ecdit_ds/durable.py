@@ -1,6 +1,18 @@
-"""Writing so that it is still there after the power fails: `fsync`, then rename, then `fsync` of the folder."""
+"""Writing so that it is still there after the power fails: `fsync`, then rename, then `fsync` of the folder.
 
+A file's content is on the disk once the file was synced, its name once its folder was, and a new folder's name once
+that one's was. So whatever is put in its place by a rename is synced before, and the folder that it comes to after:
+checkpoints and `latest`, recipe and logs as a life begins, encoded sets with their plan and records, converted folders,
+tables of verdicts, statistics, plans, pictures. Written in place, with a name that is synced too: the lease, and the
+lives of a job.
+
+Not promised, since it is made again or missed by nobody: what is appended between two renames (`metrics.jsonl`, rows of
+one process of a ledger, TensorBoard), notes on a conversion's files, locks, and that what was removed stays away.
+"""
+
+import errno
 import os
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -12,8 +24,23 @@ def put_on_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # which some network file systems say of every folder
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder that may be there already, and its parents, with names that are on the disk.
+
+    Raises:
+        OSError: as `Path.mkdir`.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        put_on_disk(made.parent)
 
 
 def open_new(path: Path) -> FileIO:
@@ -30,14 +57,24 @@ def write_all(file: FileIO, content: bytes | memoryview) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and put it on the disk; after a crash it may be there in part."""
+    """Write a file and put its content on the disk; after a crash it may be there in part, or not at all."""
     with open_new(path) as file:
         write_all(file, content)
         os.fsync(file.fileno())
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Put a file in the place of another: after a crash either is there, whole."""
+    """Put a file in the place of another and return when it is on the disk; after a crash either is there, whole.
+
+    Raises:
+        OSError: it cannot be written; the other one is untouched, and nothing is left beside it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write_durably(temporary, content)
-    os.replace(temporary, path)
+    try:
+        write_durably(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    put_on_disk(path.parent)

@@ -24,7 +24,7 @@ from ecdit_ds.config import SampleConfig
 from ecdit_ds.crew import Crew
 from ecdit_ds.data.images import read_image
 from ecdit_ds.drawing import TextToImage
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import DataError
 from ecdit_ds.ledger import Ledger, Row
 from ecdit_ds.model_config import ModelConfig
@@ -231,7 +231,7 @@ def _open(folder: Path, wanted: Mapping[int, Job], told: dict[str, Any]) -> set[
                 f"{folder}: holds pictures, but no {SETTINGS_NAME} that says how they were drawn; choose another "
                 "--output, or replace them with --overwrite"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         replace_durably(path, (json.dumps(told, indent=2) + "\n").encode())
     held = _json(path.read_text(encoding="utf-8"), path)
     if changed := [name for name in (*told, *held) if held.get(name, _ABSENT) != told.get(name, _ABSENT)]:

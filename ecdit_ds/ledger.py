@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.crew import Crew
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import DataError, EcditError
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ class Ledger:
         if not lines:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(path.parent)
             with path.open("ab") as file:
                 file.write(lines)
         except OSError as error:

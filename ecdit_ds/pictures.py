@@ -1,7 +1,6 @@
 """Pictures for people: captioned grids and single files, and what stands beside them."""
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from ecdit_ds.durable import make_folders, replace_durably
 
 _INCHES_PER_PICTURE = 1.6
 _CAPTION_WIDTH = 22
@@ -69,7 +70,5 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    make_folders(path.parent)
+    replace_durably(path, data)

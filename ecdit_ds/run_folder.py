@@ -25,7 +25,7 @@ from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.slurm.lives import LOGS
@@ -83,7 +83,7 @@ class RunFolder:
             ConfigError: another live process holds it, or it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path)
             handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- stays open with the run
         except OSError as error:
             raise ConfigError(f"--output {self.path}: {error.strerror}; choose a folder that can be written") from None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import CheckpointError, StaleAttemptError
 
 LEASE_NAME = ".attempt"
@@ -70,6 +71,7 @@ def claim(folder: Path, attempt: str) -> Lease:
             file.write(f"{attempt}\n")
             file.flush()
             os.fsync(file.fileno())
+            put_on_disk(folder)
     except OSError as error:
         raise CheckpointError(f"{folder / LEASE_NAME}: cannot be written: {error.strerror or error}") from None
     return Lease(folder=folder, attempt=attempt)

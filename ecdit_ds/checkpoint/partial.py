@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_ds.checkpoint import universal
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME
-from ecdit_ds.durable import put_on_disk
+from ecdit_ds.durable import make_folders, put_on_disk
 from ecdit_ds.errors import CheckpointError
 
 _LOCK_NAME, _FILES_NAME = "lock", "files"
@@ -121,7 +121,7 @@ def _refuse_existing(destination: Path) -> None:
 
 def _make_folder(path: Path) -> None:
     with suppress(FileExistsError):
-        path.mkdir(parents=True)
+        make_folders(path)
     if not stat.S_ISDIR(path.lstat().st_mode):
         raise CheckpointError(f"{path}: is not a folder, where a conversion would work; move it away")
 

@@ -35,7 +35,7 @@ from ecdit_ds.checkpoint.peers import Peers
 from ecdit_ds.checkpoint.phases import Reached, go_on
 from ecdit_ds.checkpoint.streams import TensorFile, TensorFileWriter
 from ecdit_ds.checkpoint.tending import fault_of, write_latest
-from ecdit_ds.durable import put_on_disk, write_durably
+from ecdit_ds.durable import make_folders, put_on_disk, write_durably
 from ecdit_ds.errors import CheckpointError, StaleAttemptError
 
 _FREE_SPACE_FACTOR = 1.05  # headers, file system blocks, and whoever else writes meanwhile
@@ -146,7 +146,8 @@ class Save:
         # Bad meta shows before the long writing.
         encode_manifest(Manifest(step=self.step, meta=self._meta, files={}, tensors={}))
         with _explained(self._writing, need_bytes):
-            self._writing.mkdir(parents=True)
+            make_folders(self._writing.parent)
+            self._writing.mkdir()
             if shutil.disk_usage(self._writing).free < _FREE_SPACE_FACTOR * need_bytes:
                 raise OSError(errno.ENOSPC, "found before writing")
 

@@ -7,12 +7,14 @@ import re
 import shutil
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from ecdit_ds.checkpoint.finite import require_finite
 from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.phases import Reached, go_on
+from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import CheckpointError
 
 LATEST_NAME = "latest"
@@ -52,12 +54,8 @@ def remove_old(
 
 def write_latest(root: Path, folder: Path) -> None:
     """Leave the hint; a hint that cannot be written is no harm."""
-    temporary = root / f"{LATEST_NAME}.tmp"
-    try:
-        temporary.write_text(f"{folder.name}\n", encoding="utf-8")
-        temporary.replace(root / LATEST_NAME)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with suppress(OSError):
+        replace_durably(root / LATEST_NAME, f"{folder.name}\n".encode())
 
 
 def set_aside(folder: Path) -> Path:

@@ -40,7 +40,7 @@ from ecdit_ds.data.folder import (
 )
 from ecdit_ds.data.images import DECODING
 from ecdit_ds.data.source import Source
-from ecdit_ds.durable import put_on_disk, write_durably
+from ecdit_ds.durable import make_folders, put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
 _OF_SOURCE = ("fingerprint", "units")
@@ -109,7 +109,7 @@ def encode_corpus(job: Job, *, moment: Callable[[str], None] = lambda name: None
         if _is_published(job):
             return _published_report(job)
         for name in ("set", "records", "drafts"):
-            (job.partial / name).mkdir(parents=True, exist_ok=True)
+            make_folders(job.partial / name)
         moment("plan")
         if _is_published(job):  # by another task, just now
             return _published_report(job)
@@ -155,6 +155,7 @@ def _agree(job: Job) -> None:
         write_durably(draft, json.dumps(job.plan, indent=1).encode("ascii"))
         with suppress(FileExistsError):
             os.link(draft, path)  # unlike a rename, it never replaces
+        put_on_disk(job.partial)
         draft.unlink()
     try:
         there = json.loads(path.read_bytes())

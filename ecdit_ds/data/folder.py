@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from ecdit_ds.durable import put_on_disk, write_durably
+from ecdit_ds.durable import make_folders, put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
 SCHEMA_VERSION = 5
@@ -173,7 +173,7 @@ def new_draft(folder: Path) -> Path:
 
     The name is new for every try: what a killed process left behind is never met again.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(folder.parent)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     draft.mkdir()
     return draft

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import EvaluationError
 from ecdit_ds.evaluation.features import FeatureModel
 
@@ -147,7 +147,7 @@ def save_statistics(statistics: FeatureStatistics, path: Path) -> None:
         EvaluationError: features are not finite.
     """
     _require_finite("real", statistics)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     tensors = {
         "sum": statistics.sum_D.contiguous(),
         "outer": statistics.outer_DD.contiguous(),

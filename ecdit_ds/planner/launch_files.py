@@ -6,7 +6,7 @@ from typing import Any
 
 from ecdit_ds.config import Recipe, changed_fields
 from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.durable import replace_durably
+from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.planner.plan import Plan, with_micro_batch
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
@@ -42,7 +42,7 @@ def write_launch_files(plan: Plan, named: Recipe, deepspeed_file: Path, folder: 
     if there and not overwrite:
         raise ConfigError(f"--write {folder}: {there[0]} is there; choose another folder, or give --overwrite")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
     except OSError as error:
         reason = "is a file" if folder.is_file() else f"cannot be made a folder ({error.strerror})"
         raise ConfigError(f"--write {folder}: {reason}; choose another name") from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints, step_of
+from ecdit_ds.durable import make_folders, put_on_disk, replace_durably
 from ecdit_ds.errors import CheckpointError, ExitCode
 
 LOGS = "slurm"
@@ -77,7 +78,7 @@ class Ledger:
 
     def begin(self, beginning: Beginning) -> None:
         """Write down that a life begins; what stopped an earlier one is over."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(self.folder)
         self._why.unlink(missing_ok=True)
         self._append({"event": "begin", "time": _now()} | asdict(beginning))
 
@@ -93,7 +94,7 @@ class Ledger:
 
     def tell_why(self, life: str, reason: str) -> None:
         """Write why_it_stopped.txt."""
-        self._why.write_text(f"{_now()} job {life}: {reason}\n", encoding="utf-8")
+        replace_durably(self._why, f"{_now()} job {life}: {reason}\n".encode())
 
     def beginnings(self) -> list[Beginning]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""
@@ -134,6 +135,7 @@ class Ledger:
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        put_on_disk(self.folder)
 
 
 def count_barren(lives: Iterable[Beginning], step: int) -> int:

@@ -191,6 +191,7 @@ def test_shares_too_fine_for_a_block_are_rounded_and_none_is_lost() -> None:
     counts = counts_of([rare, Fraction(1, 3), Fraction(2, 3) - rare])
     assert sum(counts) == MAX_SLOTS and counts[0] == 1
     assert counts[1] == MAX_SLOTS // 3
+    assert counts_of([rare, rare, rare, 1 - 3 * rare]) == (1, 1, 1, MAX_SLOTS - 3)  # the largest gives theirs up
     # Three thirds that no block of a power of two holds: the slot that is left goes to one of the largest remainders.
     fine = Fraction(1, 3 * 10**15)
     thirds = counts_of([Fraction(1, 3) + fine, Fraction(1, 3), Fraction(1, 3) - fine])

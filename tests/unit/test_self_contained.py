@@ -22,7 +22,7 @@ from ecdit_ds.errors import CheckpointError
 from ecdit_ds.loading import EncoderFolders, load_drawer, open_encoders, open_model
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.pipeline import TextToImagePipeline
-from ecdit_ds.snapshot import Progress, check_same_encoders, meta_of
+from ecdit_ds.snapshot import Progress, check_same_data, check_same_encoders, check_same_recipe, meta_of
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.own_pictures import encode, write_pictures
 from tests.helpers.random_model import save_random_model
@@ -284,6 +284,20 @@ def test_a_run_that_encodes_beside_training_says_by_what(pixels: Recipe, tmp_pat
     images, texts, kept = open_encoders(open_model(tmp_path / "run"))
     assert (images.downsampling, texts.max_tokens) == (4, 40)
     assert kept is not None and torch.equal(kept.pooled_BD, null.pooled_BD)
+
+
+def test_factors_of_pixels_may_be_written_down_to_go_on_with_a_run_that_had_them(
+    pixels: Recipe, tmp_path: Path
+) -> None:
+    asked = replace(pixels, data=replace(pixels.data, shift_factor=(-0.83,), scaling_factor=(2.2,)))
+    check_same_recipe(pixels.to_dict(), asked, tmp_path)
+    beside = [describe_encoders(recipe, WordEncoder(embed_dim=24, max_tokens=12).null())["image"]["identity"]
+              for recipe in (asked, pixels)]  # fmt: skip
+    assert beside[0] == "pixels-2--0.83-2.2", "what raw files went through in earlier releases"
+    before, now = ({"sets": ["a"], "encoders_beside": [name, "words"]} for name in beside)
+    check_same_data(before, before, tmp_path)
+    with pytest.raises(CheckpointError, match=r"were \['pixels-2--0\.83-2\.2', .* now \['pixels-2-0\."):
+        check_same_data(before, now, tmp_path)
 
 
 def test_a_run_does_not_go_on_through_other_encoders(pixels: Recipe, tmp_path: Path) -> None:

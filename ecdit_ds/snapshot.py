@@ -109,11 +109,12 @@ def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:
         CheckpointError: they differ.
     """
     if written is not None and data and written != data:
-        before, now = (
-            facts.get("encoders_beside") if isinstance(facts, Mapping) else None for facts in (written, data)
-        )
-        told = "" if before == now else f" (encoders beside training were {before}, now {now}; those of pixels are set by "\
-            "data.shift_factor and data.scaling_factor)"  # fmt: skip
+        before = written.get("encoders_beside") if isinstance(written, dict) else None
+        now, told = data.get("encoders_beside"), ""
+        if before != now:
+            told = (
+                f" (encoders beside training were {before}, now {now}; data.shift_factor and scaling_factor set them)"
+            )
         raise CheckpointError(
             f"{where}: was trained on other samples, or through other encoders, than data.path names now{told}; bring "
             "the former back, or choose another --output"

@@ -113,7 +113,8 @@ def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:
         now, told = data.get("encoders_beside"), ""
         if before != now:
             told = (
-                f" (encoders beside training were {before}, now {now}; data.shift_factor and scaling_factor set them)"
+                f" (encoders beside training were {before}, now {now}; data.shift_factor and data.scaling_factor set "
+                "those of pixels)"
             )
         raise CheckpointError(
             f"{where}: was trained on other samples, or through other encoders, than data.path names now{told}; bring "

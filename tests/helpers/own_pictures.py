@@ -16,7 +16,7 @@ def write_pictures(folder: Path, count: int, *, grounds: tuple[str, ...] = ("whi
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        ground, left, top = grounds[i % len(grounds)], *rng.integers(0, 8, size=2).tolist()
+        ground, left, top = grounds[i % len(grounds)], int(rng.integers(8)), int(rng.integers(8))
         image = Image.new("RGB", (SIDE, SIDE), GROUNDS[ground])
         ImageDraw.Draw(image).rectangle((left, top, left + 7, top + 7), fill=(200, 30 + i, 40))
         image.save(folder / f"{i:02}.png")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,10 +97,8 @@ def test_several_sets_are_normalised_together_by_how_often_each_is_read(recipe: 
     paths = (str(tmp_path / "train"), str(tmp_path / "heldout"))
     both = with_data(recipe, path=paths, weights=(1.0, 3.0), heldout_path=None)
     sets = [latents_of(of_set) for of_set in open_split(both, "train", None)]
-    mean, square = (
-        sum(weight * (latents**power).mean((0, 2, 3)) for weight, latents in zip((0.25, 0.75), sets, strict=True))
-        for power in (1, 2)
-    )
+    mean, square = (0.25 * (sets[0] ** power).mean((0, 2, 3)) + 0.75 * (sets[1] ** power).mean((0, 2, 3))
+                    for power in (1, 2))  # fmt: skip
     assert [*mean.tolist(), *square.tolist()] == pytest.approx([0, 0, 0, 1, 1, 1], abs=1e-4)
     assert encoders_of(both)[0].identity != encoders_of(recipe)[0].identity
 
@@ -137,7 +136,13 @@ def test_raw_files_go_through_the_factors_of_the_same_pictures_encoded(recipe: R
 def test_of_many_raw_files_some_are_looked_at(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecdit_ds.data.raw_set.MAX_MEASURED", 3)
     read: list[int] = []
-    monkeypatch.setattr(RawSet, "gather", lambda self, i, j, gather=RawSet.gather: read.extend(i) or gather(self, i, j))
+    gather = RawSet.gather
+
+    def noted(self: RawSet, indices: Any, stream_indices: Any) -> Samples:
+        read.extend(indices)
+        return gather(self, indices, stream_indices)
+
+    monkeypatch.setattr(RawSet, "gather", noted)
     encoders_of(with_data(recipe, path=str(tmp_path / "pictures"), encode="online", num_workers=3))
     assert read == [0, 6, 11]
 

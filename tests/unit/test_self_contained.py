@@ -218,7 +218,7 @@ def test_guidance_leads_away_from_the_text_that_training_dropped_texts_to(autoen
     own = drawer.text_encoder.null()
     assert torch.equal(drawer.null_text.embeds_BTD, train.null_text.embeds_BTD)
     assert not torch.equal(drawer.null_text.embeds_BTD, own.embeds_BTD), "the set's is rounded, as its captions are"
-    noise = {"seeds": [0], "sample": drawer.settings(guidance_scale=3.0)}
+    noise: dict[str, Any] = {"seeds": [0], "sample": drawer.settings(guidance_scale=3.0)}
     other = TextEmbeddings(embeds_BTD=own.embeds_BTD + 1, mask_BT=own.mask_BT, pooled_BD=own.pooled_BD + 1)
     drawn = drawer.draw([PROMPT], **noise)
     assert not torch.allclose(replace(drawer, null_text=other).draw([PROMPT], **noise), drawn, atol=1e-3)

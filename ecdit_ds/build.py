@@ -1,6 +1,7 @@
 """From a recipe to a run: everything is built here, once, in the order of `run`; nothing builds itself elsewhere."""
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ecdit_ds.data.folder import Check
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
-from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
+from ecdit_ds.drawing import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
@@ -38,7 +39,15 @@ from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import Progress, check_same_data, check_same_recipe, load_snapshot, progress_of, schedule_jumps
+from ecdit_ds.snapshot import (
+    Progress,
+    check_same_data,
+    check_same_encoders,
+    check_same_recipe,
+    load_snapshot,
+    progress_of,
+    schedule_jumps,
+)
 from ecdit_ds.stopping import StopRequest
 from ecdit_ds.trainer import Surroundings, Trainer
 
@@ -74,11 +83,14 @@ def run(
     mixture, heldout_set = _open_data(recipe, world, encoders)
 
     data = _data_facts(recipe, mixture, encoders)
+    described = world.together(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
 
     grid = create_grid(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, device)
     engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
-    progress, resumed_from = _restore(candidates, folder.checkpoints, engine, recipe, data, world)
+    progress, resumed_from = _restore(
+        candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
+    )
     if progress.step > recipe.train.max_steps:
         raise ConfigError(
             f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
@@ -88,7 +100,7 @@ def run(
 
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
-        status=status, stop=stop, data=data, bad_before=bad_before,
+        status=status, stop=stop, data=data, encoders=described, bad_before=bad_before,
         **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
     )  # fmt: skip
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
@@ -168,18 +180,22 @@ def _data_facts(recipe: Recipe, mixture: Mixture, encoders: EncodersBeside | Non
 
 
 def _restore(
-    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, data: dict[str, Any], world: World
-) -> tuple[Progress, Path | None]:
+    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World,
+    check_same: Callable[[Mapping[str, Any], Path], None],
+) -> tuple[Progress, Path | None]:  # fmt: skip
     """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
 
     Return how far it is, and where from; (the beginning, None) without candidates.
 
+    Args:
+        check_same: as `_check_same`, of this run.
+
     Raises:
-        CheckpointError: there were candidates and none is valid, or the recipe or the data changed.
+        CheckpointError: there were candidates and none is valid, or the recipe, the data or its encoders changed.
     """
     rejections: dict[Path, str] = {}
     for folder in candidates:
-        fault = world.on_first(partial(_fault_of, folder, recipe, data))
+        fault = world.on_first(partial(_fault_of, folder, check_same))
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
@@ -207,19 +223,26 @@ def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]
         print(line, flush=True)
 
 
-def _fault_of(folder: Path, recipe: Recipe, data: dict[str, Any]) -> str | None:
-    """Return what is wrong by a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
+def _check_same(
+    recipe: Recipe, data: dict[str, Any], encoders: dict[str, Any], meta: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse a checkpoint of another recipe, other data or other encoders than the run's."""
+    check_same_recipe(meta["recipe"], recipe, folder)
+    check_same_data(meta.get("data"), data, folder)
+    check_same_encoders(meta.get("encoders"), encoders, folder)
+
+
+def _fault_of(folder: Path, check_same: Callable[[Mapping[str, Any], Path], None]) -> str | None:
+    """Return what is wrong with a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
     try:
         reader = Reader(folder)
         progress_of(reader)
         require_finite(folder, reader.manifest.nonfinite)
     except CheckpointError as error:
         return str(error)
-    written = reader.manifest.meta.get("recipe")
-    if not isinstance(written, dict):
+    if not isinstance(reader.manifest.meta.get("recipe"), dict):
         return f"{folder}: its manifest has no recipe"
-    check_same_recipe(written, recipe, folder)
-    check_same_data(reader.manifest.meta.get("data"), data, folder)
+    check_same(reader.manifest.meta, folder)
     return None
 
 
@@ -251,8 +274,9 @@ def _work(
         return encoded_ahead(steps, Finish(encoders=encoders, mixture=mixture))
 
     monitor = Monitor(
-        recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders
-    )
+        recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders,
+        null_text=mixture.null_text,
+    )  # fmt: skip
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,

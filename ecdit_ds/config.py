@@ -355,12 +355,14 @@ MAY_CHANGE_ON_RESUME = frozenset({
     "train.async_save", "train.save_timeout_minutes", "train.log_every",
     "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
     "data.path", "data.heldout_path", "data.verify", "data.num_heldout", "data.max_bad",
+    "data.shift_factor", "data.scaling_factor",
     "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
     "train.recompute_every", "train.unmasked_from_step",
     *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
 })  # fmt: skip
 """Recipe fields that a run may change between its lives; any other change is another experiment. What a path names may
-move: that the samples are the same, checkpoints know (`snapshot.check_same_data`)."""
+move, and factors may be written down: that the samples and latents are the same, checkpoints know
+(`snapshot.check_same_data`, `check_same_encoders`)."""
 
 
 def with_defaults(written: Mapping[str, Any], of: type = Recipe) -> dict[str, Any]:

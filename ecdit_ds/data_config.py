@@ -27,6 +27,11 @@ class DataConfig:
     """Online: folder of the image encoder; without one, pixels are the latents."""
     text: tuple[str, ...] = ()
     """Online: folders of the text encoders; without one, words get fixed vectors."""
+    shift_factor: tuple[float, ...] = ()
+    """Without an image encoder, pixels in [-1, 1] minus this, times `scaling_factor`, are the latents: one number, or
+    one a channel. By default the mean of the training sets, each as often as it is read."""
+    scaling_factor: tuple[float, ...] = ()
+    """Likewise; by default one over their standard deviation."""
     image_column: str | None = None
     """Online: of a table; by default the first of the usual names."""
     caption_column: str | None = None
@@ -66,6 +71,20 @@ class DataConfig:
                     f"data.weights: {weight} is no positive number; leave out the path that is not wanted"
                 )
 
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        shift, scale = self.shift_factor, self.scaling_factor
+        if len(shift) != len(scale) or len(shift) not in (0, 1, 3):
+            raise ConfigError(f"data.shift_factor: {len(shift)} numbers, and data.scaling_factor: {len(scale)}; give "
+                              "one of each, or three, or leave both out")  # fmt: skip
+        for name, values, is_usable in (
+            ("shift_factor", shift, all(map(math.isfinite, shift))),
+            ("scaling_factor", scale, all(math.isfinite(value) and value > 0 for value in scale)),
+        ):
+            if not is_usable:
+                raise ConfigError(f"data.{name}: {list(values)} are not all finite, and positive for scaling_factor")
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Every path of the training set."""
@@ -80,7 +99,7 @@ class DataConfig:
         """Refuse what would have no effect."""
         if self.verify != "checksums" and (self.dataset != "encoded" or self.is_online):
             raise ConfigError(f"data.verify: {self.verify} has no effect but on encoded sets; leave it out")
-        others = ("path", "weights", "heldout_path")
+        others = ("path", "weights", "heldout_path", "shift_factor", "scaling_factor")
         if self.dataset != "encoded":
             self._refuse((*others, *_ONLINE), "data.dataset", self.dataset, "encoded")
             if self.encode != "offline":
@@ -88,6 +107,9 @@ class DataConfig:
                                   "data.dataset=encoded")  # fmt: skip
         elif self.encode != "online":
             self._refuse(_ONLINE, "data.encode", self.encode, "online")
+        if self.vae and self.shift_factor:
+            raise ConfigError(f"data.shift_factor: {list(self.shift_factor)} has no effect with data.vae: {self.vae}, "
+                              "which has its own; leave it out")  # fmt: skip
 
     def _refuse(self, names: tuple[str, ...], key: str, value: str, wanted: str) -> None:
         for name in names:

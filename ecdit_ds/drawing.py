@@ -13,17 +13,25 @@ from torch import Tensor
 
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.beside import check_encoders_fit
-from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
+from ecdit_ds.data.encoder_facts import (
+    image_facts,
+    null_text_facts,
+    open_image_encoder,
+    open_text_encoder,
+    text_facts,
+)
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import read_index
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.scene_set import check_digit_scenes
-from ecdit_ds.data.splits import sets_without_text
+from ecdit_ds.data.splits import measured_codec, pixel_codec, sets_without_text
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import DataError, NonFiniteError
 from ecdit_ds.flow.guidance import guided
 from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
 from ecdit_ds.model.ecdit import ECDiT, Prediction
 from ecdit_ds.model.moe import with_capacity_factor
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.recipe_file import recipe_from_dict
 from ecdit_ds.seeding import sample_rng
 
@@ -39,12 +47,62 @@ def encoders_of(recipe: Recipe, device: torch.device | None = None) -> tuple[Ima
     """
     data, model, place = recipe.data, recipe.model, str(device or "cpu")
     if data.is_online:
-        return _encoders_online(data.vae, data.text, model.max_text_tokens, model.text_embed_dim, place)
+        return _encoders_online(data, model, place)
     if data.dataset == "encoded":
         if not data.paths:
             raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
-        return _encoders_of_set(data.paths[0], place)  # of several sets, all have the same
+        image_encoder, text_encoder = _encoders_of_set(data.paths[0], place)  # of several sets, all have the same
+        return pixel_codec(recipe) or image_encoder, text_encoder
     return PixelCodec(), WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+
+
+def describe_encoders(recipe: Recipe, null_text: TextEmbeddings, device: torch.device | None = None) -> dict[str, Any]:
+    """Return what a checkpoint says of the encoders of its run, as JSON: drawing from it needs nothing else.
+
+    Those of an encoded set are not loaded.
+
+    Args:
+        null_text: what training drops texts to.
+        device: as `encoders_of`, where the run has them.
+    """
+    data = recipe.data
+    if data.dataset == "encoded" and not data.is_online:
+        index = read_index(Path(data.paths[0]))
+        codec = pixel_codec(recipe)
+        image, text = image_facts(codec) if codec else dict(index.image_encoder), dict(index.text_encoder)
+    else:
+        image_encoder, text_encoder = encoders_of(recipe, device)
+        image = image_facts(image_encoder, data.vae and place_of(data.vae))
+        text = text_facts(text_encoder, [place_of(name) for name in data.text])
+    return {"image": image, "text": text, "null_text": null_text_facts(null_text)}
+
+
+def earlier_encoder_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return the same, without the text of no text, for a checkpoint of a release that did not say it.
+
+    All pixels went through the factors of digit scenes then, whatever the set holds by now.
+
+    Raises:
+        DataError: the encoded set that the recipe names is not there.
+    """
+    data, model = recipe.data, recipe.model
+    image = image_facts(PixelCodec())
+    text = text_facts(WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens))
+    if data.dataset == "encoded" and not data.is_online:
+        if not data.paths:
+            raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
+        index = read_index(Path(data.paths[0]))
+        image, text = image if index.holds_pixels else dict(index.image_encoder), dict(index.text_encoder)
+    if data.vae:
+        image = image_facts(load_image_encoder(data.vae), data.vae)
+    if data.text:
+        text = text_facts(load_text_encoder(data.text, max_tokens=model.max_text_tokens), data.text)
+    return {"image": image, "text": text}
+
+
+def place_of(name: str) -> str:
+    """Return a folder's absolute path, or a hub name as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 @functools.lru_cache(maxsize=1)
@@ -55,14 +113,12 @@ def _encoders_of_set(path: str, device: str) -> tuple[ImageEncoder, TextEncoder]
 
 
 @functools.lru_cache(maxsize=1)
-def _encoders_online(
-    vae: str | None, text: tuple[str, ...], max_tokens: int, width: int, device: str
-) -> tuple[ImageEncoder, TextEncoder]:
+def _encoders_online(data: DataConfig, model: ModelConfig, device: str) -> tuple[ImageEncoder, TextEncoder]:
     at = torch.device(device)
-    image: ImageEncoder = PixelCodec() if vae is None else load_image_encoder(vae, device=at)
-    if text:
-        return image, load_text_encoder(text, max_tokens=max_tokens, device=at)
-    return image, WordEncoder(embed_dim=width, max_tokens=max_tokens)
+    text: TextEncoder = WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    if data.text:
+        text = load_text_encoder(data.text, max_tokens=model.max_text_tokens, device=at)
+    return measured_codec(data, model, text) if data.vae is None else load_image_encoder(data.vae, device=at), text
 
 
 def runs_encoders(recipe: Recipe) -> bool:
@@ -117,6 +173,8 @@ class TextToImage:
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     device: torch.device
+    null_text: TextEmbeddings | None = None
+    """What training dropped texts to; by default the text encoder's own."""
 
     def draw(
         self,
@@ -179,7 +237,8 @@ class TextToImage:
             NonFiniteError: naming the prompt, and where it comes from.
         """
         texts = self.text_encoder.encode(prompts)
-        opposite = self.text_encoder.encode(negative_prompts) if negative_prompts else self.text_encoder.null()
+        null_text = self.null_text or self.text_encoder.null()
+        opposite = self.text_encoder.encode(negative_prompts) if negative_prompts else null_text
         # A pool of several images must be full: repeat the last one, draw it, and drop it.
         lacking = -len(prompts) % self.recipe.model.routing_group
 

@@ -23,8 +23,9 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.digit_scenes import Split
 from ecdit_ds.data.encoder_facts import count_frozen
+from ecdit_ds.data.encoders import Factor, PixelCodec
 from ecdit_ds.data.mixture import Bucket
-from ecdit_ds.data.splits import SplitFacts, check_split
+from ecdit_ds.data.splits import SplitFacts, check_split, pixel_codec
 from ecdit_ds.drawing import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.engine import create_grid, initialize_distributed, optimizer_groups
 from ecdit_ds.errors import CheckpointError, ConfigError
@@ -138,9 +139,25 @@ def _data(recipe: Recipe) -> list[str]:
             continue
         facts = check_split(recipe, split)
         lines.append(f"data         {_told(facts, 'raw' if data.is_online else 'encoded')}")
+        lines += [f"warning      {', '.join(paths)}: {facts.warning}"] if facts.warning else []
         if split == "train":
             lines += small_sizes(facts.held, recipe.train.global_batch_size)
-    return [*lines, *_beside(recipe)]
+    return [*lines, *_pixels(recipe), *_beside(recipe)]
+
+
+def _pixels(recipe: Recipe) -> list[str]:
+    """Say by what pixels become latents where no autoencoder makes them."""
+    data = recipe.data
+    codec = pixel_codec(recipe) if not data.is_online else encoders_of(recipe)[0] if data.paths else None
+    if not isinstance(codec, PixelCodec):
+        return []
+    whose = "as data.shift_factor and scaling_factor say" if data.shift_factor else "by the training set's own factors"
+    shift, scale = (_numbers(factor) for factor in (codec.shift_factor, codec.scaling_factor))
+    return [f"pixels       are latents without an autoencoder, {whose}: minus {shift}, times {scale}"]
+
+
+def _numbers(factor: Factor) -> str:
+    return " ".join(f"{value:.4g}" for value in (factor if isinstance(factor, tuple) else (factor,)))
 
 
 def small_sizes(held: Mapping[Bucket, int], batch: int) -> list[str]:

@@ -1,7 +1,8 @@
 """From a checkpoint's folder to a model that draws: on one device, cut by a layout, or spread by accelerate."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from ecdit_ds.checkpoint.manifest import encode_manifest
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.checkpoint.sources import INDEX_NAME, SafetensorsSource, read_part
 from ecdit_ds.config import Recipe
-from ecdit_ds.drawing import TextToImage, encoders_of
-from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.data.encoder_facts import null_text_of, open_image_encoder, open_text_encoder
+from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
+from ecdit_ds.drawing import TextToImage, earlier_encoder_facts
+from ecdit_ds.errors import CheckpointError, ConfigError, DataError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
@@ -39,6 +42,8 @@ class StoredModel:
     identity: str
     """Changes with the content, wherever the folder is."""
     recipe: Recipe
+    encoders: Mapping[str, Any] | None
+    """What `describe_encoders` returned; None of earlier releases, and of what DeepSpeed alone wrote."""
     read_into: Callable[[str, tuple[int, ...], Box, Tensor], None]
     """(parameter, global shape, box of it, where to): raises CheckpointError for what is missing or damaged."""
 
@@ -50,6 +55,14 @@ class StoredModel:
                 f"{self.folder}: {count:,} numbers of {self.kind}/{name} are not finite as {out.dtype}; use a "
                 "checkpoint from before, or another type"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFolders:
+    """Where the encoders of a model are now, if not where they were; others in their place are refused."""
+
+    vae: str | None = None
+    text: Sequence[str] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +103,7 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
     identity = xxhash.xxh3_64_hexdigest(encode_manifest(reader.manifest))  # it holds the checksums of all data
     return StoredModel(
         folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", identity=identity, recipe=recipe,
-        read_into=read_into,
+        encoders=reader.manifest.meta.get("encoders"), read_into=read_into,
     )  # fmt: skip
 
 
@@ -101,6 +114,7 @@ def load_drawer(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     layers: LayerFactory | None = None,
+    folders: EncoderFolders | None = None,
 ) -> TextToImage:
     """Load a model for drawing, from any layout's checkpoint.
 
@@ -110,22 +124,26 @@ def load_drawer(
         dtype: of weights and activations; scores of routers stay fp32.
         device: the first GPU by default, else the CPU.
         layers: this rank's, where a layout cuts the model; each rank reads what it holds.
+        folders: of encoders that have moved.
 
     Raises:
         CheckpointError: missing, damaged, or of another model than its recipe says.
+        DataError: its encoders are not where it says, or others.
     """
     stored = open_model(path, kind)
+    encoders = open_encoders(stored, folders)  # before reading weights, which takes longer
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)
         stored.fill(name, shard.global_shape, Box(shard.offset, tuple(parameter.shape)), parameter.detach())
-    return _drawer(model, stored.recipe, device)
+    return _drawer(model, stored.recipe, device, encoders)
 
 
 def load_spread_drawer(
-    path: Path, spread: Spread, *, kind: str | None = None, dtype: torch.dtype = torch.float32
-) -> TextToImage:
+    path: Path, spread: Spread, *, kind: str | None = None, dtype: torch.dtype = torch.float32,
+    folders: EncoderFolders | None = None,
+) -> TextToImage:  # fmt: skip
     """Load a model that is larger than one device, its blocks placed by accelerate's device map.
 
     Weights that wait in host memory or on disk come to a device for their layer's forward and go again. No more than
@@ -139,6 +157,7 @@ def load_spread_drawer(
     from accelerate.utils import set_module_tensor_to_device
 
     stored = open_model(path, kind)
+    encoders = open_encoders(stored, folders)
     with torch.device("meta"):
         model = ECDiT(stored.recipe.model, SerialLayers()).eval().to(dtype)
     device_map = _device_map(model, spread, dtype)
@@ -159,7 +178,7 @@ def load_spread_drawer(
         )
     except ValueError as error:
         raise ConfigError(f"device_map: {device_map} cannot be used: {error}") from None
-    return _drawer(model, stored.recipe, torch.device(main))
+    return _drawer(model, stored.recipe, torch.device(main), encoders)
 
 
 class _Offloaded:
@@ -180,11 +199,69 @@ class _Offloaded:
             raise ConfigError(f"offload_folder: {self._folder} cannot be written: {error.strerror}") from None
 
 
-def _drawer(model: ECDiT, recipe: Recipe, device: torch.device) -> TextToImage:
-    image_encoder, text_encoder = encoders_of(recipe)
+Encoders = tuple[ImageEncoder, TextEncoder, TextEmbeddings | None]
+"""Both, and the text of no text, where the checkpoint has one."""
+
+
+def open_encoders(
+    stored: StoredModel, folders: EncoderFolders | None = None, device: torch.device | None = None
+) -> Encoders:
+    """Open the encoders that a model was trained through, by its checkpoint or, if that is an older one, its set.
+
+    Args:
+        folders: of those that have moved.
+        device: where encoders with weights are; by default in host memory.
+
+    Raises:
+        CheckpointError: what the checkpoint says is damaged.
+        DataError: they are not where they were, or others.
+    """
+    folders = folders or EncoderFolders()
+    facts, null_text = stored.encoders, None
+    if facts is None:
+        facts = earlier_encoder_facts(stored.recipe)
+    elif not (isinstance(facts, dict) and all(isinstance(facts.get(k), dict) for k in ("image", "text", "null_text"))):
+        raise CheckpointError(f"{stored.folder}: does not say what its encoders were; use another checkpoint")
+    else:
+        null_text = _null_text_in(facts["null_text"], stored)
+    with _elsewhere(None if folders.vae else "--vae DIR (in Python, vae=DIR)", facts["image"].get("name")):
+        image_encoder = open_image_encoder(facts["image"], name=folders.vae, device=device)
+    with _elsewhere(None if folders.text else "--text DIR (in Python, text=DIR)", facts["text"].get("names")):
+        text_encoder = open_text_encoder(facts["text"], names=folders.text, device=device)
+    return image_encoder, text_encoder, null_text
+
+
+def _null_text_in(facts: Mapping[str, Any], stored: StoredModel) -> TextEmbeddings:
+    try:
+        null_text = null_text_of(facts)
+    except DataError as error:
+        raise CheckpointError(f"{stored.folder}: {error}; use another checkpoint") from None
+    config, shape = stored.recipe.model, tuple(null_text.embeds_BTD.shape[1:])
+    if shape != (config.max_text_tokens, config.text_embed_dim):
+        raise CheckpointError(
+            f"{stored.folder}: the text of no text is {shape}, but the model's texts are "
+            f"{(config.max_text_tokens, config.text_embed_dim)} (tokens, width); use another checkpoint"
+        )
+    return null_text
+
+
+@contextmanager
+def _elsewhere(flag: str | None, place: Any) -> Iterator[None]:
+    """Add to what is wrong with an encoder how to say where it is, if that was not said and it is somewhere."""
+    try:
+        yield
+    except DataError as error:
+        if flag is None or not place:
+            raise
+        raise DataError(f"{error}; if it is elsewhere now, say where: {flag}") from None
+
+
+def _drawer(model: ECDiT, recipe: Recipe, device: torch.device, encoders: Encoders) -> TextToImage:
+    image_encoder, text_encoder, null_text = encoders
     return TextToImage(
-        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device
-    )
+        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device,
+        null_text=null_text,
+    )  # fmt: skip
 
 
 def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[str, Any]:
@@ -255,8 +332,9 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
     identity = xxhash.xxh3_64_hexdigest(" ".join(source.identity).encode())
     recipe = _recipe_in(source.meta, folder)
     return StoredModel(
-        folder=folder, step=source.step, kind=held[0], identity=identity, recipe=recipe, read_into=read_into
-    )
+        folder=folder, step=source.step, kind=held[0], identity=identity, recipe=recipe,
+        encoders=source.meta.get("encoders"), read_into=read_into,
+    )  # fmt: skip
 
 
 def _open_checkpoint(path: Path) -> Reader:

@@ -15,6 +15,7 @@ from torch import nn
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import EncodersBeside
 from ecdit_ds.data.digit_scenes import Scene
+from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.drawing import TextToImage, encoders_of
 from ecdit_ds.evaluation.alignment import drawn_alignment
@@ -36,6 +37,8 @@ class Monitor:
     world: World
     device: torch.device
     heldout_set: SampleSet
+    null_text: TextEmbeddings
+    """What training drops texts to."""
     encoders: EncodersBeside | None = None
     """Those that run beside training; without any, prompts are drawn through encoders in host memory."""
 
@@ -72,7 +75,7 @@ class Monitor:
         image_encoder, text_encoder = encoders_of(self.recipe, self.device if self.encoders else None)
         drawer = TextToImage(
             model=cast(ECDiT, model), recipe=self.recipe, image_encoder=image_encoder, text_encoder=text_encoder,
-            device=self.device,
+            device=self.device, null_text=self.null_text,
         )  # fmt: skip
         return to_uint8(drawer.draw(prompts, seeds=seeds, sample=self.recipe.sample))
 

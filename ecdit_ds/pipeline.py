@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ecdit_ds.drawing import TextToImage, require_finite
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.flow.samplers import NoiseFn
-from ecdit_ds.loading import Spread, load_drawer, load_spread_drawer
+from ecdit_ds.loading import EncoderFolders, Spread, load_drawer, load_spread_drawer
 from ecdit_ds.pictures import to_uint8
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -47,6 +47,8 @@ class TextToImagePipeline:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
+        vae: str | Path | None = None,
+        text: str | Path | Sequence[str | Path] = (),
     ) -> "TextToImagePipeline":
         """Load a run's newest checkpoint, one checkpoint, or safetensors exported by tools/convert_ckpt.py.
 
@@ -58,17 +60,22 @@ class TextToImagePipeline:
             device_map: `auto`, or module name -> device: for a model larger than one device, by accelerate.
             max_memory: with device_map, device -> most memory, such as {0: "70GiB", "cpu": "100GiB"}.
             offload_folder: with device_map, where layers wait that fit nowhere else.
+            vae: where the image autoencoder is, if not where it was when the model was trained.
+            text: the same of the text encoders, all of them.
 
         Raises:
             CheckpointError: no model there, or damaged.
+            DataError: a frozen encoder is not there, or another one than it was trained through.
             ConfigError: settings that exclude one another.
         """
         path = Path(pretrained_model_path)
+        texts = [text] if isinstance(text, str | Path) else text
+        folders = EncoderFolders(vae=None if vae is None else str(vae), text=[str(name) for name in texts])
         if device_map is None:
             if max_memory is not None or offload_folder is not None:
                 raise ConfigError("max_memory and offload_folder have no effect without device_map; add one")
             where = None if device is None else torch.device(device)
-            return cls(load_drawer(path, kind=weights, dtype=torch_dtype, device=where))
+            return cls(load_drawer(path, kind=weights, dtype=torch_dtype, device=where, folders=folders))
         if device is not None:
             raise ConfigError(f"device: {device} and device_map exclude one another; give one")
         spread = Spread(
@@ -76,7 +83,7 @@ class TextToImagePipeline:
             max_memory=max_memory,
             offload_folder=None if offload_folder is None else Path(offload_folder),
         )
-        return cls(load_spread_drawer(path, spread, kind=weights, dtype=torch_dtype))
+        return cls(load_spread_drawer(path, spread, kind=weights, dtype=torch_dtype, folders=folders))
 
     @property
     def device(self) -> torch.device:

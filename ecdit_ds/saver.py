@@ -55,14 +55,16 @@ class Saver:
         verified: the checkpoint that this run goes on from, which was verified in loading; None for a fresh start.
         note: tells a person, on rank 0.
         data: what the run is trained on, for `check_same_data`.
+        encoders: what that went through, for drawing.
     """
 
     def __init__(
         self, root: Path, recipe: Recipe, engine: DeepSpeedEngine, world: World, lease: Lease, faults: Faults,
         verified: Path | None, note: Callable[[str], None], data: Mapping[str, Any],
+        encoders: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._root, self._recipe, self._engine, self._world, self._lease = root, recipe, engine, world, lease
-        self._data = data
+        self._data, self._encoders = data, encoders
         self._faults, self._note = faults, note
         self._verified = [] if verified is None else [verified]
         self.keeps_all = False
@@ -122,7 +124,7 @@ class Saver:
     def _launch(self, progress: Progress, host: HostCopy | None, *, read_back: bool) -> _InFlight:
         """Let a thread write the state: a copy of it, or itself where nobody changes it meanwhile."""
         began = time.perf_counter()
-        meta = meta_of(progress, self._recipe, self._data)
+        meta = meta_of(progress, self._recipe, self._data, self._encoders)
         save = Save(
             self._root, progress.step, pieces_of(self._engine), meta, self._world, self._lease,
             lambda phase: self._faults.at(phase, progress.step),

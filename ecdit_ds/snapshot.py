@@ -34,9 +34,18 @@ class Progress:
     """Steps up to this one whose gradients were not finite."""
 
 
-def meta_of(progress: Progress, recipe: Recipe, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what a checkpoint keeps beside the tensors; `data` says what it was trained on, if the recipe does not."""
-    return ({"data": dict(data)} if data else {}) | {
+def meta_of(
+    progress: Progress, recipe: Recipe, data: Mapping[str, Any] | None = None,
+    encoders: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what a checkpoint keeps beside the tensors.
+
+    Args:
+        data: what it was trained on, if the recipe does not say it.
+        encoders: as `describe_encoders`, which is what drawing needs of the data.
+    """
+    given = {"data": data, "encoders": encoders}
+    return {name: dict(facts) for name, facts in given.items() if facts} | {
         "recipe": recipe.to_dict(),
         "samples_seen": progress.samples_seen,
         "num_updates": progress.num_updates,
@@ -130,10 +139,47 @@ def check_same_data(written: Any, data: Mapping[str, Any], where: Path) -> None:
         CheckpointError: they differ.
     """
     if written is not None and data and written != data:
+        before = written.get("encoders_beside") if isinstance(written, dict) else None
+        now, told = data.get("encoders_beside"), ""
+        if before != now:
+            told = (
+                f" (encoders beside training were {before}, now {now}; data.shift_factor and data.scaling_factor set "
+                "those of pixels)"
+            )
         raise CheckpointError(
-            f"{where}: was trained on other samples, or through other encoders, than data.path names now; bring the "
-            "former back, or choose another --output"
+            f"{where}: was trained on other samples, or through other encoders, than data.path names now{told}; bring "
+            "the former back, or choose another --output"
         )
+
+
+def check_same_encoders(written: Any, encoders: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on with a model on latents or texts of other encoders, which it would have to learn anew.
+
+    Args:
+        written: what the checkpoint says of its encoders; None where it does not, as one of an earlier release.
+        encoders: likewise, of what is to be trained through now.
+        where: the checkpoint.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for what in ("image", "text") if isinstance(written, dict) else ():
+        before = written.get(what)
+        before = before if isinstance(before, dict) else {}
+        if before.get("identity") == encoders[what].get("identity"):
+            continue
+        mend = "bring the former back"
+        if before.get("kind") == encoders[what].get("kind") == "pixels":
+            shift, scale = (_as_flag(before.get(name)) for name in ("shift_factor", "scaling_factor"))
+            mend = f"keep the former by --set data.shift_factor={shift} --set data.scaling_factor={scale}"
+        raise CheckpointError(
+            f"{where}: was trained through the {what} encoder {before.get('identity')}, now it is "
+            f"{encoders[what].get('identity')}; {mend}, or choose another --output"
+        )
+
+
+def _as_flag(factor: Any) -> str:
+    return f"[{','.join(map(str, factor))}]" if isinstance(factor, list | tuple) else f"[{factor}]"
 
 
 def pieces_of(engine: DeepSpeedEngine) -> Iterator[Piece]:

@@ -61,6 +61,8 @@ class Surroundings:
     """Whether this rank counts those of its batches: one of each group that trains on the same does."""
     data: Mapping[str, Any]
     """What is trained on, for checkpoints to say; empty where the recipe says it all."""
+    encoders: Mapping[str, Any]
+    """What that went through, for checkpoints to say."""
     bad_before: Tally
     """Bad samples that earlier lives met, up to the step that is gone on from."""
     peak_flops_per_s: float | None
@@ -85,7 +87,7 @@ class Trainer:
         given = surroundings
         self._saver = Saver(
             given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note,
-            given.data,
+            given.data, given.encoders,
         )  # fmt: skip
         self._mute: set[str] = set()
 

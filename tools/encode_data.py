@@ -29,12 +29,14 @@ from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, text_facts
-from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
-from ecdit_ds.data.folder import read_index
+from ecdit_ds.data.encoders import RAW_PIXELS, ImageEncoder, TextEncoder, WordEncoder
+from ecdit_ds.data.folder import SetIndex, read_index
 from ecdit_ds.data.images import Size, buckets_of
+from ecdit_ds.data.normalization import warning_of
 from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
 from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
+from ecdit_ds.drawing import place_of
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
 from ecdit_ds.pictures import save_grid, to_uint8
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
@@ -126,8 +128,8 @@ def _encode(options: argparse.Namespace) -> int:
             dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
             has_text=not options.captions_only,
         ),
-        image_facts=image_facts(image_encoder, options.vae and _place(options.vae)),
-        text_facts=text_facts(text_encoder, [_place(name) for name in options.text]),
+        image_facts=image_facts(image_encoder, options.vae and place_of(options.vae)),
+        text_facts=text_facts(text_encoder, [place_of(name) for name in options.text]),
         settings={
             "shard_samples": options.shard_samples, "image_column": options.image_column,
             "caption_column": options.caption_column,
@@ -142,6 +144,7 @@ def _encode(options: argparse.Namespace) -> int:
         print(f"task {task}/{tasks} is done; other tasks have units left, and the last one publishes {job.destination}")
     else:
         _tell(report, job.destination)
+        _warn(job.destination, read_index(job.destination))
     mark_complete(ARRAY_TASK)
     return ExitCode.DONE
 
@@ -180,7 +183,7 @@ def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageE
     ):  # fmt: skip
         if precision != "fp32" and not name:
             raise ConfigError(f"{flag}-precision {precision}: has no effect without {flag}; leave it out")
-    image: ImageEncoder = PixelCodec()
+    image: ImageEncoder = RAW_PIXELS
     if options.vae:
         image = load_image_encoder(options.vae, device=device, precision=options.vae_precision)
     if options.text:
@@ -208,11 +211,6 @@ def _sizes(options: argparse.Namespace, encoder: ImageEncoder) -> tuple[Size, ..
     return ((options.size, options.size),)
 
 
-def _place(name: str) -> str:
-    """Return a folder's absolute path, or a hub name as it is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
 def _tell(report: Mapping[str, Any], destination: Path) -> None:
     print(f"{destination}: {report['samples']} samples, {report['left_out']} left out")
     for cause, facts in report["causes"].items():
@@ -222,6 +220,14 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
         print(f"  {count:>8}  converted: {name}")
     for suffix, count in report["ignored_files"].items():
         print(f"  {count:>8}  files not looked at: {suffix}")
+
+
+def _warn(folder: Path, index: SetIndex) -> None:
+    """Say whether latents are far from what noise is; pixels are normalised by those who read them."""
+    is_of_pixels = index.image_encoder.get("kind") == "pixels"
+    warning = None if index.holds_pixels else warning_of(index.moments, is_of_pixels=is_of_pixels)
+    if warning:
+        print(f"warning: {folder}: {warning}", file=sys.stderr)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -235,8 +241,12 @@ def _inspect(options: argparse.Namespace) -> int:
     for i, bucket in enumerate(index.buckets):
         count = sum(shard.count for shard in index.shards if shard.bucket == i)
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")
+    what = "pixels" if index.holds_pixels else "latents"
     for name, values in (("mean", index.latents_mean), ("std", index.latents_std)):
-        print(f"latents {name:<5} {' '.join(f'{value:.3f}' for value in values)}")
+        print(f"{what:<7} {name:<5} {' '.join(f'{value:.3f}' for value in values)}")
+    if index.holds_pixels:
+        print("        training normalises them by the training sets' mean and deviation")
+    _warn(options.folder, index)
     dataset = LatentDataset(options.folder)
     print("checks  every size and checksum holds")
     sheet = options.sheet or options.folder.with_name(options.folder.name + ".png")

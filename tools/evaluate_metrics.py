@@ -62,7 +62,7 @@ def loss(options: argparse.Namespace) -> None:
         )
         task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
         (held_out,), device = task.crew.world.together(open_set), task.crew.device
-        beside = None if held_out.is_whole else encoders_beside(*encoders_of(recipe, device), device)
+        beside = None if held_out.is_whole else encoders_beside(*task.encoders(drawer), device)
         losses = heldout_loss(
             drawer.model, held_out, batch_size=options.batch_size, dp_rank=task.crew.dp.index,
             dp_size=task.crew.dp.count, device=device, total=task.crew.world.sum, num_times=options.times,

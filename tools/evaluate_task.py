@@ -15,19 +15,21 @@ import xxhash
 from tqdm import tqdm
 
 from ecdit_ds.crew import Crew, join_crew
+from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import ConfigError, DataError, NonFiniteError
 from ecdit_ds.gallery import Job, Picture, do_compete, fill, gallery_identity, read_gallery
 from ecdit_ds.ledger import Ledger, Row, work_through
-from ecdit_ds.loading import StoredModel, open_model
+from ecdit_ds.loading import StoredModel, open_encoders, open_model
 from tools.bench_report import describe_run
-from tools.sample import brush_for, facts_of, load_for
+from tools.sample import brush_for, encoder_folders, facts_of, load_for
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "torchmetrics", "transformers")
 DRAWING = ("steps", "sampler", "eta", "guidance", "guidance_interval", "negative_prompt", "capacity_factor", "height",
            "width")  # fmt: skip
 """Flags that change pictures."""
+_OF_MODEL = ("weights", "vae", "text", "device_map", "offload_folder")
 _SETTINGS_NAME = "evaluation.json"
 _RESULTS_NAME = "results.json"
 _VERDICTS_NAME = "verdicts.jsonl"
@@ -66,6 +68,15 @@ class Task:
     def drawer(self) -> TextToImage:
         """Return this process's model."""
         return load_for(self.crew, self.options)
+
+    def encoders(self, drawer: TextToImage) -> tuple[ImageEncoder, TextEncoder]:
+        """Return the drawer's encoders on this process's device."""
+        if self.stored is None or self.crew.device.type == "cpu":
+            return drawer.image_encoder, drawer.text_encoder
+        image_encoder, text_encoder, _ = open_encoders(
+            self.stored, encoder_folders(self.options), device=self.crew.device
+        )
+        return image_encoder, text_encoder
 
     def draw(self, jobs: Sequence[Job]) -> tuple[Path, list[Picture]]:
         """Draw pictures of `jobs`, or read the given folder's; return the folder and its pictures, in order.
@@ -132,7 +143,7 @@ def task_of(options: argparse.Namespace, *for_drawing: str) -> Task:
     pictures: Any = getattr(options, "pictures", None)
     if (options.checkpoint is None) == (pictures is None):
         raise ConfigError("--checkpoint, --pictures: give one of them")
-    for name in (*DRAWING, "weights", "device_map", "offload_folder", *for_drawing) if pictures is not None else ():
+    for name in (*DRAWING, *_OF_MODEL, *for_drawing) if pictures is not None else ():
         if getattr(options, name) is not None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag}: has no effect on --pictures, which are drawn already; leave it out")

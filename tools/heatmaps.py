@@ -37,6 +37,7 @@ from ecdit_ds.loading import KINDS, load_drawer
 from ecdit_ds.pictures import name_for_file, save_text
 from ecdit_ds.prompts import require_words
 from tools.command_line import OneLineParser
+from tools.sample import add_encoder_arguments, encoder_folders
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the starting noise (default: %(default)s)")
     parser.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
+    add_encoder_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -82,7 +84,7 @@ def show(options: argparse.Namespace) -> None:
     if not prompts and options.scenes is None:
         raise ConfigError("--prompt: none given, so there is nothing to draw; give one, or --scenes N")
     require_words(prompts)
-    pipeline = load_drawer(options.checkpoint, kind=options.weights)
+    pipeline = load_drawer(options.checkpoint, kind=options.weights, folders=encoder_folders(options))
     require_expert_choice(pipeline.recipe.model)
     if options.scenes is not None:
         require_digit_scenes(pipeline.recipe.data, f"--scenes {options.scenes}", "give --prompt")

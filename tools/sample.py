@@ -31,7 +31,15 @@ from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, DataError, EcditError
 from ecdit_ds.gallery import Brush, Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
-from ecdit_ds.loading import KINDS, Spread, StoredModel, load_drawer, load_spread_drawer, open_model
+from ecdit_ds.loading import (
+    KINDS,
+    EncoderFolders,
+    Spread,
+    StoredModel,
+    load_drawer,
+    load_spread_drawer,
+    open_model,
+)
 from ecdit_ds.parallel.sharding import Share
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
@@ -91,6 +99,7 @@ def add_model_arguments(
     model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: %(default)s)")
     model.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
     model.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks (default: %(default)s)")
+    add_encoder_arguments(model)
     model.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
     if not with_device_map:
         parser.set_defaults(device_map=None, max_memory=[], offload_folder=None)
@@ -105,6 +114,17 @@ def add_model_arguments(
         help="with --device-map, such as 0=70GiB or cpu=100GiB; may be repeated",
     )  # fmt: skip
     model.add_argument("--offload-folder", type=Path, metavar="DIR", help="with --device-map, for what fits nowhere")
+
+
+def add_encoder_arguments(group: argparse._ActionsContainer) -> None:
+    """Add where the frozen encoders of a checkpoint are now; others than it was trained through are refused."""
+    group.add_argument("--vae", metavar="DIR", help="where the image autoencoder is now, if not where it was")
+    group.add_argument("--text", nargs="+", metavar="DIR", help="the same of the text encoders, all of them")
+
+
+def encoder_folders(options: argparse.Namespace) -> EncoderFolders:
+    """Return what these flags say."""
+    return EncoderFolders(vae=options.vae, text=options.text or ())
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,13 +213,20 @@ def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
             raise ConfigError("--max-memory and --offload-folder have no effect without --device-map auto; add it")
         return crew.world.together(
             lambda: load_drawer(
-                options.checkpoint, kind=options.weights, dtype=dtype, device=crew.device, layers=crew.layers
+                options.checkpoint,
+                kind=options.weights,
+                dtype=dtype,
+                device=crew.device,
+                layers=crew.layers,
+                folders=encoder_folders(options),
             )
         )
     if crew.world.size > 1:
         raise ConfigError(f"--device-map: is for one process, but {crew.world.size} were started; use --tp and --ep")
     spread = Spread(max_memory=_memory(options.max_memory), offload_folder=options.offload_folder)
-    return load_spread_drawer(options.checkpoint, spread, kind=options.weights, dtype=dtype)
+    return load_spread_drawer(
+        options.checkpoint, spread, kind=options.weights, dtype=dtype, folders=encoder_folders(options)
+    )
 
 
 def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:

@@ -68,7 +68,9 @@ class UpcycledSource:
         check_upcyclable(source, upcycling.recipe)
         self._source, self._made = source, upcycling
         self.step = 0
-        self.meta: Mapping[str, Any] = {"recipe": upcycling.recipe.to_dict(), "samples_seen": 0, "num_updates": 0}
+        of_run = {"recipe": upcycling.recipe.to_dict(), "samples_seen": 0, "num_updates": 0}
+        # Not the data: other samples may follow, but through the same encoders.
+        self.meta: Mapping[str, Any] = {k: v for k, v in source.meta.items() if k == "encoders"} | of_run
         kinds = [_WEIGHT, *([_EMA] if any(name.startswith(f"{_EMA}/") for name in source.tensors) else [])]
         self.tensors = {
             f"{kind}/{parameter}": (torch.float32, shape)

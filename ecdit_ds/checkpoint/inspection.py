@@ -16,6 +16,8 @@ from ecdit_ds.errors import CheckpointError
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes."""
+_LONGEST_VALUE = 1000
+"""Characters of a value of meta that are told."""
 
 
 def describe(source: Source) -> list[str]:
@@ -29,6 +31,9 @@ def describe(source: Source) -> list[str]:
         f"written by   parallel.tp {parallel.get('tp', '?')}, parallel.ep {parallel.get('ep', '?')}; "
         "any layout reads it",
     ]
+    if encoders := _section(meta, "encoders"):
+        of_images, of_texts = (_section(encoders, what).get("identity", "?") for what in ("image", "text"))
+        lines.append(f"encoders     images {of_images}, texts {of_texts}")
     for kind, names in _by_kind(source).items():
         numel = sum(_numel(source, name) for name in names)
         nbytes = sum(_nbytes(source, name) for name in names)
@@ -102,7 +107,7 @@ def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
     if first.step != second.step:
         yield f"step: {first.step} and {second.step}"
     for field, (ours, theirs) in changed_fields(_filled(first.meta), _filled(second.meta)).items():
-        yield f"meta.{field}: {ours!r} and {theirs!r}"
+        yield f"meta.{field}: {_shortened(ours)} and {_shortened(theirs)}"
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         yield f"{name}: only in the {'first' if name in first.tensors else 'second'}"
     for name in sorted(first.tensors.keys() & second.tensors.keys()):
@@ -158,6 +163,11 @@ def _compare(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
 def _bits(data: Tensor) -> Tensor:
     """Return whole numbers that are equal where all bits are."""
     return data.contiguous().view(_WHOLE_NUMBERS[data.itemsize])
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ecdit_ds.data.causes import BadSample, Replaced
 from ecdit_ds.data.columns import DTYPES
-from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.encoders import PixelCodec, TextEmbeddings
 from ecdit_ds.data.folder import (
     TEXT_COLUMNS,
     Check,
@@ -98,11 +98,13 @@ def no_pixels(count: int) -> Tensor:
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path, *, check: Check | None = None) -> None:
+    def __init__(self, folder: Path, *, check: Check | None = None, codec: PixelCodec | None = None) -> None:
         """Open a folder of encoded samples and verify it.
 
         Args:
             check: which shards are compared with the index, and how; by default all, with their checksums.
+            codec: normalises latents that are pixels (`SetIndex.holds_pixels`), others are not touched; by default they
+                stay pixels.
 
         Raises:
             DataError: a file is missing or damaged; names it.
@@ -110,6 +112,7 @@ class LatentDataset:
         self.name = str(folder)
         """Where it was opened."""
         self.index = read_index(folder)
+        self._codec = codec if self.index.holds_pixels else None
         verify_set(folder, self.index, check or Check())
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
         self._mapped = Recent(MAX_MAPPED)
@@ -167,7 +170,7 @@ class LatentDataset:
         return self._buckets[np.searchsorted(self._starts, indices, side="right") - 1]
 
     def gather(self, indices: npt.NDArray[np.int64], stream_indices: npt.NDArray[np.int64]) -> Samples:
-        """Return the samples at `indices`, in that order, repeats allowed; floats are as they are stored.
+        """Return the samples at `indices`, in that order, repeats allowed; floats are as stored, normalised ones fp32.
 
         Args:
             indices: int64 (B,) in [0, len(self)), all of one bucket.
@@ -183,7 +186,7 @@ class LatentDataset:
             return _copied(found, column, dtype, row_shape)
 
         return Samples(
-            latents_BCHW=read(0, stored, *self.index.buckets[buckets[0]]),
+            latents_BCHW=self._normalized(read(0, stored, *self.index.buckets[buckets[0]])),
             text_embeds_BTD=read(1, stored, num_tokens, embed_dim),
             text_mask_BT=read(2, torch.bool, num_tokens),
             text_pooled_BD=read(3, stored, self.index.pooled_width if self.index.has_text else 0),
@@ -191,6 +194,9 @@ class LatentDataset:
             stream_index_B=torch.from_numpy(np.array(stream_indices, dtype=np.int64)),
             pixels_BHW3=no_pixels(len(indices)),
         )
+
+    def _normalized(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW if self._codec is None else self._codec.encode(latents_BCHW)
 
     def name_of(self, sample: int) -> str:
         """Return the name of a sample in the source that it was encoded from."""

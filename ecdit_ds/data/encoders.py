@@ -76,21 +76,27 @@ class TextEncoder(Protocol):
         """Return the text of no text, B = 1: the unconditional branch of guidance."""
 
 
+Factor = float | tuple[float, ...]
+"""One for all channels, or one a channel."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PixelCodec:
     """The image encoder of small canvases: a latent is a pixel, shifted and scaled to about unit variance.
 
-    The factors, as an autoencoder's, are the statistics of its images: digit scenes are mostly black, with mean -0.83
-    and standard deviation 0.45 of pixels in [-1, 1].
+    The factors, as an autoencoder's, are the statistics of its images. Those of digit scenes are the defaults: they are
+    mostly black, with mean -0.83 and standard deviation 0.45 of pixels in [-1, 1]. Others have their own
+    (`normalization.py`).
     """
 
-    shift_factor: float = -0.83
-    scaling_factor: float = 2.2
+    shift_factor: Factor = -0.83
+    scaling_factor: Factor = 2.2
 
     @property
     def identity(self) -> str:
         """Name of this encoder and its factors."""
-        return f"pixels-2-{self.shift_factor}-{self.scaling_factor}"
+        factors = (self.shift_factor, self.scaling_factor)
+        return "-".join(["pixels-2", *(",".join(map(str, f)) if isinstance(f, tuple) else str(f) for f in factors)])
 
     @property
     def downsampling(self) -> int:
@@ -99,11 +105,22 @@ class PixelCodec:
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Return (images - shift) * scaling, as fp32."""
-        return (images_B3HW.to(torch.float32) - self.shift_factor) * self.scaling_factor
+        return (images_B3HW.to(torch.float32) - _over_channels(self.shift_factor, images_B3HW)) * _over_channels(
+            self.scaling_factor, images_B3HW
+        )
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Return the latents as an image, cut to [-1, 1] since a sampler may overshoot."""
-        return (latents_BCHW.to(torch.float32) / self.scaling_factor + self.shift_factor).clamp(-1.0, 1.0)
+        images_B3HW = latents_BCHW.to(torch.float32) / _over_channels(self.scaling_factor, latents_BCHW)
+        return (images_B3HW + _over_channels(self.shift_factor, latents_BCHW)).clamp(-1.0, 1.0)
+
+
+RAW_PIXELS = PixelCodec(shift_factor=0.0, scaling_factor=1.0)
+"""What corpora without an autoencoder are stored by: pixels in [-1, 1], which training normalises."""
+
+
+def _over_channels(factor: Factor, like_BCHW: Tensor) -> float | Tensor:
+    return torch.tensor(factor, device=like_BCHW.device)[:, None, None] if isinstance(factor, tuple) else factor
 
 
 @dataclass(frozen=True, kw_only=True)

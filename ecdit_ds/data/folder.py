@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from ecdit_ds.data.encoders import RAW_PIXELS
+from ecdit_ds.data.normalization import Moments
 from ecdit_ds.durable import make_folders, put_on_disk, write_durably
 from ecdit_ds.errors import DataError
 
@@ -87,6 +89,16 @@ class SetIndex:
     null_text_xxh3: str
     settings: Mapping[str, Any]
     """All that the samples depend on."""
+
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether its latents are pixels in [-1, 1], which readers normalise; see `normalization.py`."""
+        return self.image_encoder.get("identity") == RAW_PIXELS.identity
+
+    @property
+    def moments(self) -> Moments:
+        """Of the latents as they are stored."""
+        return Moments(mean_C=self.latents_mean, std_C=self.latents_std)
 
     def __post_init__(self) -> None:
         if self.latents_dtype not in FLOAT_DTYPES:

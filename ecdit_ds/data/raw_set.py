@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.columns import LatentSums, total_of
 from ecdit_ds.data.dataset import Samples
 from ecdit_ds.data.encoders import TextEmbeddings, TextEncoder
-from ecdit_ds.data.images import Size, decode_image, fit_image
+from ecdit_ds.data.images import Size, decode_image, fit_image, from_pixels
+from ecdit_ds.data.normalization import Moments
 from ecdit_ds.data.source import Columns, RawSample, Source, Unit, samples_of
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.data_config import DataConfig
@@ -25,6 +27,9 @@ _ROWS_OF_A_UNIT = 128
 """Of Parquet, which is read in parts."""
 _CACHED_BYTES = 2**30
 """Of image files that a loader process keeps; a small corpus in tars or Parquet is read once."""
+MAX_MEASURED = 1024
+"""Pictures that are looked at for the mean and deviation of a set's pixels."""
+_MEASURED_AT_ONCE = 64
 
 Raw = RawSample | BadSample
 
@@ -164,6 +169,26 @@ def open_raw_set(
     """
     source = open_raw_source(name, data)
     return RawSet(source, name=name, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
+
+
+def measure_pixels(raw_set: RawSet) -> Moments:
+    """Return mean and deviation of the pixels, in [-1, 1], of a set's pictures; of many, evenly spaced ones are taken.
+
+    Raises:
+        DataError: none of these can be used.
+    """
+    count = min(len(raw_set), MAX_MEASURED)
+    indices = np.unique(np.linspace(0, max(0, len(raw_set) - 1), count).round().astype(np.int64))
+    parts = []
+    for start in range(0, len(indices), _MEASURED_AT_ONCE):
+        samples = raw_set.gather(part := indices[start : start + _MEASURED_AT_ONCE], part)
+        good = [place for place in range(len(part)) if place not in samples.bad]
+        parts.append(LatentSums.of(from_pixels(samples.pixels_BHW3[good])))
+    sums = total_of(parts)
+    if not sums.numbers:
+        raise DataError(f"{raw_set.name}: none of {count} samples looked at can be used; name a source with some")
+    mean_C, std_C = sums.statistics()
+    return Moments(mean_C=mean_C, std_C=std_C)
 
 
 def count_samples(source: Source, name: str) -> int:

@@ -8,11 +8,13 @@ from pathlib import Path
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split
-from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder
 from ecdit_ds.data.folder import Check, SetIndex, read_index
 from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
-from ecdit_ds.data.raw_set import count_samples, open_raw_set, open_raw_source
+from ecdit_ds.data.normalization import Moments, codec_in, mixed, normalizing_codec, warning_of
+from ecdit_ds.data.raw_set import count_samples, measure_pixels, open_raw_set, open_raw_source
 from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.model_config import ModelConfig
 
@@ -29,6 +31,8 @@ class SplitFacts:
     """(C, H, W) of latents -> share of what is read."""
     held: Mapping[Bucket, int]
     """(C, H, W) of latents -> samples in all sets."""
+    warning: str | None = None
+    """What is to be said of latents, as the model reads them, that are far from mean 0 and deviation 1."""
 
 
 def open_split(
@@ -37,7 +41,8 @@ def open_split(
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
     Args:
-        encoders: for digit scenes and raw files; an encoded corpus needs none.
+        encoders: for digit scenes and raw files; an encoded corpus needs none. Where it holds pixels, they are
+            normalised as these say, or, without, as the training sets do.
         check: which shards of an encoded corpus are compared with its index, and how; by default all, whole.
 
     Raises:
@@ -45,7 +50,9 @@ def open_split(
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
         check_split(recipe, split)
-        return tuple(LatentDataset(Path(path), check=check) for path in _paths(recipe, split))
+        given = encoders[0] if encoders else None
+        codec = given if isinstance(given, PixelCodec) else pixel_codec(recipe)
+        return tuple(LatentDataset(Path(path), check=check, codec=codec) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
     if recipe.data.is_online:
@@ -85,8 +92,7 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
             raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
         indexes[path] = read_index(Path(path))
         _check_alike(f"data.{key}", paths[0], indexes[paths[0]], path, indexes[path])
-    held = {path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
-            for path, index in indexes.items()}  # fmt: skip
+    held = _held(indexes)
     is_of_one_size = len(set().union(*held.values())) == 1
     for path, index in indexes.items():
         who = f"data.{key}: {path}"
@@ -95,7 +101,58 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         _check_texts(index, recipe.model, who)
     if split == "heldout":
         _check_encoders(indexes[paths[0]], paths[0], recipe)
-    return _facts_of(held, recipe.data.weights if split == "train" else ())
+    facts, codec = _facts_of(held, recipe.data.weights if split == "train" else ()), pixel_codec(recipe)
+    latents, first = _moments_of(indexes, facts.sets), indexes[paths[0]]
+    if codec is not None and first.holds_pixels:
+        latents = latents.after(codec)
+    return replace(facts, warning=warning_of(latents, is_of_pixels=first.image_encoder.get("kind") == "pixels"))
+
+
+def pixel_codec(recipe: Recipe) -> PixelCodec | None:
+    """Return what normalises the pixels that the encoded sets of a recipe hold; None where they hold latents.
+
+    It is what the recipe says, or follows from the training sets: the held-out set goes through the same.
+
+    Raises:
+        DataError: the recipe says it of sets that hold latents.
+    """
+    indexes = {path: read_index(Path(path)) for path in recipe.data.paths if Path(path).is_dir()}
+    asked = codec_in(recipe.data)
+    for path, index in indexes.items():
+        if not index.holds_pixels and asked is not None:
+            raise DataError(f"data.shift_factor: {list(recipe.data.shift_factor)} has no effect on {path}, which holds "
+                            f"latents of {index.image_encoder.get('identity')}; leave it out")  # fmt: skip
+    if asked is not None or not indexes or not all(index.holds_pixels for index in indexes.values()):
+        return asked
+    weights = recipe.data.weights if len(indexes) == len(recipe.data.paths) else ()
+    return normalizing_codec(_moments_of(indexes, _facts_of(_held(indexes), weights).sets))
+
+
+def measured_codec(data: DataConfig, model: ModelConfig, text_encoder: TextEncoder) -> PixelCodec:
+    """Return what normalises the pixels of raw files: what the recipe says, or what follows from pictures looked at.
+
+    Raises:
+        DataError: a source of the training set cannot be read.
+    """
+    asked, bucket = codec_in(data), _own_bucket(model)
+    if asked is not None or not data.paths:
+        return asked or PixelCodec()
+    sets = {
+        path: open_raw_set(path, data, latents=bucket, downsampling=1, text_encoder=text_encoder) for path in data.paths
+    }
+    moments = [measure_pixels(of_set) for of_set in sets.values()]
+    shares = _facts_of({path: {bucket: len(of_set)} for path, of_set in sets.items()}, data.weights).sets
+    return normalizing_codec(mixed(moments, list(map(float, shares.values()))))
+
+
+def _moments_of(indexes: Mapping[str, SetIndex], shares: Mapping[str, Fraction]) -> Moments:
+    """Return those of latents as the sets store them, read by their shares."""
+    return mixed([index.moments for index in indexes.values()], [float(shares[path]) for path in indexes])
+
+
+def _held(indexes: Mapping[str, SetIndex]) -> dict[str, Mapping[Bucket, int]]:
+    return {path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
+            for path, index in indexes.items()}  # fmt: skip
 
 
 def _check_twice(key: str, paths: tuple[str, ...]) -> None:

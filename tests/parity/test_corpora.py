@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.encoder_facts import null_text_of
 from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.photographs import crops, encoded
@@ -132,6 +136,14 @@ def test_prompts_are_drawn_through_the_encoders_that_made_the_set(runs: Path, ru
         pixels = np.asarray(picture)
     assert pixels.shape == (32, 32, 3)
     assert pixels.std() > 0
+
+
+@pytest.mark.parametrize(("run", "name"), [("two", "train_set"), ("joined", "train_joined")])
+def test_checkpoints_say_what_the_encoders_were(runs: Path, run: str, name: str) -> None:
+    described = read_manifest(runs / run / "checkpoints" / f"step_{STEPS}").meta["encoders"]
+    dataset = LatentDataset(runs / name)
+    assert described["image"] == dataset.index.image_encoder and described["text"] == dataset.index.text_encoder
+    assert torch.equal(null_text_of(described["null_text"]).embeds_BTD, dataset.null_text.embeds_BTD)
 
 
 def test_the_recipe_of_the_run_names_the_sets(runs: Path) -> None:

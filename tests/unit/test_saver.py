@@ -31,6 +31,7 @@ from tests.conftest import MakeRecipe
 SHAPES = {"a.weight": (4, 3), "b.weight": (2, 3, 2), "c.bias": (5,)}
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 DATA = {"sets": ["of made-up numbers"]}
+ENCODERS = {"image": {"kind": "none"}}
 
 
 class FlatEngine:
@@ -160,7 +161,7 @@ def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
         made = Saver(
             tmp_path / "checkpoints", make_recipe(*overrides), cast(DeepSpeedEngine, engine),
             cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), None,
-            notes.append, DATA,
+            notes.append, DATA, ENCODERS,
         )  # fmt: skip
         return made, engine, notes
 
@@ -207,7 +208,11 @@ def test_each_save_holds_its_own_step_though_training_and_the_next_save_go_on_be
         folder = tmp_path / "checkpoints" / f"step_{step}"
         assert_equal(stored(folder), wanted[step])
         counts = {"samples_seen": 8 * step, "num_updates": step - 1, "skipped_in_a_row": 1}
-        assert Reader(folder).manifest.meta == counts | {"data": DATA, "recipe": make_recipe().to_dict()}
+        assert Reader(folder).manifest.meta == counts | {
+            "data": DATA,
+            "encoders": ENCODERS,
+            "recipe": make_recipe().to_dict(),
+        }
     assert [note.split(": held up")[0] for note in notes] == [
         f"saved {tmp_path / 'checkpoints'}/step_{step}" for step in (1, 2, 3)
     ]

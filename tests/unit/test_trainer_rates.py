@@ -114,7 +114,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[float], S
         batch = recipe.train.global_batch_size
         given: Any = SimpleNamespace(
             device=torch.device("cpu"), checkpoints=Path("nowhere"), lease=None, resumed_from=None, data={},
-            faults=SimpleNamespace(at=lambda *_: None), status=SimpleNamespace(step=None), bad_before=None,
+            encoders={}, faults=SimpleNamespace(at=lambda *_: None), status=SimpleNamespace(step=None), bad_before=None,
             batches=lambda start: [[] for _ in range(recipe.train.max_steps - start // batch)],
             heldout_losses=lambda model: [value_of(model)],
             draw=lambda model: np.full((1, 4, 4, 3), value_of(model)),

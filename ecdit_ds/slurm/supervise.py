@@ -281,8 +281,11 @@ def output_of(program: Sequence[str]) -> Path:
     """Return the run's folder that train.py's arguments name.
 
     Raises:
-        ConfigError: they name none.
+        ConfigError: they name none, or ask for no training, which no life of a job would ever complete.
     """
+    for flag in ("--dry-run", "--print-config"):
+        if flag in program:
+            raise ConfigError(f"train.py {flag}: trains nothing, which this job would repeat; run it without sbatch")
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--output", type=Path)
     output: Path | None = None

@@ -227,6 +227,12 @@ def test_training_without_a_folder_is_refused(flags: list[str]) -> None:
         output_of(["ecdit_ds/train.py", *flags])
 
 
+@pytest.mark.parametrize("flag", ["--dry-run", "--print-config"])
+def test_a_job_that_would_train_nothing_is_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.py {flag}: trains nothing"):
+        output_of(["ecdit_ds/train.py", "--output", "runs/a", flag])
+
+
 def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standard_library_only() -> None:
     """With -S there is nothing else."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}

@@ -81,6 +81,12 @@ def test_pictures_have_the_canvas_of_the_recipe_and_are_not_blank(pipeline: Text
     assert float(pictures.std()) > 0.1
 
 
+def test_pictures_have_the_height_and_the_width_that_are_asked_for(pipeline: TextToImage) -> None:
+    sample = pipeline.recipe.sample
+    assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, height=32, width=24).shape == (1, 3, 32, 24)
+    assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, width=24).shape == (1, 3, 16, 24)
+
+
 def test_pictures_depend_on_the_seed_and_on_nothing_else(pipeline: TextToImage) -> None:
     torch.manual_seed(1)
     first = draw(pipeline, PROMPTS, seed=3)

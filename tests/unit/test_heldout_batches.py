@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ def test_a_held_out_sample_is_seen_with_its_own_text_and_always_the_same_noise(t
         assert (embeds == samples_B.view(-1, 1, 1)).all()
         assert mask.tolist() == [[int(i) != 2, *[True] * 3] for i in samples_B]
         seen.extend((int(i), time) for i in samples_B)
-        return Prediction(velocity_BCHW=noise[samples_B] - samples_B.view(-1, 1, 1, 1), auxiliary_loss=torch.ones(()))
+        path_BCHW = noise[samples_B] - samples_B.view(-1, 1, 1, 1)
+        return Prediction(velocity_BCHW=path_BCHW + time, auxiliary_loss=torch.ones(()))
 
     def one_is_shorter(samples: list) -> list:
         samples[0].text_mask_BT[samples[0].stream_index_B == 2, 0] = False
@@ -40,4 +42,4 @@ def test_a_held_out_sample_is_seen_with_its_own_text_and_always_the_same_noise(t
         num_times=2, finish=one_is_shorter,
     )  # fmt: skip
     assert set(seen) == {(i, time) for i in range(5) for time in (0.25, 0.75)}
-    assert losses == [0.0, 0.0], "the path's own velocity is predicted"
+    assert losses == pytest.approx([0.25**2, 0.75**2]), "the velocity that is predicted is wrong by the time"

@@ -227,6 +227,14 @@ def test_where_digits_have_two_scales_those_with_more_light_are_the_scene() -> N
     assert [thing.side for thing in find_objects((small_HWC + large_HWC)[None])[0]] == [16]
 
 
+def test_of_three_scales_the_one_with_most_light_is_the_scene_wherever_it_comes() -> None:
+    small = [("green", 6, 8 * row, 8 * column) for row in range(2) for column in range(6)]
+    scene_HWC = canvas(*small, height=48, width=48)
+    scene_HWC += canvas(("white", 3, 16, 0), height=48, width=48, scale=2)
+    scene_HWC += canvas(("red", 3, 24, 24), height=48, width=48, scale=3)
+    assert [thing.side for thing in find_objects(scene_HWC[None])[0]] == [8] * 12
+
+
 @pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 1), (-1, -1), (1, -1)])
 def test_digits_a_pixel_off_the_grid_are_found_there(down: int, right: int) -> None:
     things = [("green", 3, 8 + down, 8 + right), ("yellow", 0, 8 + down, 16 + right)]

@@ -118,6 +118,10 @@ def test_a_caption_may_fill_every_token_but_not_one_more(
         assert part in message
 
 
+def test_every_word_takes_a_token_and_no_word_takes_one(encoder: WordEncoder) -> None:
+    assert encoder.count_tokens(["", "a red seven", "?!", "eight"]) == [1, 3, 1, 1]
+
+
 def test_encoders_with_different_sizes_have_different_identities() -> None:
     sizes = [(8, 6), (8, 7), (9, 6)]
     assert len({WordEncoder(embed_dim=dim, max_tokens=tokens).identity for dim, tokens in sizes}) == 3

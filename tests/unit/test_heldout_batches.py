@@ -1,12 +1,13 @@
 """What the held-out loss asks a model: the path's points of fixed noise, under each sample's own text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.flow.objective import draw_noise
 from ecdit_ds.model.ecdit import Prediction
@@ -33,9 +34,10 @@ def test_a_held_out_sample_is_seen_with_its_own_text_and_always_the_same_noise(t
         path_BCHW = noise[samples_B] - samples_B.view(-1, 1, 1, 1)
         return Prediction(velocity_BCHW=path_BCHW + time, auxiliary_loss=torch.ones(()))
 
-    def one_is_shorter(samples: list) -> list:
-        samples[0].text_mask_BT[samples[0].stream_index_B == 2, 0] = False
-        return samples
+    def one_is_shorter(stored: Sequence[Samples]) -> list[Samples]:
+        for samples in stored:
+            samples.text_mask_BT[samples.stream_index_B == 2, 0] = False
+        return list(stored)
 
     losses = heldout_loss(
         model, held_out, batch_size=2, dp_rank=0, dp_size=1, device=torch.device("cpu"), total=lambda sums: sums,

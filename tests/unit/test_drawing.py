@@ -85,6 +85,9 @@ def test_pictures_have_the_height_and_the_width_that_are_asked_for(pipeline: Tex
     sample = pipeline.recipe.sample
     assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, height=32, width=24).shape == (1, 3, 32, 24)
     assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, width=24).shape == (1, 3, 16, 24)
+    wide = replace(pipeline.recipe, model=replace(pipeline.recipe.model, latent_height=8, latent_width=12))
+    assert replace(pipeline, recipe=wide).latent_shape() == (3, 8, 12)
+    assert replace(pipeline, recipe=wide).latent_shape(height=16) == (3, 16, 12)
 
 
 def test_pictures_depend_on_the_seed_and_on_nothing_else(pipeline: TextToImage) -> None:

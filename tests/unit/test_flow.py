@@ -351,3 +351,13 @@ def test_a_batch_is_pinned_field_by_field(flow_batch: FlowBatch, monkeypatch: py
     for name in TENSORS:
         before, after = getattr(flow_batch, name), getattr(pinned, name)
         assert torch.equal(before, after) and before.data_ptr() != after.data_ptr()
+
+
+def test_the_multistep_rule_is_exact_where_the_predicted_data_is_linear_in_time() -> None:
+    def path(time: float) -> Tensor:  # whose x_0 is 2 + 3 t everywhere
+        return torch.tensor([2.0 + 5.0 * time - (3.0 * time * math.log(time) if time else 0.0)], dtype=torch.float64)
+
+    step = dpmpp_2m(lambda latents, time: (latents - (2.0 + 3.0 * time)) / time)
+    step(path(1.0), 1.0, 0.8)  # it has one prediction yet, and takes it for a constant
+    for time, next_time in ((0.8, 0.5), (0.5, 0.1), (0.1, 0.0)):
+        torch.testing.assert_close(step(path(time), time, next_time), path(next_time), rtol=0, atol=1e-12)

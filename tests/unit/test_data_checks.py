@@ -7,6 +7,7 @@ from typing import Any
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.folder import Check
+from ecdit_ds.data.shard import Shard
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.model_config import ModelConfig
@@ -32,3 +33,18 @@ def test_of_a_set_that_is_opened_the_shards_are_read_whole_that_should_be(
         assert f"{second}: has checksum" in refusal_of(open_with(**check))
     second.write_bytes(whole[:-8])
     assert f"{second}: has {len(whole) - 8} bytes" in refusal_of(open_with(checksums=False))
+
+
+def test_a_shard_of_more_or_fewer_rows_or_bytes_than_its_index_says_is_refused(
+    refusal_of: Callable[[Callable[[], object]], str], tmp_path: Path
+) -> None:
+    path = write_set(tmp_path / "a", [((3, 8, 8), 3)], tokens=4, width=6) / "shard-00000.arrow"
+    row_bytes = {"latents": 3 * 8 * 8 * 4, "text_embeds": 4 * 6 * 4, "text_mask": 4, "text_pooled": 6 * 4}
+    assert Shard(path=path, count=3, row_bytes=row_bytes).find(2)[1] == 2
+    for count in (2, 4):
+        told = refusal_of(lambda count=count: Shard(path=path, count=count, row_bytes=row_bytes).find(0))  # type: ignore[misc]
+        assert f"{path}: is no shard of this set (3 rows, but its index says {count})" in told
+    for name, size in row_bytes.items():
+        for other in (size - 1, size + 1):
+            shard = Shard(path=path, count=3, row_bytes=row_bytes | {name: other})
+            assert f"rows of {name} do not all have {other} bytes" in refusal_of(lambda shard=shard: shard.find(0))  # type: ignore[misc]

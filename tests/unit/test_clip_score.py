@@ -94,6 +94,12 @@ def test_a_long_caption_is_cut_and_keeps_its_end_mark(clip: Clip) -> None:
     torch.testing.assert_close(full, unpadded / unpadded.norm())
 
 
+def test_pictures_and_texts_are_vectors_of_length_one(clip: Clip) -> None:
+    (pictures_BD,) = clip.embed_pictures(pictures(3), batch_size=3)
+    for vectors_BD in (pictures_BD, clip.embed_texts(CAPTIONS)):
+        torch.testing.assert_close(vectors_BD.norm(dim=-1), torch.ones(len(vectors_BD)))
+
+
 def test_a_mean_of_nothing_is_refused(refusal_of: Refusal) -> None:
     assert "no pictures" in refusal_of(lambda: mean_clip_score([]))
 

@@ -173,6 +173,32 @@ def test_latents_are_smaller_than_the_canvas_by_the_encoders_downsampling(
     torch.testing.assert_close(sample.latents_CHW[:3, 0, 0], expected)
 
 
+def test_a_set_has_the_scenes_of_its_split_seed_and_canvas_and_tells_their_mean_and_spread(
+    open_set: OpenSet, model: ModelConfig
+) -> None:
+    held_out = open_set(split="heldout", seed=3, model=replace(model, latent_width=24))
+    scenes = [draw_scene(seed=3, split="heldout", index=i, canvas_height=16, canvas_width=24) for i in range(7)]
+    assert held_out.texts("caption", np.arange(len(held_out))) == [scene.caption for scene in scenes]
+    assert held_out.texts("kind", np.arange(7)) == [scene.kind for scene in scenes]
+    assert held_out.name_of(3) == "heldout-3"
+    images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
+    latents_BCHW = PixelCodec().encode(rearrange(images_BHWC, "b h w c -> b c h w") / 127.5 - 1.0)
+    torch.testing.assert_close(held_out.gather(np.arange(7), np.arange(7)).latents_BCHW, latents_BCHW)
+    values_CN = rearrange(latents_BCHW.double(), "b c h w -> c (b h w)")
+    assert held_out.index.latents_mean == pytest.approx(values_CN.mean(dim=1).tolist())
+    assert held_out.index.latents_std == pytest.approx(values_CN.std(dim=1, correction=0).tolist())
+
+
+def test_captions_of_another_encoder_have_a_folder_of_their_own(
+    open_set: OpenSet, model: ModelConfig, tmp_path: Path
+) -> None:
+    few = DataConfig(num_train=2, cache_dir=str(tmp_path / "cache"))
+    for width in (6, 8):
+        words = WordEncoder(embed_dim=width, max_tokens=10)
+        opened = open_set(data=few, model=replace(model, text_embed_dim=width), text_encoder=words)
+        assert opened[0].text_embeds_TD.shape == (10, width)
+
+
 def test_a_set_survives_pickling(open_set: OpenSet) -> None:
     dataset = open_set()
     blob = pickle.dumps(dataset)

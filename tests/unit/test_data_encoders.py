@@ -118,6 +118,10 @@ def test_a_caption_may_fill_every_token_but_not_one_more(
         assert part in message
 
 
+def test_every_word_takes_a_token_and_no_word_takes_one(encoder: WordEncoder) -> None:
+    assert encoder.count_tokens(["", "a red seven", "?!", "eight"]) == [1, 3, 1, 1]
+
+
 def test_encoders_with_different_sizes_have_different_identities() -> None:
     sizes = [(8, 6), (8, 7), (9, 6)]
     assert len({WordEncoder(embed_dim=dim, max_tokens=tokens).identity for dim, tokens in sizes}) == 3
@@ -146,3 +150,21 @@ def test_decoded_images_stay_in_range_and_in_fp32(draw: Callable[..., Tensor]) -
     assert (images.min(), images.max()) == (-1.0, 1.0)
     inside = latents.abs() < 0.9
     torch.testing.assert_close(images[inside], latents[inside], atol=0.01, rtol=0)
+
+
+def test_encodings_are_still_those_of_sets_that_were_stored_under_these_identities() -> None:
+    words, pixels = WordEncoder(embed_dim=6, max_tokens=3), PixelCodec()
+    assert (words.identity, pixels.identity) == ("words-3-6x3", "pixels-2--0.83-2.2")
+    said, nothing = words.encode(["a red seven"]), words.null()
+    wanted_TD = torch.tensor([
+        [0.87795, 0.62195, 1.33498, 0.41755, 3.07982, 2.91159],
+        [1.51234, 1.66232, -0.60786, 1.90835, 2.69611, 1.79896],
+        [2.46161, -0.70674, 1.02454, 1.43775, 1.23323, 1.57625],
+    ])  # fmt: skip
+    null_D = torch.tensor([0.35365, 0.22891, -1.76350, 0.13743, -1.18463, -1.47306])
+    torch.testing.assert_close(said.embeds_BTD[0], wanted_TD, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        said.pooled_BD[0], torch.tensor([1.00746, 0.26768, 0.06723, 0.26134, 0.56371, 1.62557]), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(nothing.pooled_BD[0], null_D, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pixels.encode(torch.tensor([-1.0, 0.0, 1.0])), torch.tensor([-0.374, 1.826, 4.026]))

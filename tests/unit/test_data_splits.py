@@ -189,3 +189,27 @@ def test_what_is_stored_as_bf16_becomes_on_its_device_what_it_would_have_been_be
         if isinstance(values, torch.Tensor):
             there = getattr(narrow.to(device), name)
             assert there.dtype == values.dtype and torch.equal(there, values), name
+
+
+def test_fewer_channels_and_narrower_pooled_texts_than_the_models_are_refused_too(
+    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path
+) -> None:
+    recipe = make_sets(a=[((2, 8, 8), 3), ((2, 4, 12), 1)])
+    assert "2 channels, but the model's have 3" in refusal_of(lambda: check_split(recipe, "train"))
+    narrow = str(write_set(tmp_path / "narrow", [(SQUARE, 3)], pooled=5))
+    of_narrow = replace(recipe, data=replace(recipe.data, path=narrow))
+    assert "pooled texts of width 5" in refusal_of(lambda: check_split(of_narrow, "train"))
+
+
+def test_of_one_size_it_must_be_the_models_height_and_width_in_this_order(
+    make_sets: MakeSets, refusal_of: Refusal
+) -> None:
+    recipe = make_sets(a=[(WIDE, 3)])
+    check_split(replace(recipe, model=replace(recipe.model, latent_height=4, latent_width=12)), "train")
+    turned = replace(recipe, model=replace(recipe.model, latent_height=12, latent_width=4))
+    assert "latents (3, 4, 12), but the model's are (3, 12, 4)" in refusal_of(lambda: check_split(turned, "train"))
+
+
+def test_what_is_held_of_a_size_is_counted_over_all_sets(make_sets: MakeSets) -> None:
+    recipe = make_sets(a=[(SQUARE, 6), (WIDE, 2)], b=[(WIDE, 3), (TALL, 1)])
+    assert check_split(recipe, "train").held == {SQUARE: 6, WIDE: 5, TALL: 1}

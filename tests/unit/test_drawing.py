@@ -4,16 +4,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.drawing import TextToImage, noise_of
 from ecdit_ds.errors import CheckpointError, DataError
 from ecdit_ds.loading import load_drawer
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.seeding import parameter_generator
+from ecdit_ds.seeding import parameter_generator, sample_rng
 from tests.helpers.random_model import damage_average
 
 MakeRecipe = Callable[..., Recipe]
@@ -80,6 +81,15 @@ def test_pictures_have_the_canvas_of_the_recipe_and_are_not_blank(pipeline: Text
     assert float(pictures.std()) > 0.1
 
 
+def test_pictures_have_the_height_and_the_width_that_are_asked_for(pipeline: TextToImage) -> None:
+    sample = pipeline.recipe.sample
+    assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, height=32, width=24).shape == (1, 3, 32, 24)
+    assert pipeline.draw(PROMPTS[:1], seeds=[0], sample=sample, width=24).shape == (1, 3, 16, 24)
+    wide = replace(pipeline.recipe, model=replace(pipeline.recipe.model, latent_height=8, latent_width=12))
+    assert replace(pipeline, recipe=wide).latent_shape() == (3, 8, 12)
+    assert replace(pipeline, recipe=wide).latent_shape(height=16) == (3, 16, 12)
+
+
 def test_pictures_depend_on_the_seed_and_on_nothing_else(pipeline: TextToImage) -> None:
     torch.manual_seed(1)
     first = draw(pipeline, PROMPTS, seed=3)
@@ -116,6 +126,45 @@ def test_a_pool_of_several_images_is_filled_by_repeating_the_last_prompt(
     in_company = pipeline.draw([*prompts, *["four pink ones"] * 3], seeds=seeds, sample=sample)
     assert torch.equal(in_company[:4], pictures[:4])
     assert not torch.equal(in_company[4], pictures[4])
+
+
+def test_what_a_full_pool_leads_away_from_is_repeated_with_it(
+    tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel
+) -> None:
+    recipe = make_recipe("model.routing_pool=group", "model.routing_group=4")
+    pipeline = load_drawer(save_model(tmp_path / "pools", recipe))
+    prompts, away, sample = PROMPTS[:2], ["a six", "a white nine"], recipe.sample
+    pictures = pipeline.draw(prompts, negative_prompts=away, seeds=[0, 1], sample=sample)
+    spelled = pipeline.draw(
+        [*prompts, *prompts[1:] * 2], negative_prompts=[*away, *away[1:] * 2], seeds=[0, 1, 1, 1], sample=sample
+    )
+    assert torch.equal(spelled[:2], pictures)
+    assert not torch.equal(pipeline.draw(prompts, seeds=[0, 1], sample=sample), pictures)
+
+
+@torch.no_grad()
+def test_guidance_acts_within_its_interval_alone(pipeline: TextToImage) -> None:
+    sample = replace(pipeline.recipe.sample, num_steps=4, guidance_scale=3.0, guidance_interval=(0.4, 0.8))
+    noise = noise_of([7], (3, 16, 16))()
+    text, none = (pipeline.velocity(texts) for texts in (pipeline.text_encoder.encode(PROMPTS[:1]),
+                                                         pipeline.text_encoder.null()))  # fmt: skip
+    by_hand = noise
+    for time in (1.0, 0.75, 0.5, 0.25):
+        velocity = text(by_hand, time)
+        if time in (0.75, 0.5):
+            null = none(by_hand, time)
+            velocity = null + 3.0 * (velocity - null)
+        by_hand = by_hand - 0.25 * velocity
+    drawn = pipeline.denoise(PROMPTS[:1], noise=lambda: noise, sample=sample)
+    torch.testing.assert_close(drawn, by_hand, rtol=0, atol=1e-5)
+
+
+def test_a_seed_has_the_noise_that_it_always_had() -> None:
+    draw_noise = noise_of([3, 4], (2, 2))
+    three, four = (sample_rng(seed, 0, "sample") for seed in (3, 4))
+    for _ in range(2):
+        wanted = [rng.standard_normal((2, 2), dtype=np.float32) for rng in (three, four)]
+        assert torch.equal(draw_noise(), torch.from_numpy(np.stack(wanted)))
 
 
 def test_guidance_and_the_prompt_change_the_picture(pipeline: TextToImage) -> None:

@@ -351,3 +351,39 @@ def test_a_batch_is_pinned_field_by_field(flow_batch: FlowBatch, monkeypatch: py
     for name in TENSORS:
         before, after = getattr(flow_batch, name), getattr(pinned, name)
         assert torch.equal(before, after) and before.data_ptr() != after.data_ptr()
+
+
+def test_the_multistep_rule_is_exact_where_the_predicted_data_is_linear_in_time() -> None:
+    def path(time: float) -> Tensor:  # whose x_0 is 2 + 3 t everywhere
+        return torch.tensor([2.0 + 5.0 * time - (3.0 * time * math.log(time) if time else 0.0)], dtype=torch.float64)
+
+    step = dpmpp_2m(lambda latents, time: (latents - (2.0 + 3.0 * time)) / time)
+    step(path(1.0), 1.0, 0.8)  # it has one prediction yet, and takes it for a constant
+    for time, next_time in ((0.8, 0.5), (0.5, 0.1), (0.1, 0.0)):
+        torch.testing.assert_close(step(path(time), time, next_time), path(next_time), rtol=0, atol=1e-12)
+
+
+def test_within_its_part_of_the_density_every_time_is_as_likely() -> None:
+    config = FlowConfig(timestep_density="uniform", timestep_shift=1.0)
+    times = draw_timesteps(torch.arange(4000), seed=0, global_batch_size=4, config=config)
+    within = (times * 4 - torch.arange(4000) % 4).double()
+    tenths = torch.histc(within, bins=10, min=0.0, max=1.0)
+    assert float(tenths.sum()) == 4000
+    assert float((tenths - 400).abs().max()) < 4 * (4000 * 0.1 * 0.9) ** 0.5
+
+
+def test_the_model_is_given_each_part_of_the_batch_in_its_place() -> None:
+    batch = FlowBatch(
+        latents_BCHW=torch.randn(2, 3, 4, 4), noise_BCHW=torch.randn(2, 3, 4, 4), timesteps_B=torch.rand(2),
+        text_embeds_BTD=torch.randn(2, 5, 6), text_mask_BT=torch.rand(2, 5) < 0.5, text_pooled_BD=torch.randn(2, 6),
+        kept_BN=torch.tensor([[0, 2], [1, 3]]),
+    )  # fmt: skip
+    given: list[Tensor | None] = []
+
+    def model(latents: Tensor, *others: Tensor | None) -> Prediction:
+        given.extend(others)
+        return Prediction(velocity_BCHW=latents, auxiliary_loss=latents.new_zeros(()))
+
+    flow_losses(model, batch, patch_size=2)
+    wanted = [batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.kept_BN]
+    assert [there is part for there, part in zip(given, wanted, strict=True)] == [True] * 5

@@ -310,5 +310,12 @@ def test_a_summary_of_nothing_is_refused(refusal_of: Refusal) -> None:
     assert "no pictures" in refusal_of(lambda: summarize([]))
 
 
+def test_the_thresholds_are_the_published_ones() -> None:
+    assert (
+        GenevalRules(confidence=0.3, counting_confidence=0.9, max_objects=16, max_overlap=1.0, position_threshold=0.1)
+        == PUBLISHED
+    )
+
+
 def test_there_are_ten_colours() -> None:
     assert len(set(COLOURS)) == 10

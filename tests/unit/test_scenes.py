@@ -177,6 +177,16 @@ def test_centres_a_fifth_of_a_side_apart_are_level() -> None:
         assert relations_of(here, FoundObject(digit=1, colour="red", top=0, left=left, side=10)) == expected
 
 
+def test_things_of_two_sizes_stand_where_their_middles_are_and_both_sizes_count() -> None:
+    def square(side: int, middle: int) -> FoundObject:
+        return FoundObject(digit=1, colour="red", top=middle - side // 2, left=middle - side // 2, side=side)
+
+    # 8 across is less than 0.1 x (8 + 16) and half of the whole way, 2.4 + 5.7; 10 is more than 2.4 + 7.1.
+    assert relations_of(square(8, 0), square(16, 8)) == relations_of(square(16, 0), square(8, 8)) == set()
+    assert relations_of(square(8, 0), square(16, 10)) == {"above", "to the left of"}
+    assert relations_of(square(16, 10), square(8, 0)) == {"below", "to the right of"}
+
+
 def test_a_picture_is_exact_if_it_shows_nothing_that_the_caption_does_not_name() -> None:
     for caption, things in [
         ("a seven", [RED_SEVEN]),
@@ -215,6 +225,14 @@ def test_where_digits_have_two_scales_those_with_more_light_are_the_scene() -> N
     large_HWC = canvas(("white", 3, 16, 16), height=32, width=32, scale=2)
     assert [thing.side for thing in find_objects(small_HWC[None])[0]] == [8, 8]
     assert [thing.side for thing in find_objects((small_HWC + large_HWC)[None])[0]] == [16]
+
+
+def test_of_three_scales_the_one_with_most_light_is_the_scene_wherever_it_comes() -> None:
+    small = [("green", 6, 8 * row, 8 * column) for row in range(2) for column in range(6)]
+    scene_HWC = canvas(*small, height=48, width=48)
+    scene_HWC += canvas(("white", 3, 16, 0), height=48, width=48, scale=2)
+    scene_HWC += canvas(("red", 3, 24, 24), height=48, width=48, scale=3)
+    assert [thing.side for thing in find_objects(scene_HWC[None])[0]] == [8] * 12
 
 
 @pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 1), (-1, -1), (1, -1)])
@@ -323,6 +341,19 @@ def test_scores_are_shares_by_kind_and_overall_the_mean_over_kinds() -> None:
     assert np.isnan(scores_of(np.zeros((6, 3), dtype=int)).overall)
 
 
+def test_a_kind_counts_as_much_as_another_however_many_pictures_it_has() -> None:
+    counts = np.zeros((6, 3), dtype=int)
+    counts[KINDS.index("two")] = (10, 5, 4)
+    counts[KINDS.index("colour")] = (40, 8, 4)
+    summary = scores_of(counts).summary()
+    assert summary["overall"] == pytest.approx((0.5 + 0.2) / 2)
+    assert summary["exact"] == pytest.approx((0.4 + 0.1) / 2)
+    assert summary["standard_error"] == pytest.approx(np.sqrt(0.5 * 0.5 / 10 + 0.2 * 0.8 / 40) / 2)
+    assert summary["kinds"]["colour"] == {
+        "count": 40, "correct": 8, "exact": 4, "share": 0.2, "standard_error": pytest.approx(np.sqrt(0.2 * 0.8 / 40)),
+    }  # fmt: skip
+
+
 def test_verdicts_and_summaries_are_plain_data(prompts: list[Scene]) -> None:
     some = prompts[::25]
     alignment = score_alignment(pictures(some), some, other_claims([scene.claim for scene in some]))
@@ -374,6 +405,13 @@ def test_other_claims_are_of_the_same_kind_and_never_mean_the_same(prompts: list
     said = [parse_caption(caption) for caption in ("a two", "a six and a two", "a two", "a two and a six", "a one")]
     assert [claim.caption for claim in other_claims(said)][::2] == ["a one", "a one", "a two"]
     assert {claim.kind for claim in other_claims(said)[1::2]} == {"two"}
+
+
+def test_the_other_claim_is_the_next_of_the_kind_that_means_something_else() -> None:
+    said = ["a one", "a one and a two", "a two", "a two", "a two and a one", "a seven", "a six and a two"]
+    others = [claim.caption for claim in other_claims([parse_caption(caption) for caption in said])]
+    two_and = "a six and a two"
+    assert others == ["a two", two_and, "a seven", "a seven", two_and, "a one", "a one and a two"]
 
 
 def test_heldout_prompts_are_the_first_of_each_kind_and_distinct_where_that_can_be(prompts: list[Scene]) -> None:

@@ -11,16 +11,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from ecdit_ds import build
-from ecdit_ds.build import _callbacks, _data_facts, _Flops, _open_data, _work, build_model
+from ecdit_ds.build import _callbacks, _data_facts, _Flops, _open_data, _restore, _work, build_model
 from ecdit_ds.callbacks import Console, TensorBoard
+from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.folder import Check
+from ecdit_ds.errors import CheckpointError
 from ecdit_ds.monitoring import Monitor
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import Progress
+from ecdit_ds.snapshot import Progress, progress_of
 
 CPU = torch.device("cpu")
 LAYOUT = Topology(world_size=8, tp=2, ep=2)
@@ -167,3 +169,80 @@ def test_a_model_is_of_the_training_seed_and_recomputes_what_the_recipe_says(rec
     name = "patches.linear.weight"
     assert torch.equal(model.state_dict()[name], weights[0][name])
     assert not torch.equal(weights[0][name], weights[1][name])
+
+
+class Restored:
+    """An engine that notes what it is told; checkpoints of some steps it cannot load."""
+
+    def __init__(self, *unreadable: int) -> None:
+        self.updates: list[int] = []
+        self.unreadable = unreadable
+
+    def restored(self, num_updates: int) -> None:
+        """Note it."""
+        self.updates.append(num_updates)
+
+
+@pytest.fixture
+def restore(
+    recipe: Recipe, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Return `restore(engine, own, ...)`: go on from step 6 (4 updates) or 3 (2 updates) of a run in a folder."""
+    root = tmp_path / "run" / "checkpoints"
+    for step, num_updates in ((3, 2), (6, 4)):
+        meta = {"recipe": recipe.to_dict(), "samples_seen": 16 * step, "num_updates": num_updates, "data": {"sets": []}}
+        save_model(root, recipe, step, meta)
+
+    def load(reader: Reader, engine: Any) -> Progress:
+        if reader.manifest.step in engine.unreadable:
+            raise CheckpointError(f"step {reader.manifest.step} is damaged")
+        return progress_of(reader)
+
+    monkeypatch.setattr(build, "load_snapshot", load)
+
+    def go_on(
+        engine: Restored, own: Path = root, recipe: Recipe = recipe, sets: tuple[str, ...] = (), **says: Any
+    ) -> Any:
+        world = told(on_first=lambda work: work(), broadcast=lambda value: value, gather=lambda value: [value, None],
+                     all_ok=lambda ok: ok)  # fmt: skip
+        world = told(**{**vars(world), **says})
+        return _restore([root / "step_6", root / "step_3"], own, engine, recipe, {"sets": list(sets)}, world)
+
+    return go_on
+
+
+def test_an_engine_goes_on_from_the_newest_with_its_updates_which_skipped_steps_are_not(restore: Any) -> None:
+    engine = Restored()
+    progress, folder = restore(engine)
+    assert (folder.name, progress.step, progress.samples_seen, progress.num_updates) == ("step_6", 6, 96, 4)
+    assert engine.updates == [4]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside_only_in_the_runs_own_folder(
+    restore: Any, tmp_path: Path, is_own: bool
+) -> None:
+    engine, root = Restored(6), tmp_path / "run" / "checkpoints"
+    progress, folder = restore(engine, root if is_own else tmp_path / "another" / "checkpoints")
+    assert (folder.name, progress.num_updates, engine.updates) == ("step_3", 2, [2])
+    assert (root / "step_6").exists() != is_own
+
+
+def test_what_one_rank_cannot_load_no_rank_goes_on_from(restore: Any) -> None:
+    answers = iter([False, True])  # another rank found damage in step 6, and none in step 3
+    engine = Restored()
+    _, folder = restore(
+        engine, all_ok=lambda ok: next(answers), gather=lambda value: [value, None if value else "a flipped bit"]
+    )
+    assert (folder.name, engine.updates) == ("step_3", [2])
+
+
+def test_no_run_goes_on_with_another_recipe_or_other_data(restore: Any, recipe: Recipe, refusal_of: Any) -> None:
+    other = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=0.5))
+    assert "optimizer.ema_decay" in refusal_of(lambda: restore(Restored(), recipe=other))
+    assert "data" in refusal_of(lambda: restore(Restored(), sets=("another",)))
+
+
+def test_checkpoints_of_which_none_loads_are_no_fresh_start(restore: Any, refusal_of: Any) -> None:
+    said = refusal_of(lambda: restore(Restored(3, 6)))
+    assert "none of 2 checkpoints" in said and "step 6 is damaged" in said and "step 3 is damaged" in said

@@ -18,7 +18,7 @@ from ecdit_ds.parallel.experts import Experts
 from ecdit_ds.parallel.layers import SerialLayers
 from ecdit_ds.parallel.sharding import WHOLE, Share, shard_of
 from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
-from ecdit_ds.parallel.world import World
+from ecdit_ds.parallel.world import Place, World, place_from_environment
 from tests.helpers.forked_ranks import on_ranks
 from tests.helpers.random_model import random_values
 
@@ -49,13 +49,19 @@ def test_an_exchange_gives_rank_i_the_ith_chunk_of_each_and_its_gradient_goes_ba
         assert torch.equal(gradient, exchanged(upstream, rank))
 
 
-def test_what_is_copied_in_has_the_sum_of_all_gradients_and_what_is_summed_out_has_its_own(draw: Draw) -> None:
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_what_is_copied_in_has_the_sum_of_all_gradients_and_what_is_summed_out_has_its_own(
+    draw: Draw, is_contiguous: bool
+) -> None:
     values, upstream = draw("values", 3, 4, 2), draw("upstream", 3, 4, 2)
 
     def work(rank: int) -> dict[str, Tensor]:
-        x, into = (values[rank].t().contiguous().t().clone().requires_grad_() for _ in range(2))
-        copied, summed, gradient = copy_in(x, everyone()), sum_out(into, everyone()), upstream[rank].clone()
-        (of_copied,) = torch.autograd.grad(copied, x, gradient.t().contiguous().t())
+        def laid_out(data: Tensor) -> Tensor:
+            return data.clone() if is_contiguous else data.t().contiguous().t()
+
+        x, into = (laid_out(values[rank]).requires_grad_() for _ in range(2))
+        copied, summed, gradient = copy_in(x, everyone()), sum_out(into, everyone()), laid_out(upstream[rank])
+        (of_copied,) = torch.autograd.grad(copied, x, gradient)
         (of_summed,) = torch.autograd.grad(summed, into, gradient)
         assert torch.equal(into, values[rank]) and torch.equal(gradient, upstream[rank]), "the input is left as it was"
         return {"copied": copied.detach(), "of_copied": of_copied, "summed": summed.detach(), "of_summed": of_summed}
@@ -181,3 +187,24 @@ def test_ranks_agree_on_values_sums_and_errors() -> None:
             "last_fails": [CheckpointError.__name__, "of rank 2"],
             "place": [rank, 3], "tried": [0] if rank == 0 else [],
         }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "WORLD_SIZE": "8"}, (5, 1, 4, 8)),
+        ({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}, (5, 1, 2, 8)),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 0, 8, 8)),
+        ({}, (0, 0, 1, 1)),
+    ],
+)
+def test_a_process_is_where_its_launcher_says(
+    environment: dict[str, str], place: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # to be put back, also what is added below
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = place_from_environment()
+    assert found == Place(**dict(zip(("rank", "local_rank", "local_size", "world_size"), place, strict=True)))

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from ecdit_ds.checkpoint.partial import Workspace
 from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource
-from ecdit_ds.checkpoint.universal_writer import plan_universal
+from ecdit_ds.checkpoint.universal import UniversalSource
+from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.checkpoint.zero_folder import ZeroSource
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
@@ -151,6 +152,29 @@ def test_files_of_another_source_or_another_plan_are_written_anew(tmp_path: Path
     found = EcditSource(tmp_path / "step_5")
     for name, values in second.values.items():
         assert torch.equal(found.read(name, Box((0,), (6,))), values), name
+
+
+def test_a_file_of_another_part_of_the_same_tensor_is_written_anew(tmp_path: Path) -> None:
+    """Name, key, shape and header are the same; only the plan says that other rows belong there."""
+    source, cuts = Held({"weight/a": rows(6, 2)}), {"weight/a": {0: 2}}
+    first, second = plan_layout(source, ["weight/a"], cuts.__getitem__, 2, 1, None)
+    swapped = [replace(first, name=second.name), replace(second, name=first.name)]
+    calls: list[Box] = []
+
+    def read_once(name: str, box: Box) -> Tensor:
+        calls.append(box)
+        if box.offset[0] >= 3:
+            raise CheckpointError("the source is gone")
+        return source.values[name][box.within((0, 0))].clone()
+
+    failing = Held(source.values)
+    failing.read = read_once  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="gone"):
+        convert_to_ecdit(failing, tmp_path / "step_5", [first, second], lambda nbytes: None)
+    assert calls
+    convert_to_ecdit(source, tmp_path / "step_5", swapped, lambda nbytes: None)
+    found = EcditSource(tmp_path / "step_5").read("weight/a", Box((0, 0), (6, 2)))
+    assert torch.equal(found, source.values["weight/a"])
 
 
 def test_an_export_says_its_kind_and_its_size_in_bytes_and_where_each_tensor_is(tmp_path: Path) -> None:
@@ -278,6 +302,64 @@ def test_a_universal_file_says_how_its_tensor_is_cut() -> None:
     for dtype in (torch.bfloat16, torch.int64):
         with pytest.raises(CheckpointError, match="holds fp32"):
             plan_universal(Held({"weight/q": rows(6, 5).to(dtype)}), axes.__getitem__, 2)
+
+
+UNIVERSAL_AXES = {"q": {"tp": 0}, "norm": dict[str, int]()}
+
+
+@pytest.fixture
+def universal(tmp_path: Path) -> Path:
+    """Return a Universal Checkpoint's tag for two tensor-parallel ranks: step 5, 4 updates."""
+    shapes = {"q": (4, 3), "norm": (3,)}
+    source = Held({f"{kind}/{name}": rows(*shape) for kind in ("weight", "exp_avg") for name, shape in shapes.items()})
+    files = plan_universal(source, UNIVERSAL_AXES.__getitem__, 2)
+    convert_to_universal(source, tmp_path / "new", files, 2, lambda nbytes: None)
+    return tmp_path / "new" / "global_step5_universal"
+
+
+def test_a_universal_folder_says_the_counts_that_training_goes_on_from(universal: Path) -> None:
+    source = UniversalSource(universal, None)
+    source.verify_counts()
+    assert (source.step, source.meta) == (5, {"num_updates": 4, "samples_seen": 40})
+    assert torch.equal(source.read("weight/q", Box((1, 0), (2, 3))), rows(4, 3)[1:3])
+    for rank, prefix in itertools.product((0, 1), ("", "zero_pp_rank_0_")):
+        counts = torch.load(universal / f"{prefix}mp_rank_{rank:02d}_model_states.pt", weights_only=True)
+        wanted = {"mp_world_size": 2, "global_steps": 5, "global_samples": 40, "skipped_steps": 1, "samples_seen": 40}
+        assert {name: counts[name] for name in wanted} == wanted
+    assert float(torch.load(universal / "zero" / "q" / "step.pt", weights_only=True)) == 4.0
+    common = torch.load(universal / "zero" / "optimizer_state.pt", weights_only=True)
+    assert float(common["optimizer_state_dict"]["state"][0]["step"]) == 4.0
+
+
+def test_a_universal_folder_without_our_file_is_of_its_own_updates_and_skipped_steps(universal: Path) -> None:
+    (universal / "ecdit_ds.json").unlink()
+    recipe: Any = RecipeStub()
+    facts = ModelFacts(recipe=recipe, shapes={"q": (4, 3), "norm": (3,)}, cut_axes=UNIVERSAL_AXES.__getitem__)
+    source = UniversalSource(universal, facts)
+    assert (source.step, source.meta["num_updates"], source.meta["samples_seen"]) == (5, 4, 40)
+
+
+@pytest.mark.parametrize("damage", ["a step", "all steps", "our text", "a file more", "a file less", "a rank less"])
+def test_a_universal_folder_that_contradicts_itself_is_refused(
+    universal: Path, refusal_of: RefusalOf, damage: str
+) -> None:
+    zero, ours = universal / "zero", universal / "ecdit_ds.json"
+    said = {"a step": "norm/step.pt at 3", "all steps": "does not say 3 updates", "our text": "damaged",
+            "a file more": "which ecdit_ds.json does not know", "a file less": "is missing",
+            "a rank less": "mp_rank_01_model_states.pt: is missing"}  # fmt: skip
+    if damage in ("a step", "all steps"):
+        for name in ("norm", "q")[: 1 if damage == "a step" else 2]:
+            torch.save(torch.tensor(3.0), zero / name / "step.pt")
+    elif damage == "our text":
+        ours.write_text(ours.read_text().replace('"samples_seen": 40', '"samples_seen": 41'))
+    elif damage == "a file more":
+        torch.save({"param": torch.zeros(3)}, zero / "norm" / "exp_avg_sq.pt")
+    elif damage == "a file less":
+        (zero / "q" / "exp_avg.pt").unlink()
+    else:
+        (universal / "mp_rank_01_model_states.pt").unlink()
+    message = refusal_of(lambda: UniversalSource(universal, None).verify_counts())
+    assert said[damage] in message
 
 
 DP, TP, EP = 4, 2, 2

@@ -242,7 +242,7 @@ def test_bad_samples_of_all_lives_end_a_run_where_they_are_too_many_of_all_that_
     if not gives_up:
         assert loop.fit(trained) is False
         return
-    with pytest.raises(GaveUpError, match=r"data\.max_bad: 11 of"):
+    with pytest.raises(GaveUpError, match=r"data\.max_bad: 11 of 59 samples read"):
         loop.fit(trained)
     assert loop.events[-1][0] == "finish"
 

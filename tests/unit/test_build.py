@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from ecdit_ds.callbacks import Console, TensorBoard
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.folder import Check
+from ecdit_ds.engine import DeepSpeedEngine
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.monitoring import Monitor
 from ecdit_ds.parallel.layers import SerialLayers
@@ -206,7 +207,9 @@ def restore(
         world = told(on_first=lambda work: work(), broadcast=lambda value: value, gather=lambda value: [value, None],
                      all_ok=lambda ok: ok)  # fmt: skip
         world = told(**{**vars(world), **says})
-        return _restore([root / "step_6", root / "step_3"], own, engine, recipe, {"sets": list(sets)}, world)
+        return _restore(
+            [root / "step_6", root / "step_3"], own, cast(DeepSpeedEngine, engine), recipe, {"sets": list(sets)}, world
+        )
 
     return go_on
 

@@ -17,7 +17,7 @@ from ecdit_ds.checkpoint import sources
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.derived import UpcycledSource, Upcycling, WithAverage
-from ecdit_ds.checkpoint.inspection import differences, verify
+from ecdit_ds.checkpoint.inspection import describe, differences, verify
 from ecdit_ds.checkpoint.manifest import (
     Manifest,
     StoredFile,
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
         source = Held({f"{kind}/{name}": rows(2, 3) for kind in kinds for name in ("a", "b")})
         return refusal_of(lambda: verify(source, expected, ("exp_avg", "exp_avg_sq"), lambda nbytes: None))
 
-    model = {"a": (2, 3), "b": (2, 3)}
+    model: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (2, 3)}
     ticked: list[int] = []
     whole = Held({f"{kind}/{name}": rows(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq") for name in model})
     assert verify(whole, model, ("exp_avg", "exp_avg_sq"), ticked.append) == sum(ticked) == 6 * 24
@@ -216,6 +216,13 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
     assert "weight/c: is missing" in said(model | {"c": (1,)}, "weight")
     assert "weight/b: has shape [2, 3], the recipe's model [3, 2]" in said(model | {"b": (3, 2)}, "weight")
     assert "no exp_avg_sq" in said(model, "weight", "exp_avg")
+
+
+def test_all_tensors_of_a_kind_are_counted() -> None:
+    source = Held({"weight/a": rows(2, 3), "weight/b": rows(5), "ema/a": rows(2, 3)})
+    lines = describe(source)
+    assert "weight       2 tensors, 11 numbers, 44 bytes, float32" in lines
+    assert "ema          1 tensors, 6 numbers, 24 bytes, float32" in lines
 
 
 def test_an_average_of_the_weights_is_read_box_by_box_from_the_weights() -> None:
@@ -297,8 +304,9 @@ def test_a_universal_file_says_how_its_tensor_is_cut() -> None:
     assert marks == {
         "w1": experts | {"cat_dim": 2}, "w2": experts | {"cat_dim": 1}, "q": {"cat_dim": 0}, "norm": {},
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"q: 4 slices do not divide axis 0 of shape \[6, 5\]"):
-        plan_universal(Held({"weight/q": rows(6, 5)}), axes.__getitem__, 4)
+    for parameter, axis, told in (("q", 0, r"\[6, 5\]"), ("w1", 2, r"\[8, 3, 6\]")):
+        with pytest.raises(CheckpointError, match=rf"{parameter}: 4 slices do not divide axis {axis} of shape {told}"):
+            plan_universal(Held({f"weight/{parameter}": rows(*shapes[parameter])}), axes.__getitem__, 4)
     for dtype in (torch.bfloat16, torch.int64):
         with pytest.raises(CheckpointError, match="holds fp32"):
             plan_universal(Held({"weight/q": rows(6, 5).to(dtype)}), axes.__getitem__, 2)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # an engine's first use imports it, for seconds
@@ -14,7 +15,9 @@ from ecdit_ds.config import OptimizerConfig, Recipe
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.engine import EMA, WEIGHT, DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.optim import parameter_groups
+from ecdit_ds.parallel.sharding import Share, set_shard, shard_of
 from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.partitions import Range
 from tests.helpers.forked_ranks import on_ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -121,6 +124,7 @@ def test_two_ranks_that_accumulate_are_one_adamw_and_show_the_average_and_what_w
             shown = {"last": engine.module(x).clone()}
             with engine.averaged_weights():
                 shown["average"] = engine.module(x).clone()
+            shown["after it"] = engine.module(x).clone()
             try:
                 with engine.averaged_weights():
                     raise InterruptedError
@@ -157,5 +161,29 @@ def test_two_ranks_that_accumulate_are_one_adamw_and_show_the_average_and_what_w
         shown = found["shown"]
         torch.testing.assert_close(shown["last"], output(states[-1], WEIGHT), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(shown["average"], output(states[-1], EMA), rtol=1e-4, atol=1e-6)
+        assert torch.equal(shown["after it"], shown["last"])
         assert torch.equal(shown["after an error"], shown["last"])
         torch.testing.assert_close(shown["restored"], output(states[0], WEIGHT), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tp_index", [0, 1])
+def test_what_tensor_parallel_ranks_hold_alike_the_first_writes_and_slices_each_its_own(tp_index: int) -> None:
+    tp = Share(index=tp_index, count=2)
+    whole, cut = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
+    set_shard(cut, (0, tp), is_cut_by_tp=True)
+    flat = torch.arange(7.0)
+    ranges = [Range(parameter=whole, partition=0, at=0, start=0, length=3),
+              Range(parameter=cut, partition=0, at=3, start=0, length=4)]  # fmt: skip
+    engine: Any = object.__new__(DeepSpeedEngine)
+    engine._tp, engine._optimizer_name, engine.ema = tp, "adamw", SimpleNamespace(averages=[flat + 10])
+    engine._places = {id(p): (name, shard_of(p), tuple(p.shape)) for name, p in (("whole", whole), ("cut", cut))}
+    engine._partitions = SimpleNamespace(flats=lambda: [flat], ranges=lambda: iter(ranges))
+    state = {"exp_avg": flat + 20, "exp_avg_sq": flat + 30}
+    engine._zero = SimpleNamespace(optimizer=SimpleNamespace(state={flat: state}))
+    fragments = {fragment.name: fragment for fragment in engine.fragments()}
+    assert {name: fragment.is_written_here for name, fragment in fragments.items()} == {
+        "whole": tp_index == 0, "cut": True,
+    }  # fmt: skip
+    assert fragments["cut"].shard.offset == (2 * tp_index, 0)
+    for offset, kind in ((0, WEIGHT), (10, EMA), (20, "exp_avg"), (30, "exp_avg_sq")):
+        assert torch.equal(fragments["cut"].states[kind], flat[3:] + offset), kind

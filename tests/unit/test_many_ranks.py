@@ -82,7 +82,7 @@ def test_experts_on_two_ranks_give_outputs_and_gradients_of_one_process(draw: Dr
     indices_RBEC = indices_RBEC.view(2, 2, 4, 2)
     w1_EDF, w2_EFD = draw("w1", 4, 5, 3), draw("w2", 4, 3, 5)
 
-    def computed(x: Tensor, gates: Tensor, indices: Tensor, upstream: Tensor, ep: Share) -> dict[str, Tensor]:
+    def computed(ep: Share, x: Tensor, gates: Tensor, indices: Tensor, upstream: Tensor) -> dict[str, Tensor]:
         experts = Experts(4, 5, 3, activation="gelu", ep=ep)
         mine = slice(2 * ep.index, 2 * ep.index + ep.of(4))
         experts.load_state_dict({"w1": w1_EDF[mine], "w2": w2_EFD[mine]})
@@ -94,8 +94,8 @@ def test_experts_on_two_ranks_give_outputs_and_gradients_of_one_process(draw: Dr
 
     here = zip(x_RBSD, gates_RBEC, indices_RBEC, upstream_RBSD, strict=True)
     parts = list(here)
-    ranks = on_ranks(2, lambda rank: computed(*parts[rank], Share(index=rank, count=2)))
-    whole = computed(*(torch.cat(part) for part in zip(*parts, strict=True)), WHOLE)
+    ranks = on_ranks(2, lambda rank: computed(Share(index=rank, count=2), *parts[rank]))
+    whole = computed(WHOLE, *(torch.cat(part) for part in zip(*parts, strict=True)))
     for name, expected in whole.items():
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), expected, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -163,8 +163,13 @@ def test_ranks_agree_on_values_sums_and_errors() -> None:
     def work(rank: int) -> dict[str, Any]:
         world, values = World(), torch.tensor([1.0 + rank, 10.0])
         tried: list[int] = []
+
+        def try_it() -> str:
+            tried.append(rank)
+            return f"rank {rank}"
+
         found = {
-            "on_first": world.on_first(lambda: tried.append(rank) or f"rank {rank}"),
+            "on_first": world.on_first(try_it),
             "together": world.together(lambda: 10 * rank),
             "share": world.share(rank + 1), "gather": world.gather(rank + 2), "broadcast": world.broadcast(rank + 3),
             "all_ok": [world.all_ok(True), world.all_ok(rank != 2), world.all_ok(rank == 2)],

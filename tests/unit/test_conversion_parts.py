@@ -502,3 +502,26 @@ def test_a_rank_too_few_or_too_many_is_named(tmp_path: Path, refusal_of: Refusal
     facts = ModelFacts(recipe=recipe, shapes=SHAPES, cut_axes=AXES.__getitem__)
     said = refusal_of(lambda: ZeroSource(tmp_path, facts))
     assert ("data-parallel rank 3 of 4, tensor-parallel rank 1 of 2 is missing" if is_missing else "rank_4") in said
+
+
+def test_a_reader_takes_neither_the_turned_shape_nor_whole_numbers_for_others(
+    tmp_path: Path, refusal_of: RefusalOf
+) -> None:
+    source = Held({"weight/a": rows(2, 3), "weight/n": torch.tensor([3, 4])})
+    convert_to_ecdit(
+        source, tmp_path / "step_5", plan_files(source, list(source.tensors), 1, None), lambda nbytes: None
+    )
+    reader = Reader(tmp_path / "step_5")
+    reader.expect("weight/a", (2, 3))
+    assert "has shape [2, 3], the model needs [3, 2]" in refusal_of(lambda: reader.expect("weight/a", (3, 2)))
+    into = torch.empty(2)
+    assert "does not convert" in refusal_of(lambda: reader.read_into("weight/n", Box((0,), (2,)), into))
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_manifest_of_an_earlier_or_later_version_is_refused(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("ecdit_ds.checkpoint.manifest.VERSION", version)
+        encoded = encode_manifest(Manifest(step=1, meta={}, files={}, tensors={}))
+    with pytest.raises(CheckpointError, match=f"has version {version}"):
+        decode_manifest(encoded, Path("manifest.json"))

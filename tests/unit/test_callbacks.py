@@ -1,8 +1,11 @@
 """What a run tells: files that parse, event files that hold the series, lines on a console."""
 
+import errno
 import io
 import json
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from ecdit_ds.callbacks import Callback, Console, JsonLines, TensorBoard
+from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -143,3 +146,85 @@ def test_numbers_that_were_not_finite_end_no_run(kind: str, tmp_path: Path, caps
         "board": "train/loss" in events(tmp_path / "board").Tags()["scalars"],
     }
     assert told[kind]
+
+
+def test_a_later_life_counts_on_from_the_steps_that_were_skipped_before(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, first_step=6, num_skipped=2)
+    board.on_report([record(7), record(8, is_skipped=True), record(9)])
+    board.close()
+    assert [event.value for event in events(tmp_path).Scalars("train/skipped_steps")] == [2.0, 3.0, 3.0]
+
+
+def test_the_bar_of_a_terminal_stands_at_the_last_step_also_in_a_later_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    console = Console(first_step=4, max_steps=20)
+    assert " 4/20 " in terminal.getvalue()
+    console.on_report([record(5), record(7)])  # whoever writes reports may leave steps out
+    console.on_report([record(12, loss=None)])
+    console.close()
+    assert " 12/20 " in terminal.getvalue().split("\r")[-1]
+    assert "loss nan" in terminal.getvalue()
+
+
+SCENES = {
+    "model": {"overall": 0.5, "kinds": {"count": {"share": 0.25}, "colour": {"share": 0.75}}},
+    "reference": {"overall": 0.875, "kinds": {"count": {"share": 1.0}, "colour": {"share": 0.75}}},
+}
+
+
+def test_scenes_drawn_right_are_told_in_per_cent_of_the_model_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(0, 9).on_evaluation(evaluation(3, scenes=SCENES))
+    assert capsys.readouterr().out.splitlines()[-1] == "step 3 | scenes drawn right 50.0 % (count 25, colour 75)"
+
+
+def test_scenes_drawn_right_are_a_series_a_kind_and_their_mean_of_model_and_reference(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, first_step=0)
+    board.on_evaluation(evaluation(3, scenes=SCENES))
+    board.close()
+    found = events(tmp_path)
+    series = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert {tag: values for tag, values in series.items() if tag.startswith("scenes")} == {
+        "scenes_model/mean": [(3, 0.5)], "scenes_model/count": [(3, 0.25)], "scenes_model/colour": [(3, 0.75)],
+        "scenes_reference/mean": [(3, 0.875)], "scenes_reference/count": [(3, 1.0)],
+        "scenes_reference/colour": [(3, 0.75)],
+    }  # fmt: skip
+
+
+def test_lines_that_a_full_disk_cut_off_are_taken_back_and_written_whole_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = [10**6]
+
+    def open_on_a_disk(path: Path, *mode: Any, **options: Any) -> Any:
+        """Open a file that takes seven bytes at a time, as long as there is room."""
+        file = open(path, *mode, **options)  # noqa: SIM115 -- closed by whoever asked
+        take = file.write
+
+        def write(data: bytes) -> int:
+            if room[0] <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room[0] -= 7
+            return take(data[:7])
+
+        return SimpleNamespace(write=write, tell=file.tell, truncate=file.truncate, close=file.close)
+
+    monkeypatch.setattr("ecdit_ds.callbacks.open", lambda *a, **k: closing(open_on_a_disk(*a, **k)), raising=False)
+    path = tmp_path / "bad_samples.jsonl"
+    lines = BadSampleLines(path)
+    lines.on_bad_samples([{"step": 1, "key": "a"}, {"step": 1, "key": "b"}])
+    whole = path.read_bytes()
+    room[0] = 20
+    with pytest.raises(OSError, match="No space"):
+        lines.on_bad_samples([{"step": 2, "key": "c"}])
+    assert path.read_bytes() == whole
+    room[0] = 10**6
+    lines.on_bad_samples([{"step": 3, "key": "d"}])
+    lines.on_bad_samples([{"step": 4, "key": "e"}])
+    assert [(line["step"], line["key"]) for line in lines_of(path)] == [
+        (1, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "e"),
+    ]  # fmt: skip

@@ -291,3 +291,12 @@ def test_a_line_names_the_first_of_each_cause() -> None:
         "step 20 | 4 bad samples replaced: not finite (picture 0, picture 1, picture 2, ...)",
         "step 20 | 1 bad samples replaced: no image (picture 4)",
     ]
+
+
+def test_what_earlier_lives_met_is_left_as_it_was() -> None:
+    lines = ['{"cause": "not finite", "key": "a"}']
+    before = tally_of(lines)
+    bad, world = BadSamples(1.0, before=before, num_trained=100), WorldOfTwo((Counter(), []))
+    bad.note([bad_sample(7)])
+    bad.agree(world, 8, 1)
+    assert before == tally_of(lines)

@@ -259,6 +259,16 @@ def test_a_run_whose_checkpoints_are_lost_from_sight_is_never_begun_again_in_sil
     assert folder.metrics.read_text() == lines
 
 
+def test_a_run_that_may_not_have_published_a_checkpoint_yet_begins_again(
+    folder: RunFolder, tiny_recipe: Recipe
+) -> None:
+    last = 2 * tiny_recipe.train.checkpoint_every  # the first is published before the next step
+    folder.metrics.parent.mkdir(exist_ok=True)
+    folder.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, last + 1)))
+    folder.begin(tiny_recipe, step=0)
+    assert folder.metrics.read_text() == ""
+
+
 def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder, tiny_recipe: Recipe) -> None:
     add_checkpoint(folder.checkpoints, 2)
     for name in ("step_4.tmp-ab", ".trash-step_1", "notes"):

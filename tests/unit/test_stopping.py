@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ecdit_ds.stopping import reasons_of
+from ecdit_ds.stopping import StopRequest, reasons_of
 from tests.helpers.launch import ROOT
 
 
@@ -46,3 +46,14 @@ def test_where_there_is_nothing_to_save_a_signal_ends_the_process(number: signal
         [sys.executable, "-c", PROGRAM, str(int(number)), moment], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr) == (-number, "")
+
+
+def test_what_asked_first_stays_the_reason() -> None:
+    stop = StopRequest()
+    stop._note(signal.SIGUSR1, None)
+    stop._note(signal.SIGTERM, None)
+    stop.launcher_died()
+    assert stop.reason == "SIGUSR1"
+    alone = StopRequest()
+    alone.launcher_died()
+    assert alone.reason == "the launcher died"

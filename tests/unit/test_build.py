@@ -245,6 +245,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside_only_in_the_runs_own_
     progress, folder = restore(engine, root if is_own else tmp_path / "another" / "checkpoints")
     assert (folder.name, progress.num_updates, engine.updates) == ("step_3", 2, [2])
     assert (root / "step_6").exists() != is_own
+    assert len(list(root.glob("step_6.damaged-*"))) == is_own, "kept, and not swept up as an interrupted save is"
 
 
 def test_what_says_that_it_is_not_finite_is_passed_over_before_anything_of_it_is_read(

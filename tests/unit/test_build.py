@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,8 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from ecdit_ds import build
-from ecdit_ds.build import _callbacks, _data_facts, _Flops, _open_data, _restore, _work, build_model
+from ecdit_ds.build import _callbacks, _check_same, _data_facts, _Flops, _open_data, _restore, _work, build_model
 from ecdit_ds.callbacks import Console, TensorBoard
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
+from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.folder import Check
@@ -94,23 +97,28 @@ def test_a_monitor_shares_out_held_out_samples_and_prompts_by_data_parallel_rank
     scored: dict[str, Any] = {}
     asked: dict[str, Any] = {}
     drawn: dict[str, Any] = {}
+    drawers: dict[str, Any] = {}
     monkeypatch.setattr("ecdit_ds.monitoring.heldout_loss", noted(held_out))
     monkeypatch.setattr("ecdit_ds.monitoring.drawn_alignment", noted(scored, told(summary=dict)))
     monkeypatch.setattr("ecdit_ds.monitoring.heldout_prompts", noted(asked, []))
     monkeypatch.setattr("ecdit_ds.monitoring.encoders_of", lambda *_: (told(downsampling=2), None))
-    monkeypatch.setattr("ecdit_ds.monitoring.TextToImage", lambda **_: told(draw=noted(drawn, torch.zeros(1, 3, 2, 2))))
+    monkeypatch.setattr(
+        "ecdit_ds.monitoring.TextToImage", noted(drawers, told(draw=noted(drawn, torch.zeros(1, 3, 2, 2))))
+    )
     model = replace(recipe.model, latent_height=4, latent_width=8)
     sample = replace(recipe.sample, prompts=("a", "b", "c"), scenes_per_kind=7)
     world: Any = told(rank=rank, size=8, sum=lambda counts: counts)
+    null_text: Any = told()
     monitor = Monitor(
         recipe=replace(recipe, model=model, sample=sample), topology=LAYOUT, world=world, device=CPU,
-        heldout_set=told(),
+        heldout_set=told(), null_text=null_text,
     )  # fmt: skip
     monitor.heldout_losses(told())
     assert (held_out["dp_rank"], held_out["dp_size"], held_out["batch_size"]) == (rank // 2, 4, 4)
     assert held_out["total"](torch.tensor(5)) == 5
     monitor.draw(told())
     assert drawn["arguments"][0] == ("a", "b", "c") and list(drawn["seeds"]) == [3, 4, 5]
+    assert drawers["null_text"] is null_text, "what training drops texts to, not what encoders make of an empty one"
     monitor.scene_scores(told())
     assert (scored["dp"].index, scored["dp"].count, scored["batch_size"]) == (rank // 2, 4, 4)
     assert scored["total"](torch.tensor(5)) == (5 if rank % 2 == 0 else 0), "one of a tensor-parallel group counts"
@@ -184,6 +192,11 @@ class Restored:
         self.updates.append(num_updates)
 
 
+def encoders_named(vae: str) -> dict[str, Any]:
+    """Return what a checkpoint says of its encoders."""
+    return {"image": {"identity": vae}, "text": {"identity": "t5"}}
+
+
 @pytest.fixture
 def restore(
     recipe: Recipe, save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +204,8 @@ def restore(
     """Return `restore(engine, own, ...)`: go on from step 6 (4 updates) or 3 (2 updates) of a run in a folder."""
     root = tmp_path / "run" / "checkpoints"
     for step, num_updates in ((3, 2), (6, 4)):
-        meta = {"recipe": recipe.to_dict(), "samples_seen": 16 * step, "num_updates": num_updates, "data": {"sets": []}}
+        meta = {"recipe": recipe.to_dict(), "samples_seen": 16 * step, "num_updates": num_updates, "data": {"sets": []},
+                "encoders": encoders_named("vae")}  # fmt: skip
         save_model(root, recipe, step, meta)
 
     def load(reader: Reader, engine: Any) -> Progress:
@@ -202,13 +216,15 @@ def restore(
     monkeypatch.setattr(build, "load_snapshot", load)
 
     def go_on(
-        engine: Restored, own: Path = root, recipe: Recipe = recipe, sets: tuple[str, ...] = (), **says: Any
-    ) -> Any:
+        engine: Restored, own: Path = root, recipe: Recipe = recipe, sets: tuple[str, ...] = (), vae: str = "vae",
+        **says: Any,
+    ) -> Any:  # fmt: skip
         world = told(on_first=lambda work: work(), broadcast=lambda value: value, gather=lambda value: [value, None],
                      all_ok=lambda ok: ok)  # fmt: skip
         world = told(**{**vars(world), **says})
+        check_same = partial(_check_same, recipe, {"sets": list(sets)}, encoders_named(vae))
         return _restore(
-            [root / "step_6", root / "step_3"], own, cast(DeepSpeedEngine, engine), recipe, {"sets": list(sets)}, world
+            [root / "step_6", root / "step_3"], own, cast(DeepSpeedEngine, engine), recipe, world, check_same
         )
 
     return go_on
@@ -229,6 +245,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside_only_in_the_runs_own_
     progress, folder = restore(engine, root if is_own else tmp_path / "another" / "checkpoints")
     assert (folder.name, progress.num_updates, engine.updates) == ("step_3", 2, [2])
     assert (root / "step_6").exists() != is_own
+    assert len(list(root.glob("step_6.damaged-*"))) == is_own, "kept, and not swept up as an interrupted save is"
+
+
+def test_what_says_that_it_is_not_finite_is_passed_over_before_anything_of_it_is_read(
+    restore: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = tmp_path / "run" / "checkpoints" / "step_6"
+    said = read_manifest(newest)
+    name = next(iter(said.tensors))
+    (newest / MANIFEST_NAME).write_bytes(encode_manifest(replace(said, nonfinite={name: 3})))
+    engine = Restored()
+    _, folder = restore(engine)
+    assert (folder.name, engine.updates) == ("step_3", [2])
+    assert f"3 numbers of 1 tensors are not finite ({name})" in capsys.readouterr().out
 
 
 def test_what_one_rank_cannot_load_no_rank_goes_on_from(restore: Any) -> None:
@@ -240,10 +270,13 @@ def test_what_one_rank_cannot_load_no_rank_goes_on_from(restore: Any) -> None:
     assert (folder.name, engine.updates) == ("step_3", [2])
 
 
-def test_no_run_goes_on_with_another_recipe_or_other_data(restore: Any, recipe: Recipe, refusal_of: Any) -> None:
+def test_no_run_goes_on_with_another_recipe_other_data_or_other_encoders(
+    restore: Any, recipe: Recipe, refusal_of: Any
+) -> None:
     other = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=0.5))
     assert "optimizer.ema_decay" in refusal_of(lambda: restore(Restored(), recipe=other))
     assert "data" in refusal_of(lambda: restore(Restored(), sets=("another",)))
+    assert "through the image encoder vae, now it is another" in refusal_of(lambda: restore(Restored(), vae="another"))
 
 
 def test_checkpoints_of_which_none_loads_are_no_fresh_start(restore: Any, refusal_of: Any) -> None:

@@ -111,6 +111,19 @@ def test_removing_old_ones_keeps_the_newest_valid_and_touches_no_foreign_name(cr
     Reader(crowded / "step_4").verify()
 
 
+def test_a_checkpoint_that_is_a_link_to_another_disk_is_left_alone_and_does_not_count(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in range(1, 6):
+        save(root, step)
+    for step in (1, 5):
+        (root / f"step_{step}").rename(elsewhere / f"step_{step}")
+        (root / f"step_{step}").symlink_to(elsewhere / f"step_{step}")
+    assert remove_old(root, keep=2) == [root / "step_2"]
+    assert folders(root) == [f"step_{step}" for step in (1, 3, 4, 5)]
+    assert folders(elsewhere) == ["step_1", "step_5"]
+
+
 def test_no_checkpoint_goes_before_enough_newer_ones_are_verified(tmp_path: Path) -> None:
     root = tmp_path
     for step in range(1, 6):

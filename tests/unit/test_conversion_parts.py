@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,13 +26,15 @@ from ecdit_ds.checkpoint.manifest import (
     StoredTensor,
     decode_manifest,
     encode_manifest,
+    read_manifest,
     shard_name,
 )
 from ecdit_ds.checkpoint.model_facts import ModelFacts
-from ecdit_ds.checkpoint.partial import Workspace
+from ecdit_ds.checkpoint.partial import Workspace, workspace
 from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource
+from ecdit_ds.checkpoint.streams import TensorFileWriter
 from ecdit_ds.checkpoint.universal import UniversalSource
 from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.checkpoint.zero_folder import ZeroSource
@@ -135,6 +138,51 @@ def test_a_conversion_that_goes_on_tells_of_every_byte_and_holds_all_parts_of_ea
         assert torch.equal(found.read(name, whole), values), name
 
 
+@pytest.mark.parametrize("to", ["ecdit", "safetensors", "universal"])
+def test_what_is_not_finite_is_counted_over_all_parts_of_a_tensor_and_told_in_the_new_folder(
+    tmp_path: Path, to: str
+) -> None:
+    source, new = Held({"weight/a": rows(10), "weight/b": rows(3), "weight/c": rows(2)}), tmp_path / "step_5"
+    source.values["weight/a"][torch.tensor([0, 1, 5, 9])] = torch.tensor([math.inf, math.nan, -math.inf, math.inf])
+    source.values["weight/c"][1] = math.nan
+    plan, names, found = plan_files(source, list(source.tensors), 2, None), {"weight/a": 4, "weight/c": 1}, None
+    if to == "ecdit":
+        assert convert_to_ecdit(source, new, plan, lambda nbytes: None) == names
+        found = EcditSource(new).nonfinite
+    elif to == "safetensors":
+        plan = plan_safetensors(source, "weight", 32, None)
+        assert convert_to_safetensors(source, new, "weight", plan, lambda nbytes: None) == names
+        found = SafetensorsSource(new).nonfinite
+    else:
+        plan = plan_universal(source, lambda parameter: {}, 1)
+        assert convert_to_universal(source, new, plan, 1, lambda nbytes: None) == names
+        found = UniversalSource(new / "global_step5_universal", None).nonfinite
+    assert found == names
+
+
+def test_a_disk_with_room_for_the_first_of_the_files_only_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
+) -> None:
+    source = Held({f"weight/{name}": rows(6) for name in "abc"})
+    plan = plan_files(source, list(source.tensors), 3, None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=71))
+    said = refusal_of(lambda: convert_to_ecdit(source, tmp_path / "step_5", plan, lambda nbytes: None))
+    assert "72 bytes needed, 71 free" in said and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=72))
+    convert_to_ecdit(source, tmp_path / "step_5", plan, lambda nbytes: None)
+
+
+def test_notes_of_files_that_a_later_conversion_does_not_write_are_cleared_away(tmp_path: Path) -> None:
+    with workspace(tmp_path / "new", {shard_name(0), shard_name(1)}) as space:
+        for number in (0, 1):
+            space.note(shard_name(number)).write_text("{}")
+    with workspace(tmp_path / "new", {shard_name(1)}) as space:
+        assert [path.name for path in space.folder.glob("*.note")] == [f"{shard_name(1)}.note"]
+    with workspace(tmp_path / "new", {"manifest.json"}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_of_another_source_or_another_plan_are_written_anew(tmp_path: Path) -> None:
     def convert(source: Held, names: list[str]) -> None:
         convert_to_ecdit(source, tmp_path / "step_5", plan_files(source, names, 2, None), lambda nbytes: None)
@@ -216,6 +264,35 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
     assert "weight/c: is missing" in said(model | {"c": (1,)}, "weight")
     assert "weight/b: has shape [2, 3], the recipe's model [3, 2]" in said(model | {"b": (3, 2)}, "weight")
     assert "no exp_avg_sq" in said(model, "weight", "exp_avg")
+
+
+def test_a_file_without_tensors_is_compared_with_its_checksum_too(tmp_path: Path, refusal_of: RefusalOf) -> None:
+    """A rank may have nothing to write; its file is of the checkpoint all the same."""
+    source, folder = Held({"weight/a": rows(4)}), tmp_path / "step_5"
+    convert_to_ecdit(source, folder, plan_files(source, ["weight/a"], 1, None), lambda nbytes: None)
+    writer = TensorFileWriter(folder / shard_name(1), [], {})
+    size = writer.close()
+    said = read_manifest(folder)
+    for header, is_whole in ((writer.header_xxh3, True), ("0" * 16, False)):
+        files = {**said.files, shard_name(1): StoredFile(size_bytes=size, header_xxh3=header)}
+        (folder / "manifest.json").write_bytes(encode_manifest(replace(said, files=files)))
+        for check in (
+            lambda: verify(EcditSource(folder), {"a": (4,)}, (), lambda nbytes: None),
+            lambda: Reader(folder).verify(),
+        ):
+            if is_whole:
+                check()
+            else:
+                assert f"{shard_name(1)}: header has checksum" in refusal_of(check)
+
+
+def test_a_recipe_that_lacks_a_default_is_no_other_recipe(tiny_recipe: Recipe) -> None:
+    whole, older = tiny_recipe.to_dict(), tiny_recipe.to_dict()
+    del older["train"]["mask_ratio"], older["model"]["positions"]
+    first, second = (Held({"weight/a": rows(2)}, meta={"recipe": recipe}) for recipe in (whole, older))
+    assert list(differences(first, second, lambda nbytes: None)) == []
+    older["train"]["mask_ratio"] = 0.5
+    assert list(differences(first, second, lambda nbytes: None)) == ["meta.recipe.train.mask_ratio: 0.0 and 0.5"]
 
 
 def test_all_tensors_of_a_kind_are_counted() -> None:
@@ -312,6 +389,17 @@ def test_a_universal_file_says_how_its_tensor_is_cut() -> None:
             plan_universal(Held({"weight/q": rows(6, 5).to(dtype)}), axes.__getitem__, 2)
 
 
+def test_what_a_universal_file_says_of_its_tensor_is_compared_as_its_numbers_are(tmp_path: Path) -> None:
+    source = Held({"weight/q": rows(4, 4)})
+    first, other = (plan_universal(source, lambda parameter, axis=axis: {"tp": axis}, 2)[0] for axis in (0, 1))  # type: ignore[misc]
+    writer = first.writer(tmp_path / "q.pt")
+    writer.append(source.values["weight/q"])
+    size = writer.close()
+    held = first.read_back(tmp_path / "q.pt")
+    assert (held.header_xxh3, held.size_bytes) == (writer.header_xxh3, size)
+    assert held.header_xxh3 != other.writer(tmp_path / "other.pt").header_xxh3
+
+
 UNIVERSAL_AXES = {"q": {"tp": 0}, "norm": dict[str, int]()}
 
 
@@ -368,6 +456,16 @@ def test_a_universal_folder_that_contradicts_itself_is_refused(
         (universal / "mp_rank_01_model_states.pt").unlink()
     message = refusal_of(lambda: UniversalSource(universal, None).verify_counts())
     assert said[damage] in message
+    shapes: dict[str, tuple[int, ...]] = {"q": (4, 3), "norm": (3,)}
+    checked = refusal_of(lambda: verify(UniversalSource(universal, None), shapes, ("exp_avg",), lambda nbytes: None))
+    assert checked == message
+
+
+def test_a_tensor_that_is_not_stored_in_one_piece_is_refused_as_the_folder_is_opened(
+    universal: Path, refusal_of: RefusalOf
+) -> None:
+    torch.save({"param": rows(3, 4).t(), "cat_dim": 0}, universal / "zero" / "q" / "exp_avg.pt")
+    assert "exp_avg.pt: holds no tensor `param` in one piece" in refusal_of(lambda: UniversalSource(universal, None))
 
 
 DP, TP, EP = 4, 2, 2

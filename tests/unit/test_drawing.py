@@ -1,5 +1,6 @@
 """From a checkpoint and prompts to pictures, and the command that does it for a person."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
 from ecdit_ds.config import Recipe
 from ecdit_ds.drawing import TextToImage, noise_of
 from ecdit_ds.errors import CheckpointError, DataError
-from ecdit_ds.loading import load_drawer
+from ecdit_ds.loading import load_drawer, open_model
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.seeding import parameter_generator, sample_rng
 from tests.helpers.random_model import damage_average
@@ -51,6 +53,24 @@ def test_a_loaded_model_holds_the_saved_numbers_bit_for_bit(checkpoint: Path, we
         noise = torch.randn(parameter.shape, generator=parameter_generator(0, f"{weights}/{name}"))
         assert torch.equal(parameter, ("norm" in name) + 0.2 * noise), name
     assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_loaded_as_the_type_that_is_asked_for(checkpoint: Path, dtype: torch.dtype) -> None:
+    assert {parameter.dtype for parameter in load_drawer(checkpoint, dtype=dtype).model.parameters()} == {dtype}
+
+
+def test_a_stored_model_says_its_kind_and_its_step_and_is_itself_wherever_it_lies(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    found = {kind: open_model(moved, kind) for kind in (None, "ema", "weight")}
+    assert [stored.kind for stored in found.values()] == ["ema", "ema", "weight"]
+    assert {(stored.folder, stored.step) for stored in found.values()} == {(moved, read_manifest(moved).step)}
+    assert found[None].identity == open_model(checkpoint).identity
+    said = read_manifest(moved)
+    (moved / "manifest.json").write_bytes(encode_manifest(replace(said, step=said.step + 1)))
+    assert open_model(moved).identity != found[None].identity
 
 
 def test_loading_twice_gives_the_same_pictures_bit_for_bit(checkpoint: Path, pipeline: TextToImage) -> None:

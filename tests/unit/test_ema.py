@@ -68,3 +68,10 @@ def test_the_average_shares_no_memory_with_the_weights_and_takes_no_gradient() -
     ema.update([weight])
     assert not ema.averages[0].requires_grad
     assert weight.tolist() == [3.0, 3.0]
+
+
+def test_every_partition_has_its_own_average() -> None:
+    weights = [torch.ones(2), torch.full((3,), 2.0)]
+    ema = ShardedEMA(weights, 0.999)
+    ema.update([torch.zeros(2), torch.full((3,), 12.0)])
+    assert [average.tolist() for average in ema.averages] == [pytest.approx([0.1] * 2), pytest.approx([11.0] * 3)]

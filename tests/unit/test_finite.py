@@ -185,6 +185,9 @@ def test_weights_that_are_not_finite_are_not_loaded(
         message = refusal_of(lambda folder=folder: load_drawer(folder))  # type: ignore[misc]
         assert f"{folder}: " in message and f"ema/{SPOILT}" in message and "not finite" in message
     assert load_drawer(made, kind="weight").model is not None  # which are
+    other = save_spoilt("other", "weight")
+    assert load_drawer(other).model is not None  # the average is
+    assert "weight/" in refusal_of(lambda: load_drawer(other, kind="weight"))
 
 
 def test_a_run_draws_with_its_newest_finite_checkpoint(

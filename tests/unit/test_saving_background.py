@@ -1,5 +1,6 @@
 """What makes saving in the background safe: copies, leases, ordered faults, and a last line that anyone can act on."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -141,6 +143,26 @@ def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
         holder.kill()
         holder.communicate()
     assert claim(tmp_path, "second").attempt == (tmp_path / LEASE_NAME).read_text().strip() == "second"
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES, errno.ENOLCK])
+def test_a_claim_waits_for_whoever_publishes_and_not_for_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    answers = [OSError(code, "held"), OSError(code, "held"), None]
+
+    def lock(*_: object) -> None:
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr("fcntl.lockf", lock)
+    monkeypatch.setattr("ecdit_ds.checkpoint.lease.time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda s: None))
+    if code == errno.ENOLCK:
+        with pytest.raises(CheckpointError, match="cannot be locked"):
+            claim(tmp_path, "12.0.a")
+    else:
+        assert claim(tmp_path, "12.0.a").attempt == (tmp_path / LEASE_NAME).read_text().strip()
+    assert len(answers) == (2 if code == errno.ENOLCK else 0)
 
 
 def test_a_later_life_of_the_same_job_is_its_successor_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from ecdit_ds.evaluation.digit_detector import find_objects
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.evaluation.scene_checker import judge as judge_scene
 from ecdit_ds.evaluation.scenes import SceneScores, heldout_prompts, other_claims, scores_of
-from ecdit_ds.gallery import LINES_NAME, Job, Picture, read_gallery, read_picture
+from ecdit_ds.gallery import LINES_NAME, SETTINGS_NAME, Job, Picture, is_of_other_pictures, read_gallery, read_picture
 from ecdit_ds.ledger import Row
 from ecdit_ds.loading import StoredModel, open_encoders
 from ecdit_ds.pictures import save_grid
@@ -84,6 +84,9 @@ def scenes(options: argparse.Namespace) -> None:
     task = task_of(options, "per_kind")
     per_kind = options.per_kind or _SCENES_PER_KIND
     real: list[Scene] = []
+    if task.stored is None and is_of_other_pictures(options.pictures):
+        by = f"only models of digit scenes draw them, and {SETTINGS_NAME} says that these are by another"
+        raise DataError(f"--pictures {options.pictures}: {by}; {_WITHOUT_SCENES}")
     if task.stored is not None:
         height, width = _canvas(task.stored, options)
         seed = task.stored.recipe.data.seed

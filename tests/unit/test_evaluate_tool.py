@@ -327,6 +327,22 @@ def test_a_model_of_digit_scenes_whose_set_has_moved_is_judged_if_its_checkpoint
     assert tool.score("scenes", *SCENES)["results"]["model"]["kinds"]["single"]["count"] == 2
 
 
+def test_pictures_by_a_model_of_other_pictures_are_not_judged_by_digit_scenes(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel
+) -> None:
+    of_others = encoders_of_scenes(shift_factor=(0.1, 0.2, 0.3), scaling_factor=(1.0, 1.0, 1.0))
+    meta = {"recipe": make_recipe(*ENCODED).to_dict(), "encoders": of_others}
+    tool.checkpoint = save_model(tool.folder / "other", make_recipe(*ENCODED), 1, meta)
+    folder = tool.draw(*CAPTIONS)
+    said = tool.refusal("scenes", "--pictures", folder)
+    assert "only models of digit scenes draw them" in said and "settings.json" in said
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    del settings["trained_on_digit_scenes"]
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    tool.draw(*CAPTIONS)  # a folder of an earlier release is gone on with
+    assert tool.score("scenes", "--pictures", folder)["results"]["model"]["kinds"]["counting"]["count"] == 1
+
+
 def test_captions_that_are_of_no_digit_scene_are_named(tool: EvaluateTool) -> None:
     folder = tool.draw("a nine", "red red red")
     assert "picture 1 is of no digit scene" in tool.refusal("scenes", "--pictures", folder)

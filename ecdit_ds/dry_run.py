@@ -230,10 +230,10 @@ def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> list[s
                 continue
             manifest = Reader(folder).manifest
             check_not_beyond(manifest.step, recipe, output)
-            jumps = schedule_jumps(manifest.meta["recipe"], recipe, manifest.step)
-            rejected = (f"would be rejected: {fault}" for fault in faults)
-            first, *more = [*rejected, f"goes on from {folder} at step {manifest.step}", *jumps]
-            return [f"resume       {first}", *(f"{'':<13}{line}" for line in more)]
+            told = [f"would be rejected: {fault}" for fault in faults]
+            told.append(f"goes on from {folder} at step {manifest.step}")
+            told += schedule_jumps(manifest.meta["recipe"], recipe, manifest.step)
+            return [f"resume       {told[0]}", *(f"{'':<13}{line}" for line in told[1:])]
         if faults:
             raise none_valid(faults)
     except (CheckpointError, ConfigError) as error:

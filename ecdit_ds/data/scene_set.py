@@ -167,12 +167,11 @@ def is_of_digit_scenes(data: DataConfig, model: ModelConfig, encoders: Mapping[s
 
 
 def _are_of_scenes(model: ModelConfig, encoders: Mapping[str, Any]) -> bool:
-    of_scenes = {
-        "image": PixelCodec(), "text": WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
-    }  # fmt: skip
-    said = {what: encoders.get(what) for what in of_scenes}
+    words = WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    of_scenes = {"image": PixelCodec().identity, "text": words.identity}
     return all(
-        isinstance(facts, dict) and facts.get("identity") == of_scenes[what].identity for what, facts in said.items()
+        isinstance(facts := encoders.get(what), dict) and facts.get("identity") == identity
+        for what, identity in of_scenes.items()
     )
 
 

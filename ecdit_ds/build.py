@@ -12,7 +12,6 @@ import torch
 
 from ecdit_ds.batches import Draw, Finish
 from ecdit_ds.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
-from ecdit_ds.checkpoint.finite import require_finite
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.tending import set_aside
@@ -26,7 +25,7 @@ from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.ending import RunStatus, own_seat
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
-from ecdit_ds.errors import CheckpointError, ConfigError, ExitCode
+from ecdit_ds.errors import CheckpointError, ExitCode
 from ecdit_ds.faults import faults_from_environment
 from ecdit_ds.metrics import peak_flops_per_s, tally_of
 from ecdit_ds.model.ecdit import ECDiT
@@ -41,11 +40,13 @@ from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import (
     Progress,
+    check_not_beyond,
     check_same_data,
     check_same_encoders,
     check_same_recipe,
     load_snapshot,
-    progress_of,
+    none_valid,
+    rejection_of,
     schedule_jumps,
 )
 from ecdit_ds.stopping import StopRequest
@@ -91,11 +92,7 @@ def run(
     progress, resumed_from = _restore(
         candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
     )
-    if progress.step > recipe.train.max_steps:
-        raise ConfigError(
-            f"train.max_steps: {recipe.train.max_steps}, but {folder.path} is at step {progress.step} already; "
-            "raise it, or choose another --output"
-        )
+    check_not_beyond(progress.step, recipe, folder.path)
     bad_before = world.on_first(lambda: tally_of(folder.begin(recipe, progress.step)))
 
     surroundings = Surroundings(
@@ -195,7 +192,7 @@ def _restore(
     """
     rejections: dict[Path, str] = {}
     for folder in candidates:
-        fault = world.on_first(partial(_fault_of, folder, check_same))
+        fault = world.on_first(partial(rejection_of, folder, check_same))
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
             if world.all_ok(own_fault is None) and progress is not None:
@@ -206,10 +203,7 @@ def _restore(
             fault = next(reason for reason in faults if reason is not None)
         rejections[folder] = fault
     if rejections:
-        raise CheckpointError(
-            f"none of {len(rejections)} checkpoints is valid ({' | '.join(rejections.values())}); "
-            "restore one, or choose another --output to start afresh"
-        )
+        raise none_valid(rejections.values())
     return Progress(step=0, samples_seen=0, num_updates=0), None
 
 
@@ -230,20 +224,6 @@ def _check_same(
     check_same_recipe(meta["recipe"], recipe, folder)
     check_same_data(meta.get("data"), data, folder)
     check_same_encoders(meta.get("encoders"), encoders, folder)
-
-
-def _fault_of(folder: Path, check_same: Callable[[Mapping[str, Any], Path], None]) -> str | None:
-    """Return what is wrong with a checkpoint's manifest; a changed recipe, or other data, is no damage and raises."""
-    try:
-        reader = Reader(folder)
-        progress_of(reader)
-        require_finite(folder, reader.manifest.nonfinite)
-    except CheckpointError as error:
-        return str(error)
-    if not isinstance(reader.manifest.meta.get("recipe"), dict):
-        return f"{folder}: its manifest has no recipe"
-    check_same(reader.manifest.meta, folder)
-    return None
 
 
 def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, str | None]:

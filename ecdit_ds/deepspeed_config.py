@@ -71,10 +71,10 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     config = _read_json(path)
     for key in config:
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            instead = _INSTEAD.get(key, "the recipe decides such things")
-            raise ConfigError(f"{path}: {key}: is not used here; {hint}{instead}: delete it")
+            near = difflib.get_close_matches(key, _KEYS - _FIXED_KEYS.keys(), n=1)
+            instead = f"{_INSTEAD.get(key, 'the recipe decides such things')}: delete it"
+            mend = f"did you mean {near[0]}? if not, delete it" if near and key not in _INSTEAD else instead
+            raise ConfigError(f"{path}: {key}: is not used here; {mend}")
     _check_values(path, config, recipe.train.max_steps)
     _check_zero(path, config.get("zero_optimization", {}))
     if config["zero_optimization"]["stage"] == 3 and recipe.model.ffn == "token_choice":
@@ -95,7 +95,7 @@ def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str,
     }
     for key, (value, home) in facts.items():
         given = config.get(key, "auto")
-        if given not in ("auto", value):
+        if type(given) is bool or given not in ("auto", value):
             raise ConfigError(f'{path}: {key}: {given!r} differs from the recipe\'s {home}: {value}; write "auto"')
         config[key] = value
     bf16 = config.setdefault("bf16", {"enabled": "auto"})
@@ -116,7 +116,7 @@ def _check_values(path: Path, config: dict[str, Any], max_steps: int) -> None:
         raise ConfigError(f"{path}: wall_clock_breakdown: {config['wall_clock_breakdown']!r} is neither true nor false")
     for key, (fixed, why) in _FIXED_KEYS.items():
         given = config.get(key, fixed)
-        if type(given) is not type(fixed) or given != fixed:
+        if json.dumps(given) != json.dumps(fixed):  # unlike ==, tells 0 from false, also within sections
             raise ConfigError(f"{path}: {key}: {given!r} has no effect: {why}; delete it")
     if "flops_profiler" in config:
         _check_profiler(path, config["flops_profiler"], max_steps)
@@ -134,6 +134,8 @@ def _check_profiler(path: Path, profiler: Any, max_steps: int) -> None:
             raise ConfigError(f"{key}.{name}: {value!r} is not {wanted}")
     if "enabled" not in profiler:
         raise ConfigError(f'{key}: has no effect without "enabled": true; add it, or delete the section')
+    if profiler.get("output_file") and Path(profiler["output_file"]).is_dir():
+        raise ConfigError(f"{key}.output_file: {profiler['output_file']!r} is a folder; name a file")
     step = profiler.get("profile_step", 1)
     if profiler["enabled"] and step >= max_steps:
         raise ConfigError(

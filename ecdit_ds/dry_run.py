@@ -45,7 +45,7 @@ from ecdit_ds.planner.parameters import NUMBER_BYTES, count_parameters
 from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.snapshot import check_same_recipe, schedule_jumps
+from ecdit_ds.snapshot import check_not_beyond, check_same_recipe, none_valid, rejection_of, schedule_jumps
 
 _FP32 = 4
 _GB = 1e9
@@ -214,21 +214,29 @@ def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:
 
 
 def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> list[str]:
-    """Say from where the run would go on, and what would jump there; nothing of a fresh start.
+    """Say from where the run would go on, what it would pass over, and what would jump; nothing of a fresh start.
 
-    Manifests are read, no tensors: the run itself passes over a checkpoint that is damaged.
+    Manifests are read and sizes compared, no tensors: the run itself passes over what turns out damaged then.
     """
+
+    def check_same(meta: Mapping[str, Any], folder: Path) -> None:
+        check_same_recipe(meta["recipe"], recipe, folder)
+
+    faults: list[str] = []
     try:
         for folder in RunFolder(path=output).candidates(resume):
+            if fault := rejection_of(folder, check_same):
+                faults.append(fault)
+                continue
             manifest = Reader(folder).manifest
-            written = dict(manifest.meta.get("recipe", {}))
-            check_same_recipe(written, recipe, folder)
-            jumps = schedule_jumps(written, recipe, manifest.step)
-            return [
-                f"resume       goes on from {folder} at step {manifest.step}",
-                *(f"{'':<13}{line}" for line in jumps),
-            ]
-    except CheckpointError as error:
+            check_not_beyond(manifest.step, recipe, output)
+            told = [f"would be rejected: {fault}" for fault in faults]
+            told.append(f"goes on from {folder} at step {manifest.step}")
+            told += schedule_jumps(manifest.meta["recipe"], recipe, manifest.step)
+            return [f"resume       {told[0]}", *(f"{'':<13}{line}" for line in told[1:])]
+        if faults:
+            raise none_valid(faults)
+    except (CheckpointError, ConfigError) as error:
         if is_named:
             raise
         return [f"resume       {error}"]

@@ -40,6 +40,8 @@ _PICTURE_FILES = "[0-9]" * 6 + "*_*.png*"
 _NO_SETTINGS = ("prompts", "scenes_per_kind")
 """Of a recipe's section `sample`: they say what is drawn, not how."""
 _ABSENT = "not set"
+OF_SCENES = "trained_on_digit_scenes"
+"""A note among the settings that changes no picture, so it is not compared; galleries of earlier releases lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +174,18 @@ def read_gallery(folder: Path) -> list[Picture]:
     return pictures
 
 
+def is_of_other_pictures(folder: Path) -> bool:
+    """Return whether a folder says that its pictures are by a model that was trained on others than digit scenes.
+
+    Raises:
+        DataError: its settings cannot be read.
+    """
+    path = folder / SETTINGS_NAME
+    if not path.exists():
+        return False
+    return _writing(folder, lambda: _json(path.read_text(encoding="utf-8"), path)).get(OF_SCENES) is False
+
+
 def read_picture(folder: Path, picture: Picture) -> Image.Image:
     """Return a picture of the folder, RGB.
 
@@ -234,7 +248,8 @@ def _open(folder: Path, wanted: Mapping[int, Job], told: dict[str, Any]) -> set[
         make_folders(folder)
         replace_durably(path, (json.dumps(told, indent=2) + "\n").encode())
     held = _json(path.read_text(encoding="utf-8"), path)
-    if changed := [name for name in (*told, *held) if held.get(name, _ABSENT) != told.get(name, _ABSENT)]:
+    compared = [name for name in (*told, *held) if name != OF_SCENES]
+    if changed := [name for name in compared if held.get(name, _ABSENT) != told.get(name, _ABSENT)]:
         before, now = (settings.get(changed[0], _ABSENT) for settings in (held, told))
         raise DataError(
             f"{folder}: its pictures have {changed[0]} {before!r}, now it is {now!r}; "

@@ -98,6 +98,48 @@ def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> N
         )
 
 
+def rejection_of(folder: Path, check_same: Callable[[Mapping[str, Any], Path], None]) -> str | None:
+    """Return what is wrong with a checkpoint by its manifest and the sizes of its files; None where nothing is.
+
+    Args:
+        folder: the checkpoint.
+        check_same: (what a checkpoint keeps beside the tensors, its folder): raises where it is of another run, which
+            is no damage.
+    """
+    try:
+        reader = Reader(folder)
+        progress_of(reader)
+        require_finite(folder, reader.manifest.nonfinite)
+    except CheckpointError as error:
+        return str(error)
+    if not isinstance(reader.manifest.meta.get("recipe"), dict):
+        return f"{folder}: its manifest has no recipe"
+    check_same(reader.manifest.meta, folder)
+    return None
+
+
+def none_valid(faults: Iterable[str]) -> CheckpointError:
+    """Return what is said where every candidate has a fault: whether to start afresh is for a person to decide."""
+    told = [*faults]
+    return CheckpointError(
+        f"none of {len(told)} checkpoints is valid ({' | '.join(told)}); "
+        "restore one, or choose another --output to start afresh"
+    )
+
+
+def check_not_beyond(step: int, recipe: Recipe, where: Path) -> None:
+    """Refuse to go on from a step that is beyond the last one.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if step > recipe.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps: {recipe.train.max_steps}, but {where} is at step {step} already; "
+            "raise it, or choose another --output"
+        )
+
+
 def schedule_jumps(written: Mapping[str, Any], recipe: Recipe, step: int) -> list[str]:
     """Return a line for each scheduled number that the former recipe would have given another value at the next step.
 

@@ -13,21 +13,20 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from ecdit_ds.config import Recipe
 from ecdit_ds.data.beside import encoders_beside
 from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
 from ecdit_ds.data.images import read_image
 from ecdit_ds.data.scene_set import require_digit_scenes
 from ecdit_ds.data.source import kind_of_ignored
 from ecdit_ds.data.splits import check_split, open_split
-from ecdit_ds.drawing import encoders_of
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
 from ecdit_ds.evaluation.digit_detector import find_objects
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.evaluation.scene_checker import judge as judge_scene
 from ecdit_ds.evaluation.scenes import SceneScores, heldout_prompts, other_claims, scores_of
-from ecdit_ds.gallery import LINES_NAME, Job, Picture, read_gallery, read_picture
+from ecdit_ds.gallery import LINES_NAME, SETTINGS_NAME, Job, Picture, is_of_other_pictures, read_gallery, read_picture
 from ecdit_ds.ledger import Row
+from ecdit_ds.loading import StoredModel, open_encoders
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_prompt_file
 from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
@@ -85,8 +84,11 @@ def scenes(options: argparse.Namespace) -> None:
     task = task_of(options, "per_kind")
     per_kind = options.per_kind or _SCENES_PER_KIND
     real: list[Scene] = []
+    if task.stored is None and is_of_other_pictures(options.pictures):
+        by = f"only models of digit scenes draw them, and {SETTINGS_NAME} says that these are by another"
+        raise DataError(f"--pictures {options.pictures}: {by}; {_WITHOUT_SCENES}")
     if task.stored is not None:
-        height, width = _canvas(task.stored.recipe, options)
+        height, width = _canvas(task.stored, options)
         seed = task.stored.recipe.data.seed
         real = heldout_prompts(seed=seed, canvas_height=height, canvas_width=width, per_kind=per_kind)
     jobs = [Job(prompt=scene.caption, seed=options.seed + i) for i, scene in enumerate(real)]
@@ -165,9 +167,10 @@ def _counted(rows: Iterable[Row], name: str) -> SceneScores:
     return scores_of(counts_K3)
 
 
-def _canvas(recipe: Recipe, options: argparse.Namespace) -> tuple[int, int]:
-    require_digit_scenes(recipe.data, f"{options.metric}: held-out digit scenes", _WITHOUT_SCENES)
-    pixels = encoders_of(recipe)[0].downsampling
+def _canvas(stored: StoredModel, options: argparse.Namespace) -> tuple[int, int]:
+    recipe, what = stored.recipe, f"{options.metric}: held-out digit scenes"
+    require_digit_scenes(recipe.data, recipe.model, stored.encoders, what, _WITHOUT_SCENES)
+    pixels = open_encoders(stored)[0].downsampling
     return options.height or recipe.model.latent_height * pixels, options.width or recipe.model.latent_width * pixels
 
 
@@ -341,7 +344,7 @@ def _caption_jobs(task: Task) -> list[Job]:
 
 def _heldout(task: Task, index: int) -> Scene:
     assert task.stored is not None
-    height, width = _canvas(task.stored.recipe, task.options)
+    height, width = _canvas(task.stored, task.options)
     return draw_scene(
         seed=task.stored.recipe.data.seed, split="heldout", index=index, canvas_height=height, canvas_width=width
     )

@@ -23,7 +23,7 @@ from ecdit_ds.gallery import Job, Picture, do_compete, fill, gallery_identity, r
 from ecdit_ds.ledger import Ledger, Row, work_through
 from ecdit_ds.loading import StoredModel, open_encoders, open_model
 from tools.bench_report import describe_run
-from tools.sample import brush_for, encoder_folders, facts_of, load_for
+from tools.sample import brush_for, encoder_folders, facts_of, load_for, origin_of
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "torchmetrics", "transformers")
 DRAWING = ("steps", "sampler", "eta", "guidance", "guidance_interval", "negative_prompt", "capacity_factor", "height",
@@ -91,7 +91,7 @@ class Task:
         if self.crew.is_first:
             print(f"drawing {len(jobs)} pictures in {folder}", flush=True)
         with self.bar(len(jobs), "picture") as bar:
-            return folder, fill(folder, jobs, brush, self.facts(), self.crew, bar.update)
+            return folder, fill(folder, jobs, brush, self.facts() | origin_of(self.stored), self.crew, bar.update)
 
     def finish(self, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the results: those that the folder holds, or else those of `work`, which are written.

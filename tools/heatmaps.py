@@ -33,7 +33,7 @@ from ecdit_ds.interpret.heatmap_page import Drawing, trace_numbers, trace_page
 from ecdit_ds.interpret.heatmaps import maps_of, save_compute_maps, save_concentration, save_expert_maps
 from ecdit_ds.interpret.routing_trace import require_expert_choice, trace_routing
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
-from ecdit_ds.loading import KINDS, load_drawer
+from ecdit_ds.loading import KINDS, load_drawer, open_model
 from ecdit_ds.pictures import name_for_file, save_text
 from ecdit_ds.prompts import require_words
 from tools.command_line import OneLineParser
@@ -84,10 +84,13 @@ def show(options: argparse.Namespace) -> None:
     if not prompts and options.scenes is None:
         raise ConfigError("--prompt: none given, so there is nothing to draw; give one, or --scenes N")
     require_words(prompts)
-    pipeline = load_drawer(options.checkpoint, kind=options.weights, folders=encoder_folders(options))
-    require_expert_choice(pipeline.recipe.model)
+    stored = open_model(options.checkpoint, options.weights)
+    recipe = stored.recipe
+    require_expert_choice(recipe.model)
     if options.scenes is not None:
-        require_digit_scenes(pipeline.recipe.data, f"--scenes {options.scenes}", "give --prompt")
+        what = f"--scenes {options.scenes}"
+        require_digit_scenes(recipe.data, recipe.model, stored.encoders, what, "give --prompt")
+    pipeline = load_drawer(stored.folder, kind=options.weights, folders=encoder_folders(options))
     sample = pipeline.settings(num_steps=options.steps, guidance_scale=options.guidance)
     try:
         for i, prompt in enumerate(prompts):

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -27,9 +28,10 @@ from tqdm import tqdm
 
 from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.crew import Crew, join_crew, leave
+from ecdit_ds.data.scene_set import is_of_digit_scenes
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, DataError, EcditError
-from ecdit_ds.gallery import Brush, Job, Picture, fill, parts_of, read_picture
+from ecdit_ds.gallery import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.loading import (
     KINDS,
@@ -174,7 +176,7 @@ def draw(options: argparse.Namespace) -> None:
     options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
     drawer = load_for(crew, options)
     brush = brush_for(drawer, options)
-    facts = facts_of(stored, options)
+    facts = facts_of(stored, options) | origin_of(stored)
     if crew.is_first:
         print(f"drawing {count} pictures in {options.output}", flush=True)
     with tqdm(total=count, unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
@@ -261,6 +263,14 @@ def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, obje
         "checkpoint": f"{stored.folder.resolve().name} {stored.identity}", "recipe": stored.recipe.name,
         "step": stored.step, "weights": stored.kind, "dtype": options.dtype,
     }  # fmt: skip
+
+
+def origin_of(stored: StoredModel) -> dict[str, object]:
+    """Return the note of a gallery that says what its model was trained on, where that is known."""
+    recipe, is_of = stored.recipe, None
+    with suppress(DataError):  # a set that is damaged now is of no concern to drawing
+        is_of = is_of_digit_scenes(recipe.data, recipe.model, stored.encoders)
+    return {} if is_of is None else {OF_SCENES: is_of}
 
 
 def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:

@@ -5,9 +5,9 @@ Suffixes: B batch, C channels, H, W pixels of the canvas.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from ecdit_ds.data.columns import LatentSums, null_columns, table_of, total_of
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import Split, draw_scene
 from ecdit_ds.data.encoder_facts import image_facts, text_facts
-from ecdit_ds.data.encoders import ImageEncoder, TextEncoder
+from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
 from ecdit_ds.data.folder import (
     SCHEMA_VERSION,
     SetIndex,
@@ -124,28 +124,55 @@ def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_enc
     draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
 
 
-def require_digit_scenes(data: DataConfig, what: str, way_out: str) -> None:
+def require_digit_scenes(
+    data: DataConfig, model: ModelConfig, encoders: Mapping[str, Any] | None, what: str, way_out: str
+) -> None:
     """Refuse to judge by digit scenes a model that was trained on anything else: the table would be of zeros.
+
+    Args:
+        data: of the model's recipe, as `model`.
+        encoders: as `is_of_digit_scenes`.
 
     Raises:
         DataError: naming `what` cannot be used, what was trained on, and the way out.
     """
-    if not _is_of_scenes(data):
+    if not (is_of := is_of_digit_scenes(data, model, encoders)):
         online = ", data.encode: online" if data.is_online else ""
+        through = "" if encoders is None or _are_of_scenes(model, encoders) else " through encoders of others"
+        gone = ", and what is not there cannot be looked at: bring it back" if is_of is None else ""
         raise DataError(
-            f"{what}: only models of digit scenes draw them, and this one was trained on data.dataset: {data.dataset}"
-            f"{online}, data.path: {', '.join(map(repr, data.paths)) or 'none'}; {way_out}"
+            f"{what}: only models of digit scenes draw them, and this one was trained{through} on data.dataset: "
+            f"{data.dataset}{online}, data.path: {', '.join(map(repr, data.paths)) or 'none'}{gone}; {way_out}"
         )
 
 
-def _is_of_scenes(data: DataConfig) -> bool:
-    """Return whether a model of that data has seen digit scenes alone, encoded as it began or before."""
+def is_of_digit_scenes(data: DataConfig, model: ModelConfig, encoders: Mapping[str, Any] | None) -> bool | None:
+    """Return whether a model has seen digit scenes alone, encoded as it began or before; None where nothing says it.
+
+    Args:
+        data: of the model's recipe, as `model`.
+        encoders: what its checkpoint says of them, which a recipe that was changed since does not; None of earlier
+            releases. Where a set is not there any more, they decide.
+    """
+    if encoders is not None and not _are_of_scenes(model, encoders):
+        return False
     if data.dataset == "digit_scenes":
         return True
-    paths = () if data.is_online else data.paths
-    return bool(paths) and all(Path(path).is_dir() for path in paths) and all(
-        read_index(Path(path)).settings.keys() >= _OF_SCENES for path in paths
-    )  # fmt: skip
+    if data.is_online or not data.paths:
+        return False
+    found = [read_index(Path(path)).settings for path in data.paths if Path(path).is_dir()]
+    if not all(settings.keys() >= _OF_SCENES for settings in found):
+        return False
+    return True if len(found) == len(data.paths) or encoders is not None else None
+
+
+def _are_of_scenes(model: ModelConfig, encoders: Mapping[str, Any]) -> bool:
+    words = WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    of_scenes = {"image": PixelCodec().identity, "text": words.identity}
+    return all(
+        isinstance(facts := encoders.get(what), dict) and facts.get("identity") == identity
+        for what, identity in of_scenes.items()
+    )
 
 
 def _encode_scenes(

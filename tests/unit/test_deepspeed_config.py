@@ -304,3 +304,24 @@ def test_a_file_that_cannot_be_read_is_named_with_where_to_look(
 def test_a_batch_that_does_not_split_over_the_ranks_is_refused(make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(ConfigError, match=r"ranks\(3\).*global_batch_size\(8\)"):
         load_deepspeed_config(DEFAULT_PATH, make_recipe(), dp_size=3)
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"comms_logger": {"enabled": 0}}, "comms_logger: {'enabled': 0} has no effect"),
+        ({"gradient_clipping": True}, "gradient_clipping: True differs"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: True differs"),
+        ({"flops_profiler": {"enabled": True, "output_file": "/"}}, "flops_profiler.output_file: '/' is a folder"),
+        ({"zero_optimisation": {}}, "did you mean zero_optimization? if not, delete it"),
+        ({"comms_loger": {}}, "is not used here; the recipe decides such things: delete it"),
+    ],
+)
+def test_values_of_other_types_folders_and_typos_are_refused_without_a_second_error_to_come(
+    tmp_path: Path, make_recipe: Callable[..., Recipe], section: dict[str, object], told: str
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | section))
+    with pytest.raises(ConfigError) as refused:
+        load_deepspeed_config(path, make_recipe(), 1)
+    assert told in str(refused.value)

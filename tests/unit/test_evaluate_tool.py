@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.data.encoder_facts import image_facts, text_facts
+from ecdit_ds.data.encoder_facts import image_facts, null_text_facts, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.folder import read_index, write_index
 from ecdit_ds.data.scene_set import open_digit_scenes
@@ -290,6 +290,57 @@ def test_a_model_of_digit_scenes_that_were_encoded_before_is_still_judged_by_the
     (encoded,) = Path(recipe.data.cache_dir).iterdir()
     tool.checkpoint = save_model(tool.folder / "other", make_recipe("data.dataset=encoded", f"data.path={encoded}"))
     assert tool.score("scenes", *SCENES)["results"]["model"]["kinds"]["single"]["count"] == 2
+
+
+def encoders_of_scenes(**image: Any) -> dict[str, Any]:
+    """Return what a checkpoint of digit scenes says of its encoders; or of the codec of other pictures."""
+    words = WordEncoder(embed_dim=24, max_tokens=12)
+    return {
+        "image": image_facts(PixelCodec(**image)), "text": text_facts(words), "null_text": null_text_facts(words.null())
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flags"), [("evaluate.py", SCENES), ("heatmaps.py", ("--scenes", 1))])
+def test_an_upcycled_model_of_other_pictures_is_not_judged_by_digit_scenes(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel, tiny_recipe_file: Path, script: str,
+    flags: tuple[object, ...],
+) -> None:  # fmt: skip
+    dense = make_recipe("model.ffn=dense", *ENCODED)
+    meta = {"recipe": dense.to_dict(), "encoders": encoders_of_scenes(shift_factor=(0.1, 0.2, 0.3))}
+    command = ["convert", save_model(tool.folder / "dense", dense, 1, meta), tool.folder / "up"]
+    command += ["--to", "ecdit", "--upcycle", tiny_recipe_file]
+    assert convert_ckpt.main([str(part) for part in command]) == 0
+    metric = ("scenes",) if script == "evaluate.py" else ()
+    code, lines = tool.run(*metric, "--checkpoint", tool.folder / "up", *flags, tool=script)
+    assert code == 2 and len(lines) == 1, lines
+    assert "only models of digit scenes" in lines[0] and "through encoders of others" in lines[0]
+
+
+def test_a_model_of_digit_scenes_whose_set_has_moved_is_judged_if_its_checkpoint_tells_its_encoders(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel
+) -> None:
+    recipe = make_recipe("data.dataset=encoded", "data.path=gone")
+    tool.checkpoint = save_model(tool.folder / "old", recipe)
+    assert "what is not there cannot be looked at" in tool.refusal("scenes", "--checkpoint", tool.checkpoint, *SCENES)
+    usual = {"recipe": recipe.to_dict(), "encoders": encoders_of_scenes()}
+    tool.checkpoint = save_model(tool.folder / "new", recipe, 1, usual)
+    assert tool.score("scenes", *SCENES)["results"]["model"]["kinds"]["single"]["count"] == 2
+
+
+def test_pictures_by_a_model_of_other_pictures_are_not_judged_by_digit_scenes(
+    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel
+) -> None:
+    of_others = encoders_of_scenes(shift_factor=(0.1, 0.2, 0.3), scaling_factor=(1.0, 1.0, 1.0))
+    meta = {"recipe": make_recipe(*ENCODED).to_dict(), "encoders": of_others}
+    tool.checkpoint = save_model(tool.folder / "other", make_recipe(*ENCODED), 1, meta)
+    folder = tool.draw(*CAPTIONS)
+    said = tool.refusal("scenes", "--pictures", folder)
+    assert "only models of digit scenes draw them" in said and "settings.json" in said
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    del settings["trained_on_digit_scenes"]
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    tool.draw(*CAPTIONS)  # a folder of an earlier release is gone on with
+    assert tool.score("scenes", "--pictures", folder)["results"]["model"]["kinds"]["counting"]["count"] == 1
 
 
 def test_captions_that_are_of_no_digit_scene_are_named(tool: EvaluateTool) -> None:

@@ -29,10 +29,10 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemFile:
-    """A file among the samples that an operating system left there: part of none of them, and counted all the same."""
+    """A file among the samples that is part of none: left by a system, hidden, or of another kind. It is counted."""
 
     kind: str
-    """The pattern of its name."""
+    """The pattern of its name, or its suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ecdit_ds.data.source import (
     files_below,
     fingerprint_of,
     json_object,
+    kind_of_other,
     plain_caption,
     raw_sample,
     read_inside,
@@ -138,7 +139,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
 
 
 def _unused(files: Iterable[Path]) -> Counter[str]:
-    return Counter(file.suffix.lower() or file.name for file in files)
+    return Counter(map(kind_of_other, files))
 
 
 def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:

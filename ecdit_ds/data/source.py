@@ -26,7 +26,7 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "captions", "txt"
 KEY_COLUMNS = ("key", "__key__", "id")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 _SYSTEM_FILES = ("._*", ".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "PaxHeader",
-                 "PaxHeaders.*")  # fmt: skip
+                 "PaxHeaders.*", "$RECYCLE.BIN", "System Volume Information", "Icon\r")  # fmt: skip
 """What macOS, Windows, network drives and unpackers leave beside files: names of files or of folders around them."""
 HIDDEN = ".*"
 _STAMP_THREADS = 16
@@ -204,8 +204,18 @@ def files_below(root: Path) -> tuple[list[Path], list[str], Counter[str]]:
 
 
 def kind_of_ignored(file: PurePath) -> str | None:
-    """Return why a file is not looked at where files are found rather than named: left by a system, or hidden."""
-    return system_file(file) or (HIDDEN if file.name.startswith(".") else None)
+    """Return why a file is not looked at where files are found rather than named: left by a system, or hidden.
+
+    Args:
+        file: relative to the source; it is hidden where a folder around it is.
+    """
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in file.parts)
+    return system_file(file) or (HIDDEN if is_hidden else None)
+
+
+def kind_of_other(file: PurePath) -> str:
+    """Return what a file that is neither a picture nor a caption is counted as: its suffix, or else its name."""
+    return file.suffix.lower() or file.name
 
 
 def stamps_of(root: Path, files: Sequence[Path | str]) -> list[tuple[str, int, int]]:

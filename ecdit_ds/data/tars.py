@@ -24,6 +24,7 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     json_object,
     kind_of_ignored,
+    kind_of_other,
     plain_caption,
     raw_sample,
     stamps_of,
@@ -107,12 +108,17 @@ class TarSource:
         if group is not None:
             last = self._finish(group, unit, seen)
             # What a cut leaves of its last sample was counted with the cut.
-            yield from (one for one in last if not is_cut or isinstance(one, RawSample))
+            yield from (one for one in last if not is_cut or not isinstance(one, BadSample))
 
-    def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample]:
+    def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample | SystemFile]:
         name = f"{unit.name}/{group.key}"
         if group.key in seen:
             yield BadSample(cause="duplicate key", name=name)
+            return
+        if self._is_of_other_kinds(group):
+            stem = PurePosixPath(group.key)
+            names = (stem.with_name(f"{stem.name}.{suffix}" if suffix else stem.name) for suffix in group.parts)
+            yield from (SystemFile(kind=kind_of_other(name)) for name in names)
             return
         seen.add(group.key)
         asked = self.columns.image and self.columns.image.lower().removeprefix(".")
@@ -127,6 +133,13 @@ class TarSource:
             yield BadSample(cause="several captions", name=_with_names(name, captions))
         else:
             yield raw_sample(name, image, next(iter(captions.values()), None))
+
+    def _is_of_other_kinds(self, group: _Group) -> bool:
+        """Return whether no member is a picture or a caption; JSON alone describes no sample, but the set perhaps."""
+        asked = {name.lower().removeprefix(".") for name in (self.columns.image, self.columns.caption) if name}
+        if any(_is_picture(suffix) or suffix in CAPTION_COLUMNS or suffix in asked for suffix in group.parts):
+            return False
+        return "json" not in group.parts or len(group.parts) == 1
 
     def _captions(self, group: _Group) -> dict[str, object] | Cause:
         """Return what may be meant, by where it stands; of what was asked for, a file comes before a field of JSON."""

@@ -678,7 +678,8 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path, tmp_path: Path)
 LEFT = [
     ("._0000.jpg", "._*"), ("__MACOSX/0000.jpg", "__MACOSX"), ("a/.DS_Store", ".DS_Store"), ("thumbs.db", "Thumbs.db"),
     ("Desktop.ini", "desktop.ini"), ("PaxHeaders.99/0000.jpg", "PaxHeaders.*"), ("@eaDir/0000.jpg", "@eaDir"),
-    (".hidden.jpg", ".*"),
+    (".hidden.jpg", ".*"), ("$Recycle.Bin/0000.jpg", "$RECYCLE.BIN"), ("Icon\r", "Icon\r"),
+    ("System Volume Information/0000.jpg", "System Volume Information"),
 ]  # fmt: skip
 
 
@@ -692,6 +693,23 @@ def test_what_systems_leave_in_a_tar_is_no_sample_and_counted(tmp_path: Path) ->
     kinds = Counter(one.kind for one in source.read(source.units[0]) if isinstance(one, SystemFile))
     assert kinds == Counter(kind for _, kind in LEFT) + Counter({"._*": 14})
     assert len(list(samples_of(source, source.units[0]))) == 7
+
+
+def test_hidden_folders_and_files_of_other_kinds_in_a_tar_are_no_samples_and_counted(tmp_path: Path) -> None:
+    hidden = [".Trash/0.jpg", ".Trash/0.txt", ".AppleDouble/0001.jpg", "a/.Spotlight-V100/b/a.jpg", "./.x/0.jpg"]
+    others = ["README.md", "dataset_info.json", "a/LICENSE", "0.cls", "0.npy"]
+    path = write_tar(tmp_path / "a.tar", [*((f"./{name}", b"{}") for name in [*hidden, *others]), *members()])
+    good, bad = read_all(path)
+    assert_all_there(good)
+    assert bad == []
+    source = open_source(str(path), unit_samples=3)
+    kinds = Counter(one.kind for one in source.read(source.units[0]) if isinstance(one, SystemFile))
+    assert kinds == {".*": 5, ".md": 1, ".json": 1, "LICENSE": 1, ".cls": 1, ".npy": 1}
+    # A caption tells of a picture that is not there.
+    lonely = [("k.json", b"{}"), ("k.txt", b"one"), ("l.avif", b"x"), ("l.json", b"{}"), ("m.txt", b"two")]
+    assert causes(read_all(write_tar(tmp_path / "b.tar", lonely))[1]) == [
+        ("no image", "b.tar/k"), ("no image", "b.tar/l"), ("no image", "b.tar/m"),
+    ]  # fmt: skip
 
 
 def test_what_systems_leave_in_a_folder_is_no_sample_and_counted(folder: Path, tmp_path: Path) -> None:

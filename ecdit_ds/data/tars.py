@@ -8,7 +8,7 @@ early, or of which nothing can be read, nobody knows how many are lost.
 
 import os
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -26,8 +26,11 @@ from ecdit_ds.data.source import (
     kind_of_ignored,
     kind_of_other,
     plain_caption,
+    plain_name,
     raw_sample,
     stamps_of,
+    telling,
+    with_names,
 )
 from ecdit_ds.errors import DataError
 
@@ -124,13 +127,13 @@ class TarSource:
         asked = self.columns.image and self.columns.image.lower().removeprefix(".")
         images = [suffix for suffix in group.parts if (suffix == asked if asked else _is_picture(suffix))]
         image: bytes | Cause = group.parts[images[0]] if images else "no image"
-        captions = self._captions(group)
+        captions = self._captions(group, name)
         if len(images) > 1:
-            yield BadSample(cause="several pictures", name=_with_names(name, images))
-        elif isinstance(captions, str):
-            yield BadSample(cause=captions, name=name)
+            yield BadSample(cause="several pictures", name=with_names(name, images))
+        elif isinstance(captions, BadSample):
+            yield captions
         elif len({repr(plain_caption(caption)) for caption in captions.values()}) > 1:
-            yield BadSample(cause="several captions", name=_with_names(name, captions))
+            yield BadSample(cause="several captions", name=with_names(name, captions))
         else:
             yield raw_sample(name, image, next(iter(captions.values()), None))
 
@@ -141,25 +144,26 @@ class TarSource:
             return False
         return "json" not in group.parts or len(group.parts) == 1
 
-    def _captions(self, group: _Group) -> dict[str, object] | Cause:
+    def _captions(self, group: _Group, sample: str) -> dict[str, object] | BadSample:
         """Return what may be meant, by where it stands; of what was asked for, a file comes before a field of JSON."""
         asked = [self.columns.caption.removeprefix(".")] if self.columns.caption else list(CAPTION_COLUMNS)
         content = {name: group.parts[name.lower()] for name in asked if name.lower() in group.parts}
         found: dict[str, object] = {name: text.decode("utf-8", "surrogateescape") for name, text in content.items()}
         if "json" not in group.parts or (found and self.columns.caption):
             return found
-        fields = json_object(group.parts["json"], damaged="caption is not text")
-        if isinstance(fields, str):
-            return found or fields
-        return found | {f"{name} in json": fields[name] for name in asked if fields.get(name) is not None}
+        parsed = json_object(group.parts["json"])
+        if parsed is None:
+            return telling(found) or BadSample(cause="caption is not text", name=sample)
+        fields, repeated = parsed
+        meant = [name for name in fields if (name in asked if self.columns.caption else plain_name(name) in asked)]
+        twice = [name for name in repeated if name in meant or not found]
+        if twice:
+            return BadSample(cause="name given twice", name=with_names(sample, twice))
+        return telling(found | {f"{name} in json": fields[name] for name in meant if fields[name] is not None})
 
 
 def _is_picture(suffix: str) -> bool:
     return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
-
-
-def _with_names(sample: str, names: Iterable[str]) -> str:
-    return f"{sample} ({', '.join(sorted(map(repr, names)))})"
 
 
 def _bad_of(gap: Gap, unit: Unit, samples: int) -> BadSample:

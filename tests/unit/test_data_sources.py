@@ -604,9 +604,66 @@ def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_pat
     (folder / "list.jsonl").write_text("\n".join(lines))
     good, bad = read_all(folder / "list.jsonl")
     assert [sample.caption for sample in good] == ["one"]
-    assert causes(bad) == [("name given twice", "list.jsonl line 2")]
+    assert causes(bad) == [("name given twice", "list.jsonl line 2 ('text')")]
     path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())])
-    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0")]
+    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0 ('text')")]
+
+
+def test_a_list_of_which_no_line_can_be_read_is_refused_with_the_reason(folder: Path, refusal_of: Refusal) -> None:
+    path = folder / "list.jsonl"
+    for lines, told in (
+        ('\n{"path": "0.jpg", "text": "one", "text": "two"}\n' * 2, "line 2 ('text') is left out: name given twice"),
+        ('[{"path": "0.jpg", "text": "one"}]', "list.jsonl line 1 is no JSON object"),
+        ("5\n6\n", "list.jsonl line 1 is no JSON object"),
+        ("\n", "holds no row; name"),
+    ):
+        path.write_text(lines)
+        assert told in refusal_of(lambda: read_all(path))
+
+
+def test_names_that_come_twice_in_what_is_not_read_do_not_matter(folder: Path, tmp_path: Path) -> None:
+    row = '{"path": "0.jpg", "text": "one", "boxes": [{"x": 1, "x": 2}], "more": {"text": 1, "text": 2}}'
+    (folder / "list.jsonl").write_text(row)
+    assert [sample.caption for sample in read_all(folder / "list.jsonl")[0]] == ["one"]
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", row.encode())])
+    assert [sample.caption for sample in read_all(path)[0]] == ["one"]
+
+
+def test_a_caption_given_twice_in_json_is_a_rival_of_a_text_file(tmp_path: Path) -> None:
+    twice = {"0": '{"caption": "cat", "caption": "dog"}', "1": '{"url": 1, "url": 2}', "2": '{"caption": '}
+    parts = [(f"{key}.{suffix}", content) for key, fields in twice.items()
+             for suffix, content in (("jpg", JPEGS[0]), ("txt", b"one"), ("json", fields.encode()))]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", parts)
+    good, bad = read_all(path)
+    assert causes(bad) == [("name given twice", "a.tar/0 ('caption')")]
+    assert [sample.key for sample in good] == ["a.tar/1", "a.tar/2"]
+    assert len(read_all(path, columns=Columns(caption="txt"))[0]) == 3
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, 5, [], {}, "\ufeff"])
+def test_a_caption_that_says_nothing_is_no_rival(folder: Path, tmp_path: Path, empty: Any) -> None:
+    fields = json.dumps({"caption": empty}).encode()
+    path = write_tar(tmp_path / "a.tar", [*members(0, 1), ("0000.json", fields)])
+    good, bad = read_all(path)
+    assert [sample.caption for sample in good] == CAPTIONS[:1] and bad == []
+    fields = json.dumps({"caption": empty, "text": CAPTIONS[0]}).encode()
+    path = write_tar(tmp_path / "b.tar", [("0.jpg", JPEGS[0]), ("0.txt", b" "), ("0.json", fields)])
+    assert [sample.caption for sample in read_all(path)[0]] == CAPTIONS[:1]
+    path = write_tar(
+        tmp_path / "c.tar", [("0.jpg", JPEGS[0]), ("0.txt", b" "), ("0.json", json.dumps({"caption": empty}).encode())]
+    )
+    assert causes(read_all(path)[1]) == [("empty caption", "c.tar/0")]
+    (folder / "0.caption").write_text(empty if isinstance(empty, str) else "")
+    assert_all_there(read_all(folder)[0])
+
+
+def test_names_of_json_fields_are_read_in_a_tar_as_those_of_columns(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", b'{"Caption ": "one", "ALT": "two"}')])
+    assert [sample.caption for sample in read_all(path)[0]] == ["one"]
+    assert [sample.caption for sample in read_all(path, columns=Columns(caption="ALT"))[0]] == ["two"]
+    fields = b'{"Caption": "one", "caption": "two"}'
+    path = write_tar(tmp_path / "b.tar", [*members(0, 1), ("1.jpg", JPEGS[0]), ("1.json", fields)])
+    assert causes(read_all(path)[1]) == [("several captions", "b.tar/1 ('Caption in json', 'caption in json')")]
 
 
 def pictures_table(**columns: list[bytes]) -> datasets.Dataset:

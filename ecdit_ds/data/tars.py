@@ -135,7 +135,8 @@ class TarSource:
         elif len({repr(plain_caption(caption)) for caption in captions.values()}) > 1:
             yield BadSample(cause="several captions", name=with_names(name, captions))
         else:
-            yield raw_sample(name, image, next(iter(captions.values()), None))
+            shown = with_names(name, group.parts) if asked and not images else name
+            yield raw_sample(shown, image, next(iter(captions.values()), None))
 
     def _is_of_other_kinds(self, group: _Group) -> bool:
         """Return whether no member is a picture or a caption; JSON alone describes no sample, but the set perhaps."""

@@ -499,7 +499,8 @@ def test_a_tar_with_several_pictures_a_sample_asks_which_is_meant(tmp_path: Path
     for column, content in (("png", b"picture"), ("depth.png", b"depth"), (".CANNY.png", b"canny")):
         (sample,) = read_all(path, columns=Columns(image=column))[0]
         assert sample.content == content
-    assert causes(read_all(path, columns=Columns(image="jpg"))[1]) == [("no image", "a.tar/0")]
+    has = "('canny.png', 'depth.png', 'png', 'txt')"
+    assert causes(read_all(path, columns=Columns(image="jpg"))[1]) == [("no image", f"a.tar/0 {has}")]
 
 
 def test_a_single_sample_with_several_pictures_is_left_out_and_named(tmp_path: Path) -> None:

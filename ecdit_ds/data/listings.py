@@ -171,15 +171,18 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()
+    is_json = path.suffix.lower() == ".jsonl"
     for i, row in enumerate(rows):
         if isinstance(row, BadSample):
             entries.append(row)
             continue
         place = row.get(image)
+        if isinstance(place, str) and not is_json:  # as names of columns: many write a space after the comma
+            place = place.strip()
         if not isinstance(place, str) or not place:
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
             continue
-        key = place if row.get(key_column) in (None, "") else str(row[key_column])
+        key = place if key_column == image or row.get(key_column) in (None, "") else str(row[key_column])
         if key in seen:
             entries.append(BadSample(cause="duplicate key", name=key))
         else:

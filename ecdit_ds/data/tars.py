@@ -9,6 +9,7 @@ early, or of which nothing can be read, nobody knows how many are lost.
 import os
 import tarfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -37,6 +38,9 @@ from ecdit_ds.errors import DataError
 _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
 """Of zeros: the end mark."""
+_COMPRESSED = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+"""What files of gzip, bzip2, xz and Zstandard begin with."""
+_LOOKING_THREADS = 16
 _FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError)
 
 
@@ -191,6 +195,16 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
     for file in files:
         if not (root / file).resolve().is_relative_to(root):
             raise DataError(f"{root / file}: is a link out of {root}; copy the tar there, or leave it out")
+    with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
+        packed = [
+            file
+            for file, is_packed in zip(files, pool.map(_is_compressed, map(root.joinpath, files)), strict=True)
+            if is_packed
+        ]
+    if packed:
+        raise DataError(
+            f"{root / packed[0]}: is compressed, as are {len(packed)} of {len(files)} tars; unpack it first"
+        )
     source = TarSource(
         root=root,
         units=[Unit(name=str(file)) for file in files],
@@ -205,6 +219,14 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
         flag = "--image-column" if first.cause == "several pictures" else "--caption-column"
         raise DataError(f"{root / first.name}: {first.cause}; name one by {flag}")
     return source
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(_BLOCK).startswith(_COMPRESSED)
+    except OSError:  # told when it is read
+        return False
 
 
 def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:

@@ -1,8 +1,11 @@
 """Sources give every picture with its caption, in order, and name what is wrong with the others."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import os
 import random
 import tarfile
@@ -801,9 +804,49 @@ def test_a_row_that_names_what_systems_leave_is_told_as_such(folder: Path, tmp_p
     good, bad = read_all(path)
     assert_all_there(good)
     assert causes(bad) == [("system file", "._0.jpg")]
-    cells = [{"bytes": b"x", "path": "__MACOSX/0.jpg"}, {"bytes": b"x", "path": "0.jpg"}]
+    cells = [{"bytes": None, "path": "__MACOSX/0.jpg"}, {"bytes": b"x", "path": "0.jpg"}]
     pq.write_table(pa.table({"image": cells, "text": ["one", "two"]}), tmp_path / "a.parquet")
     assert causes(read_all(tmp_path / "a.parquet")[1]) == [("system file", "a.parquet#0")]
+
+
+def test_bytes_in_a_table_are_taken_whatever_their_path_was(tmp_path: Path) -> None:
+    cells = [{"bytes": JPEGS[i], "path": f"{folder}0.jpg"} for i, folder in enumerate(["a/@eaDir/", "._", ".x/"])]
+    pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:3]}), tmp_path / "a.parquet")
+    good, bad = read_all(tmp_path / "a.parquet")
+    assert [sample.content for sample in good] == JPEGS[:3] and bad == []
+
+
+def test_a_space_after_the_comma_is_no_part_of_a_path(folder: Path) -> None:
+    for i, suffix, between in ((0, "csv", ", "), (1, "tsv", " \t ")):
+        lines = (("caption", "path"), (CAPTIONS[i], f"{i}.jpg"), ("gone", " "))
+        (folder / f"list.{suffix}").write_text("\n".join(map(between.join, lines)))
+        good, bad = read_all(folder / f"list.{suffix}")
+        assert [(sample.content, sample.key) for sample in good] == [(JPEGS[i], f"{i}.jpg")]
+        assert [one.cause for one in bad] == ["no image"]
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_an_empty_dataset_on_disk_is_told_to_be_empty(tmp_path: Path, refusal_of: Refusal, in_splits: bool) -> None:
+    table = datasets.Dataset.from_dict({"image": [], "text": []})
+    (datasets.DatasetDict({"train": table}) if in_splits else table).save_to_disk(str(tmp_path / "saved"))
+    message = refusal_of(lambda: read_all(tmp_path / "saved"))
+    assert f"{tmp_path / 'saved'}" in message and "is empty: it was saved without a row" in message
+
+
+def test_a_dataset_on_disk_whose_state_is_a_list_is_refused(tmp_path: Path, refusal_of: Refusal) -> None:
+    (tmp_path / "state.json").write_text("[1]")
+    assert "state.json: holds no JSON object; save the" in refusal_of(lambda: read_all(tmp_path))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+def test_a_compressed_tar_is_known_whatever_it_is_called(
+    tmp_path: Path, refusal_of: Refusal, pack: Callable[[bytes], bytes]
+) -> None:
+    write_tar(tmp_path / "a.tar", members(0, 1))
+    path = write_tar(tmp_path / "b.tar", members())
+    path.write_bytes(pack(path.read_bytes()))
+    for place in (tmp_path, path):
+        assert "b.tar: is compressed" in refusal_of(lambda: read_all(place))  # noqa: B023
 
 
 FORMATS: list[dict[str, Any]] = [

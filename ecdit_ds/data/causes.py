@@ -1,6 +1,8 @@
 """Why a sample is left out: one cause each, with the sample's name, so that a report can count and name them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 Cause = Literal[
@@ -12,6 +14,12 @@ Cause = Literal[
 ]  # fmt: skip
 AMBIGUOUS: tuple[Cause, ...] = ("several pictures", "several captions")
 """Of which the user must say which one is meant."""
+WAYS_OUT: Mapping[Cause, str] = MappingProxyType({
+    "several pictures": "in tars, choose by --image-column, such as --image-column png",
+    "several captions": "in tars, choose by --caption-column, such as --caption-column txt",
+    "duplicate key": "in tars, members of a sample must stand together",
+})  # fmt: skip
+"""What to do about a cause, where that is not plain from its name."""
 UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
 """Of which nobody knows how many samples are lost by it."""
 
@@ -29,10 +37,10 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemFile:
-    """A file among the samples that an operating system left there: part of none of them, and counted all the same."""
+    """A file among the samples that is part of none: left by a system, hidden, or of another kind. It is counted."""
 
     kind: str
-    """The pattern of its name."""
+    """The pattern of its name, or its suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)

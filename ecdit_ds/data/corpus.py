@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ecdit_ds.data.causes import UNCOUNTED
+from ecdit_ds.data.causes import UNCOUNTED, WAYS_OUT
 from ecdit_ds.data.columns import DTYPES, null_columns, total_of
 from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record
 from ecdit_ds.data.folder import (
@@ -286,8 +286,12 @@ def _check_share(report: Mapping[str, Any], job: Job) -> None:
     bad, total = report["left_out"], report["left_out"] + report["samples"]
     worst = max(report["causes"].items(), key=lambda item: item[1]["count"], default=None)
     most = f", most for: {worst[0]} ({worst[1]['count']}, such as {worst[1]['names'][0]})" if worst else ""
+    most += f"; {WAYS_OUT[worst[0]]}" if worst and worst[0] in WAYS_OUT else ""
     if total == 0 or bad == total:
-        raise DataError(f"{job.destination}: no sample of {total} is usable{most}; nothing was published")
+        ignored = report["ignored_files"]
+        kinds = ", ".join(f"{kind!r}: {count}" for kind, count in Counter(ignored).most_common(5))
+        unseen = f"; {sum(ignored.values())} files were not looked at, most: {kinds}" if ignored else ""
+        raise DataError(f"{job.destination}: no sample of {total} is usable{most}{unseen}; nothing was published")
     if bad / total > job.max_bad:
         raise DataError(
             f"{job.destination}: {bad} of {total} samples are bad ({bad / total:.1%}), more than --max-bad "

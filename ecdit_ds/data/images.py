@@ -21,7 +21,7 @@ from torch import Tensor
 from ecdit_ds.data.causes import BadSample, Cause
 from ecdit_ds.errors import DataError
 
-DECODING = 2
+DECODING = 3
 """Counts up when a file comes to give other pixels; half a set is not done by one and half by another."""
 MAX_PIXELS = 89_000_000
 """Beyond it an image is refused by its header, before memory is taken: a PNG of 24 kB can claim 196 megapixels."""
@@ -36,6 +36,8 @@ _FAILURES = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, 
 """What Pillow's readers raise for files that are damaged."""
 _SAME_LEVELS = 2
 """Of 255: two descriptions of sRGB differ by no more, since curves are sampled and numbers rounded."""
+_PILLOW_FACTS = ("icc_profile", "gamma", "chromaticity", "srgb", "transparency", "interlace")
+"""Of `info`, and numbers or bytes; a PNG's remarks in words go there too, under whatever name they have."""
 _SRGB_GAMMA = 1 / 2.2
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """As a PNG states them: x and y of white, red, green and blue."""
@@ -66,7 +68,9 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
                 if image.width * image.height > max_pixels:
                     return BadSample(cause="too many pixels", name=name)
                 converted = ["16 bits"] if _is_deep(image) else []
+                _drop_remarks(image)
                 image.load()
+                _drop_remarks(image)  # that stood after the pixels
                 rgb, told = _to_rgb(_upright(image))
                 rgb.info = {"converted": [*converted, *_conversions(image), *told]}
                 return rgb
@@ -92,6 +96,13 @@ def read_image(path: Path) -> Image.Image:
     if isinstance(image, BadSample):
         raise DataError(f"{path}: is no picture that can be read ({image.cause})")
     return image
+
+
+def _drop_remarks(image: Image.Image) -> None:
+    """Take out words that a PNG has under a name by which Pillow knows facts."""
+    for name in _PILLOW_FACTS:
+        if isinstance(image.info.get(name), str):
+            del image.info[name]
 
 
 def _cause_of_unknown(content: bytes) -> Cause:
@@ -144,7 +155,10 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         colours = layer.getchannel("R") if image.mode in ("L", "LA") else layer.convert("RGB")
     else:
         colours = image if image.mode in ("L", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
-    rgb, told = _in_srgb(colours, image.info)
+    if image.mode == "LAB" and "icc_profile" in image.info:  # of its own, that is no device's
+        rgb, told = colours, ["colour profile ignored"]
+    else:
+        rgb, told = _in_srgb(colours, image.info)
     if alpha is not None:  # laid on white after its colours are sRGB's, as white is
         rgb.putalpha(alpha)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
@@ -174,7 +188,9 @@ def _says_srgb(info: Mapping[str | tuple[int, int], Any]) -> bool:
     if "srgb" in info:
         return True
     primaries = info.get("chromaticity", _SRGB_PRIMARIES)
-    is_near = all(abs(one - other) < 0.01 for one, other in zip(primaries, _SRGB_PRIMARIES, strict=True))
+    is_near = len(primaries) == len(_SRGB_PRIMARIES) and all(
+        abs(one - other) < 0.01 for one, other in zip(primaries, _SRGB_PRIMARIES, strict=True)
+    )
     return is_near and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) < 0.02
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -24,10 +24,13 @@ from ecdit_ds.data.source import (
     files_below,
     fingerprint_of,
     json_object,
+    kind_of_other,
     plain_caption,
     raw_sample,
     read_inside,
     stamps_of,
+    telling,
+    with_names,
 )
 from ecdit_ds.errors import DataError
 
@@ -78,15 +81,16 @@ class ListedSource:
                 yield raw_sample(entry.key, read_inside(self.root, entry.image), caption)
 
     def _read_caption(self, first: str, entry: Entry) -> str | BadSample:
-        found = []
+        found: dict[str, str] = {}
         for file in (first, *entry.rivals):
             content = read_inside(self.root, file, missing="no caption")
             if isinstance(content, str):
                 return BadSample(cause=content, name=file)
-            found.append(content.decode("utf-8-sig", "surrogateescape"))
-        if len(set(map(plain_caption, found))) > 1:
-            return BadSample(cause="several captions", name=f"{entry.key} ({', '.join((first, *entry.rivals))})")
-        return found[0]
+            found[file] = content.decode("utf-8-sig", "surrogateescape")
+        found = telling(found)
+        if len(set(map(plain_caption, found.values()))) > 1:
+            return BadSample(cause="several captions", name=f"{entry.key} ({', '.join(found)})")
+        return next(iter(found.values()))
 
 
 def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
@@ -138,7 +142,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
 
 
 def _unused(files: Iterable[Path]) -> Counter[str]:
-    return Counter(file.suffix.lower() or file.name for file in files)
+    return Counter(map(kind_of_other, files))
 
 
 def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) -> ListedSource:
@@ -160,22 +164,25 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
     if not any(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: holds no row; name a list that does")
+        raise DataError(f"{path}: holds no row{_why_none(path, rows)}; name a list that does")
     image = choose_column(names, columns.image, IMAGE_COLUMNS, str(path), "image")
     caption = choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
     key_column = next((name for name in KEY_COLUMNS if name in names), image)
     choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()
+    is_json = path.suffix.lower() == ".jsonl"
     for i, row in enumerate(rows):
         if isinstance(row, BadSample):
             entries.append(row)
             continue
         place = row.get(image)
+        if isinstance(place, str) and not is_json:  # as names of columns: many write a space after the comma
+            place = place.strip()
         if not isinstance(place, str) or not place:
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
             continue
-        key = place if row.get(key_column) in (None, "") else str(row[key_column])
+        key = place if key_column == image or row.get(key_column) in (None, "") else str(row[key_column])
         if key in seen:
             entries.append(BadSample(cause="duplicate key", name=key))
         else:
@@ -190,6 +197,15 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
         ignored={},
     )
+
+
+def _why_none(path: Path, rows: Sequence[object]) -> str:
+    first = next((row for row in rows if isinstance(row, BadSample)), None)
+    if first is None:
+        return ""
+    is_json = path.suffix.lower() == ".jsonl"
+    told = "is no JSON object" if is_json and first.cause == "damaged row" else f"is left out: {first.cause}"
+    return f" that can be read: {first.name} {told}"
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any] | BadSample]]:
@@ -224,5 +240,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadSample]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            row: dict[str, Any] | Cause = json_object(line, damaged="damaged row")
-            yield row if isinstance(row, dict) else BadSample(cause=row, name=f"{path.name} line {number}")
+            found, name = json_object(line), f"{path.name} line {number}"
+            if found is None:
+                yield BadSample(cause="damaged row", name=name)
+            elif found[1]:
+                yield BadSample(cause="name given twice", name=with_names(name, found[1]))
+            else:
+                yield found[0]

@@ -26,7 +26,7 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "captions", "txt"
 KEY_COLUMNS = ("key", "__key__", "id")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 _SYSTEM_FILES = ("._*", ".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "PaxHeader",
-                 "PaxHeaders.*")  # fmt: skip
+                 "PaxHeaders.*", "$RECYCLE.BIN", "System Volume Information", "Icon\r")  # fmt: skip
 """What macOS, Windows, network drives and unpackers leave beside files: names of files or of folders around them."""
 HIDDEN = ".*"
 _STAMP_THREADS = 16
@@ -118,6 +118,16 @@ def plain_caption(caption: Any) -> Any:
     return " ".join(caption.replace("\ufeff", "").split()) if isinstance(caption, str) else caption
 
 
+def telling(captions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of several captions, by where they stand, that say something; if none does, the first."""
+    said = {
+        where: caption
+        for where, caption in captions.items()
+        if isinstance(plain := plain_caption(caption), str) and plain
+    }
+    return said or dict(list(captions.items())[:1])
+
+
 def _is_text(caption: str) -> bool:
     try:
         caption.encode("utf-8")
@@ -126,21 +136,33 @@ def _is_text(caption: str) -> bool:
     return "\x00" not in caption
 
 
-def json_object(content: bytes, *, damaged: Cause) -> dict[str, Any] | Cause:
-    """Return a JSON object, or why it is none: `damaged`, or a name twice, of which a parser would drop one unseen."""
+def json_object(content: bytes) -> tuple[dict[str, Any], list[str]] | None:
+    """Return a JSON object and its names that come twice, of which a parser drops one unseen; None where it is none.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise KeyError
-        return dict(pairs)
+    Names within its values are not looked at: nothing reads them.
+    """
+    repeated: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        # An object ends after those in it, so what is left in the end is of the outermost.
+        repeated[:] = (
+            []
+            if len(found) == len(pairs)
+            else [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+        )
+        return found
 
     try:
-        found = json.loads(content, object_pairs_hook=once)
-    except KeyError:
-        return "name given twice"
+        found = json.loads(content, object_pairs_hook=keep)
     except (ValueError, RecursionError):
-        return damaged
-    return found if isinstance(found, dict) else damaged
+        return None
+    return (found, repeated) if isinstance(found, dict) else None
+
+
+def with_names(sample: str, names: Iterable[str]) -> str:
+    """Return a sample's name for a report, with those of its parts that are meant."""
+    return f"{sample} ({', '.join(sorted(map(repr, names)))})"
 
 
 def system_file(path: PurePath) -> str | None:
@@ -204,8 +226,18 @@ def files_below(root: Path) -> tuple[list[Path], list[str], Counter[str]]:
 
 
 def kind_of_ignored(file: PurePath) -> str | None:
-    """Return why a file is not looked at where files are found rather than named: left by a system, or hidden."""
-    return system_file(file) or (HIDDEN if file.name.startswith(".") else None)
+    """Return why a file is not looked at where files are found rather than named: left by a system, or hidden.
+
+    Args:
+        file: relative to the source; it is hidden where a folder around it is.
+    """
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in file.parts)
+    return system_file(file) or (HIDDEN if is_hidden else None)
+
+
+def kind_of_other(file: PurePath) -> str:
+    """Return what a file that is neither a picture nor a caption is counted as: its suffix, or else its name."""
+    return file.suffix.lower() or file.name
 
 
 def stamps_of(root: Path, files: Sequence[Path | str]) -> list[tuple[str, int, int]]:
@@ -249,7 +281,7 @@ def choose_column(
     Raises:
         DataError: there is no such column, or several; names those that there are.
     """
-    found = [name for name in names if (name == asked if asked else _plain(name) in usual)]
+    found = [name for name in names if (name == asked if asked else plain_name(name) in usual)]
     if not asked and held:
         found = [name for name in names if name in held or (name in found and not set(found) & set(held))]
     if not found:
@@ -262,7 +294,8 @@ def choose_column(
     return found[0]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return a column's name as the usual ones are written."""
     return name.replace("\ufeff", "").strip().lower()
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from ecdit_ds.data.listings import LIST_SUFFIXES, open_folder, open_list
-from ecdit_ds.data.source import IMAGE_SUFFIXES, Columns, Source, files_below
+from ecdit_ds.data.source import IMAGE_SUFFIXES, Columns, Source, files_below, kind_of_other
 from ecdit_ds.data.tables import open_hub, open_parquet, open_saved
 from ecdit_ds.data.tars import open_tars
 from ecdit_ds.errors import DataError
@@ -64,7 +64,7 @@ def open_source(
         counts = " and ".join(f"{len(of_kind[kind])} {kind}" for kind in kinds)
         raise DataError(f"{root}: holds {counts}; name a folder that holds one kind, so that none is left out unseen")
     wanted = of_kind[kinds[0]] if kinds else []
-    ignored = system_files + Counter(file.suffix.lower() or file.name for file in files if file not in set(wanted))
+    ignored = system_files + Counter(kind_of_other(file) for file in files if file not in set(wanted))
     if kinds == ["tars"]:
         return open_tars(root, wanted, columns=columns, ignored=ignored)
     if kinds == ["Parquet files"]:

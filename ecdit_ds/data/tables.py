@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,7 +23,6 @@ from ecdit_ds.data.source import (
     raw_sample,
     read_inside,
     stamps_of,
-    system_file,
 )
 from ecdit_ds.errors import DataError
 
@@ -128,8 +127,7 @@ def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[s
 def _content(value: Any, root: Path) -> bytes | Cause:
     """Return the image that a cell holds, or the content of the file that it names."""
     if isinstance(value, dict):
-        if isinstance(value.get("path"), str) and system_file(PurePath(value["path"])):
-            return "system file"
+        # Where a picture came from does not matter once its bytes are here; `read_inside` judges the path otherwise.
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and value:
         return read_inside(root, value)
@@ -197,6 +195,8 @@ def load_saved(root: Path, split: str) -> tuple[datasets.Dataset, Sequence[objec
                 raise DataError(f"{root}: has no split {split}; choose from {', '.join(splits)}")
             folder = root / split
         state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise DataError(f"{folder / 'state.json'}: holds no JSON object; save the dataset again")
         if state.get("_indices_data_files"):
             raise DataError(
                 f"{folder}: was saved by an old `datasets`, its rows out of order; save it again with {_OURS}"
@@ -207,6 +207,8 @@ def load_saved(root: Path, split: str) -> tuple[datasets.Dataset, Sequence[objec
                 raise DataError(f"{folder / 'state.json'}: names {name}, which lies outside {root}; mend it")
         # Not `load_from_disk`, which would apply the format.
         parts = [datasets.Dataset.from_file(str(folder / name)) for name in names]
+        if not any(map(len, parts)):
+            raise DataError(f"{folder}: is empty: it was saved without a row; name a dataset that has some")
         return datasets.concatenate_datasets(parts), stamps_of(folder, names)
     except _FAILURES as error:
         raise DataError(f"{folder}: is no whole dataset on disk ({_first_line(error)}); save it again") from None

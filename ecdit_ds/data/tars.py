@@ -8,7 +8,8 @@ early, or of which nothing can be read, nobody knows how many are lost.
 
 import os
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -24,15 +25,22 @@ from ecdit_ds.data.source import (
     fingerprint_of,
     json_object,
     kind_of_ignored,
+    kind_of_other,
     plain_caption,
+    plain_name,
     raw_sample,
     stamps_of,
+    telling,
+    with_names,
 )
 from ecdit_ds.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
 """Of zeros: the end mark."""
+_COMPRESSED = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+"""What files of gzip, bzip2, xz and Zstandard begin with."""
+_LOOKING_THREADS = 16
 _FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError)
 
 
@@ -107,46 +115,60 @@ class TarSource:
         if group is not None:
             last = self._finish(group, unit, seen)
             # What a cut leaves of its last sample was counted with the cut.
-            yield from (one for one in last if not is_cut or isinstance(one, RawSample))
+            yield from (one for one in last if not is_cut or not isinstance(one, BadSample))
 
-    def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample]:
+    def _finish(self, group: _Group, unit: Unit, seen: set[str]) -> Iterator[RawSample | BadSample | SystemFile]:
         name = f"{unit.name}/{group.key}"
         if group.key in seen:
             yield BadSample(cause="duplicate key", name=name)
+            return
+        if self._is_of_other_kinds(group):
+            stem = PurePosixPath(group.key)
+            names = (stem.with_name(f"{stem.name}.{suffix}" if suffix else stem.name) for suffix in group.parts)
+            yield from (SystemFile(kind=kind_of_other(name)) for name in names)
             return
         seen.add(group.key)
         asked = self.columns.image and self.columns.image.lower().removeprefix(".")
         images = [suffix for suffix in group.parts if (suffix == asked if asked else _is_picture(suffix))]
         image: bytes | Cause = group.parts[images[0]] if images else "no image"
-        captions = self._captions(group)
+        captions = self._captions(group, name)
         if len(images) > 1:
-            yield BadSample(cause="several pictures", name=_with_names(name, images))
-        elif isinstance(captions, str):
-            yield BadSample(cause=captions, name=name)
+            yield BadSample(cause="several pictures", name=with_names(name, images))
+        elif isinstance(captions, BadSample):
+            yield captions
         elif len({repr(plain_caption(caption)) for caption in captions.values()}) > 1:
-            yield BadSample(cause="several captions", name=_with_names(name, captions))
+            yield BadSample(cause="several captions", name=with_names(name, captions))
         else:
-            yield raw_sample(name, image, next(iter(captions.values()), None))
+            shown = with_names(name, group.parts) if asked and not images else name
+            yield raw_sample(shown, image, next(iter(captions.values()), None))
 
-    def _captions(self, group: _Group) -> dict[str, object] | Cause:
+    def _is_of_other_kinds(self, group: _Group) -> bool:
+        """Return whether no member is a picture or a caption; JSON alone describes no sample, but the set perhaps."""
+        asked = {name.lower().removeprefix(".") for name in (self.columns.image, self.columns.caption) if name}
+        if any(_is_picture(suffix) or suffix in CAPTION_COLUMNS or suffix in asked for suffix in group.parts):
+            return False
+        return "json" not in group.parts or len(group.parts) == 1
+
+    def _captions(self, group: _Group, sample: str) -> dict[str, object] | BadSample:
         """Return what may be meant, by where it stands; of what was asked for, a file comes before a field of JSON."""
         asked = [self.columns.caption.removeprefix(".")] if self.columns.caption else list(CAPTION_COLUMNS)
         content = {name: group.parts[name.lower()] for name in asked if name.lower() in group.parts}
         found: dict[str, object] = {name: text.decode("utf-8", "surrogateescape") for name, text in content.items()}
         if "json" not in group.parts or (found and self.columns.caption):
             return found
-        fields = json_object(group.parts["json"], damaged="caption is not text")
-        if isinstance(fields, str):
-            return found or fields
-        return found | {f"{name} in json": fields[name] for name in asked if fields.get(name) is not None}
+        parsed = json_object(group.parts["json"])
+        if parsed is None:
+            return telling(found) or BadSample(cause="caption is not text", name=sample)
+        fields, repeated = parsed
+        meant = [name for name in fields if (name in asked if self.columns.caption else plain_name(name) in asked)]
+        twice = [name for name in repeated if name in meant or not found]
+        if twice:
+            return BadSample(cause="name given twice", name=with_names(sample, twice))
+        return telling(found | {f"{name} in json": fields[name] for name in meant if fields[name] is not None})
 
 
 def _is_picture(suffix: str) -> bool:
     return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
-
-
-def _with_names(sample: str, names: Iterable[str]) -> str:
-    return f"{sample} ({', '.join(sorted(map(repr, names)))})"
 
 
 def _bad_of(gap: Gap, unit: Unit, samples: int) -> BadSample:
@@ -173,6 +195,16 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
     for file in files:
         if not (root / file).resolve().is_relative_to(root):
             raise DataError(f"{root / file}: is a link out of {root}; copy the tar there, or leave it out")
+    with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
+        packed = [
+            file
+            for file, is_packed in zip(files, pool.map(_is_compressed, map(root.joinpath, files)), strict=True)
+            if is_packed
+        ]
+    if packed:
+        raise DataError(
+            f"{root / packed[0]}: is compressed, as are {len(packed)} of {len(files)} tars; unpack it first"
+        )
     source = TarSource(
         root=root,
         units=[Unit(name=str(file)) for file in files],
@@ -187,6 +219,14 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
         flag = "--image-column" if first.cause == "several pictures" else "--caption-column"
         raise DataError(f"{root / first.name}: {first.cause}; name one by {flag}")
     return source
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(_BLOCK).startswith(_COMPRESSED)
+    except OSError:  # told when it is read
+        return False
 
 
 def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:

@@ -27,6 +27,7 @@ from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_te
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
+from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.errors import DataError
 from tests.helpers.colour_profiles import P3_TO_SRGB, SRGB_CURVE, in_srgb, rgb_profile
@@ -306,6 +307,45 @@ def test_a_source_without_one_good_sample_is_refused(make_job: MakeJob, tmp_path
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
     assert "no sample of 1 is usable" in refusal_of(lambda: encode_corpus(make_job(tmp_path / "bad", max_bad=1.0)))
+
+
+JPEG = encoded(crops(1)[0])
+GOOD = [("0.jpg", JPEG), ("0.txt", b"one")]
+CAPTIONED_TWICE = [(f"{i}.{suffix}", JPEG if suffix == "jpg" else suffix.encode())
+                   for i in range(1, 4) for suffix in ("jpg", "txt", "caption")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("members", "column", "told"),
+    [
+        ([*GOOD, *CAPTIONED_TWICE], None, "choose by --caption-column, such as --caption-column txt; nothing"),
+        (
+            [*((f"{i}.jpg", JPEG) for i in range(3)), *((f"{i}.txt", b"one") for i in range(3))], None,
+            "duplicate key (3, such as a.tar/0); in tars, members of a sample must stand together",
+        ),
+        (GOOD, "canny.png", "no image (1, such as a.tar/0 ('jpg', 'txt'))"),
+        (
+            [(".0.jpg", b""), ("._0.txt", b""), (".x/0.jpg", b""), ("a.md", b"")], None,
+            "no sample of 0 is usable; 4 files were not looked at, most: '.*': 2, '._*': 1, '.md': 1; nothing",
+        ),
+    ],
+    ids=["several captions", "kind by kind", "no such suffix", "hidden"],
+)  # fmt: skip
+def test_a_tar_that_gives_too_few_samples_is_refused_with_the_way_out(
+    make_job: MakeJob,
+    tmp_path: Path,
+    refusal_of: Refusal,
+    members: list[tuple[str, bytes]],
+    column: str | None,
+    told: str,
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = open_source(str(tmp_path / "a.tar"), unit_samples=4, columns=Columns(image=column))
+    assert told in refusal_of(lambda: encode_corpus(replace(make_job(), source=source)))
 
 
 def killed_at(job: Job, fatal: int) -> int:

@@ -241,6 +241,41 @@ def test_a_png_whose_notes_on_colours_are_not_followed_is_told(photograph: Image
     assert decoded(encoded(photograph, "PNG", pnginfo=primaries)).info["converted"] == ["gAMA or cHRM ignored"]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+@pytest.mark.parametrize("name", ["gamma", "chromaticity", "srgb", "icc_profile", "transparency", "interlace"])
+def test_remarks_of_a_png_are_not_taken_for_facts(photograph: Image.Image, mode: str, name: str) -> None:
+    notes = PngImagePlugin.PngInfo()
+    notes.add(b"gAMA", struct.pack(">I", 100_000))
+    if name != "gamma":  # which Pillow has overwritten
+        told = decoded(encoded(photograph.convert(mode), "PNG", pnginfo=notes)).info["converted"]
+        assert told[-1] == "gAMA or cHRM ignored"
+    plain = decoded(encoded(photograph.convert(mode), "PNG"))
+    for is_after in (False, True):
+        notes.add_text(name, "0.45455")
+        remarks = PngImagePlugin.PngInfo()
+        remarks.add(b"tEXt", f"{name}\x000.45455".encode(), after_idat=is_after)
+        image = decoded(encoded(photograph.convert(mode), "PNG", pnginfo=remarks))
+        assert image.info == plain.info and np.array_equal(pixels(image), pixels(plain))
+    if name != "gamma":
+        assert decoded(encoded(photograph.convert(mode), "PNG", pnginfo=notes)).info["converted"] == told
+
+
+def test_primaries_of_a_wrong_number_cost_no_picture(photograph: Image.Image) -> None:
+    notes = PngImagePlugin.PngInfo()
+    notes.add(b"cHRM", bytes(36))
+    assert decoded(encoded(photograph, "PNG", pnginfo=notes)).info["converted"] == ["gAMA or cHRM ignored"]
+
+
+def test_a_profile_of_rgb_is_not_followed_for_a_picture_in_lab(photograph: Image.Image) -> None:
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    lab = ImageCms.applyTransform(photograph.crop((0, 0, 64, 64)), to_lab)
+    assert lab is not None
+    lab.info.clear()
+    plain, shown = decoded(encoded(lab, "TIFF")), decoded(encoded(lab, "TIFF", icc_profile=P3))
+    assert np.array_equal(pixels(shown), pixels(plain))
+    assert plain.info["converted"] == [] and shown.info["converted"] == ["colour profile ignored"]
+
+
 def test_sixteen_bits_a_colour_are_told() -> None:
     levels = np.array([[[0, 257, 65535]]], dtype=">u2")
     image = decoded(deep_png(levels))

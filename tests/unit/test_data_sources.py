@@ -1,8 +1,11 @@
 """Sources give every picture with its caption, in order, and name what is wrong with the others."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import os
 import random
 import tarfile
@@ -499,7 +502,8 @@ def test_a_tar_with_several_pictures_a_sample_asks_which_is_meant(tmp_path: Path
     for column, content in (("png", b"picture"), ("depth.png", b"depth"), (".CANNY.png", b"canny")):
         (sample,) = read_all(path, columns=Columns(image=column))[0]
         assert sample.content == content
-    assert causes(read_all(path, columns=Columns(image="jpg"))[1]) == [("no image", "a.tar/0")]
+    has = "('canny.png', 'depth.png', 'png', 'txt')"
+    assert causes(read_all(path, columns=Columns(image="jpg"))[1]) == [("no image", f"a.tar/0 {has}")]
 
 
 def test_a_single_sample_with_several_pictures_is_left_out_and_named(tmp_path: Path) -> None:
@@ -604,9 +608,66 @@ def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_pat
     (folder / "list.jsonl").write_text("\n".join(lines))
     good, bad = read_all(folder / "list.jsonl")
     assert [sample.caption for sample in good] == ["one"]
-    assert causes(bad) == [("name given twice", "list.jsonl line 2")]
+    assert causes(bad) == [("name given twice", "list.jsonl line 2 ('text')")]
     path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())])
-    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0")]
+    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0 ('text')")]
+
+
+def test_a_list_of_which_no_line_can_be_read_is_refused_with_the_reason(folder: Path, refusal_of: Refusal) -> None:
+    path = folder / "list.jsonl"
+    for lines, told in (
+        ('\n{"path": "0.jpg", "text": "one", "text": "two"}\n' * 2, "line 2 ('text') is left out: name given twice"),
+        ('[{"path": "0.jpg", "text": "one"}]', "list.jsonl line 1 is no JSON object"),
+        ("5\n6\n", "list.jsonl line 1 is no JSON object"),
+        ("\n", "holds no row; name"),
+    ):
+        path.write_text(lines)
+        assert told in refusal_of(lambda: read_all(path))
+
+
+def test_names_that_come_twice_in_what_is_not_read_do_not_matter(folder: Path, tmp_path: Path) -> None:
+    row = '{"path": "0.jpg", "text": "one", "boxes": [{"x": 1, "x": 2}], "more": {"text": 1, "text": 2}}'
+    (folder / "list.jsonl").write_text(row)
+    assert [sample.caption for sample in read_all(folder / "list.jsonl")[0]] == ["one"]
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", row.encode())])
+    assert [sample.caption for sample in read_all(path)[0]] == ["one"]
+
+
+def test_a_caption_given_twice_in_json_is_a_rival_of_a_text_file(tmp_path: Path) -> None:
+    twice = {"0": '{"caption": "cat", "caption": "dog"}', "1": '{"url": 1, "url": 2}', "2": '{"caption": '}
+    parts = [(f"{key}.{suffix}", content) for key, fields in twice.items()
+             for suffix, content in (("jpg", JPEGS[0]), ("txt", b"one"), ("json", fields.encode()))]  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", parts)
+    good, bad = read_all(path)
+    assert causes(bad) == [("name given twice", "a.tar/0 ('caption')")]
+    assert [sample.key for sample in good] == ["a.tar/1", "a.tar/2"]
+    assert len(read_all(path, columns=Columns(caption="txt"))[0]) == 3
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, 5, [], {}, "\ufeff"])
+def test_a_caption_that_says_nothing_is_no_rival(folder: Path, tmp_path: Path, empty: Any) -> None:
+    fields = json.dumps({"caption": empty}).encode()
+    path = write_tar(tmp_path / "a.tar", [*members(0, 1), ("0000.json", fields)])
+    good, bad = read_all(path)
+    assert [sample.caption for sample in good] == CAPTIONS[:1] and bad == []
+    fields = json.dumps({"caption": empty, "text": CAPTIONS[0]}).encode()
+    path = write_tar(tmp_path / "b.tar", [("0.jpg", JPEGS[0]), ("0.txt", b" "), ("0.json", fields)])
+    assert [sample.caption for sample in read_all(path)[0]] == CAPTIONS[:1]
+    path = write_tar(
+        tmp_path / "c.tar", [("0.jpg", JPEGS[0]), ("0.txt", b" "), ("0.json", json.dumps({"caption": empty}).encode())]
+    )
+    assert causes(read_all(path)[1]) == [("empty caption", "c.tar/0")]
+    (folder / "0.caption").write_text(empty if isinstance(empty, str) else "")
+    assert_all_there(read_all(folder)[0])
+
+
+def test_names_of_json_fields_are_read_in_a_tar_as_those_of_columns(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", b'{"Caption ": "one", "ALT": "two"}')])
+    assert [sample.caption for sample in read_all(path)[0]] == ["one"]
+    assert [sample.caption for sample in read_all(path, columns=Columns(caption="ALT"))[0]] == ["two"]
+    fields = b'{"Caption": "one", "caption": "two"}'
+    path = write_tar(tmp_path / "b.tar", [*members(0, 1), ("1.jpg", JPEGS[0]), ("1.json", fields)])
+    assert causes(read_all(path)[1]) == [("several captions", "b.tar/1 ('Caption in json', 'caption in json')")]
 
 
 def pictures_table(**columns: list[bytes]) -> datasets.Dataset:
@@ -678,7 +739,8 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path, tmp_path: Path)
 LEFT = [
     ("._0000.jpg", "._*"), ("__MACOSX/0000.jpg", "__MACOSX"), ("a/.DS_Store", ".DS_Store"), ("thumbs.db", "Thumbs.db"),
     ("Desktop.ini", "desktop.ini"), ("PaxHeaders.99/0000.jpg", "PaxHeaders.*"), ("@eaDir/0000.jpg", "@eaDir"),
-    (".hidden.jpg", ".*"),
+    (".hidden.jpg", ".*"), ("$Recycle.Bin/0000.jpg", "$RECYCLE.BIN"), ("Icon\r", "Icon\r"),
+    ("System Volume Information/0000.jpg", "System Volume Information"),
 ]  # fmt: skip
 
 
@@ -692,6 +754,23 @@ def test_what_systems_leave_in_a_tar_is_no_sample_and_counted(tmp_path: Path) ->
     kinds = Counter(one.kind for one in source.read(source.units[0]) if isinstance(one, SystemFile))
     assert kinds == Counter(kind for _, kind in LEFT) + Counter({"._*": 14})
     assert len(list(samples_of(source, source.units[0]))) == 7
+
+
+def test_hidden_folders_and_files_of_other_kinds_in_a_tar_are_no_samples_and_counted(tmp_path: Path) -> None:
+    hidden = [".Trash/0.jpg", ".Trash/0.txt", ".AppleDouble/0001.jpg", "a/.Spotlight-V100/b/a.jpg", "./.x/0.jpg"]
+    others = ["README.md", "dataset_info.json", "a/LICENSE", "0.cls", "0.npy"]
+    path = write_tar(tmp_path / "a.tar", [*((f"./{name}", b"{}") for name in [*hidden, *others]), *members()])
+    good, bad = read_all(path)
+    assert_all_there(good)
+    assert bad == []
+    source = open_source(str(path), unit_samples=3)
+    kinds = Counter(one.kind for one in source.read(source.units[0]) if isinstance(one, SystemFile))
+    assert kinds == {".*": 5, ".md": 1, ".json": 1, "LICENSE": 1, ".cls": 1, ".npy": 1}
+    # A caption tells of a picture that is not there.
+    lonely = [("k.json", b"{}"), ("k.txt", b"one"), ("l.avif", b"x"), ("l.json", b"{}"), ("m.txt", b"two")]
+    assert causes(read_all(write_tar(tmp_path / "b.tar", lonely))[1]) == [
+        ("no image", "b.tar/k"), ("no image", "b.tar/l"), ("no image", "b.tar/m"),
+    ]  # fmt: skip
 
 
 def test_what_systems_leave_in_a_folder_is_no_sample_and_counted(folder: Path, tmp_path: Path) -> None:
@@ -725,9 +804,49 @@ def test_a_row_that_names_what_systems_leave_is_told_as_such(folder: Path, tmp_p
     good, bad = read_all(path)
     assert_all_there(good)
     assert causes(bad) == [("system file", "._0.jpg")]
-    cells = [{"bytes": b"x", "path": "__MACOSX/0.jpg"}, {"bytes": b"x", "path": "0.jpg"}]
+    cells = [{"bytes": None, "path": "__MACOSX/0.jpg"}, {"bytes": b"x", "path": "0.jpg"}]
     pq.write_table(pa.table({"image": cells, "text": ["one", "two"]}), tmp_path / "a.parquet")
     assert causes(read_all(tmp_path / "a.parquet")[1]) == [("system file", "a.parquet#0")]
+
+
+def test_bytes_in_a_table_are_taken_whatever_their_path_was(tmp_path: Path) -> None:
+    cells = [{"bytes": JPEGS[i], "path": f"{folder}0.jpg"} for i, folder in enumerate(["a/@eaDir/", "._", ".x/"])]
+    pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:3]}), tmp_path / "a.parquet")
+    good, bad = read_all(tmp_path / "a.parquet")
+    assert [sample.content for sample in good] == JPEGS[:3] and bad == []
+
+
+def test_a_space_after_the_comma_is_no_part_of_a_path(folder: Path) -> None:
+    for i, suffix, between in ((0, "csv", ", "), (1, "tsv", " \t ")):
+        lines = (("caption", "path"), (CAPTIONS[i], f"{i}.jpg"), ("gone", " "))
+        (folder / f"list.{suffix}").write_text("\n".join(map(between.join, lines)))
+        good, bad = read_all(folder / f"list.{suffix}")
+        assert [(sample.content, sample.key) for sample in good] == [(JPEGS[i], f"{i}.jpg")]
+        assert [one.cause for one in bad] == ["no image"]
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_an_empty_dataset_on_disk_is_told_to_be_empty(tmp_path: Path, refusal_of: Refusal, in_splits: bool) -> None:
+    table = datasets.Dataset.from_dict({"image": [], "text": []})
+    (datasets.DatasetDict({"train": table}) if in_splits else table).save_to_disk(str(tmp_path / "saved"))
+    message = refusal_of(lambda: read_all(tmp_path / "saved"))
+    assert f"{tmp_path / 'saved'}" in message and "is empty: it was saved without a row" in message
+
+
+def test_a_dataset_on_disk_whose_state_is_a_list_is_refused(tmp_path: Path, refusal_of: Refusal) -> None:
+    (tmp_path / "state.json").write_text("[1]")
+    assert "state.json: holds no JSON object; save the" in refusal_of(lambda: read_all(tmp_path))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+def test_a_compressed_tar_is_known_whatever_it_is_called(
+    tmp_path: Path, refusal_of: Refusal, pack: Callable[[bytes], bytes]
+) -> None:
+    write_tar(tmp_path / "a.tar", members(0, 1))
+    path = write_tar(tmp_path / "b.tar", members())
+    path.write_bytes(pack(path.read_bytes()))
+    for place in (tmp_path, path):
+        assert "b.tar: is compressed" in refusal_of(lambda: read_all(place))  # noqa: B023
 
 
 FORMATS: list[dict[str, Any]] = [

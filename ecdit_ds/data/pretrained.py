@@ -23,7 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ecdit_ds.data.encoders import TextEmbeddings
-from ecdit_ds.data.stored_weights import left_over, not_in_index, refuse_left_over, refuse_quantized
+from ecdit_ds.data.stored_weights import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    left_over,
+    not_in_index,
+    refuse_left_over,
+    refuse_quantized,
+)
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -180,14 +187,14 @@ def load_image_encoder(
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
     with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
-        refuse_quantized(f"image encoder {folder}", folder, DataError)
+        refuse_quantized(f"image encoder {folder}", folder, DIFFUSERS, DataError)
         from diffusers import AutoencoderKL
 
         model, found = AutoencoderKL.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
             output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
         )  # fmt: skip
-        unindexed = not_in_index(folder)  # which diffusers does not see
+        unindexed = not_in_index(folder, DIFFUSERS)  # which diffusers does not see
     _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
     refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)
     # Module's own `to`: the one of diffusers warns of modules to be kept in fp32, and then lists none.
@@ -247,7 +254,7 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with _explained(f"{who}: cannot be loaded as a text model from safetensors"):
-        refuse_quantized(who, folder, DataError)
+        refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(str(folder), **options)
@@ -255,7 +262,7 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
             str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-        unknown = left_over(whole, found["unexpected_keys"], folder)
+        unknown = left_over(whole, config, found["unexpected_keys"], folder)
     model = _encoder_of(whole, who)
     own = {id(parameter) for parameter in model.parameters()}
     parameters = {name for name, parameter in whole.named_parameters() if id(parameter) in own}

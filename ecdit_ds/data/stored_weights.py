@@ -113,16 +113,15 @@ def left_over(model: Any, config: Any, unexpected: Iterable[str], folder: Path) 
     no_weights = [name for name, stored in _tensors_of(folder, TRANSFORMERS).items() if stored.is_no_weight(name)]
     # The library tells of names as the model has them, files have longer ones.
     rest = {key for key in unexpected if not any(f".{name}".endswith(f".{key}") for name in no_weights)}
-    prefix = f"{model.base_model_prefix}."
-    for names in _names_of_whole_models(config):
+    for whole in _whole_models(config):
         if not rest:
             break
-        rest = {key for key in rest if key.removeprefix(prefix) not in names}
+        rest -= _known_to(whole, rest, f"{model.base_model_prefix}.")
     return sorted(rest)
 
 
-def _names_of_whole_models(config: Any) -> Iterator[set[str]]:
-    """Yield the names of all parameters and buffers of each class that the library has for a configuration."""
+def _whole_models(config: Any) -> Iterator[Any]:
+    """Yield a model without memory of each class that the library has for a configuration, its own first."""
     import torch
     import transformers
     from transformers.models.auto import modeling_auto
@@ -138,11 +137,24 @@ def _names_of_whole_models(config: Any) -> Iterator[set[str]]:
                 model = model_class(config)
         except Exception:  # this configuration does not make it, so it has nothing to tell
             continue
-        prefix = f"{model.base_model_prefix}."
-        yield {
-            name.removeprefix(prefix)
-            for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-        }
+        yield model
+
+
+def _known_to(model: Any, keys: Iterable[str], prefix: str) -> set[str]:
+    """Return those keys that are of a model, by the names that it has now or had in files of before."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    own = f"{model.base_model_prefix}."
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    names = {name.removeprefix(own) for name, _ in held}
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+    def is_known(key: str) -> bool:
+        now, _ = rename_source_key(key, renamings, [])
+        return not names.isdisjoint((key.removeprefix(prefix), now.removeprefix(own)))
+
+    return {key for key in keys if is_known(key)}
 
 
 def not_in_index(folder: Path, layout: Layout) -> list[str]:

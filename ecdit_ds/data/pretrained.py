@@ -193,11 +193,17 @@ def load_image_encoder(
     with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
         refuse_quantized(f"image encoder {folder}", folder, DIFFUSERS, DataError)
         from diffusers import AutoencoderKL
+        from diffusers.utils import logging
 
-        model, found = AutoencoderKL.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-            output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # what it would warn of is refused here, by name
+        try:
+            model, found = AutoencoderKL.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
+                output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        finally:
+            logging.set_verbosity(verbosity)
         unindexed = not_in_index(folder, DIFFUSERS)  # which diffusers does not see
     _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
     refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)

@@ -184,6 +184,9 @@ def _beside(folder: Path, layout: Layout) -> list[str]:
         is_weights = path.stem.startswith(layout.stem) and not _SHARD.sub("", _VARIANT.sub("", rest, 1), 1)
         return is_weights or bool(_OTHER_LAYOUTS.fullmatch(path.stem))
 
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    if named:  # which transformers would read in place of what is looked at here
+        return [str(named)]
     adapters = [path for path in folder.glob("adapter_config.json") if path.is_file()]
     others = [path for path in folder.glob("*.safetensors") if not is_of_the_model(path)]
     return sorted(path.name for path in {*adapters, *others} - set(_files_of(folder, layout)))

@@ -497,3 +497,12 @@ def test_an_autoencoder_with_what_training_left_is_refused_in_one_line(
     folder = change(copy_of("vae"), lambda tensors: tensors.update({"loss.logvar": torch.zeros(1)}))
     assert "no place in the model, such as 'loss.logvar'" in refusal_of(lambda: load_image_encoder(str(folder)))
     assert said == [] and logger.level == level
+
+
+def test_a_configuration_that_names_other_weights_is_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal
+) -> None:
+    path = copy_of("t5") / "config.json"
+    save_file({"weight": torch.ones(1)}, path.with_name("model.fp8.safetensors"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "model.fp8.safetensors"}))
+    assert "'model.fp8.safetensors' lies beside its weights" in refusal_of(lambda: states(path.parent))

@@ -36,7 +36,7 @@ from ecdit_ds.data.normalization import warning_of
 from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
 from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
-from ecdit_ds.drawing import place_of
+from ecdit_ds.drawing import place_of, require_finite
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
 from ecdit_ds.pictures import save_grid, to_uint8
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
@@ -254,7 +254,9 @@ def _inspect(options: argparse.Namespace) -> int:
     images, captions = [], []
     for i in np.unique(np.linspace(0, index.count - 1, options.count).round().astype(np.int64)):
         sample = dataset[int(i)]
-        images.append(to_uint8(encoder.decode(sample.latents_CHW[None]))[0])
+        image_13HW = encoder.decode(sample.latents_CHW[None])
+        require_finite("pictures", image_13HW, [sample.caption], "latents or the decoder are damaged, or it overflows")
+        images.append(to_uint8(image_13HW)[0])
         captions.append(sample.caption)
     try:
         save_grid(images, captions, min(SHEET_COLUMNS, len(images)), sheet)

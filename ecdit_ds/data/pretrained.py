@@ -23,7 +23,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ecdit_ds.data.encoders import TextEmbeddings
-from ecdit_ds.data.stored_weights import left_over, not_in_index, refuse_left_over, refuse_quantized
+from ecdit_ds.data.stored_weights import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    left_over,
+    not_in_index,
+    refuse_left_over,
+    refuse_quantized,
+)
+from ecdit_ds.data.text_towers import encoder_of, has_pooler, text_class
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -31,8 +39,11 @@ DEFAULT_TOKENS = 128
 Precision = Literal["fp32", "bf16"]
 """What an encoder computes in; what it returns is fp32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What `from_pretrained` raises for files that are missing, damaged, or of another kind."""
+_FAILURES = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
+"""What the libraries raise for files that are missing, damaged, or of another kind."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
@@ -64,11 +75,11 @@ class PretrainedImageEncoder:
         return scaled
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Return images_B3HW, cut to [-1, 1]."""
+        """Return images_B3HW, cut to [-1, 1]; what is not finite is NaN."""
         latents = latents_BCHW.to(self.model.device, torch.float32) / self.scale_C11 + self.shift_C11
         with torch.no_grad():
-            images: Tensor = self.model.decode(latents.to(self.model.dtype)).sample
-        return images.float().clamp(-1.0, 1.0)
+            images: Tensor = self.model.decode(latents.to(self.model.dtype)).sample.float()
+        return images.clamp(-1.0, 1.0).where(images.isfinite(), torch.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +191,20 @@ def load_image_encoder(
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
     with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
-        refuse_quantized(f"image encoder {folder}", folder, DataError)
+        refuse_quantized(f"image encoder {folder}", folder, DIFFUSERS, DataError)
         from diffusers import AutoencoderKL
+        from diffusers.utils import logging
 
-        model, found = AutoencoderKL.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-            output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
-        )  # fmt: skip
-        unindexed = not_in_index(folder)  # which diffusers does not see
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # what it would warn of is refused here, by name
+        try:
+            model, found = AutoencoderKL.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
+                output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        finally:
+            logging.set_verbosity(verbosity)
+        unindexed = not_in_index(folder, DIFFUSERS)  # which diffusers does not see
     _refuse_missing(f"image encoder {folder}", [*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
     refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)
     # Module's own `to`: the one of diffusers warns of modules to be kept in fp32, and then lists none.
@@ -247,16 +264,16 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with _explained(f"{who}: cannot be loaded as a text model from safetensors"):
-        refuse_quantized(who, folder, DataError)
+        refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(str(folder), **options)
-        whole, found = _text_class(config).from_pretrained(
+        whole, found = text_class(config).from_pretrained(
             str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-        unknown = left_over(whole, found["unexpected_keys"], folder)
-    model = _encoder_of(whole, who)
+        unknown = left_over(whole, config, found["unexpected_keys"], folder)
+    model = encoder_of(whole, who)
     own = {id(parameter) for parameter in model.parameters()}
     parameters = {name for name, parameter in whole.named_parameters() if id(parameter) in own}
     # Marian's positions are sines and cosines, which its files leave out.
@@ -265,49 +282,17 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
     _refuse_missing(who, [key for key in absent if "pooler" not in key])
     refuse_left_over(who, unknown, DataError)
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
-    return _Tower(
+    tower = _Tower(
         model=model.eval().requires_grad_(False).to(device, _DTYPES[precision]),
         tokenizer=tokenizer,
-        limit=int(min(limit for limit in limits if limit)),
-        has_pooler=not absent and _has_pooler(model),
+        limit=int(min(limit for limit in limits if limit and limit > 0)),  # -1 of an XLNet: none
+        has_pooler=not absent and has_pooler(model),
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
     )
-
-
-def _text_class(config: Any) -> Any:
-    """Return the class that reads captions alone: the encoder of T5, the text tower of CLIP."""
-    import transformers
-
-    if config.model_type in ("clip", "clip_text_model"):
-        return transformers.CLIPTextModel
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
-    return transformers.AutoModelForTextEncoding if config.model_type in known else transformers.AutoModel
-
-
-def _encoder_of(model: Any, who: str) -> Any:
-    """Return the encoder of a model that has a decoder too, whose states are of shifted captions; others as they are.
-
-    Raises:
-        DataError: its encoder reads no captions.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as WITHOUT_DECODER
-
-    has_decoder = model.config.is_encoder_decoder or hasattr(model, "decoder")
-    if not has_decoder or type(model).__name__ in WITHOUT_DECODER.values():
-        return model
-    encoder = model.get_encoder()  # the model itself where it has none, as an OPT
-    is_missing = encoder is model and model.config.is_encoder_decoder
-    if is_missing or getattr(encoder, "main_input_name", None) != "input_ids":
-        raise DataError(
-            f"{who}: is a {type(model).__name__}, whose encoder ({type(encoder).__name__}) cannot read captions "
-            "alone; name a model of text, such as a T5, a CLIP or a BART"
-        )
-    return encoder
-
-
-def _has_pooler(model: Any) -> bool:
-    """Return whether a model gives a vector for the whole caption; CLIP does so without a layer of that name."""
-    return model.config.model_type in ("clip", "clip_text_model") or getattr(model, "pooler", None) is not None
+    kind = type(model).__name__
+    with _explained(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
+        tower.encode(["a " * tower.limit])  # as long as one can be
+    return tower
 
 
 def _folder_of(name: str, what: str) -> Path:

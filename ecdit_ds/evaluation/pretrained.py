@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ecdit_ds.data.stored_weights import left_over, refuse_left_over, refuse_quantized
+from ecdit_ds.data.stored_weights import TRANSFORMERS, left_over, refuse_left_over, refuse_quantized
 from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")
@@ -91,12 +91,12 @@ def load_model(
     """
     with _explained(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
         folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
-        refuse_quantized(f"{purpose} {name}", folder, EvaluationError)
+        refuse_quantized(f"{purpose} {name}", folder, TRANSFORMERS, EvaluationError)
         model, found = auto_class.from_pretrained(
             name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-        unknown = left_over(model, found["unexpected_keys"], folder)
+        unknown = left_over(model, read_config(name, purpose=purpose), found["unexpected_keys"], folder)
     absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
     missing = frozenset(absent & {name for name, _ in model.named_parameters()})
     needed = sorted(parameter for parameter in missing if not may_lack(parameter))

@@ -1,6 +1,7 @@
 """Files of frozen models: what is quantised or left over is refused by name, what is only more than needed is not."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -325,3 +326,183 @@ def test_what_a_model_under_a_head_has_no_place_for_is_refused(
     transformers.BartForConditionalGeneration(config).save_pretrained(folder)
     change(folder, lambda tensors: tensors.update({"model.encoder.layers.0.fc1.SCB": torch.ones(1)}))
     assert "1 tensors of its files have no place in the model" in refusal_of(lambda: states(folder))
+
+
+NAMES: dict[str, Callable[[str], str]] = {
+    "scales.": lambda layer: f"scales.{layer}.weight",
+    "flat": lambda layer: f"{layer}.weight_scale".replace(".", "_"),
+    "peft": lambda layer: f"base_model.model.{layer}.lora_A.weight",
+    "kohya": lambda layer: f"lora_te_{layer.replace('.', '_')}.lora_up.weight",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_scales_and_adapters_under_names_of_their_own_are_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, kind: str
+) -> None:
+    more = NAMES[kind](LAYERS[name])
+    folder = change(copy_of(name), lambda tensors: tensors.update({more: torch.ones(2, 2)}))
+    assert "1 tensors of its files have no place in the model" in refusal_of(lambda: LOADERS[name](str(folder)))
+
+
+@pytest.mark.parametrize(
+    "beside", ["scales", "adapter_model", "pytorch_lora_weights", "model.scales", "diffusion_pytorch_model_scales"]
+)
+@pytest.mark.parametrize("name", LOADERS)
+def test_tensors_beside_the_weights_are_refused_by_name(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, beside: str
+) -> None:
+    folder = copy_of(name)
+    save_file({"weight": torch.ones(1)}, folder / f"{beside}.safetensors")
+    message = refusal_of(lambda: LOADERS[name](str(folder)))
+    assert f"'{beside}.safetensors' lies beside its weights and would be left out" in message
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_adapters_configuration_beside_the_weights_is_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str
+) -> None:
+    folder = copy_of(name)
+    (folder / "adapter_config.json").write_text("{}")
+    assert "'adapter_config.json' lies beside its weights" in refusal_of(lambda: LOADERS[name](str(folder)))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_weights_in_other_forms_beside_are_no_loss(copy_of: Callable[[str], Path], name: str) -> None:
+    folder = copy_of(name)
+    (path,) = folder.glob("*.safetensors")
+    for other in (f"{path.stem}.fp16", f"{path.stem}.non_ema", f"{path.stem}.fp16-00001-of-00002", "open_clip_model"):
+        save_file({"weight": torch.zeros(1).to(torch.float8_e4m3fn)}, folder / f"{other}.safetensors")
+    LOADERS[name](str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", LOADERS)
+def test_weights_in_whole_numbers_are_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, dtype: torch.dtype
+) -> None:
+    weight = f"{LAYERS[name]}.weight"
+    folder = change(copy_of(name), lambda tensors: tensors.update({weight: (tensors[weight] * 100).to(dtype)}))
+    assert f"1 tensors such as {weight!r} are stored as" in refusal_of(lambda: LOADERS[name](str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("ending", "stored"),
+    [
+        ("bias", torch.ones(24).to(torch.float8_e4m3fn)),
+        ("bias", torch.ones(24, dtype=torch.uint8)),
+        ("weight_exponent", torch.ones(1, dtype=torch.int32)),
+    ],
+)
+def test_biases_and_exponents_in_eight_bits_or_whole_numbers_are_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, ending: str, stored: Tensor
+) -> None:
+    name = f"{LAYERS['clip']}.{ending}"
+    folder = change(copy_of("clip"), lambda tensors: tensors.update({name: stored}))
+    assert f"1 tensors such as {name!r} are stored as" in refusal_of(lambda: states(folder))
+
+
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_the_file_that_is_read_is_the_one_that_is_looked_at(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, is_indexed: bool
+) -> None:
+    folder = copy_of("vae")
+    (path,) = folder.glob("*.safetensors")
+    whole = path.read_bytes()
+    weight = f"{LAYERS['vae']}.weight"
+    change(folder, lambda tensors: tensors.update({weight: tensors[weight].to(torch.float8_e4m3fn)}))
+    if is_indexed:  # which diffusers prefers
+        cut(folder)
+        path.write_bytes(whole)
+    else:
+        (folder / "model.safetensors").write_bytes(whole)
+    assert f"{weight!r} are stored as F8_E4M3" in refusal_of(lambda: load_image_encoder(str(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_the_masks_in_old_files_of_a_gpt2_are_no_loss(copy_of: Callable[[str], Path], dtype: torch.dtype) -> None:
+    folder = copy_of("t5")
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=12, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1
+    )
+    randomize(transformers.GPT2LMHeadModel(config)).save_pretrained(folder)
+    found = states(folder)
+    masks = {"bias": torch.ones(1, 1, 32, 32).to(dtype), "masked_bias": torch.tensor(-1e4)}
+    more = {f"transformer.h.0.attn.{name}": value for name, value in masks.items()}
+    assert torch.equal(states(change(folder, lambda tensors: tensors.update(more))), found)
+
+
+def test_a_head_under_its_name_of_before_is_no_loss(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("t5")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
+    assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    assert states(folder).shape == (3, 20, 16)
+
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Siglip", "ChineseCLIP", "Blip"])
+def test_of_a_model_of_two_towers_the_one_of_text_is_taken(copy_of: Callable[[str], Path], kind: str) -> None:
+    folder = copy_of("t5")
+    model_class = getattr(transformers, f"{kind}Model")
+    text = TOWER | {"vocab_size": 64, "max_position_embeddings": 32, "projection_size": 16, "pad_token_id": 0}
+    text |= {"bos_token_id": 0, "eos_token_id": 1}
+    vision = TOWER | {"image_size": 16, "patch_size": 8}
+    whole = randomize(model_class(model_class.config_class(text_config=text, vision_config=vision))).eval()
+    whole.save_pretrained(folder)
+    encoder = load_text_encoder([str(folder)], max_tokens=20)
+    ids = encoder.towers[0].tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        own = whole.text_model(input_ids=ids)
+    found = encoder.encode(CAPTIONS[:1]).embeds_BTD[0, : ids.shape[1]]
+    torch.testing.assert_close(found, own.last_hidden_state[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_fails_at_captions_is_refused_in_one_line(
+    copy_of: Callable[[str], Path], refusal_of: Refusal
+) -> None:
+    folder = copy_of("t5")
+    config = transformers.RobertaConfig(
+        **TOWER, vocab_size=64, max_position_embeddings=16, pad_token_id=0, bos_token_id=0, eos_token_id=1
+    )
+    transformers.RobertaModel(config).save_pretrained(folder)  # whose positions begin at 1
+    message = refusal_of(lambda: states(folder))
+    assert "is a RobertaModel, which cannot read a caption; name a model of text, such as a T5 or a CLIP" in message
+
+
+def test_a_limit_below_one_is_none(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("t5")
+    config = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=0)
+    transformers.XLNetModel(config).save_pretrained(folder)
+    assert states(folder).shape == (3, 20, 16)
+
+
+def test_an_autoencoder_with_what_training_left_is_refused_in_one_line(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", said.append)
+    logger = logging.getLogger("diffusers")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    folder = change(copy_of("vae"), lambda tensors: tensors.update({"loss.logvar": torch.zeros(1)}))
+    assert "no place in the model, such as 'loss.logvar'" in refusal_of(lambda: load_image_encoder(str(folder)))
+    assert said == [] and logger.level == level
+
+
+def test_a_configuration_that_names_other_weights_is_refused(
+    copy_of: Callable[[str], Path], refusal_of: Refusal
+) -> None:
+    path = copy_of("t5") / "config.json"
+    save_file({"weight": torch.ones(1)}, path.with_name("model.fp8.safetensors"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "model.fp8.safetensors"}))
+    assert "'model.fp8.safetensors' lies beside its weights" in refusal_of(lambda: states(path.parent))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import open_text_encoder
@@ -206,6 +207,21 @@ def test_a_damaged_set_is_told_by_inspect(pictures: Path, tmp_path: Path, capsys
     path.write_bytes(content)
     assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
     assert f"{path}: has checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_pictures_that_are_not_finite_are_told_and_not_drawn(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: float
+) -> None:
+    vae = save_vae(tmp_path / "vae")
+    (path,) = vae.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["decoder.conv_out.bias"][0] = number
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1, "--vae", vae) == ExitCode.DONE
+    assert run("inspect", tmp_path / "set") == ExitCode.USER_ERROR
+    assert "1 of 1 pictures are not finite, such as of 'part 0'" in capsys.readouterr().err
+    assert not (tmp_path / "set.png").exists()
 
 
 @pytest.mark.parametrize(

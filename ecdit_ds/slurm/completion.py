@@ -12,7 +12,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ from ecdit_ds.errors import ConfigError, LostRankError
 
 VARIABLE = "ECDIT_COMPLETION"
 """Environment variable: how the path of a mark begins, to which each rank adds its number."""
+FLAG = "--completion"
+"""Argument of slurm/rank.sh, which makes it that variable: sites and containers may hand none on to ranks."""
+RANK_SCRIPT, HOLD = "slurm/rank.sh", "--hold-signals"
+"""What starts ranks, and its argument that comes before FLAG, as in `rank.py`."""
 DRY_RUN, NODE_CHECK, ARRAY_TASK = "dry run", "node check", "array task"
 """What may be complete, besides training."""
 SIGHT_SECONDS = 5.0
@@ -63,6 +67,14 @@ class Completion:
     def environment(self) -> dict[str, str]:
         """Return what the step's ranks are to be told."""
         return {VARIABLE: str(self.path)}
+
+    def told_to(self, command: Sequence[str]) -> list[str]:
+        """Return a command with its ranks told by an argument of slurm/rank.sh; as it is, where it starts none so."""
+        if RANK_SCRIPT not in command:
+            return list(command)
+        at = command.index(RANK_SCRIPT) + 1
+        at += command[at : at + 1] == [HOLD]
+        return [*command[:at], FLAG, str(self.path), *command[at:]]
 
     def confirm(self, work: Callable[[], str], patience_s: float | None = None) -> None:
         """Return where every rank says that this work is complete; look again while they do not.

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     folder, *command = arguments
     try:
         with expect_completion(Path(folder)) as completion:
-            code = _run(command, os.environ | completion.environment)
+            code = _run(completion.told_to(command), os.environ | completion.environment)
             if code == ExitCode.DONE:
                 completion.confirm(lambda: ARRAY_TASK)
             return code

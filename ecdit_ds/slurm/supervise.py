@@ -228,7 +228,9 @@ class Life:
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
         """
         with expect_completion(self._logs) as completion:
-            code = self._wait_for_srun([*flags, *self._launcher[1:], *program], completion.environment, may_leave)
+            code = self._wait_for_srun(
+                [*flags, *completion.told_to([*self._launcher[1:], *program])], completion.environment, may_leave
+            )
             if code == ExitCode.DONE:
                 try:
                     completion.confirm(work)

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,11 @@ from tools import encode_data, evaluate, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 Leave = Callable[..., None]
+MARK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ecdit_ds.slurm.completion import *; mark_complete"
+TASK = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +168,35 @@ def test_a_mark_that_cannot_be_written_is_told_in_one_line_and_ends_nothing(
         "No such file or directory\n"  # fmt: skip
 
 
+@pytest.mark.parametrize("flags", [[], ["--hold-signals"]])
+@pytest.mark.parametrize("inherited", [None, "another/.complete-00"])
+def test_ranks_leave_marks_where_nothing_of_the_environment_but_slurms_own_is_handed_on(
+    tmp_path: Path, flags: list[str], inherited: str | None
+) -> None:
+    (tmp_path / "program.py").write_text(f"{MARK}(ARRAY_TASK)")
+    command = ["srun", "--export=NONE", "slurm/rank.sh", *flags, str(tmp_path / "program.py"), "slurm/rank.sh"]
+    with expect_completion(tmp_path / "marks") as completion:
+        assert completion.told_to(["srun", "true"]) == ["srun", "true"]
+        subprocess.run(
+            completion.told_to(command)[2:], cwd=ROOT, check=True,
+            env=TASK | {"ECDIT_PYTHON": sys.executable} | ({VARIABLE: inherited} if inherited else {}),
+        )  # fmt: skip
+        completion.confirm(lambda: ARRAY_TASK)
+
+
+def test_an_arrays_task_and_each_step_of_a_life_tell_their_ranks_by_an_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr(run_task, "_run", lambda command, _: told.append(command) or 3)
+    assert run_task.main([str(tmp_path), "srun", "slurm/rank.sh", "tools/sample.py"]) == 3
+    monkeypatch.setattr(Life, "_wait_for_srun", lambda _, arguments, *__: told.append(list(arguments)) or 3)
+    assert live(tmp_path, monkeypatch, launcher=("srun", "slurm/rank.sh", "--hold-signals")).exit_code == 3
+    flags = [command[command.index("slurm/rank.sh") :] for command in told]
+    assert [words[1] for words in flags] == ["--completion", "--hold-signals"]
+    assert flags[1][2] == "--completion" and flags[1][3].startswith("run/slurm/12.0/.complete-")
+
+
 def test_nobody_who_looks_for_marks_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -196,8 +230,9 @@ STEPS = ["dry_run", "node_check", "train"]
 
 
 def live(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30"
-) -> Verdict:
+    folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30",
+    launcher: Sequence[str] = ("srun",),
+) -> Verdict:  # fmt: skip
     """Live once with that srun, in a run that has come to step 30."""
     for name, script in (("srun", SRUN), ("scontrol", f"#!/bin/sh\necho '{STATE}'\n"), ("squeue", "#!/bin/sh\n")):
         (folder / name).write_text(script)
@@ -210,7 +245,7 @@ def live(
     (folder / "run/checkpoints/step_30").mkdir(parents=True)
     (folder / "run/checkpoints/step_30/manifest.json").touch()
     job = Job(name="12", number="12", restarts=0, num_ranks=2, nodes="n[1-2]")
-    return Life(job, ["srun"], ["train.py", "--output", "run"], 1, Ending()).live(is_checked=True)
+    return Life(job, launcher, ["train.py", "--output", "run"], 1, Ending()).live(is_checked=True)
 
 
 def test_training_is_done_where_each_step_was_done_by_all_ranks(
@@ -251,9 +286,6 @@ def test_training_is_not_done_unless_its_last_step_is_published(
     verdict = live(tmp_path, monkeypatch, trained=trained)
     assert verdict.exit_code == ExitCode.TRY_AGAIN
     assert f"report a complete {trained}, where training to step 30 is what was to be found" in verdict.reason
-
-
-MARK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ecdit_ds.slurm.completion import *; mark_complete"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ class Lives:
             device=torch.device("cpu"), checkpoints=self.root, lease=claim(self.root, f"1.{len(self.notes.notes)}.a"),
             resumed_from=folder, faults=Faults(rank=0), status=self.status, batches=batches,
             heldout_losses=lambda _: self.losses(), draw=self.draw, scene_scores=self.scores,
-            flops_per_image=lambda _: 1.0, stop=stop, counts_samples=True, data={}, encoders={}, bad_before=Tally(), peak_flops_per_s=None,
+            flops_per_image=lambda _: 1.0, stop=stop, counts_samples=True, data={}, encoders={}, bad_before=Tally(),
+            peak_flops_per_s=None,
         )  # fmt: skip
         return Trainer(self.recipe, engine, world, around, [self.notes]).fit(progress)
 

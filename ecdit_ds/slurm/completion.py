@@ -56,6 +56,20 @@ def mark_complete(work: str) -> None:
             print(f"error: {_path_of(path, rank)}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
+def refuse_to_repeat(program: Sequence[str], *flags: str) -> None:
+    """Refuse a program that is asked for --help, or by one of `flags`, to do none of its work: no rank would report it.
+
+    Raises:
+        ConfigError: naming the flag, which argparse lets users shorten.
+    """
+    for flag in ("--help", *flags):
+        if any((len(word) > 2 and flag.startswith(word)) or (word, flag) == ("-h", "--help") for word in program[1:]):
+            raise ConfigError(
+                f"{Path(program[0]).name} {flag}: does none of the work, which this job would repeat; run it without "
+                "sbatch"
+            )
+
+
 @dataclass(frozen=True)
 class Completion:
     """The marks of one step."""

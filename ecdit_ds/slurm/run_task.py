@@ -13,13 +13,15 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, exit_code_of
-from ecdit_ds.slurm.completion import ARRAY_TASK, expect_completion
+from ecdit_ds.slurm.completion import ARRAY_TASK, RANK_SCRIPT, expect_completion, refuse_to_repeat
 
 
 def main(arguments: list[str]) -> int:
     """Run a task; return the exit code of the batch script."""
     folder, *command = arguments
     try:
+        if RANK_SCRIPT in command:
+            refuse_to_repeat(command[command.index(RANK_SCRIPT) + 1 :])
         with expect_completion(Path(folder)) as completion:
             code = _run(completion.told_to(command), os.environ | completion.environment)
             if code == ExitCode.DONE:

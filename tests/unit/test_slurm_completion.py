@@ -311,6 +311,15 @@ def test_a_task_of_an_array_ends_with_a_0_that_was_confirmed_or_another_code(
     assert list((tmp_path / "marks").iterdir()) == []
 
 
+@pytest.mark.parametrize("given", ["-h", "--help", "--he"])
+def test_a_task_of_an_array_that_is_only_asked_for_help_is_refused_and_not_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    command = ["/no/srun", "--hint=nomultithread", "slurm/rank.sh", "tools/sample.py", "--tp", "2", given]
+    assert run_task.main([str(tmp_path / "marks"), *command]) == ExitCode.USER_ERROR
+    assert capsys.readouterr().err.startswith("error: sample.py --help: does none of the work")
+
+
 def test_a_task_of_an_array_needs_the_standard_library_only(tmp_path: Path) -> None:
     """With -S there is nothing else."""
     command = [sys.executable, "-S", "ecdit_ds/slurm/run_task.py", str(tmp_path / "marks"), "sh", "-c", "exit 5"]

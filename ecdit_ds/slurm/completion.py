@@ -30,13 +30,14 @@ DRY_RUN, NODE_CHECK, ARRAY_TASK = "dry run", "node check", "array task"
 """What may be complete, besides training."""
 SIGHT_SECONDS = 5.0
 """How long marks may take until they are seen from another node, once srun has ended."""
+_TRAINING = "training to step "
 _LOOK_EVERY_S = 0.5
 _NAMED_RANKS = 8
 
 
 def training_to(step: int) -> str:
     """Return what is complete once a run's last step is published."""
-    return f"training to step {step}"
+    return f"{_TRAINING}{step}"
 
 
 def mark_complete(work: str) -> None:
@@ -113,9 +114,12 @@ class Completion:
         if silent:
             more = f" and {len(silent) - _NAMED_RANKS} more" if len(silent) > _NAMED_RANKS else ""
             of_all = f" of {size}" if first else ""
+            what = f"its {told} as complete"
+            if not first and work.startswith(_TRAINING):  # nobody has said where it is to end
+                what = f"that training is complete (newest checkpoint: step {work.removeprefix(_TRAINING)})"
             return (
-                f"rank {', '.join(silent[:_NAMED_RANKS])}{more}{of_all} never reported its {told} as complete: not "
-                "started by Slurm, or ended early"
+                f"rank {', '.join(silent[:_NAMED_RANKS])}{more}{of_all} never reported {what}: not started by Slurm, "
+                "or ended early"
             )
         return None if told == work else f"the ranks report a complete {told}, where {work} is what was to be found"
 

@@ -263,7 +263,7 @@ def test_training_is_done_where_each_step_was_done_by_all_ranks(
         ("dry_run", "dry_run=0", "rank 0 never reported its dry run as complete"),
         ("node_check", "node_check=0", "rank 0 never reported its node check"),
         ("node_check", "node_check=1", "rank 1 of 2 never reported its node check"),
-        ("train", "train=0", "rank 0 never reported its training to step 30"),
+        ("train", "train=0", "rank 0 never reported that training is complete (newest checkpoint: step 30)"),
         ("train", "train=1", "rank 1 of 2 never reported its training to step 30"),
     ],
 )

@@ -5,6 +5,7 @@ Runs it, and ends with its exit code; but a 0 becomes 75 unless every rank has l
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; srun, and by it the ranks, have the signals that come to the batch script alone."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        code = subprocess.run(command, env=environment, check=False).returncode
+        process = subprocess.Popen(command, env=environment)
+        for number in before:
+            signal.signal(number, lambda n, _: process.send_signal(n))
+        for number in came:  # before there was one to have them
+            process.send_signal(number)
+        code = process.wait()
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -318,6 +319,18 @@ def test_a_task_of_an_array_that_is_only_asked_for_help_is_refused_and_not_start
     command = ["/no/srun", "--hint=nomultithread", "slurm/rank.sh", "tools/sample.py", "--tp", "2", given]
     assert run_task.main([str(tmp_path / "marks"), *command]) == ExitCode.USER_ERROR
     assert capsys.readouterr().err.startswith("error: sample.py --help: does none of the work")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_an_arrays_batch_script_is_handed_on_and_what_comes_of_it_awaited(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; while :; do sleep 0.05; done"
+    command = [sys.executable, "-S", "ecdit_ds/slurm/run_task.py", str(tmp_path / "marks"), "bash", "-c", ends_so]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as task:
+        assert task.stdout is not None and task.stdout.readline() == "started\n"
+        task.send_signal(number)
+        assert (task.wait(20), task.stdout.read()) == (9, "ended\n")
 
 
 def test_a_task_of_an_array_needs_the_standard_library_only(tmp_path: Path) -> None:

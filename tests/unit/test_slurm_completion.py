@@ -330,7 +330,7 @@ def test_a_task_of_an_array_that_is_only_asked_for_help_is_refused_and_not_start
 def test_a_signal_to_an_arrays_batch_script_is_handed_on_and_what_comes_of_it_awaited(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; for _ in {1..200}; do sleep 0.05; done"
+    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; for _ in {{1..200}}; do sleep 0.05; done"
     command = [sys.executable, "-S", "ecdit_ds/slurm/run_task.py", str(tmp_path / "marks"), "bash", "-c", ends_so]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as task:
         assert task.stdout is not None and task.stdout.readline() == "started\n"

@@ -15,7 +15,7 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     """Something to mend first: started again as it is, it ends the same way."""
     GAVE_UP = 3
-    """Training cannot go on from here (train.max_skipped_steps, weights not finite, or a newer attempt took over)."""
+    """Training cannot go on from here (steps skipped in a row, numbers not finite, or a newer attempt took over)."""
     SAVED = 42
     """A signal asked for a stop: saved, and the same command goes on."""
     TRY_AGAIN = 75

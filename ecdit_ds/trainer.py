@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ecdit_ds.callbacks import Callback
 from ecdit_ds.checkpoint.finite import sum_nonfinite, tell_nonfinite
+from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
 from ecdit_ds.checkpoint.lease import Lease
+from ecdit_ds.checkpoint.tending import fault_of
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.causes import Replaced
 from ecdit_ds.ending import RunStatus, say
@@ -90,6 +92,8 @@ class Trainer:
             given.data, given.encoders,
         )  # fmt: skip
         self._mute: set[str] = set()
+        self._heldout: float | None = None
+        """Mean held-out loss of weights and average as last looked at in this life: finite only where both are."""
 
     def fit(self, progress: Progress) -> bool:
         """Train on from `progress` until train.max_steps, or until any rank was asked to stop; return whether one was.
@@ -98,7 +102,8 @@ class Trainer:
 
         Raises:
             GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient, weights or what is kept
-                beside them are not finite, or more samples are bad than data.max_bad.
+                beside them are not finite, the last step's held-out loss is not, or more samples are bad than
+                data.max_bad.
             CheckpointError: the last checkpoint could not be written, or a newer attempt has taken over.
             LostRankError: a checkpoint was not written in time.
         """
@@ -143,8 +148,7 @@ class Trainer:
                 self._saver.save_last(progress, read_back=True)
             elif is_checkpoint:
                 self._saver.start(progress)
-        newest = self._saver.newest
-        self._note(f"done at step {progress.step}; newest checkpoint is {newest.name if newest else 'none'}")
+        self._conclude(progress)
         return False
 
     def _batches(self, progress: Progress) -> Iterator[list[FlowBatch]]:
@@ -236,6 +240,30 @@ class Trainer:
             f"{newest.name if newest else 'the beginning'}"
         )
 
+    def _conclude(self, progress: Progress) -> None:
+        """Say that the run is done, unless its finite weights have grown so large that what they predict is not.
+
+        A last step that was skipped says nothing by itself: a bad batch leaves good weights behind.
+        """
+        if self._heldout is None:  # at its end before this life began
+            with _evaluating(self.engine.module) as model:
+                losses = self._given.heldout_losses(model)
+                with self.engine.averaged_weights():
+                    self._heldout = float(np.mean([*losses, *self._given.heldout_losses(model)]))
+        skipped = progress.skipped_in_a_row
+        told = f", the last {skipped} skipped" if skipped else ""
+        if not np.isfinite(self._heldout):
+            last_update = progress.step - skipped
+            older = (f for f in list_checkpoints(self._given.checkpoints) if step_of(f) < last_update)
+            before = next((folder for folder in older if fault_of(folder) is None), None)
+            raise GaveUpError(
+                f"all {progress.step} steps are done{told}, and the held-out loss is {self._heldout}: as a rule, "
+                f"weights grew too large by step {last_update}; newest checkpoint from before it: {before or 'none'}; "
+                "train with a lower optimizer.learning_rate and another --output"
+            )
+        newest = self._saver.newest
+        self._note(f"done at step {progress.step}{told}; newest checkpoint is {newest.name if newest else 'none'}")
+
     def _judge(self, records: list[dict[str, Any]]) -> None:
         """Tell of the bad samples of some steps; end the run, on all ranks alike, where they are too many."""
         batch = self.recipe.train.global_batch_size
@@ -264,6 +292,7 @@ class Trainer:
                 with self.engine.averaged_weights():
                     averaged = self._given.heldout_losses(model)
                     scores = self._looked_at(step, lambda: score(model)) if score else None
+        self._heldout = float(np.mean([*losses, *averaged]))
         record = {
             "step": step,
             "heldout_loss": finite_or_none(float(np.mean(losses))),

@@ -12,7 +12,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +22,22 @@ from ecdit_ds.errors import ConfigError, LostRankError
 
 VARIABLE = "ECDIT_COMPLETION"
 """Environment variable: how the path of a mark begins, to which each rank adds its number."""
+FLAG = "--completion"
+"""Argument of slurm/rank.sh, which makes it that variable: sites and containers may hand none on to ranks."""
+RANK_SCRIPT, HOLD = "slurm/rank.sh", "--hold-signals"
+"""What starts ranks, and its argument that comes before FLAG, as in `rank.py`."""
 DRY_RUN, NODE_CHECK, ARRAY_TASK = "dry run", "node check", "array task"
 """What may be complete, besides training."""
 SIGHT_SECONDS = 5.0
 """How long marks may take until they are seen from another node, once srun has ended."""
+_TRAINING = "training to step "
 _LOOK_EVERY_S = 0.5
 _NAMED_RANKS = 8
 
 
 def training_to(step: int) -> str:
     """Return what is complete once a run's last step is published."""
-    return f"training to step {step}"
+    return f"{_TRAINING}{step}"
 
 
 def mark_complete(work: str) -> None:
@@ -52,6 +57,20 @@ def mark_complete(work: str) -> None:
             print(f"error: {_path_of(path, rank)}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
 
+def refuse_to_repeat(program: Sequence[str], *flags: str) -> None:
+    """Refuse a program that is asked for --help, or by one of `flags`, to do none of its work: no rank would report it.
+
+    Raises:
+        ConfigError: naming the flag, which argparse lets users shorten.
+    """
+    for flag in ("--help", *flags):
+        if any((len(word) > 2 and flag.startswith(word)) or (word, flag) == ("-h", "--help") for word in program[1:]):
+            raise ConfigError(
+                f"{Path(program[0]).name} {flag}: does none of the work, which this job would repeat; run it without "
+                "sbatch"
+            )
+
+
 @dataclass(frozen=True)
 class Completion:
     """The marks of one step."""
@@ -63,6 +82,14 @@ class Completion:
     def environment(self) -> dict[str, str]:
         """Return what the step's ranks are to be told."""
         return {VARIABLE: str(self.path)}
+
+    def told_to(self, command: Sequence[str]) -> list[str]:
+        """Return a command with its ranks told by an argument of slurm/rank.sh; as it is, where it starts none so."""
+        if RANK_SCRIPT not in command:
+            return list(command)
+        at = command.index(RANK_SCRIPT) + 1
+        at += command[at : at + 1] == [HOLD]
+        return [*command[:at], FLAG, str(self.path), *command[at:]]
 
     def confirm(self, work: Callable[[], str], patience_s: float | None = None) -> None:
         """Return where every rank says that this work is complete; look again while they do not.
@@ -87,9 +114,12 @@ class Completion:
         if silent:
             more = f" and {len(silent) - _NAMED_RANKS} more" if len(silent) > _NAMED_RANKS else ""
             of_all = f" of {size}" if first else ""
+            what = f"its {told} as complete"
+            if not first and work.startswith(_TRAINING):  # nobody has said where it is to end
+                what = f"that training is complete (newest checkpoint: step {work.removeprefix(_TRAINING)})"
             return (
-                f"rank {', '.join(silent[:_NAMED_RANKS])}{more}{of_all} never reported its {told} as complete: not "
-                "started by Slurm, or ended early"
+                f"rank {', '.join(silent[:_NAMED_RANKS])}{more}{of_all} never reported {what}: not started by Slurm, "
+                "or ended early"
             )
         return None if told == work else f"the ranks report a complete {told}, where {work} is what was to be found"
 

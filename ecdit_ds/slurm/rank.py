@@ -1,8 +1,8 @@
-"""One rank, as srun starts it through slurm/rank.sh:  rank.py [--hold-signals] PROGRAM.py ARGUMENTS...
+"""One rank, as srun starts it through slurm/rank.sh:  rank.py [--hold-signals] [--completion PATH] PROGRAM.py ...
 
 Becomes `python PROGRAM.py ARGUMENTS...` with the variables that PyTorch and DeepSpeed read. With --hold-signals, a
 SIGTERM or SIGUSR1 that comes before the program listens waits for it instead of killing it: blocked signals outlive the
-change of program, and `stopping.StopRequest` lets them in.
+change of program, and `stopping.StopRequest` lets them in. PATH is how the marks of `completion.py` begin.
 """
 
 import signal
@@ -22,16 +22,20 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
+from ecdit_ds.slurm.completion import FLAG, VARIABLE
 from ecdit_ds.slurm.ranks import rank_environment
 
 
 def main(arguments: list[str]) -> int:
     """Become the program; return only where that cannot be."""
     command = arguments[arguments[:1] == [HOLD] :]
+    told = {}
+    if command[:1] == [FLAG]:
+        told, command = {VARIABLE: "".join(command[1:2])}, command[2:]
     try:
         if not command:  # Python would take standard input for the program
             raise ConfigError("slurm/rank.sh: no program; it comes after the flags, such as ecdit_ds/train.py")
-        os.environ.update(rank_environment(os.environ))
+        os.environ.update(rank_environment(os.environ) | told)
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR

@@ -5,6 +5,7 @@ Runs it, and ends with its exit code; but a 0 becomes 75 unless every rank has l
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, exit_code_of
-from ecdit_ds.slurm.completion import ARRAY_TASK, expect_completion
+from ecdit_ds.slurm.completion import ARRAY_TASK, RANK_SCRIPT, expect_completion, refuse_to_repeat
 
 
 def main(arguments: list[str]) -> int:
     """Run a task; return the exit code of the batch script."""
     folder, *command = arguments
     try:
+        if RANK_SCRIPT in command:
+            refuse_to_repeat(command[command.index(RANK_SCRIPT) + 1 :])
         with expect_completion(Path(folder)) as completion:
-            code = _run(command, os.environ | completion.environment)
+            code = _run(completion.told_to(command), os.environ | completion.environment)
             if code == ExitCode.DONE:
                 completion.confirm(lambda: ARRAY_TASK)
             return code
@@ -31,10 +34,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; srun, and by it the ranks, have the signals that come to the batch script alone."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        code = subprocess.run(command, env=environment, check=False).returncode
+        process = subprocess.Popen(command, env=environment)
+        for number in before:
+            signal.signal(number, lambda n, _: process.send_signal(n))
+        for early in came:  # before there was one to have them
+            process.send_signal(early)
+        code = process.wait()
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 

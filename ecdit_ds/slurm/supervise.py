@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of
-from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, training_to
+from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, refuse_to_repeat, training_to
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
 from ecdit_ds.slurm.rank_logs import last_words
 from ecdit_ds.slurm.scheduler import (
@@ -228,7 +228,9 @@ class Life:
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
         """
         with expect_completion(self._logs) as completion:
-            code = self._wait_for_srun([*flags, *self._launcher[1:], *program], completion.environment, may_leave)
+            code = self._wait_for_srun(
+                [*flags, *completion.told_to([*self._launcher[1:], *program])], completion.environment, may_leave
+            )
             if code == ExitCode.DONE:
                 try:
                     completion.confirm(work)
@@ -283,9 +285,7 @@ def output_of(program: Sequence[str]) -> Path:
     Raises:
         ConfigError: they name none, or ask for no training, which no life of a job would ever complete.
     """
-    for flag in ("--dry-run", "--print-config"):
-        if flag in program:
-            raise ConfigError(f"train.py {flag}: trains nothing, which this job would repeat; run it without sbatch")
+    refuse_to_repeat(program, "--dry-run", "--print-config")
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--output", type=Path)
     output: Path | None = None

@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ from tools import encode_data, evaluate, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 Leave = Callable[..., None]
+MARK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ecdit_ds.slurm.completion import *; mark_complete"
+TASK = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +169,40 @@ def test_a_mark_that_cannot_be_written_is_told_in_one_line_and_ends_nothing(
         "No such file or directory\n"  # fmt: skip
 
 
+@pytest.mark.parametrize("flags", [[], ["--hold-signals"]])
+@pytest.mark.parametrize("inherited", [None, "another/.complete-00"])
+def test_ranks_leave_marks_where_nothing_of_the_environment_but_slurms_own_is_handed_on(
+    tmp_path: Path, flags: list[str], inherited: str | None
+) -> None:
+    (tmp_path / "program.py").write_text(f"{MARK}(ARRAY_TASK)")
+    command = ["srun", "--export=NONE", "slurm/rank.sh", *flags, str(tmp_path / "program.py"), "slurm/rank.sh"]
+    with expect_completion(tmp_path / "marks") as completion:
+        assert completion.told_to(["srun", "true"]) == ["srun", "true"]
+        subprocess.run(
+            completion.told_to(command)[2:], cwd=ROOT, check=True,
+            env=TASK | {"ECDIT_PYTHON": sys.executable} | ({VARIABLE: inherited} if inherited else {}),
+        )  # fmt: skip
+        completion.confirm(lambda: ARRAY_TASK)
+
+
+def test_an_arrays_task_and_each_step_of_a_life_tell_their_ranks_by_an_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def noted(command: Sequence[str]) -> int:
+        told.append(list(command))
+        return 3
+
+    monkeypatch.setattr(run_task, "_run", lambda command, _: noted(command))
+    assert run_task.main([str(tmp_path), "srun", "slurm/rank.sh", "tools/sample.py"]) == 3
+    monkeypatch.setattr(Life, "_wait_for_srun", lambda _, arguments, *__: noted(arguments))
+    assert live(tmp_path, monkeypatch, launcher=("srun", "slurm/rank.sh", "--hold-signals")).exit_code == 3
+    flags = [command[command.index("slurm/rank.sh") :] for command in told]
+    assert [words[1] for words in flags] == ["--completion", "--hold-signals"]
+    assert flags[1][2] == "--completion" and flags[1][3].startswith("run/slurm/12.0/.complete-")
+
+
 def test_nobody_who_looks_for_marks_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -196,8 +236,9 @@ STEPS = ["dry_run", "node_check", "train"]
 
 
 def live(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30"
-) -> Verdict:
+    folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30",
+    launcher: Sequence[str] = ("srun",),
+) -> Verdict:  # fmt: skip
     """Live once with that srun, in a run that has come to step 30."""
     for name, script in (("srun", SRUN), ("scontrol", f"#!/bin/sh\necho '{STATE}'\n"), ("squeue", "#!/bin/sh\n")):
         (folder / name).write_text(script)
@@ -210,7 +251,7 @@ def live(
     (folder / "run/checkpoints/step_30").mkdir(parents=True)
     (folder / "run/checkpoints/step_30/manifest.json").touch()
     job = Job(name="12", number="12", restarts=0, num_ranks=2, nodes="n[1-2]")
-    return Life(job, ["srun"], ["train.py", "--output", "run"], 1, Ending()).live(is_checked=True)
+    return Life(job, launcher, ["train.py", "--output", "run"], 1, Ending()).live(is_checked=True)
 
 
 def test_training_is_done_where_each_step_was_done_by_all_ranks(
@@ -228,7 +269,7 @@ def test_training_is_done_where_each_step_was_done_by_all_ranks(
         ("dry_run", "dry_run=0", "rank 0 never reported its dry run as complete"),
         ("node_check", "node_check=0", "rank 0 never reported its node check"),
         ("node_check", "node_check=1", "rank 1 of 2 never reported its node check"),
-        ("train", "train=0", "rank 0 never reported its training to step 30"),
+        ("train", "train=0", "rank 0 never reported that training is complete (newest checkpoint: step 30)"),
         ("train", "train=1", "rank 1 of 2 never reported its training to step 30"),
     ],
 )
@@ -253,9 +294,6 @@ def test_training_is_not_done_unless_its_last_step_is_published(
     assert f"report a complete {trained}, where training to step 30 is what was to be found" in verdict.reason
 
 
-MARK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ecdit_ds.slurm.completion import *; mark_complete"
-
-
 @pytest.mark.parametrize(
     ("command", "code", "told"),
     [
@@ -277,6 +315,28 @@ def test_a_task_of_an_array_ends_with_a_0_that_was_confirmed_or_another_code(
     said = capfd.readouterr().err.splitlines()
     assert len(said) == bool(told) and all(line.startswith("error: ") and told in line for line in said)
     assert list((tmp_path / "marks").iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["-h", "--help", "--he"])
+def test_a_task_of_an_array_that_is_only_asked_for_help_is_refused_and_not_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    command = ["/no/srun", "--hint=nomultithread", "slurm/rank.sh", "tools/sample.py", "--tp", "2", given]
+    assert run_task.main([str(tmp_path / "marks"), *command]) == ExitCode.USER_ERROR
+    assert capsys.readouterr().err.startswith("error: sample.py --help: does none of the work")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_an_arrays_batch_script_is_handed_on_and_what_comes_of_it_awaited(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; for _ in {{1..200}}; do sleep 0.05; done"
+    command = [sys.executable, "-S", "ecdit_ds/slurm/run_task.py", str(tmp_path / "marks"), "bash", "-c", ends_so]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as task:
+        assert task.stdout is not None and task.stdout.readline() == "started\n"
+        task.send_signal(number)
+        assert task.wait(20) == 9
+        assert task.stdout.read() == "ended\n"
 
 
 def test_a_task_of_an_array_needs_the_standard_library_only(tmp_path: Path) -> None:

@@ -227,10 +227,16 @@ def test_training_without_a_folder_is_refused(flags: list[str]) -> None:
         output_of(["ecdit_ds/train.py", *flags])
 
 
-@pytest.mark.parametrize("flag", ["--dry-run", "--print-config"])
-def test_a_job_that_would_train_nothing_is_refused(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"train.py {flag}: trains nothing"):
-        output_of(["ecdit_ds/train.py", "--output", "runs/a", flag])
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ("--dry-run", "--dry-run"), ("--dry", "--dry-run"), ("--print-config", "--print-config"),
+        ("--p", "--print-config"), ("--help", "--help"), ("--h", "--help"), ("-h", "--help"),
+    ],
+)  # fmt: skip
+def test_a_job_that_would_train_nothing_is_refused(given: str, flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.py {flag}: does none of the work, which this job would repeat"):
+        output_of(["ecdit_ds/train.py", "--output", "runs/a", given])
 
 
 def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standard_library_only() -> None:

@@ -120,6 +120,7 @@ class Lives:
     status: RunStatus = field(default_factory=RunStatus)
     draw: Callable[[nn.Module], np.ndarray] = lambda _: np.zeros((2, 4, 4, 3), dtype=np.uint8)
     scores: Callable[[nn.Module], dict[str, Any]] | None = None
+    losses: Callable[[], list[float]] = lambda: [1.0]
 
     def live(self, script: dict[int, str], stop_at: int = 0) -> bool:
         """Go on from what the last life left, until something ends it; return whether that was a stop."""
@@ -138,8 +139,9 @@ class Lives:
         around = Surroundings(
             device=torch.device("cpu"), checkpoints=self.root, lease=claim(self.root, f"1.{len(self.notes.notes)}.a"),
             resumed_from=folder, faults=Faults(rank=0), status=self.status, batches=batches,
-            heldout_losses=lambda _: [1.0], draw=self.draw, scene_scores=self.scores, flops_per_image=lambda _: 1.0,
-            stop=stop, counts_samples=True, data={}, encoders={}, bad_before=Tally(), peak_flops_per_s=None,
+            heldout_losses=lambda _: self.losses(), draw=self.draw, scene_scores=self.scores,
+            flops_per_image=lambda _: 1.0, stop=stop, counts_samples=True, data={}, encoders={}, bad_before=Tally(),
+            peak_flops_per_s=None,
         )  # fmt: skip
         return Trainer(self.recipe, engine, world, around, [self.notes]).fit(progress)
 
@@ -189,6 +191,41 @@ def test_steps_that_were_not_skipped_in_a_row_do_not_count(make_lives: Callable[
     assert lives.live({3: SKIP, 5: SKIP, 6: ""}, stop_at=6)
     assert read_manifest(lives.root / "step_6").meta["skipped_in_a_row"] == 0
     assert not lives.live({7: SKIP, 9: SKIP})
+
+
+@pytest.mark.parametrize(("last_update", "told"), [(12, ""), (7, ", the last 5 skipped")])
+def test_a_run_whose_weights_predict_nothing_finite_gives_up_at_its_end_and_does_so_again(
+    make_lives: Callable[..., Lives], last_update: int, told: str
+) -> None:
+    lives = make_lives("train.max_skipped_steps=8")
+    lives.losses = lambda: [1.0, math.nan]
+    for _ in range(2):
+        with pytest.raises(GaveUpError) as gave_up:
+            lives.live(dict.fromkeys(range(last_update + 1, 13), SKIP))
+        message = str(gave_up.value)
+        assert message.startswith(f"all 12 steps are done{told}, and the held-out loss is nan: ")
+        older = (last_update - 1) // 2 * 2
+        assert f"by step {last_update}; newest checkpoint from before it: {lives.root / f'step_{older}'};" in message
+        assert "step_12" in lives.held()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["weights", "average"])
+def test_neither_weights_nor_their_average_may_predict_what_is_not_finite(
+    make_lives: Callable[..., Lives], which: int
+) -> None:
+    lives = make_lives()
+    lives.live({})
+    looked = iter([[math.inf], [1.0]] if which == 0 else [[1.0], [math.inf]])
+    lives.losses = lambda: next(looked)
+    with pytest.raises(GaveUpError, match="held-out loss is inf"):
+        lives.live({})
+
+
+def test_a_run_with_a_bad_last_batch_and_good_weights_is_done_and_says_so(make_lives: Callable[..., Lives]) -> None:
+    lives = make_lives()
+    for _ in range(2):
+        assert not lives.live({12: SKIP})
+        assert lives.notes.notes[-1].startswith("done at step 12, the last 1 skipped; newest checkpoint is step_12")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,8 +41,8 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
         process = subprocess.Popen(command, env=environment)
         for number in before:
             signal.signal(number, lambda n, _: process.send_signal(n))
-        for number in came:  # before there was one to have them
-            process.send_signal(number)
+        for early in came:  # before there was one to have them
+            process.send_signal(early)
         code = process.wait()
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None

@@ -189,9 +189,14 @@ def test_an_arrays_task_and_each_step_of_a_life_tell_their_ranks_by_an_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[str]] = []
-    monkeypatch.setattr(run_task, "_run", lambda command, _: told.append(command) or 3)
+
+    def noted(command: Sequence[str]) -> int:
+        told.append(list(command))
+        return 3
+
+    monkeypatch.setattr(run_task, "_run", lambda command, _: noted(command))
     assert run_task.main([str(tmp_path), "srun", "slurm/rank.sh", "tools/sample.py"]) == 3
-    monkeypatch.setattr(Life, "_wait_for_srun", lambda _, arguments, *__: told.append(list(arguments)) or 3)
+    monkeypatch.setattr(Life, "_wait_for_srun", lambda _, arguments, *__: noted(arguments))
     assert live(tmp_path, monkeypatch, launcher=("srun", "slurm/rank.sh", "--hold-signals")).exit_code == 3
     flags = [command[command.index("slurm/rank.sh") :] for command in told]
     assert [words[1] for words in flags] == ["--completion", "--hold-signals"]
@@ -325,12 +330,13 @@ def test_a_task_of_an_array_that_is_only_asked_for_help_is_refused_and_not_start
 def test_a_signal_to_an_arrays_batch_script_is_handed_on_and_what_comes_of_it_awaited(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; while :; do sleep 0.05; done"
+    ends_so = f"trap 'echo ended; exit 9' {number.name[3:]}; echo started; for _ in {{1..200}}; do sleep 0.05; done"
     command = [sys.executable, "-S", "ecdit_ds/slurm/run_task.py", str(tmp_path / "marks"), "bash", "-c", ends_so]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as task:
         assert task.stdout is not None and task.stdout.readline() == "started\n"
         task.send_signal(number)
-        assert (task.wait(20), task.stdout.read()) == (9, "ended\n")
+        assert task.wait(20) == 9
+        assert task.stdout.read() == "ended\n"
 
 
 def test_a_task_of_an_array_needs_the_standard_library_only(tmp_path: Path) -> None:

@@ -293,6 +293,16 @@ def test_a_caption_may_stand_in_a_tars_json(tmp_path: Path) -> None:
     assert read_all(path, columns=Columns(caption="alt"))[0][0].caption == CAPTIONS[0]
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("where", ["0.txt", "0.caption"])
+def test_a_caption_of_a_tar_in_another_encoding_is_named_and_not_guessed(
+    tmp_path: Path, where: str, encoding: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), (where, "a café".encode(encoding)), *members(1, 7)])
+    good, bad = read_all(path)
+    assert len(good) == 6 and causes(bad) == [("caption is not text", "a.tar/0")]
+
+
 def test_a_damaged_header_costs_its_member_and_no_more(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members())
     with tarfile.open(path) as tar:

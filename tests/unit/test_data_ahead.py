@@ -74,22 +74,23 @@ def test_steps_are_read_where_they_are_asked_for_and_finished_elsewhere() -> Non
     assert len(finished_in) == 1 and finished_in.isdisjoint(read_in)
 
 
+@pytest.mark.parametrize("kind", [DataError, RuntimeError])  # the second is what a lost worker of torch raises
 @pytest.mark.parametrize("where", ["read", "finish"])
-def test_a_failure_belongs_to_its_step(where: str) -> None:
+def test_a_failure_belongs_to_its_step(where: str, kind: type[Exception]) -> None:
     def read() -> Iterator[int]:
         yield from range(3)
         if where == "read":
-            raise DataError("no step 3")
+            raise kind("no step 3")
         yield 3
 
     def finish(step: int) -> int:
         if step == 3:
-            raise DataError("no step 3")
+            raise kind("no step 3")
         return step
 
     steps = encoded_ahead(read(), finish)
     assert [next(steps) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(DataError, match=r"^no step 3$"):
+    with pytest.raises(kind, match=r"^no step 3$"):
         next(steps)
     assert threads() == []
     assert list(steps) == []

@@ -506,6 +506,23 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert "no encoded set" in refusal_of(lambda: encode_corpus(make_job(destination=tmp_path / "taken")))
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("what", ["image_encoder", "text_encoder", "batch_size", "has_text", "image_column"])
+def test_what_shapes_a_set_is_the_same_for_all_of_it(
+    make_job: MakeJob, refusal_of: Refusal, what: str, is_whole: bool
+) -> None:
+    job = make_job()
+    changed = {
+        "image_encoder": replace(job, image_facts=image_facts(PixelCodec(shift_factor=0.5))),
+        "text_encoder": replace(job, text_facts=text_facts(WordEncoder(embed_dim=6, max_tokens=9))),
+        "batch_size": replace(job, encoding=replace(job.encoding, batch_size=4)),
+        "has_text": replace(job, encoding=replace(job.encoding, has_text=False)),
+        "image_column": replace(job, settings={"image_column": "other"}),
+    }[what]
+    encode_corpus(job if is_whole else make_job(task=0, tasks=2))
+    assert f"({what}" in refusal_of(lambda: encode_corpus(changed))
+
+
 def test_nothing_outside_the_set_is_written(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
     before = sorted(pictures.iterdir())
     encode_corpus(make_job())

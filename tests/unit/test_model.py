@@ -21,7 +21,7 @@ from ecdit_ds.model.moe import ExpertChoiceFFN
 from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.experts import Experts
 from ecdit_ds.parallel.layers import SerialLayers
-from ecdit_ds.parallel.sharding import Share
+from ecdit_ds.parallel.sharding import Share, shard_of
 
 Draw = Callable[..., Tensor]
 Randomize = Callable[[nn.Module], None]
@@ -297,6 +297,17 @@ def test_slices_of_each_expert_start_as_slices_of_the_whole_and_their_outputs_ad
         assert torch.equal(torch.cat(cut, dim), whole.get_parameter(name))
     x_LRD = draw("rows", 4, 5, 8)
     torch.testing.assert_close(torch.stack([part(x_LRD) for part in parts]).sum(0), whole(x_LRD))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_rank_knows_which_box_of_each_experts_matrix_it_holds_and_that_no_peer_has_it(tp_size: int) -> None:
+    """By the mark a rank writes its part into a checkpoint, or leaves it to the first of its peers."""
+    last = tp_size - 1
+    experts = Experts(4, 8, 12, activation="gelu", ep=Share(index=1, count=2), tp=Share(index=last, count=tp_size))
+    w1, w2 = shard_of(experts.w1), shard_of(experts.w2)
+    assert (w1.global_shape, w2.global_shape) == ((4, 8, 12), (4, 12, 8))
+    assert (w1.offset, w2.offset) == ((2, 0, 6 * last), (2, 6 * last, 0))
+    assert w1.is_cut_by_tp is w2.is_cut_by_tp is (tp_size > 1)
 
 
 def test_initial_spread_is_that_of_the_table(tiny_config: ModelConfig) -> None:

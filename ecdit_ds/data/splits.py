@@ -31,6 +31,8 @@ class SplitFacts:
     """(C, H, W) of latents -> share of what is read."""
     held: Mapping[Bucket, int]
     """(C, H, W) of latents -> samples in all sets."""
+    codec: PixelCodec | None = None
+    """As `pixel_codec`."""
     warning: str | None = None
     """What is to be said of latents, as the model reads them, that are far from mean 0 and deviation 1."""
 
@@ -49,9 +51,8 @@ def open_split(
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
-        check_split(recipe, split)
-        given = encoders[0] if encoders else None
-        codec = given if isinstance(given, PixelCodec) else pixel_codec(recipe)
+        facts, given = check_split(recipe, split), encoders[0] if encoders else None
+        codec = given if isinstance(given, PixelCodec) else facts.codec
         return tuple(LatentDataset(Path(path), check=check, codec=codec) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
@@ -101,11 +102,13 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         _check_texts(index, recipe.model, who)
     if split == "heldout":
         _check_encoders(indexes[paths[0]], paths[0], recipe)
-    facts, codec = _facts_of(held, recipe.data.weights if split == "train" else ()), pixel_codec(recipe)
+    facts = _facts_of(held, recipe.data.weights if split == "train" else ())
+    codec = _codec_of(recipe, indexes) if split == "train" else pixel_codec(recipe)
     latents, first = _moments_of(indexes, facts.sets), indexes[paths[0]]
     if codec is not None and first.holds_pixels:
         latents = latents.after(codec)
-    return replace(facts, warning=warning_of(latents, is_of_pixels=first.image_encoder.get("kind") == "pixels"))
+    warning = warning_of(latents, is_of_pixels=first.image_encoder.get("kind") == "pixels")
+    return replace(facts, codec=codec, warning=warning)
 
 
 def pixel_codec(recipe: Recipe) -> PixelCodec | None:
@@ -116,7 +119,10 @@ def pixel_codec(recipe: Recipe) -> PixelCodec | None:
     Raises:
         DataError: the recipe says it of sets that hold latents.
     """
-    indexes = {path: read_index(Path(path)) for path in recipe.data.paths if Path(path).is_dir()}
+    return _codec_of(recipe, {path: read_index(Path(path)) for path in recipe.data.paths if Path(path).is_dir()})
+
+
+def _codec_of(recipe: Recipe, indexes: Mapping[str, SetIndex]) -> PixelCodec | None:
     asked = codec_in(recipe.data)
     for path, index in indexes.items():
         if not index.holds_pixels and asked is not None:

@@ -29,6 +29,7 @@ from ecdit_ds.data.source import (
     plain_caption,
     plain_name,
     raw_sample,
+    samples_of,
     stamps_of,
     telling,
     with_names,
@@ -213,8 +214,8 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
         columns=columns,
     )
     # Later ones are counted as bad. That all are is better told before any work, with the way out.
-    is_telling = (one for one in source.read(source.units[0]) if not isinstance(one, SystemFile))
-    first = next((one for one in is_telling if isinstance(one, RawSample) or one.cause in AMBIGUOUS), None)
+    samples = samples_of(source, source.units[0])
+    first = next((one for one in samples if isinstance(one, RawSample) or one.cause in AMBIGUOUS), None)
     if isinstance(first, BadSample):
         flag = "--image-column" if first.cause == "several pictures" else "--caption-column"
         raise DataError(f"{root / first.name}: {first.cause}; name one by {flag}")

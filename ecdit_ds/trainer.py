@@ -213,7 +213,7 @@ class Trainer:
             self._saver.finish()
             raise GaveUpError(
                 f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
-                "lower optimizer.learning_rate or inspect the data, and go on from a checkpoint that is from before"
+                "inspect the data, or train with a lower optimizer.learning_rate and another --output"
             )
 
     def _report(self) -> bool:
@@ -236,8 +236,8 @@ class Trainer:
         newest = self._saver.newest
         raise GaveUpError(
             f"step {self._given.status.step}: {told}, though gradients may be; no later step mends that, and it is not "
-            f"saved; lower optimizer.learning_rate or optimizer.weight_decay and go on from "
-            f"{newest.name if newest else 'the beginning'}"
+            "saved; train with a lower optimizer.learning_rate or optimizer.weight_decay and another --output, since "
+            f"as it is this run would go on from {newest.name if newest else 'the beginning'} and come here again"
         )
 
     def _conclude(self, progress: Progress) -> None:

@@ -188,9 +188,7 @@ def _says_srgb(info: Mapping[str | tuple[int, int], Any]) -> bool:
     if "srgb" in info:
         return True
     primaries = info.get("chromaticity", _SRGB_PRIMARIES)
-    is_near = len(primaries) == len(_SRGB_PRIMARIES) and all(
-        abs(one - other) < 0.01 for one, other in zip(primaries, _SRGB_PRIMARIES, strict=True)
-    )
+    is_near = all(abs(one - other) < 0.01 for one, other in zip(primaries, _SRGB_PRIMARIES, strict=True))
     return is_near and abs(info.get("gamma", _SRGB_GAMMA) - _SRGB_GAMMA) < 0.02
 
 

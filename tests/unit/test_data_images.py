@@ -260,12 +260,6 @@ def test_remarks_of_a_png_are_not_taken_for_facts(photograph: Image.Image, mode:
         assert decoded(encoded(photograph.convert(mode), "PNG", pnginfo=notes)).info["converted"] == told
 
 
-def test_primaries_of_a_wrong_number_cost_no_picture(photograph: Image.Image) -> None:
-    notes = PngImagePlugin.PngInfo()
-    notes.add(b"cHRM", bytes(36))
-    assert decoded(encoded(photograph, "PNG", pnginfo=notes)).info["converted"] == ["gAMA or cHRM ignored"]
-
-
 def test_a_profile_of_rgb_is_not_followed_for_a_picture_in_lab(photograph: Image.Image) -> None:
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     lab = ImageCms.applyTransform(photograph.crop((0, 0, 64, 64)), to_lab)

@@ -64,7 +64,8 @@ def open_source(
         counts = " and ".join(f"{len(of_kind[kind])} {kind}" for kind in kinds)
         raise DataError(f"{root}: holds {counts}; name a folder that holds one kind, so that none is left out unseen")
     wanted = of_kind[kinds[0]] if kinds else []
-    ignored = system_files + Counter(kind_of_other(file) for file in files if file not in set(wanted))
+    is_wanted = set(wanted)
+    ignored = system_files + Counter(kind_of_other(file) for file in files if file not in is_wanted)
     if kinds == ["tars"]:
         return open_tars(root, wanted, columns=columns, ignored=ignored)
     if kinds == ["Parquet files"]:

@@ -8,10 +8,12 @@ import json
 import lzma
 import os
 import random
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -911,3 +913,64 @@ def test_rows_whose_columns_share_a_name_are_refused(tmp_path: Path, refusal_of:
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, twice.schema) as writer:
         writer.write_table(twice)
     assert str(tmp_path / "saved") in refusal_of(lambda: read_all(tmp_path / "saved"))
+
+
+def _work_of_opening(source: Path) -> int:
+    """Return how many functions Python calls to open a source; time would depend on the machine."""
+    calls = 0
+
+    def count(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        open_source(str(source), unit_samples=100)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def _some_folder(root: Path, n: int) -> Path:
+    root.mkdir()
+    for i in range(n):
+        (root / f"{i}.jpg").touch()
+        (root / f"{i}.txt").touch()
+    return root
+
+
+def _some_list(root: Path, n: int) -> Path:
+    _some_folder(root, n)
+    rows = [f"{i}.jpg,words\n" for i in range(n)]
+    (root / "metadata.csv").write_text("".join(["file_name,text\n", *rows]))
+    return root
+
+
+def _some_json(root: Path, n: int) -> Path:
+    _some_folder(root, n)
+    rows = [json.dumps({"file_name": f"{i}.jpg", "text": "words"}) + "\n" for i in range(n)]
+    (root / "list.jsonl").write_text("".join(rows))
+    return root / "list.jsonl"
+
+
+def _some_tars(root: Path, n: int) -> Path:
+    root.mkdir()
+    for i in range(n // 20):
+        write_tar(root / f"{i}.tar", [(f"{k}.{kind}", b"") for k in range(20) for kind in ("jpg", "txt")])
+    return root
+
+
+def _some_tables(root: Path, n: int) -> Path:
+    root.mkdir()
+    for i in range(n // 20):
+        pq.write_table(pa.table({"image": [b""] * 20, "text": ["words"] * 20}), root / f"{i}.parquet")
+    return root
+
+
+@pytest.mark.parametrize("make", [_some_folder, _some_list, _some_json, _some_tars, _some_tables])
+def test_a_source_of_four_times_the_size_takes_four_times_the_work_to_open(
+    make: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    few, many = make(tmp_path / "few", 100), make(tmp_path / "many", 400)
+    _work_of_opening(few)  # what the first call loads
+    assert _work_of_opening(many) < 5 * _work_of_opening(few)

@@ -19,6 +19,7 @@ from ecdit_ds.validation import (
     divisors,
     require_divides,
     require_fraction,
+    require_in_range,
     require_not_negative,
     require_positive,
 )
@@ -37,6 +38,7 @@ class FlowConfig:
     """Share of samples trained without their text, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
+        require_in_range("flow", self, at_most={})
         require_positive("flow", "logit_std", self.logit_std)
         require_positive("flow", "timestep_shift", self.timestep_shift)
         if not math.isfinite(self.logit_mean):
@@ -71,6 +73,7 @@ class OptimizerConfig:
     """Of the average of the fp32 weights; early steps use less, so that the average forgets its start."""
 
     def __post_init__(self) -> None:
+        require_in_range("optimizer", self, at_most={})
         require_positive("optimizer", "learning_rate", self.learning_rate)
         require_positive("optimizer", "eps", self.eps)
         for name in ("final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay"):
@@ -123,6 +126,7 @@ class TrainConfig:
     """Of n successive blocks, the last one is recomputed; 2 means the blocks with experts."""
 
     def __post_init__(self) -> None:
+        require_in_range("train", self, at_most={"seed": 2**63 - 1})
         for name in ("max_steps", "global_batch_size", "checkpoint_every", "log_every", "evaluate_every",
                      "sample_every", "max_skipped_steps", "recompute_every"):  # fmt: skip
             require_positive("train", name, getattr(self, name))
@@ -177,6 +181,7 @@ class ParallelConfig:
     """Parts of a micro-batch that take turns: one part's all-to-all runs while another's experts compute."""
 
     def __post_init__(self) -> None:
+        require_in_range("parallel", self, at_most={})
         for name in ("tp", "ep", "dispatch_chunks"):
             require_positive("parallel", name, getattr(self, name))
 
@@ -201,6 +206,7 @@ class SampleConfig:
     """Held-out digit scenes of each of the six kinds that are drawn and checked at every evaluation; 0 for none."""
 
     def __post_init__(self) -> None:
+        require_in_range("sample", self, at_most={"num_steps": 2**20})
         require_not_negative("sample", "scenes_per_kind", self.scenes_per_kind)
         require_positive("sample", "num_steps", self.num_steps)
         require_not_negative("sample", "guidance_scale", self.guidance_scale)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.validation import require_not_negative, require_positive
+from ecdit_ds.validation import require_in_range, require_not_negative, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
+        require_in_range("data", self, at_most={"seed": 2**63 - 1, "num_workers": 2**10})
         self._check_effects()
         require_positive("data", "num_train", self.num_train)
         require_positive("data", "num_heldout", self.num_heldout)

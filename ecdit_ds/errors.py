@@ -3,7 +3,9 @@
 Entry points print these as one line and exit; anything else is a defect and keeps its traceback.
 """
 
+import reprlib
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -61,6 +63,18 @@ class LostRankError(EcditError):
 
 class GaveUpError(EcditError):
     """A run that would end the same way if it were started again, such as one whose gradients stay non-finite."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
+
+
+def shown(value: Any) -> str:
+    """Return a user's value for a message: `repr` on one line, cut where it is long or deep.
+
+    YAML's aliases let a small file stand for a value that would take years to write out.
+    """
+    return _SHORT.repr(value)
 
 
 def exit_code_of(error: EcditError) -> ExitCode:

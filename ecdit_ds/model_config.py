@@ -7,7 +7,13 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.validation import require_divides, require_multiple_of_4, require_not_negative, require_positive
+from ecdit_ds.validation import (
+    require_divides,
+    require_in_range,
+    require_multiple_of_4,
+    require_not_negative,
+    require_positive,
+)
 
 Activation = Literal["gelu", "swiglu"]
 """Of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one matrix more."""
@@ -106,6 +112,7 @@ class ModelConfig:
         return {"image": 1, "group": self.routing_group, "batch": micro_batch_size}[self.routing_pool]
 
     def __post_init__(self) -> None:
+        require_in_range("model", self, at_most=_LARGEST)
         for name in _POSITIVE_MODEL_FIELDS:
             require_positive("model", name, getattr(self, name))
         require_multiple_of_4("model.head_dim", self.head_dim, "2-D rotary angles need")
@@ -203,3 +210,7 @@ _POSITIVE_MODEL_FIELDS = (
     "ffn_hidden_size", "patch_size", "in_channels", "latent_height", "latent_width", "text_embed_dim",
     "max_text_tokens", "num_experts", "routing_group", "top_k",
 )  # fmt: skip
+_LARGEST = dict.fromkeys(_POSITIVE_MODEL_FIELDS, 2**20) | {
+    "num_layers": 2**12, "decoder_layers": 2**12, "ffn_hidden_size": 2**22, "num_shared_experts": 2**10,
+}  # fmt: skip
+"""Largest size of each kind: far beyond any model there is, and small enough to plan and refuse at once."""

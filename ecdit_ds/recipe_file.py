@@ -1,7 +1,8 @@
 """Recipes on disk: strict YAML in, one YAML file out.
 
-`yaml.safe_load` alone lets three mistakes through: a repeated key keeps its last value, an unknown key is
-carried along, and `1e-4` is a string. All three are refused or mended here, with file, key, value and the way out.
+`yaml.safe_load` alone lets mistakes through: a repeated key keeps its last value, an unknown key is carried along, and
+by YAML 1.1 `1e-4` is a text, `017` is 15 and `1:30` is 90. All are refused or mended here, with file, key, value and
+the way out; numbers are those of YAML 1.2.
 """
 
 import dataclasses
@@ -15,35 +16,54 @@ from typing import Any, Literal
 import yaml
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.errors import ConfigError
+from ecdit_ds.errors import ConfigError, shown
 
 RECIPE_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_RECIPE = "demo"
+_MOST_BASES = 8
+"""Files that may stand upon each other; a recipe of more is hard to read, and a mistake is likelier."""
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBERS = {
+    _INT: re.compile(r"[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+"),
+    _FLOAT: re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+}
+_MOST_DIGITS = 40
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys and reads `1e-4` as a number, as YAML 1.2 does."""
+    """SafeLoader that refuses repeated keys and reads numbers as YAML 1.2 does."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in _NUMBERS]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not (isinstance(key, str) and key.isidentifier()):
-                raise ConfigError(f"line {line}: key {key!r} is not a name")
+                raise ConfigError(f"line {line}: key {shown(key)} is not a name")
             if key in seen:
                 raise ConfigError(f"line {line}: {key} is given twice (first in line {seen[key]}); keep one")
             seen[key] = line
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        if len(text) > _MOST_DIGITS:
+            raise ConfigError(f"line {node.start_mark.line + 1}: {shown(text)} is a number of {len(text)} digits")
+        return int(text, 0 if text[1:2] in ("x", "o") else 10)
+
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes the text `1e-4`, which our loader would read as a number."""
+    """SafeDumper that quotes texts such as `1e-4` and `0o17`, which our loader would read as numbers."""
 
 
 for _yaml_class in (_StrictLoader, _StrictDumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    for _tag, _pattern in _NUMBERS.items():
+        _yaml_class.add_implicit_resolver(_tag, re.compile(f"^({_pattern.pattern})$"), list("-+.0123456789"))
+_StrictLoader.add_constructor(_INT, _StrictLoader.construct_int)
 
 
 def recipe_names() -> list[str]:
@@ -69,7 +89,8 @@ def load_recipe(name_or_path: str = DEFAULT_RECIPE, overrides: typing.Sequence[s
     """Read a recipe and apply `key=value` overrides.
 
     Args:
-        name_or_path: a name in `configs/` or a YAML file. `base: NAME` in it takes over what it leaves out from there.
+        name_or_path: a name in `configs/` or a YAML file. `base: NAME` in it, or `base: FILE` from its folder, takes
+            over what it leaves out from there.
         overrides: such as `train.max_steps=20`; values are YAML.
 
     Raises:
@@ -95,18 +116,29 @@ def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         base = data.pop("base", None)
         if base is None:
             return data
-        if base not in recipe_names():
-            raise ConfigError(f"base: {base!r} is not a recipe's name; choose from {', '.join(recipe_names())}")
-        below = find_recipe(base)
-        if below in (path, *readers):
+        below = _base_of(path, base)
+        if below in (path.resolve(), *readers):
             raise ConfigError(f"base: {base} leads back to this file")
+        if len(readers) + 1 >= _MOST_BASES:
+            raise ConfigError(f"base: {base} is the {len(readers) + 1}th below another; write some of them as one file")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    inherited = _read(below, (path, *readers))
+    inherited = _read(below, (path.resolve(), *readers))
     inherited.pop("name", None)
     return _merged(inherited, data)
+
+
+def _base_of(path: Path, base: object) -> Path:
+    """Return the file that `base` names in the recipe `path`: a recipe's name, or a file from that recipe's folder."""
+    if base in recipe_names():
+        return (RECIPE_FOLDER / f"{base}.yaml").resolve()
+    if isinstance(base, str) and (path.parent / base).is_file():
+        return (path.parent / base).resolve()
+    raise ConfigError(
+        f"base: {shown(base)} is neither a file in {path.parent} nor a recipe's name ({', '.join(recipe_names())})"
+    )
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +184,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, data: Any, prefix: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: {data!r} is not a section of key: value lines")
+        raise ConfigError(f"{prefix.rstrip('.')}: {shown(data)} is not a section of key: value lines")
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"keys here are {', '.join(fields)}"
-            raise ConfigError(f"{prefix}{key}: {data[key]!r} is set, but there is no such key; {hint}")
+            raise ConfigError(
+                f"{prefix}{shown(key)[1:-1]}: {shown(data[key])} is set, but there is no such key; {hint}"
+            )
     for name, spec in fields.items():
         has_default = spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
         if name not in data and not has_default:
@@ -176,22 +210,22 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
                 return _convert(value, option, key)
             except ConfigError:
                 continue
-        raise ConfigError(f"{key}: {value!r} is none of {_describe(hint)}")
+        raise ConfigError(f"{key}: {shown(value)} is none of {_describe(hint)}")
     if origin is Literal:
         options = typing.get_args(hint)
         if value in options:
             return value
-        near = difflib.get_close_matches(str(value), options, n=1)
+        near = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
         hint_text = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{key}: {value!r} is not known; {hint_text}choose from {', '.join(options)}")
+        raise ConfigError(f"{key}: {shown(value)} is not known; {hint_text}choose from {', '.join(options)}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key}: {value!r} is not a list")
+            raise ConfigError(f"{key}: {shown(value)} is not a list")
         return tuple(_convert(item, typing.get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise ConfigError(f"{key}: {value!r} is a {type(value).__name__}, not a {_describe(hint)}")
+        raise ConfigError(f"{key}: {shown(value)} is a {type(value).__name__}, not a {_describe(hint)}")
     return value
 
 

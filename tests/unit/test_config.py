@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -326,3 +326,37 @@ def test_fields_that_may_change_on_resume_exist_and_leave_the_mathematics_alone(
         "data.dataset", "data.seed", "data.num_train", "data.weights", "data.encode", "data.vae", "data.text",
         "data.image_column", "data.caption_column",
     }, "which samples are seen, in which order, and what is learned of them"  # fmt: skip
+
+
+def _numeric_fields() -> list[tuple[str, str, type]]:
+    """Return (section, field, kind of its number) of every number, and list of numbers, that a recipe holds."""
+    found = []
+    for section in fields(Recipe):
+        for spec in fields(section.type) if isinstance(section.type, type) and is_dataclass(section.type) else ():
+            kinds = [kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(spec.type))]
+            found += [(section.name, spec.name, kind) for kind in kinds]
+    return found
+
+
+@pytest.mark.parametrize(("section", "name", "kind"), _numeric_fields())
+def test_every_number_of_a_recipe_has_bounds(
+    section: str, name: str, kind: type, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    """Whole numbers beyond what can be counted, and others that fp32 cannot tell from infinity or from 0."""
+    cases: list[Any] = [10**13, 9007199254740993, 10**29] if kind is int else [1e30, 1e39, 1e300, 1e-40, 5e-324]
+    as_list = isinstance(getattr(getattr(tiny_recipe, section), name), tuple)
+    for case in cases:
+        if kind is int and name == "seed":
+            case = 2**63
+        message = refusal_of(lambda case=case: edited(tiny_recipe, {f"{section}.{name}": [case] if as_list else case}))
+        assert message.startswith(f"{section}.{name}: {case} is"), message
+    if kind is float and name != "max_bad":
+        not_finite = [math.inf] if as_list else math.inf
+        assert f"{section}.{name}" in refusal_of(lambda: edited(tiny_recipe, {f"{section}.{name}": not_finite}))
+
+
+def test_every_number_is_among_those_with_bounds() -> None:
+    assert len(_numeric_fields()) > 60
+    assert ("model", "num_layers", int) in _numeric_fields()
+    assert ("data", "weights", float) in _numeric_fields()
+    assert ("train", "micro_batch_size", int) in _numeric_fields()

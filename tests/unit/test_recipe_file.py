@@ -1,5 +1,6 @@
 """Recipes on disk: what is written is what is read, and every mistake is one line with file, key and value."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_a_missing_key_without_a_default_is_named(key: str, recipe_path: Path, r
         (b"name: !!python/object/apply:os.getcwd []\n", ["not valid YAML", "python/object"]),
         (b"name: \x00\n", ["not valid YAML"]),
         (b"name: 2026-13-45\n", ["not valid YAML", "month"]),
-        (b"name: 0b_\n", ["not valid YAML"]),
+        (b"name: !!int 0b_\n", ["not valid YAML"]),
         (b"name: !!int seven\n", ["not valid YAML", "seven"]),
         (b"name: !!timestamp seven\n", ["not valid YAML"]),
         (b"name: " + b"[" * 5000, ["not valid YAML"]),
@@ -251,3 +252,97 @@ def test_a_mistake_in_an_override_is_reported_with_key_and_value(
 ) -> None:
     message = refusal_of(lambda: load_recipe(str(recipe_path), [override]))
     assert all(part in message for part in said), message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("017", 17), ("-017", -17), ("0", 0), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("1:30", "1:30"),
+        ("190:20:30", "190:20:30"), ("1:30.5", "1:30.5"), ("0b11", "0b11"), ("1e-4", 1e-4), ("1_0.5", 10.5),
+        (".5", 0.5), ("5.", 5.0), ("08.5", 8.5), ("08", 8), ("-.inf", -math.inf), ("+1", 1), ("0x", "0x"), ("_1", "_1"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    read = parse_yaml(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["017", "1:30", "0o17", "0b11", "1e4", "1_000", "08", "0x1F", "1.", ".inf", "nan", "~", "yes", "1.5e"]
+)
+def test_a_text_that_looks_like_a_number_is_written_as_text(text: str, tmp_path: Path, tiny_recipe: Recipe) -> None:
+    recipe = replace(tiny_recipe, sample=replace(tiny_recipe.sample, prompts=(text,)))
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "0x" + "f" * 100_000, "-" + "9" * 41])
+def test_a_number_of_very_many_digits_is_refused_in_a_short_line(
+    text: str, recipe_path: Path, refusal_of: RefusalOf
+) -> None:
+    message = refusal_of(lambda: load_recipe(str(recipe_path), [f"train.max_steps={text}"]))
+    assert f"{len(text)} digits" in message or "is a number of" in message
+    assert len(message.removeprefix(f"--set train.max_steps={text}")) < 500
+
+
+def _bomb(levels: int) -> str:
+    """Return YAML of nine lines each of which names the one before nine times: 9^levels values."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "{" + ", ".join(lines) + "}"
+
+
+@pytest.mark.parametrize(
+    "key", ["bomb", "train", "train.bomb", "train.max_steps", "train.micro_batch_size", "model.ffn", "sample.prompts",
+            "name", "base"],
+)  # fmt: skip
+def test_a_value_that_would_take_years_to_write_out_is_refused_in_a_short_line(
+    key: str, tmp_path: Path, refusal_of: RefusalOf
+) -> None:
+    """A YAML file of a kilobyte whose aliases stand for 9^40 values."""
+    section, _, leaf = key.partition(".")
+    value = f"{{{leaf}: {_bomb(40)}}}" if leaf else _bomb(40)
+    path = tmp_path / "bomb.yaml"
+    path.write_text(f"base: demo\n{section}: {value}\n" if key != "base" else f"base: {value}\n")
+    message = refusal_of(lambda: load_recipe(str(path)))
+    assert f"{key.split('.')[0]}" in message
+    assert len(message) < 1000
+
+
+def test_a_recipe_may_stand_on_a_file_beside_it(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "ground.yaml").write_text(dump_recipe(tiny_recipe))
+    (tmp_path / "deep" / "middle.yaml").write_text("base: ../ground.yaml\ntrain: {max_steps: 77, log_every: 3}\n")
+    (tmp_path / "top.yaml").write_text("base: deep/middle.yaml\ntrain: {max_steps: 78}\n")
+    recipe = load_recipe(str(tmp_path / "top.yaml"))
+    train = replace(tiny_recipe.train, max_steps=78, log_every=3)
+    assert recipe == replace(tiny_recipe, name="top", train=train)
+
+
+def test_a_base_by_name_is_the_recipe_of_that_name_though_a_file_has_it_too(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("name: other\n")
+    (tmp_path / "mine.yaml").write_text("base: demo\n")
+    assert load_recipe(str(tmp_path / "mine.yaml")) == replace(load_recipe("demo"), name="mine")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a": "b.yaml", "b": "a.yaml"}, "leads back"),
+        ({"a": "a.yaml"}, "leads back"),
+        ({"a": "sub/../a.yaml"}, "leads back"),
+        ({"a": "link.yaml"}, "leads back"),
+        ({"a": "none.yaml"}, "base: 'none.yaml' is neither a file in"),
+        ({"a": "."}, "base: '.' is neither a file in"),
+        ({"a": "7"}, "base: 7 is neither"),
+        ({f"{chr(97 + i)}": f"{chr(98 + i)}.yaml" for i in range(10)}, "write some of them as one file"),
+    ],
+)
+def test_a_base_that_is_no_ground_is_refused(
+    files: dict[str, str], said: str, tmp_path: Path, refusal_of: RefusalOf
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "a.yaml")
+    for name, base in files.items():
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}\n")
+    assert said in refusal_of(lambda: load_recipe(str(tmp_path / "a.yaml")))

@@ -87,6 +87,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     convert.add_argument("--ep", type=_positive, metavar="E", help="ecdit: as --tp")
     convert.add_argument(
+        "--unmarked-experts", action="store_true",
+        help="universal: for a script whose model does not tell DeepSpeed which parameters are experts'",
+    )  # fmt: skip
+    convert.add_argument(
         "--upcycle", metavar="RECIPE",
         help="ecdit: make a dense checkpoint into one of this recipe, its feed-forward networks into equal experts",
     )  # fmt: skip
@@ -169,12 +173,17 @@ def _convert(options: argparse.Namespace) -> int:
     _check_apart(folder, options.destination)
     dtype = DTYPES[options.dtype] if options.dtype else None
     source = _derived(source, options)
+    if options.unmarked_experts and options.to != "universal":
+        raise ConfigError(f"--unmarked-experts: has no effect with --to {options.to}; leave it out")
     if options.to == "universal":
         if options.only or options.dtype or options.files or options.ep:
-            raise ConfigError("--to universal: takes --tp alone; it holds everything, in fp32, and serves any layout")
+            raise ConfigError(
+                "--to universal: takes --tp and --unmarked-experts alone; it holds everything, in fp32, and serves any "
+                "layout"
+            )
         with _told_of(folder):
             _require_state(source)
-            files = plan_universal(source, cut_axes, options.tp or 1)
+            files = plan_universal(source, cut_axes, options.tp or 1, marks_experts=not options.unmarked_experts)
         with _bar(bytes_to_move(files), "convert") as bar:
             nonfinite = convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
     elif options.to == "safetensors":

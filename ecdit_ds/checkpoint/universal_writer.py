@@ -65,12 +65,16 @@ class _ParameterWriter:
         return write_torch_file(self._path, {_PARAM: self._whole} | dict(self._marks))
 
 
-def plan_universal(source: Source, cut_axes: Callable[[str], dict[str, int]], tp: int) -> list[FilePlan]:
+def plan_universal(
+    source: Source, cut_axes: Callable[[str], dict[str, int]], tp: int, *, marks_experts: bool = True
+) -> list[FilePlan]:
     """Give each tensor a file.
 
     Args:
         cut_axes: parameter -> which axis tensor and expert parallelism cut.
         tp: tensor-parallel ranks that will load it.
+        marks_experts: tell DeepSpeed which tensors are experts', to be cut over expert-parallel ranks; it then asks the
+            model's own parameters for their expert group, which a plain model lacks.
     """
     if not all(type(source.meta.get(name)) is int for name in ("num_updates", "samples_seen")):
         raise CheckpointError("the source does not say num_updates and samples_seen, which DeepSpeed is to go on from")
@@ -86,7 +90,7 @@ def plan_universal(source: Source, cut_axes: Callable[[str], dict[str, int]], tp
                 raise CheckpointError(f"tensor {name}: {tp} slices do not divide axis {axis} of shape {list(shape)}")
         if "tp" in axes:
             marks["cat_dim"] = axes["tp"]
-        if "ep" in axes:
+        if "ep" in axes and marks_experts:
             marks |= {"is_expert_param": True, "ep_num_experts": shape[axes["ep"]]}
         target = replace(whole_target(source, name, None), key=_PARAM)
         files.append(_ParameterFile(name=f"{_tag(source)}/{path_of(name)}", targets=(target,), marks=marks))

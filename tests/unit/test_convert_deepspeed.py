@@ -9,15 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # an engine's first use imports it, for seconds
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from ecdit_ds.checkpoint import partial, torch_files, universal_writer
+from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.checkpoint.sources import EcditSource
 from ecdit_ds.config import Recipe
+from ecdit_ds.engine import initialize_distributed
+from ecdit_ds.model.init import empty_model
+from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import load_recipe
 from tests.conftest import TINY_RECIPE
 from tests.helpers.convert_tool import Run, tool_runner
+from tests.helpers.forked import in_a_copy
 from tests.helpers.random_model import save_random_model
 from tools import convert_ckpt
 
@@ -387,3 +397,43 @@ def _flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
     path.write_bytes(data)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_plain_script_whose_model_marks_no_experts_goes_on_from_an_unmarked_folder(
+    run: Run, checkpoint: Path, tmp_path: Path, recipe: Recipe, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("convert", checkpoint, tmp_path / "plain", "--to", "universal", "--unmarked-experts")[0] == 0
+    source = EcditSource(checkpoint)
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def command() -> int:
+        place_from_environment()
+        initialize_distributed()
+        model = empty_model(recipe.model, SerialLayers(), torch.device("cpu"))
+        assert not any(hasattr(parameter, "group_name") for parameter in model.parameters())
+        config = {
+            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage}, "checkpoint": {"load_universal": True},
+        }  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        path, counts = engine.load_checkpoint(str(tmp_path / "plain"))
+        assert path is not None and counts["samples_seen"] == 24
+        for name, parameter in model.named_parameters():
+            _, shape = source.tensors[f"weight/{name}"]
+            stored = source.read(f"weight/{name}", Box((0,) * len(shape), shape))
+            assert torch.equal(safe_get_full_fp32_param(parameter).view(shape), stored), name
+            for kind in ("exp_avg", "exp_avg_sq"):
+                moment = safe_get_full_optimizer_state(parameter, kind)
+                assert torch.equal(moment.view(shape), source.read(f"{kind}/{name}", Box((0,) * len(shape), shape)))
+        return 0
+
+    code, out, err = in_a_copy(command)
+    assert code == 0, out + err
+
+
+def test_unmarked_experts_are_for_universal_folders_alone(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", checkpoint, tmp_path / "other", "--to", "ecdit", "--unmarked-experts")
+    assert code == 2 and "--unmarked-experts: has no effect with --to ecdit" in err

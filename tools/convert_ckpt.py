@@ -65,6 +65,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     diff.add_argument("second", type=_path, metavar="B")
     diff.set_defaults(run=_diff)
     convert = commands.add_parser("convert", help="the same tensors in other files")
+    _add_convert_flags(convert)
+    convert.set_defaults(run=_convert)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--config", metavar="NAME|PATH", help="recipe of a checkpoint that holds none: a folder of DeepSpeed's own"
+        )
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a field of that or of the upcycled recipe",
+        )
+    return parser.parse_args(arguments)
+
+
+def _add_convert_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("source", type=_path, metavar="SRC")
     convert.add_argument("destination", type=_path, metavar="DST", help="must not exist; DST.partial until it is whole")
     convert.add_argument(
@@ -99,19 +116,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="begin the average, which DeepSpeed's folders lack, at the weights",
     )
-    convert.set_defaults(run=_convert)
-    for command in commands.choices.values():
-        command.add_argument(
-            "--config", metavar="NAME|PATH", help="recipe of a checkpoint that holds none: a folder of DeepSpeed's own"
-        )
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="change a field of that or of the upcycled recipe",
-        )
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
 from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete
 from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.slurm.rank import HELD
+from ecdit_ds.slurm.ranks import VISIBLE_DEVICES
 
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -113,15 +114,21 @@ def check_device(environment: Any) -> None:
         return
     count, local_rank = torch.cuda.device_count(), int(environment["LOCAL_RANK"])
     if count == 0:
+        given = {name: environment[name] for name in VISIBLE_DEVICES if name in environment}
+        told = " and ".join(f"{name}={value!r}" for name, value in given.items()) or f"no {VISIBLE_DEVICES[0]}"
         raise ConfigError(
-            f"PyTorch {torch.__version__} sees no GPU, and Slurm gave CUDA_VISIBLE_DEVICES="
-            f"{environment.get('CUDA_VISIBLE_DEVICES', '')!r}; use a partition with GPUs, or rehearse on CPUs with "
-            "ECDIT_REHEARSAL=1"
+            f"PyTorch {torch.__version__} sees no GPU, and Slurm gave {told}; use a partition with GPUs, or rehearse "
+            "on CPUs with ECDIT_REHEARSAL=1"
         )
     told = environment.get("SLURM_GPUS_ON_NODE", "")
-    if count == 1 and told.isdigit():  # each task sees its own, or all tasks the only one
-        count = int(told)
-        local_rank = int(environment["LOCAL_SIZE"]) - 1
+    on_node = int(told) if told.isdigit() else count
+    if count == 1:  # each task sees its own, or all tasks the only one
+        count, local_rank = on_node, int(environment["LOCAL_SIZE"]) - 1
+    if local_rank >= count and on_node > local_rank:
+        raise ConfigError(
+            f"this task sees {count} of the node's {on_node} GPUs, and is number {local_rank} of "
+            f"{environment['LOCAL_SIZE']} there: Slurm bound tasks to GPUs; let each see all, with --gpu-bind=none"
+        )
     if local_rank >= count:
         raise ConfigError(f"{environment['LOCAL_SIZE']} ranks on this node, and {count} GPUs; lower --ntasks-per-node")
 

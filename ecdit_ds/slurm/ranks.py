@@ -7,13 +7,17 @@ from ecdit_ds.errors import TopologyError
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 """Below the ports that systems hand out by themselves."""
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Which GPUs a process sees; Slurm sets the first for NVIDIA's and the last for AMD's, and each narrows the others."""
+_NO_DEVICE = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return RANK, LOCAL_RANK, LOCAL_SIZE, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a step.
 
-    Where the site gives each task one GPU only, that one is number 0 to it. ECDIT_MASTER_ADDR and ECDIT_MASTER_PORT
-    overrule where the ranks meet, which is the step's first node and a port that differs from step to step.
+    Where the site gives each task one GPU only, that one is number 0 to it; in a rehearsal it gets none, also where
+    Slurm gave it one against an empty CUDA_VISIBLE_DEVICES of the job. ECDIT_MASTER_ADDR and ECDIT_MASTER_PORT overrule
+    where the ranks meet, which is the step's first node and a port that differs from step to step.
 
     Raises:
         TopologyError: srun did not start this process, or what it was told cannot be.
@@ -23,7 +27,8 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     node = _below(len(tasks), environment, "SLURM_NODEID")
     local_rank = _below(tasks[node], environment, "SLURM_LOCALID")
     rank = _below(size, environment, "SLURM_PROCID")
-    devices = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = [[name for name in environment.get(variable, "").split(",") if name] for variable in VISIBLE_DEVICES]
+    has_own_device = any(len(names) == 1 for names in devices)
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
     life = _number(environment, "SLURM_RESTART_COUNT", "0")
     port = _number(environment, "ECDIT_MASTER_PORT", str(_FIRST_PORT + (job * 101 + life * 11 + step) % _NUM_PORTS))
@@ -31,13 +36,13 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
         raise TopologyError(f"environment variable ECDIT_MASTER_PORT: {port} is no port; choose one below 65536")
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": "0" if len(devices) == 1 else str(local_rank),
+        "LOCAL_RANK": "0" if has_own_device else str(local_rank),
         "LOCAL_SIZE": str(tasks[node]),
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": environment.get("ECDIT_MASTER_ADDR")
         or first_host(_variable(environment, "SLURM_STEP_NODELIST")),
         "MASTER_PORT": str(port),
-    }
+    } | (_NO_DEVICE if environment.get("ECDIT_REHEARSAL") == "1" else {})
 
 
 def tasks_by_node(text: str) -> list[int]:

@@ -84,6 +84,28 @@ def test_a_rank_without_a_gpu_is_refused_unless_it_rehearses(
     check_device(rank | {"ECDIT_REHEARSAL": "1"})
 
 
+def test_a_rank_without_a_gpu_of_amd_is_told_what_slurm_gave(
+    refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    rank = {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    assert "Slurm gave ROCR_VISIBLE_DEVICES='9';" in refusal_of(
+        lambda: check_device(rank | {"ROCR_VISIBLE_DEVICES": "9"})
+    )
+    assert "Slurm gave no CUDA_VISIBLE_DEVICES;" in refusal_of(lambda: check_device(rank))
+
+
+def test_ranks_bound_to_some_of_the_nodes_gpus_are_told_to_see_all(
+    refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --gpu-bind=closest does it: each task sees those of its socket."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    bound = {"LOCAL_RANK": "4", "LOCAL_SIZE": "8", "SLURM_GPUS_ON_NODE": "8"}
+    message = refusal_of(lambda: check_device(bound))
+    assert "4 of the node's 8 GPUs" in message and "--gpu-bind=none" in message and "ntasks" not in message
+    assert "lower --ntasks-per-node" in refusal_of(lambda: check_device(bound | {"SLURM_GPUS_ON_NODE": "4"}))
+
+
 def test_more_ranks_than_gpus_are_refused_on_the_rank_that_has_none(
     refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ecdit_ds.slurm.ranks import first_host, rank_environment, tasks_by_node
+from ecdit_ds.slurm.ranks import VISIBLE_DEVICES, first_host, rank_environment, tasks_by_node
 
 RefusalOf = Callable[[Callable[[], object]], str]
 Environment = dict[str, str]
@@ -89,6 +89,28 @@ def test_tasks_of_an_array_are_their_own_jobs() -> None:
 )
 def test_the_one_gpu_of_a_task_is_number_0_to_it(devices: str, local_rank: str) -> None:
     assert rank_environment(TASK | {"CUDA_VISIBLE_DEVICES": devices})["LOCAL_RANK"] == local_rank
+
+
+@pytest.mark.parametrize(
+    ("told", "local_rank"),
+    [
+        ({"ROCR_VISIBLE_DEVICES": "3"}, "0"),
+        ({"HIP_VISIBLE_DEVICES": "3"}, "0"),
+        ({"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1"}, "0"),
+        ({"ROCR_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "0"),
+        ({"ROCR_VISIBLE_DEVICES": "0,1"}, "1"),
+        ({"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "0,1"}, "1"),
+    ],
+)
+def test_a_gpu_of_amd_is_understood_as_one_of_nvidia(told: dict[str, str], local_rank: str) -> None:
+    assert rank_environment(TASK | told)["LOCAL_RANK"] == local_rank
+
+
+@pytest.mark.parametrize("told", [{}, {"CUDA_VISIBLE_DEVICES": "2"}, {"ROCR_VISIBLE_DEVICES": "0,1"}])
+def test_a_rehearsing_rank_sees_no_gpu_whatever_slurm_gave_it(told: dict[str, str]) -> None:
+    rank = rank_environment(TASK | told | {"ECDIT_REHEARSAL": "1"})
+    assert (rank["CUDA_VISIBLE_DEVICES"], rank["HIP_VISIBLE_DEVICES"]) == ("", "-1")
+    assert not set(VISIBLE_DEVICES) & rank_environment(TASK | told).keys()
 
 
 def test_a_site_overrules_where_ranks_meet() -> None:

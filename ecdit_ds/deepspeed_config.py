@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.config import Recipe
-from ecdit_ds.errors import ConfigError
+from ecdit_ds.errors import ConfigError, shown
 
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 _STAGES = (1, 2, 3)
@@ -60,6 +60,12 @@ _ZERO_3_SIZES = (
     "reduce_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
     "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "sub_group_size",
 )  # fmt: skip
+_MOST_ELEMENTS = 10**15
+"""DeepSpeed 0.19.8 reads sizes as 64-bit whole numbers."""
+_MOST_IN_BUCKET = 2**31 - 1
+"""Buckets are made as large as they are asked for."""
+_ALIGNMENT = {"allgather_bucket_size": 2}
+"""What DeepSpeed 0.19.8 asks sizes to be multiples of."""
 
 
 def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str, Any]:
@@ -158,8 +164,8 @@ def _check_zero(path: Path, zero: Any) -> None:
         if key in _FIXED_FLAGS and value is not _FIXED_FLAGS[key][0]:
             fixed, why = _FIXED_FLAGS[key]
             raise ConfigError(f"{path}: zero_optimization.{key}: {value!r}; write {str(fixed).lower()}: {why}")
-        if key in sizes and not (type(value) in (int, float) and 1 <= value < math.inf and value == int(value)):
-            raise ConfigError(f"{path}: zero_optimization.{key}: {value!r} is not a positive number of whole elements")
+        if key in sizes:
+            _check_size(f"{path}: zero_optimization.{key}", key, value)
         if key not in ("stage", "offload_optimizer", *_ZERO_FLAGS, *sizes):
             raise ConfigError(
                 f"{path}: zero_optimization.{key}: is not supported with stage {stage}; keys are stage, "
@@ -167,6 +173,15 @@ def _check_zero(path: Path, zero: Any) -> None:
             )
     if "offload_optimizer" in zero:
         _check_offload(path, zero["offload_optimizer"])
+
+
+def _check_size(where: str, key: str, value: Any) -> None:
+    most, unit = _MOST_IN_BUCKET if "bucket" in key else _MOST_ELEMENTS, _ALIGNMENT.get(key, 1)
+    if not (type(value) in (int, float) and unit <= value <= most and value % unit == 0):
+        multiple = f", a multiple of {unit}" if unit > 1 else ""
+        raise ConfigError(
+            f"{where}: {shown(value)} is not a positive number of whole elements; choose {unit} to {most}{multiple}"
+        )
 
 
 def _check_offload(path: Path, offload: Any) -> None:

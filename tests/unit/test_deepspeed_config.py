@@ -141,6 +141,24 @@ def test_bf16_follows_the_recipes_precision(load: Load, precision: str, enabled:
         ({"stage": 2, "cpu_offload": True}, "offload_optimizer"),
         ({"stage": 2, "stage3_max_live_parameters": 5}, "is not supported with stage 2"),
         ({"stage": 3, "allgather_bucket_size": 5}, "allgather_bucket_size: is not supported with stage 3"),
+        ({"stage": 2, "reduce_bucket_size": 1e300}, "whole elements; choose 1 to 2147483647"),
+        ({"stage": 2, "reduce_bucket_size": 2**31}, "choose 1 to 2147483647"),
+        ({"stage": 2, "allgather_bucket_size": 1}, "1 is not a positive number of whole elements; choose 2 to"),
+        ({"stage": 1, "allgather_bucket_size": 200000001}, "choose 2 to 2147483647, a multiple of 2"),
+        ({"stage": 3, "stage3_prefetch_bucket_size": 1e10}, "choose 1 to 2147483647"),
+        *(
+            (
+                {"stage": 3, size: value},
+                f"{size}: {value} is not a positive number of whole elements; choose 1 to 10000",
+            )
+            for size in (
+                "sub_group_size",
+                "stage3_param_persistence_threshold",
+                "stage3_max_live_parameters",
+                "stage3_max_reuse_distance",
+            )
+            for value in (1e300, 9223372036854775808)
+        ),
         ({"stage": 2, "reduce_bucket_size": 1.5}, "reduce_bucket_size: 1.5 is not a positive number"),
         ({"stage": 3, "stage3_max_live_parameters": 0}, "stage3_max_live_parameters: 0 is not a positive number"),
     ],

@@ -10,6 +10,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ecdit_ds.durable import own_file
+
 Record = dict[str, Any]
 
 
@@ -154,7 +156,7 @@ class _LinesFile:
     def append(self, records: list[Record]) -> None:
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         self._waiting += lines.encode("ascii")
-        with open(self._path, "ab", buffering=0) as handle:
+        with open(self._path, "ab", buffering=0, opener=own_file) as handle:
             size, written = handle.tell(), 0
             try:
                 while written < len(self._waiting):

@@ -6,12 +6,16 @@ checkpoints and `latest`, recipe and logs as a life begins, encoded sets with th
 tables of verdicts, statistics, plans, pictures. Written in place, with a name that is synced too: the lease, and the
 lives of a job.
 
+A file that is written in place is opened by `own_file`, which follows no link: a folder that was unpacked or is
+shared may hold one to anything. All others are made anew.
+
 Not promised, since it is made again or missed by nobody: what is appended between two renames (`metrics.jsonl`, rows of
 one process of a ledger, TensorBoard), notes on a conversion's files, locks, and that what was removed stays away.
 """
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -47,6 +51,38 @@ def open_new(path: Path) -> FileIO:
     """Open a new file for writing; what had its name is unlinked before, so a link is removed and never followed."""
     path.unlink(missing_ok=True)
     return path.open("xb", buffering=0)
+
+
+def own_file(path: str, flags: int) -> int:
+    """Open a file that is written in place, as an `opener` of `open`; a link of either kind is refused, not followed.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, or no regular file.
+    """
+    return _open_own(path, flags, 0o666)
+
+
+def private_file(path: str, flags: int) -> int:
+    """Open a file that processes lock, as `own_file`; none but its owner may open it, and so none else may lock it."""
+    descriptor = _open_own(path, flags, 0o600)
+    if os.fstat(descriptor).st_uid == os.geteuid():
+        os.fchmod(descriptor, 0o600)  # one that is there already
+    return descriptor
+
+
+def _open_own(path: str, flags: int, mode: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "is a link, through which nothing is written; remove it", path) from None
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_nlink < 2:
+        return descriptor
+    os.close(descriptor)
+    why = "is a hard link; make it a copy" if stat.S_ISREG(facts.st_mode) else "is no regular file; remove it"
+    raise OSError(errno.EINVAL, why, path)
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.crew import Crew
-from ecdit_ds.durable import make_folders, replace_durably
+from ecdit_ds.durable import make_folders, own_file, replace_durably
 from ecdit_ds.errors import DataError, EcditError
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ class Ledger:
             return
         try:
             make_folders(path.parent)
-            with path.open("ab") as file:
+            with open(path, "ab", opener=own_file) as file:
                 file.write(lines)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -194,6 +194,7 @@ class _Offloaded:
         assert self._folder is not None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{name}.dat").unlink(missing_ok=True)  # accelerate would write through a link
             self.index = offload_weight(values, name, str(self._folder), index=self.index or {})
         except OSError as error:
             raise ConfigError(f"offload_folder: {self._folder} cannot be written: {error.strerror}") from None

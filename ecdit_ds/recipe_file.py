@@ -33,7 +33,7 @@ _MOST_DIGITS = 40
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses repeated keys and reads numbers as YAML 1.2 does."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- as PyYAML declares it
         first: [(tag, pattern) for tag, pattern in rules if tag not in _NUMBERS]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -25,7 +25,7 @@ from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
-from ecdit_ds.durable import make_folders, replace_durably
+from ecdit_ds.durable import make_folders, private_file, replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.slurm.lives import LOGS
@@ -84,9 +84,13 @@ class RunFolder:
         """
         try:
             make_folders(self.path)
-            handle = open(self.path / _OWN_LOCK, "a+", encoding="utf-8")  # noqa: SIM115 -- stays open with the run
+            handle = open(  # noqa: SIM115 -- stays open with the run
+                self.path / _OWN_LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file
+            )
         except OSError as error:
-            raise ConfigError(f"--output {self.path}: {error.strerror}; choose a folder that can be written") from None
+            raise ConfigError(
+                f"--output {error.filename or self.path}: {error.strerror}; choose a folder that can be written"
+            ) from None
         # Just after its launcher was killed, the old life may still be saving.
         is_told = False
         deadline = time.monotonic() + _LOCK_PATIENCE_S

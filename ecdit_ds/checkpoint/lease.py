@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ecdit_ds.durable import put_on_disk
+from ecdit_ds.durable import private_file, put_on_disk
 from ecdit_ds.errors import CheckpointError, StaleAttemptError
 
 LEASE_NAME = ".attempt"
@@ -85,7 +85,7 @@ def is_successor(attempt: str, *, of: str) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[IO[str]]:
-    with open(folder / LEASE_NAME, "a+", encoding="utf-8") as file:
+    with open(folder / LEASE_NAME, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file) as file:
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:

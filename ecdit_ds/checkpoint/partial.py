@@ -19,7 +19,7 @@ from pathlib import Path
 from ecdit_ds.checkpoint import universal
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME
-from ecdit_ds.durable import make_folders, put_on_disk
+from ecdit_ds.durable import make_folders, private_file, put_on_disk
 from ecdit_ds.errors import CheckpointError
 
 _LOCK_NAME, _FILES_NAME = "lock", "files"
@@ -177,7 +177,7 @@ def _is_own_note(name: str) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    descriptor = private_file(str(path), os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

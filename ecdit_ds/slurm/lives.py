@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints, step_of
-from ecdit_ds.durable import make_folders, put_on_disk, replace_durably
+from ecdit_ds.durable import make_folders, own_file, put_on_disk, replace_durably
 from ecdit_ds.errors import CheckpointError, ExitCode
 
 LOGS = "slurm"
@@ -127,7 +127,7 @@ class Ledger:
                     yield Passed(life=str(record["life"]))
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self._path, "ab+") as file:
+        with open(self._path, "ab+", opener=own_file) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 is_cut_off = file.read(1) != b"\n"  # as by a node's death: the next line is not to be lost with it

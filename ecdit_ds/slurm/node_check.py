@@ -28,6 +28,7 @@ import torch.distributed as dist
 import xxhash
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
@@ -241,7 +242,7 @@ def _touch(sign: Path) -> None:
         sign.parent.mkdir(parents=True, exist_ok=True)
         for left in (*sign.parent.glob(".sign-*"), *sign.parent.glob(".speed-*")):  # by a check that was killed
             _remove(left)
-        sign.touch()
+        open_new(sign).close()
     except OSError as error:
         raise ConfigError(f"{sign.parent}: {_node()} cannot write there: {error.strerror}") from None
 
@@ -266,9 +267,8 @@ def _write_speed(path: Path) -> float:
     data = os.urandom(_DISK_BYTES)
     try:
         began = time.perf_counter()
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
+        with open_new(path) as file:
+            write_all(file, data)
             os.fsync(file.fileno())
         seconds = time.perf_counter() - began
         is_same = path.read_bytes() == data

@@ -6,6 +6,16 @@ _TOLD_LINES = 20
 _TAIL_BYTES = 65536
 
 
+def remove_links(logs: Path) -> None:
+    """Remove links that have names of ranks' logs: srun would write through them.
+
+    Raises:
+        OSError: they cannot be removed.
+    """
+    for link in filter(Path.is_symlink, logs.glob("rank_*.log")):
+        link.unlink()
+
+
 def last_words(logs: Path, *, is_why_wanted: bool) -> list[str]:
     """Return why ranks ended, each line once, and where it was said.
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of
 from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, refuse_to_repeat, training_to
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
-from ecdit_ds.slurm.rank_logs import last_words
+from ecdit_ds.slurm.rank_logs import last_words, remove_links
 from ecdit_ds.slurm.scheduler import (
     Job,
     JobState,
@@ -181,6 +181,7 @@ class Life:
         try:
             self._ledger.begin(Beginning(life=job.life, step=step, nodes=job.nodes, ranks=job.num_ranks))
             self._logs.mkdir(exist_ok=True)
+            remove_links(self._logs)
         except OSError as error:
             raise ConfigError(f"{self._ledger.folder}: cannot be written: {error.strerror}; choose another ECDIT_OUTPUT"
                               ) from None  # fmt: skip

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -330,7 +331,7 @@ def test_fields_that_may_change_on_resume_exist_and_leave_the_mathematics_alone(
 
 def _numeric_fields() -> list[tuple[str, str, type]]:
     """Return (section, field, kind of its number) of every number, and list of numbers, that a recipe holds."""
-    found = []
+    found: list[tuple[str, str, type]] = []
     for section in fields(Recipe):
         for spec in fields(section.type) if isinstance(section.type, type) and is_dataclass(section.type) else ():
             kinds = [kind for kind in (int, float) if re.search(rf"\b{kind.__name__}\b", str(spec.type))]
@@ -348,7 +349,8 @@ def test_every_number_of_a_recipe_has_bounds(
     for case in cases:
         if kind is int and name == "seed":
             case = 2**63
-        message = refusal_of(lambda case=case: edited(tiny_recipe, {f"{section}.{name}": [case] if as_list else case}))
+        changes = {f"{section}.{name}": [case] if as_list else case}
+        message = refusal_of(partial(edited, tiny_recipe, changes))
         assert message.startswith(f"{section}.{name}: {case} is"), message
     if kind is float and name != "max_bad":
         not_finite = [math.inf] if as_list else math.inf

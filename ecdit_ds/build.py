@@ -1,6 +1,7 @@
 """From a recipe to a run: everything is built here, once, in the order of `run`; nothing builds itself elsewhere."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.drawing import check_encodable, describe_encoders, encoders_of, runs_encoders
-from ecdit_ds.ending import RunStatus, own_seat
+from ecdit_ds.ending import RunStatus, own_seat, say
 from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.errors import CheckpointError, ExitCode
 from ecdit_ds.faults import faults_from_environment
@@ -300,6 +301,15 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
         BadSampleLines(folder.bad_samples),
-        TensorBoard(folder.tensorboard, progress.step, progress.step - progress.num_updates),
+        *_tensorboard(folder.tensorboard, progress),
         _SampleFiles(folder.samples),
     ]
+
+
+def _tensorboard(folder: Path, progress: Progress) -> list[Callback]:
+    """Return the writer of TensorBoard's files; none where they cannot be written, since metrics.jsonl has it all."""
+    try:
+        return [TensorBoard(folder, progress.step, progress.step - progress.num_updates)]
+    except OSError as error:
+        say(f"warning: {folder}: cannot be written: {error.strerror or error}; training goes on without", sys.stderr)
+        return []

@@ -78,12 +78,14 @@ def open_digit_scenes(
     }
     digest = f"{stable_seed('digit_scenes settings', json.dumps(settings, sort_keys=True)):016x}"
     folder = Path(data.cache_dir) / f"digit_scenes-{digest}"
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():  # raises where the cache may not be searched
             _write_scenes(folder, model, settings, image_encoder, text_encoder)
-        except OSError as error:
-            raise DataError(f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; "
-                            "free space there or set data.cache_dir elsewhere") from None  # fmt: skip
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir {data.cache_dir}: cannot write {folder.name}: {error}; free space there or set "
+            "data.cache_dir elsewhere"
+        ) from None
     return LatentDataset(folder)
 
 

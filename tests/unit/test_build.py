@@ -72,6 +72,18 @@ def test_callbacks_of_a_later_life_begin_at_its_step_with_the_steps_skipped_so_f
     assert [(event.step, event.value) for event in found.Scalars("train/skipped_steps")] == [(10, 3.0)]
 
 
+def test_a_run_whose_tensorboard_cannot_be_written_goes_on_without(
+    tmp_path: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("no folder")
+    callbacks = _callbacks(RunFolder(path=tmp_path), recipe, Progress(step=9, samples_seen=144, num_updates=7))
+    assert [type(callback).__name__ for callback in callbacks] == [
+        "Console", "JsonLines", "BadSampleLines", "_SampleFiles",
+    ]  # fmt: skip
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert str(tmp_path / "tensorboard") in line and "goes on without" in line
+
+
 @pytest.mark.parametrize("rank", range(8))
 def test_each_rank_loads_counts_and_looks_at_what_its_place_says(
     rank: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch

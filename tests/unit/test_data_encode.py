@@ -24,6 +24,7 @@ from ecdit_ds.data.folder import SCHEMA_VERSION
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
+from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
 
 NUM_TRAIN = 300
@@ -358,3 +359,12 @@ def test_an_encoded_set_of_other_shapes_is_refused_with_both(
 def test_a_path_without_effect_is_refused(refusal_of: Callable[[Callable[[], object]], str]) -> None:
     message = refusal_of(lambda: DataConfig(path="somewhere"))
     assert "data.path: somewhere has no effect with data.dataset: digit_scenes" in message
+
+
+def test_a_cache_that_cannot_be_looked_into_is_named(open_set: OpenSet, tmp_path: Path) -> None:
+    """As root may look everywhere, a name that no file system takes stands for a folder that may not be searched."""
+    for cache, why in ((tmp_path / ("x" * 300), "too long"), (tmp_path / "file", "exists")):
+        (tmp_path / "file").touch()
+        data = DataConfig(num_train=4, num_heldout=2, cache_dir=str(cache))
+        with pytest.raises(DataError, match=rf"^data.cache_dir {cache}: cannot write .*{why}.*set data.cache_dir else"):
+            open_set(data=data)

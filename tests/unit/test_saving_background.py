@@ -127,6 +127,15 @@ def test_a_lease_that_was_tidied_away_is_no_takeover(tmp_path: Path) -> None:
     assert save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), lease).is_dir()
 
 
+@pytest.mark.parametrize("held", [b"\xff\xfe\x00", b"12.7\xff.x\n", b"\xc3", b"\x00" * 4096])
+def test_a_lease_that_a_broken_disk_left_is_claimed_by_the_next_start(tmp_path: Path, held: bytes) -> None:
+    (tmp_path / LEASE_NAME).write_bytes(held)
+    lease = claim(tmp_path, "12.0.a")
+    assert (tmp_path / LEASE_NAME).read_bytes() == b"12.0.a\n"
+    with lease.held():
+        pass
+
+
 def test_nobody_claims_while_another_process_publishes(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from ecdit_ds.checkpoint.lease import claim\n"

@@ -11,23 +11,24 @@ Suffixes: B batch, C channels, H, W pixels (of the image or of the latents), T t
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.stored_weights import (
     DIFFUSERS,
+    LOCAL,
     TRANSFORMERS,
     left_over,
     not_in_index,
+    opening,
     refuse_left_over,
     refuse_quantized,
 )
@@ -39,16 +40,12 @@ DEFAULT_TOKENS = 128
 Precision = Literal["fp32", "bf16"]
 """What an encoder computes in; what it returns is fp32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_FAILURES = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
-    AssertionError, SafetensorError,
-)  # fmt: skip
-"""What the libraries raise for files that are missing, damaged, or of another kind."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 _CHUNK_BYTES = 2**24
+_opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -190,7 +187,7 @@ def load_image_encoder(
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
-    with _explained(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
+    with _opening(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
         refuse_quantized(f"image encoder {folder}", folder, DIFFUSERS, DataError)
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
@@ -252,25 +249,24 @@ def load_text_encoder(
 def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Precision) -> _Tower:
     folder = _folder_of(name, "text encoder")
     who = f"text encoder {folder}"
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
-    with _explained(f"{who}: has no tokenizer that can be loaded"):
+    with _opening(f"{who}: has no tokenizer that can be loaded"):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    with _explained(f"{who}: cannot be loaded as a text model from safetensors"):
+    with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
         refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(str(folder), **options)
+        config = AutoConfig.from_pretrained(str(folder), **LOCAL)
         whole, found = text_class(config).from_pretrained(
             str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
+            ignore_mismatched_sizes=True, **LOCAL,
         )  # fmt: skip
         unknown = left_over(whole, config, found["unexpected_keys"], folder)
     model = encoder_of(whole, who)
@@ -290,7 +286,7 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
     )
     kind = type(model).__name__
-    with _explained(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
+    with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
         tower.encode(["a " * tower.limit])  # as long as one can be
     return tower
 
@@ -358,22 +354,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
     return fields if isinstance(fields, dict) else {}
-
-
-@contextmanager
-def _explained(message: str) -> Iterator[None]:
-    """Keep the libraries quiet, and turn what they raise into one line that begins with `message`."""
-    from transformers.utils import logging
-
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except _FAILURES as error:
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"{message} ({cause})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()

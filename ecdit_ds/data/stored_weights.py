@@ -1,4 +1,6 @@
-"""What the files of a frozen model hold that its maker's library would lose without a word.
+"""Files of a frozen model: how they are opened, and what they hold that the library would lose without a word.
+
+Models that are handed over choose nothing: no code of theirs runs, no file of theirs is fetched from anywhere.
 
 `from_pretrained` casts numbers of any kind to the kind asked for, and lets go of what it has no place for. Of weights
 in fp8 or int8 with scales beside, that leaves numbers of another size, and vectors that are far off and look plausible.
@@ -8,14 +10,22 @@ So what may be stored in other kinds, left over, or lie beside is listed here, a
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ecdit_ds.errors import EcditError
 
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Options of every `from_pretrained` of transformers; without the second it would ask on standard input."""
+FAILURES = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
+    AssertionError, SafetensorError,
+)  # fmt: skip
+"""What the libraries raise for files that are missing, damaged, or of another kind."""
 _WHOLE = ("F64", "F32", "F16", "BF16")
 """Kinds of numbers, as safetensors names them, that are weights as they are."""
 _COUNTS = ("I64", "I32", "U8", "BOOL")
@@ -29,6 +39,33 @@ _VARIANT = re.compile(r"\.((fp|bf|int|nf)\d+\w*|ema|non_ema)")
 _SHARD = re.compile(r"-\d+-of-\d+")
 _OTHER_LAYOUTS = re.compile(r"(open_clip|consolidated|sdxl).*")
 """The same weights for other programs, as their makers put them beside."""
+
+
+@contextmanager
+def opening(message: str, error: type[EcditError]) -> Iterator[None]:
+    """Keep the libraries quiet and offline, and turn what they raise into one line that begins with `message`.
+
+    Offline also where a file names what it wants from the hub, as a detector's configuration names its backbone.
+    """
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    verbosity, has_bars, is_offline = (
+        logging.get_verbosity(), logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE,
+    )  # fmt: skip
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except FAILURES as failure:
+        cause = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        raise error(f"{message} ({cause})") from failure
+    finally:
+        constants.HF_HUB_OFFLINE = is_offline
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,26 +7,22 @@ is one of which the files hold more than the model takes, such as the scales of 
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-from ecdit_ds.data.stored_weights import TRANSFORMERS, left_over, refuse_left_over, refuse_quantized
+from ecdit_ds.data.stored_weights import LOCAL, TRANSFORMERS, left_over, opening, refuse_left_over, refuse_quantized
 from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")
-
-_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What `from_pretrained` raises for files that are missing, damaged, or of another kind."""
+_opening = partial(opening, error=EvaluationError)
 
 
 def read_config(name: str, *, purpose: str) -> Any:
@@ -47,21 +43,21 @@ def read_config(name: str, *, purpose: str) -> Any:
         raise EvaluationError(
             f"{purpose} {name}: no model folder, since it has no config.json; save_pretrained makes one"
         )
-    with _explained(f"{purpose} {name}: neither a model folder nor a model of the local hub cache"):
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+    with _opening(f"{purpose} {name}: neither a model folder nor a model of the local hub cache"):
+        return AutoConfig.from_pretrained(name, **LOCAL)
 
 
 def load_image_processor(name: str, *, purpose: str) -> Any:
     """Return what turns pictures into a model's input; raise EvaluationError where the model has none."""
-    with _explained(f"{purpose} {name}: has no image processor (preprocessor_config.json), so it cannot see pictures"):
-        return AutoImageProcessor.from_pretrained(name, local_files_only=True, backend="pil")
+    with _opening(f"{purpose} {name}: has no image processor (preprocessor_config.json), so it cannot see pictures"):
+        return AutoImageProcessor.from_pretrained(name, **LOCAL, backend="pil")
 
 
 def load_tokenizer(name: str, *, purpose: str) -> Any:
     """Return what turns captions into a model's input; raise EvaluationError where the model has none."""
     message = f"{purpose} {name}: has no tokenizer (tokenizer.json), so it cannot read captions"
-    with _explained(message):
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    with _opening(message):
+        tokenizer = AutoTokenizer.from_pretrained(name, **LOCAL)
     # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
     if not set(tokenizer("a")["input_ids"]) - set(tokenizer.all_special_ids):
         raise EvaluationError(message)
@@ -89,11 +85,11 @@ def load_model(
         EvaluationError: no safetensors, a parameter is missing or of another shape, weights are quantised, or some of
             the files' have no place in the model.
     """
-    with _explained(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
+    with _opening(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
         folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
         refuse_quantized(f"{purpose} {name}", folder, TRANSFORMERS, EvaluationError)
         model, found = auto_class.from_pretrained(
-            name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            name, **LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
         unknown = left_over(model, read_config(name, purpose=purpose), found["unexpected_keys"], folder)
@@ -165,20 +161,3 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _explained(message: str) -> Iterator[None]:
-    """Keep transformers quiet, and turn what it raises into one line that begins with `message`."""
-    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except _FAILURES as error:
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise EvaluationError(f"{message} ({cause})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if has_bars:
-            transformers_logging.enable_progress_bar()

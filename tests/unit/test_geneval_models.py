@@ -1,5 +1,6 @@
 """Detectors and the namer of colours, tiny and random, from their folders to a summary."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from ecdit_ds.evaluation.clip import Clip, load_clip
+from ecdit_ds.evaluation.features import load_feature_model
 from ecdit_ds.evaluation.geneval import COLOURS, DetectedObject, GenevalPrompt, GenevalRules, Requirement, summarize
 from ecdit_ds.evaluation.geneval_models import (
     ColourNamer,
@@ -186,3 +188,69 @@ def test_what_finds_no_objects_is_refused(tmp_path: Path, refusal_of: Refusal) -
         message = refusal_of(lambda name=name: load_detector(name, device=CPU))  # type: ignore[misc]
         assert message.startswith("object detector")
         assert reason in message
+
+
+EVIL = {
+    "config.json": {"model_type": "novelty", "auto_map": {
+        f"Auto{kind}": f"evil.{kind}" for kind in ("Config", "Model", "ModelForObjectDetection")
+    }},
+    "preprocessor_config.json": {
+        "image_processor_type": "Novelty", "auto_map": {"AutoImageProcessor": "evil.ImageProcessor"},
+    },
+    "tokenizer_config.json": {
+        "tokenizer_class": "Novelty", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
+    },
+}  # fmt: skip
+"""File -> what makes transformers ask whether it may run the folder's code."""
+
+
+@pytest.mark.parametrize("file", EVIL)
+@pytest.mark.parametrize("judge", ["detector", "clip", "features"])
+def test_no_code_of_a_judges_folder_is_run_whatever_standard_input_says(
+    judge: str, file: str, tmp_path: Path, refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, load = {
+        "detector": (save_yolos, load_detector), "clip": (save_clip, load_clip),
+        "features": (save_vit, load_feature_model),
+    }[judge]  # fmt: skip
+    folder = save(tmp_path / "judge")
+    told = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(told | EVIL[file]))
+    for stale in ("processor_config.json", "tokenizer.json") if file != "config.json" else ():
+        (folder / stale).unlink(missing_ok=True)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    asked: list[str] = []
+
+    def answer(prompt: str = "") -> str:
+        asked.append(prompt)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    reads_words = judge == "clip"
+    if file == "tokenizer_config.json" and not reads_words:
+        load(str(folder), device=CPU)
+    else:
+        assert str(folder) in refusal_of(lambda: load(str(folder), device=CPU))
+    assert (asked, (tmp_path / "ran").exists()) == ([], False)
+
+
+def test_a_detectors_files_do_not_choose_what_is_fetched(
+    tmp_path: Path, refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of such a configuration transformers asks the hub whether it has the backbone, and reads it there."""
+    folder = save_yolos(tmp_path / "detector")
+    told = json.loads((folder / "config.json").read_text())
+    changes = {
+        "model_type": "detr", "architectures": ["DetrForObjectDetection"], "backbone": "somebody/backbone",
+        "use_timm_backbone": False, "backbone_config": None,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(told | changes))
+    sought: list[object] = []
+
+    def seek(host: object, *_: object, **__: object) -> None:
+        sought.append(host)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", seek)
+    assert "somebody/backbone" in refusal_of(lambda: load_detector(str(folder), device=CPU))
+    assert sought == []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from einops import rearrange
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
-from ecdit_ds.data.folder import SCHEMA_VERSION
+from ecdit_ds.data.folder import SCHEMA_VERSION, checksum_of
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
@@ -62,6 +63,16 @@ class FourPixelCodec(PixelCodec):
         """Return latents_B4HW."""
         pooled = torch.nn.functional.avg_pool2d(images_B3HW, 2)
         return torch.cat([pooled, pooled.mean(dim=1, keepdim=True)], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherWords(WordEncoder):
+    """An encoder of the same sizes and of another name."""
+
+    @property
+    def identity(self) -> str:
+        """Its name."""
+        return "other words"
 
 
 @pytest.fixture
@@ -145,19 +156,23 @@ def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_width": 24}, {"image_encoder": FourPixelCodec()}],
+    [
+        {"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_height": 24}, {"latent_width": 24},
+        {"image_encoder": FourPixelCodec()}, {"image_encoder": PixelCodec(scaling_factor=2.0)},
+        {"text_encoder": OtherWords(embed_dim=6, max_tokens=10)},
+    ],
     ids=lambda change: next(iter(change)),
-)
+)  # fmt: skip
 def test_every_setting_that_matters_has_a_folder_of_its_own(
     open_set: OpenSet, model: ModelConfig, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     open_set()
     if "num_train" in change:
         change = {"data": DataConfig(num_train=5, cache_dir=str(tmp_path / "cache"))}
-    elif "latent_width" in change:
-        change = {"model": replace(model, latent_width=24)}
-    elif "image_encoder" in change:
+    elif isinstance(change.get("image_encoder"), FourPixelCodec):
         change |= {"model": replace(model, in_channels=4)}
+    elif next(iter(change)).startswith("latent"):
+        change = {"model": replace(model, **change)}
     open_set(**change)
     assert len(folders(tmp_path)) == 2
 
@@ -250,6 +265,36 @@ def test_damage_is_named_with_its_file_and_the_folder_to_delete(
 
     shutil.rmtree(folder)
     assert torch.equal(open_set()[0].latents_CHW, before.latents_CHW)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"file": name} for name in ("../other/shard-00000.arrow", "/shard-00000.arrow", "a/b", "", ".", "..")),
+        {"bucket": -1}, {"bucket": 1}, {"count": 0}, {"count": NUM_TRAIN - 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_index_that_names_a_shard_elsewhere_or_miscounts_is_none(
+    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, Any]
+) -> None:
+    open_set()
+    (folder,) = folders(tmp_path)
+    shutil.copytree(folder, folder.with_name("other"))
+
+    def damage(index: dict[str, Any]) -> None:
+        index["shards"][0] |= change
+        if change == {"count": 0}:
+            index["count"] = 0
+
+    _change_index(folder / "index.json", damage)
+    assert "is no index of an encoded set" in refusal_of(lambda: LatentDataset(folder))
+
+
+def test_a_checksum_is_that_of_the_whole_of_a_large_file(tmp_path: Path) -> None:
+    content = bytes(5 << 20) + b"its end"
+    (tmp_path / "large").write_bytes(content)
+    assert checksum_of(tmp_path / "large") == xxhash.xxh3_64_hexdigest(content)
 
 
 def test_a_process_killed_while_writing_leaves_nothing_that_is_read(open_set: OpenSet, tmp_path: Path) -> None:

@@ -160,6 +160,65 @@ def test_a_listed_picture_that_came_later_makes_another_source(folder: Path) -> 
     assert open_source(str(path), unit_samples=3).fingerprint != before
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.jsonl", "metadata.csv"])
+def test_a_caption_of_a_list_that_was_edited_makes_another_source(folder: Path, name: str) -> None:
+    def fingerprint(table: list[dict[str, Any]]) -> str:
+        if name.endswith(".jsonl"):
+            (folder / name).write_text("\n".join(map(json.dumps, table)))
+        else:
+            write_csv(folder / name, table, delimiter="\t" if name.endswith(".tsv") else ",")
+        return open_source(str(folder if "metadata" in name else folder / name), unit_samples=3).fingerprint
+
+    before, edited = fingerprint(rows()), rows()
+    edited[-1]["caption"] = "part 9 of a photograph"
+    assert fingerprint(edited) != before == fingerprint(rows())
+    assert fingerprint([rows()[1], rows()[0], *rows()[2:]]) != before
+
+
+def test_of_many_files_every_one_counts_for_what_a_source_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_source(str(folder), unit_samples=3).fingerprint
+    monkeypatch.setattr("ecdit_ds.data.source._STAMPS_AT_ONCE", 2)  # the last of several parts, and a part not full
+    assert open_source(str(folder), unit_samples=3).fingerprint == before
+    for path in sorted(folder.rglob("*.*")):
+        (folder / "z" / "6.jpg").touch()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        now = open_source(str(folder), unit_samples=3).fingerprint
+        assert now != before, path
+        before = now
+
+
+@pytest.mark.parametrize("kind", ["list", "link", "tar", "parquet", "saved"])
+def test_a_folder_beside_whose_name_begins_alike_is_outside(
+    folder: Path, tmp_path: Path, refusal_of: Refusal, kind: str
+) -> None:
+    private = tmp_path / f"{folder.name}-private"
+    table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+    table.save_to_disk(str(private))
+    (private / "0.jpg").write_bytes(JPEGS[0])
+    write_tar(private / "a.tar", members())
+    pq.write_table(table.data.table, private / "a.parquet")
+    if kind == "list":
+        path = write_csv(folder / "list.csv", [{"path": f"../{private.name}/0.jpg", "caption": "stolen"}])
+        assert causes(read_all(path)[1]) == [("outside the source", f"../{private.name}/0.jpg")]
+    elif kind == "link":
+        (folder / "0.jpg").unlink()
+        (folder / "0.jpg").symlink_to(private / "0.jpg")
+        assert causes(read_all(folder)[1]) == [("outside the source", "0")]
+    elif kind == "saved":
+        saved = tmp_path / "sets"
+        table.save_to_disk(str(saved))
+        private.rename(tmp_path / "sets-private")
+        state = json.loads((saved / "state.json").read_text())
+        state["_data_files"][0]["filename"] = f"../sets-private/{state['_data_files'][0]['filename']}"
+        (saved / "state.json").write_text(json.dumps(state))
+        assert "outside" in refusal_of(lambda: read_all(saved))
+    else:
+        for path in folder.rglob("*.*"):
+            path.unlink()
+        (folder / f"a.{kind}").symlink_to(private / f"a.{kind}")
+        assert f"is a link out of {folder}" in refusal_of(lambda: read_all(folder))
+
+
 def rows() -> list[dict[str, Any]]:
     """Return a list of the folder's pictures."""
     return [{"path": f"{'z/' if i > 4 else ''}{i}.jpg", "caption": CAPTIONS[i]} for i in range(7)]
@@ -327,6 +386,15 @@ def test_a_zeroed_header_is_no_end(tmp_path: Path) -> None:
     good, bad = read_all(path)
     assert len(good) == 6
     assert "damaged archive" in dict(causes(bad))
+
+
+def test_damage_behind_more_zeros_than_are_read_at_once_is_found(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", members()).read_bytes()
+    start, zeros = 2 * 512 + -(-len(JPEGS[0]) // 512) * 512 + 512, bytes(3 << 20)  # after the first sample
+    (tmp_path / "a.tar").write_bytes(whole[:start] + zeros + whole[start:])
+    good, bad = read_all(tmp_path / "a.tar")
+    assert_all_there(good)
+    assert [one.cause for one in bad] == ["damaged archive"]
 
 
 def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:

@@ -523,6 +523,27 @@ def test_what_shapes_a_set_is_the_same_for_all_of_it(
     assert f"({what}" in refusal_of(lambda: encode_corpus(changed))
 
 
+def test_a_plan_is_another_one_with_whatever_shapes_a_set(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    changed = [
+        replace(job, source=replace(job.source, **{name: other}))  # type: ignore[type-var]
+        for name, other in (("kind", "another"), ("fingerprint", "0"), ("units", job.source.units[:1]))
+    ]
+    changed += [
+        replace(job, encoding=replace(job.encoding, **{name: other}))
+        for name, other in (("sizes", ((8, 16),)), ("dtype", "bfloat16"), ("has_text", False), ("batch_size", 4))
+    ]
+    changed += [
+        replace(job, image_facts={"identity": "another"}), replace(job, text_facts={"identity": "another"}),
+        replace(job, settings={"more": 1}),
+    ]  # fmt: skip
+    plans = [job.plan, *(one.plan for one in changed)]
+    for name in ("SCHEMA_VERSION", "DECODING"):
+        monkeypatch.setattr(corpus, name, getattr(corpus, name) + 1)
+        plans.append(job.plan)
+    assert len({json.dumps(plan) for plan in plans}) == len(plans)
+
+
 def test_nothing_outside_the_set_is_written(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:
     before = sorted(pictures.iterdir())
     encode_corpus(make_job())

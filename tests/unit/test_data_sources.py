@@ -185,6 +185,8 @@ def test_of_many_files_every_one_counts_for_what_a_source_is(folder: Path, monke
         now = open_source(str(folder), unit_samples=3).fingerprint
         assert now != before, path
         before = now
+    (folder / "deep").symlink_to(folder / "z")
+    assert open_source(str(folder), unit_samples=3).fingerprint != before
 
 
 @pytest.mark.parametrize("kind", ["list", "link", "tar", "parquet", "saved"])

@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from ecdit_ds.data import corpus
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.columns import LatentSums
 from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding, UnitRecord, read_record
+from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, _Output, read_record
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
@@ -254,6 +256,28 @@ def test_what_is_chosen_changed_or_passed_over_has_its_line_in_the_report(make_j
     stored = job.encoding.image_encoder.decode(LatentDataset(job.destination)[0].latents_CHW[None])
     truth = in_srgb(np.asarray(image), P3_TO_SRGB, SRGB_CURVE)
     assert np.abs((stored[0].permute(1, 2, 0).numpy() + 1) * 127.5 - truth).max() <= 1.01
+
+
+def test_a_report_counts_all_that_is_bad_and_names_the_first_of_each_cause() -> None:
+    record = UnitRecord(
+        unit=0, shards=(), latents_shapes={}, sums=LatentSums(), bad_counts={"no image": 30, "no caption": 1},
+        bad_names={"no image": [str(i) for i in range(15)], "no caption": ["x"]}, converted={"grey": 2},
+        ignored={".md": 1},
+    )  # fmt: skip
+    later = replace(record, unit=1, bad_names={"no image": [str(i) for i in range(15, 30)], "no caption": ["y"]})
+    report = corpus._report_of([record, later, record], {".md": 4, ".py": 5})
+    assert report == {
+        "samples": 0, "left_out": 3 * 31, "converted": {"grey": 6}, "ignored_files": {".md": 7, ".py": 5},
+        "causes": {
+            "no caption": {"count": 3, "names": ["x", "y", "x"]},
+            "no image": {"count": 90, "names": [str(i) for i in range(MAX_NAMES)]},
+        },
+    }  # fmt: skip
+    output = _Output()
+    for i in range(MAX_NAMES + 5):
+        output.leave_out(BadSample(cause="damaged row", name=str(i), samples=2))
+    assert output.counts == {"damaged row": 2 * (MAX_NAMES + 5)}
+    assert output.names == {"damaged row": [str(i) for i in range(MAX_NAMES)]}
 
 
 def test_half_a_set_that_was_decoded_otherwise_is_not_gone_on_with(

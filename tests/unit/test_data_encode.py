@@ -21,7 +21,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
-from ecdit_ds.data.folder import SCHEMA_VERSION, checksum_of
+from ecdit_ds.data.folder import SCHEMA_VERSION, checksum_of, publish_set
 from ecdit_ds.data.scene_set import open_digit_scenes
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
@@ -324,6 +324,16 @@ def test_the_slower_of_two_writers_takes_the_folder_of_the_faster(open_set: Open
     slower = open_set(image_encoder=CodecWithEvent(event=open_set))
     assert len(folders(tmp_path)) == 1
     assert torch.equal(slower[299].latents_CHW, open_set()[299].latents_CHW)
+
+
+def test_what_is_in_the_place_of_a_set_and_is_none_is_not_taken_for_it(tmp_path: Path) -> None:
+    draft, place = tmp_path / "draft", tmp_path / "place"
+    for folder, name in ((draft, "index.json"), (place, "notes.txt")):
+        folder.mkdir()
+        (folder / name).write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        publish_set(draft, place)
+    assert (draft / "index.json").read_text() == (place / "notes.txt").read_text() == "mine"
 
 
 def test_a_cache_that_cannot_be_written_is_named(

@@ -129,19 +129,22 @@ def test_links_within_a_folder_are_read(folder: Path) -> None:
 def test_a_source_that_was_edited_to_the_same_size_is_another_one(folder: Path, tmp_path: Path, kind: str) -> None:
     table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
     if kind == "saved":
-        table.save_to_disk(str(tmp_path / "saved"))
+        table.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    for of_kind in ("tar", "parquet"):
+        (tmp_path / of_kind).mkdir()
     place, edited = {
         "folder": (folder, [folder / "2.txt", folder / "z" / "5.jpg"]),
         "list": (folder / "list.csv", [folder / "3.jpg"]),
         "metadata": (folder, [folder / "3.jpg"]),
-        "tar": (tmp_path / "a.tar", [tmp_path / "a.tar"]),
-        "parquet": (tmp_path / "a.parquet", [tmp_path / "a.parquet"]),
+        "tar": (tmp_path / "tar", [tmp_path / "tar" / "a.tar", tmp_path / "tar" / "b.tar"]),
+        "parquet": (tmp_path / "parquet", [tmp_path / "parquet" / "a.parquet", tmp_path / "parquet" / "b.parquet"]),
         "saved": (tmp_path / "saved", list((tmp_path / "saved").glob("*.arrow"))),
     }[kind]
     if kind in ("list", "metadata"):
         write_csv(folder / f"{kind}.csv", rows())
-    write_tar(tmp_path / "a.tar", members())
-    pq.write_table(table.data.table, tmp_path / "a.parquet")
+    for name in ("a", "b"):
+        write_tar(tmp_path / "tar" / f"{name}.tar", members())
+        pq.write_table(table.data.table, tmp_path / "parquet" / f"{name}.parquet")
     fingerprint = open_source(str(place), unit_samples=3).fingerprint
     assert open_source(str(place), unit_samples=3).fingerprint == fingerprint and edited
     for path in edited:
@@ -399,6 +402,20 @@ def test_damage_behind_more_zeros_than_are_read_at_once_is_found(tmp_path: Path)
     assert [one.cause for one in bad] == ["damaged archive"]
 
 
+def test_a_member_that_a_disk_does_not_give_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract = tarfile.TarFile.extractfile
+
+    def fail(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Any:
+        if info.name == "0001.jpg":
+            raise OSError("an error of input or output")
+        return extract(tar, info)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", fail)
+    good, bad = read_all(write_tar(tmp_path / "a.tar", members(0, 3)))
+    assert [sample.key for sample in good] == ["a.tar/0000", "a.tar/0002"]
+    assert causes(bad) == [("damaged archive", "a.tar/0001.jpg"), ("no image", "a.tar/0001")]
+
+
 def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members())
     with tarfile.open(path) as tar:
@@ -545,6 +562,15 @@ def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.Monk
     rows = datasets.Dataset.from_dict({"image": ["/etc/hostname"], "text": ["stolen"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
     assert causes(read_all("owner/photographs")[1]) == [("outside the source", "row-0")]
+
+
+def test_other_rows_of_the_hub_under_the_same_name_are_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [datasets.Dataset.from_dict({"image": JPEGS[:2], "text": list(words)}) for words in ("ab", "ab", "ac")]
+    found = []
+    for rows in tables:
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
+        found.append(open_source("owner/photographs", unit_samples=3).fingerprint)
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_dataset_that_names_files_elsewhere_is_refused(
@@ -894,6 +920,10 @@ def test_bytes_in_a_table_are_taken_whatever_their_path_was(tmp_path: Path) -> N
     pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:3]}), tmp_path / "a.parquet")
     good, bad = read_all(tmp_path / "a.parquet")
     assert [sample.content for sample in good] == JPEGS[:3] and bad == []
+    (tmp_path / "0.jpg").write_bytes(JPEGS[0])
+    cells = [{"bytes": b"", "path": "0.jpg"}, {"bytes": None, "path": "0.jpg"}]
+    pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:2]}), tmp_path / "a.parquet")
+    assert [sample.content for sample in read_all(tmp_path / "a.parquet")[0]] == [b"", JPEGS[0]]
 
 
 def test_a_space_after_the_comma_is_no_part_of_a_path(folder: Path) -> None:

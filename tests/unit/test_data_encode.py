@@ -22,10 +22,11 @@ from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.folder import SCHEMA_VERSION, checksum_of, publish_set
-from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data.scene_set import is_of_digit_scenes, open_digit_scenes
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.model_config import ModelConfig
+from tests.helpers.made_sets import write_set
 
 NUM_TRAIN = 300
 """More than are encoded at a time, so that sets have a second part."""
@@ -408,6 +409,30 @@ def test_an_encoded_set_of_other_shapes_is_refused_with_both(
     recipe = replace(encoded_recipe, model=replace(model, **change))
     message = refusal_of(lambda: open_split(recipe, "train", None))
     assert all(part in message for part in parts)
+
+
+def test_a_model_is_of_digit_scenes_where_all_of_its_sets_and_both_encoders_are(
+    open_set: OpenSet, model: ModelConfig, tmp_path: Path
+) -> None:
+    open_set()
+    (scenes,) = map(str, folders(tmp_path))
+    other, gone = str(write_set(tmp_path / "other", [((3, 16, 16), 2)])), str(tmp_path / "gone")
+    own = {"image": {"identity": PixelCodec().identity},
+           "text": {"identity": WordEncoder(embed_dim=6, max_tokens=10).identity}}  # fmt: skip
+
+    def judge(*paths: str, encoders: Any = own, **changes: Any) -> bool | None:
+        data = DataConfig(dataset="encoded", path=paths, **changes) if paths else DataConfig()
+        return is_of_digit_scenes(data, model, encoders)
+
+    assert judge() and judge(scenes) and judge(scenes, encoders=None) and judge(encoders=None)
+    assert judge(other) is judge(scenes, other) is judge(other, scenes) is judge(other, encoders=None) is False
+    assert judge(scenes, encode="online") is False
+    assert judge(gone) is judge(scenes, gone) is True, "the encoders decide where a set is not there any more"
+    assert judge(gone, encoders=None) is judge(scenes, gone, encoders=None) is None
+    assert judge(other, gone, encoders=None) is False
+    for what in own:
+        for changed in ({"identity": "other"}, None, "words", {}):
+            assert judge(encoders=own | {what: changed}) is judge(scenes, encoders=own | {what: changed}) is False
 
 
 def test_a_path_without_effect_is_refused(refusal_of: Callable[[Callable[[], object]], str]) -> None:

@@ -133,6 +133,16 @@ def test_raw_files_go_through_the_factors_of_the_same_pictures_encoded(recipe: R
     assert torch.equal(finished, latents_of(heldout).float())
 
 
+@pytest.mark.parametrize("weights", [(), (1.0, 3.0)])
+def test_several_raw_sources_are_normalised_as_the_same_pictures_encoded(
+    recipe: Recipe, tmp_path: Path, weights: tuple[float, ...]
+) -> None:
+    both = {"weights": weights, "heldout_path": None}
+    encoded = with_data(recipe, path=(str(tmp_path / "train"), str(tmp_path / "heldout")), **both)
+    raw = with_data(recipe, path=(str(tmp_path / "pictures"), str(tmp_path / "more")), encode="online", **both)
+    assert encoders_of(raw)[0].identity == encoders_of(encoded)[0].identity != encoders_of(recipe)[0].identity
+
+
 def test_of_many_raw_files_some_are_looked_at(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecdit_ds.data.raw_set.MAX_MEASURED", 3)
     read: list[int] = []

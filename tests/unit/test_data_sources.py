@@ -715,8 +715,12 @@ def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_pat
     good, bad = read_all(folder / "list.jsonl")
     assert [sample.caption for sample in good] == ["one"]
     assert causes(bad) == [("name given twice", "list.jsonl line 2 ('text')")]
-    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())])
-    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0 ('text')")]
+    parts = [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())]
+    parts += [("1.jpg", JPEGS[1]), ("1.json", b'{"text": "of an object that says all there is", "id": 1, "id": 2}')]
+    path = write_tar(tmp_path / "a.tar", parts)
+    assert causes(read_all(path)[1]) == [
+        ("name given twice", "a.tar/0 ('text')"), ("name given twice", "a.tar/1 ('id')")
+    ]  # fmt: skip
 
 
 def test_a_list_of_which_no_line_can_be_read_is_refused_with_the_reason(folder: Path, refusal_of: Refusal) -> None:

@@ -554,8 +554,13 @@ def test_a_plan_is_another_one_with_whatever_shapes_a_set(make_job: MakeJob, mon
         for name, other in (("kind", "another"), ("fingerprint", "0"), ("units", job.source.units[:1]))
     ]
     changed += [
-        replace(job, encoding=replace(job.encoding, **{name: other}))
-        for name, other in (("sizes", ((8, 16),)), ("dtype", "bfloat16"), ("has_text", False), ("batch_size", 4))
+        replace(job, encoding=encoding)
+        for encoding in (
+            replace(job.encoding, sizes=((8, 16),)),
+            replace(job.encoding, dtype="bfloat16"),
+            replace(job.encoding, has_text=False),
+            replace(job.encoding, batch_size=4),
+        )
     ]
     changed += [
         replace(job, image_facts={"identity": "another"}), replace(job, text_facts={"identity": "another"}),

@@ -119,6 +119,7 @@ def test_samples_are_the_encoded_scenes_in_the_order_asked(open_set: OpenSet) ->
     assert torch.equal(batch.text_pooled_BD, text.pooled_BD)
     assert batch.captions == tuple(scene.caption for scene in scenes)
     assert batch.stream_index_B.tolist() == [5, 4, 3, 2, 1]
+    assert [dataset.name_of(i) for i in indices] == [f"train-{i}" for i in indices]
 
 
 def test_a_single_sample_is_the_row_of_a_batch(open_set: OpenSet) -> None:

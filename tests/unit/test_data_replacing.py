@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from ecdit_ds.data.causes import BadSample, Replaced
+from ecdit_ds.data.causes import BadSample, Cause, Replaced
 from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
@@ -215,7 +215,7 @@ def test_what_encoders_spoil_is_replaced_by_the_next_good_one_of_the_micro_batch
             assert torch.equal(getattr(after, name)[place], getattr(before, name)[chosen]), (place, name)
         told, earlier = after.replaced.get(place, ()), before.replaced.get(place, ())
         assert told[: len(earlier)] == earlier
-        cause = "text without a token" if what == "text_mask_BT" else "not finite"
+        cause: Cause = "text without a token" if what == "text_mask_BT" else "not finite"
         new = Replaced(
             position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause
         )  # fmt: skip

@@ -925,8 +925,8 @@ def test_bytes_in_a_table_are_taken_whatever_their_path_was(tmp_path: Path) -> N
     good, bad = read_all(tmp_path / "a.parquet")
     assert [sample.content for sample in good] == JPEGS[:3] and bad == []
     (tmp_path / "0.jpg").write_bytes(JPEGS[0])
-    cells = [{"bytes": b"", "path": "0.jpg"}, {"bytes": None, "path": "0.jpg"}]
-    pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:2]}), tmp_path / "a.parquet")
+    paths = [{"bytes": b"", "path": "0.jpg"}, {"bytes": None, "path": "0.jpg"}]
+    pq.write_table(pa.table({"image": paths, "text": CAPTIONS[:2]}), tmp_path / "a.parquet")
     assert [sample.content for sample in read_all(tmp_path / "a.parquet")[0]] == [b"", JPEGS[0]]
 
 

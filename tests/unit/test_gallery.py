@@ -297,9 +297,7 @@ def test_all_that_is_drawn_with_is_told(brush: Brush) -> None:
         replace(renewing, guidance_interval=(0.2, 0.9)), replace(renewing, capacity_factor=1.0),
     ]  # fmt: skip
     brushes = [replace(brush, sample=sample) for sample in samples]
-    brushes += [
-        replace(brush, **{name: other}) for name, other in (("negative_prompt", ""), ("height", 8), ("width", 8))
-    ]
+    brushes += [replace(brush, negative_prompt=""), replace(brush, height=8), replace(brush, width=8)]
     told = [gallery._settings(one, FACTS) for one in brushes] + [gallery._settings(brush, {"step": 9})]
     assert len({json.dumps(one, sort_keys=True) for one in told}) == len(told)
     assert gallery._settings(replace(brush, sample=replace(brush.sample, prompts=("a",))), FACTS) == told[0]

@@ -528,6 +528,9 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert message.startswith(f"{tmp_path / 'set'}: the source has changed since") and "restore the source" in message
     (tmp_path / "taken").mkdir()
     assert "no encoded set" in refusal_of(lambda: encode_corpus(make_job(destination=tmp_path / "taken")))
+    asked = make_job(destination=tmp_path / "asked", settings={"image_column": "other"})
+    encode_corpus(asked)
+    assert "(image_column: other, not None)" in refusal_of(lambda: encode_corpus(replace(asked, settings={})))
 
 
 @pytest.mark.parametrize("is_whole", [False, True])

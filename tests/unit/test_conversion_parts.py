@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -308,7 +309,50 @@ def test_an_average_of_the_weights_is_read_box_by_box_from_the_weights() -> None
     assert set(average.tensors) == {"weight/a", "exp_avg/a", "ema/a"}
     for kind, start in (("weight", 0), ("ema", 0), ("exp_avg", 50)):
         assert torch.equal(average.read(f"{kind}/a", Box((1, 0), (2, 3))), rows(4, 3, start=start)[1:3]), kind
-    assert average.identity != source.identity
+
+
+def test_what_a_conversion_goes_on_from_is_known_by_its_content_and_by_what_was_made_of_it(
+    tmp_path: Path, tiny_recipe: Recipe
+) -> None:
+    found: list[list[str]] = []
+    other = replace(tiny_recipe, train=replace(tiny_recipe.train, seed=tiny_recipe.train.seed + 1))
+    for name in ("first", "second"):
+        dense = replace(dense_source(tiny_recipe), identity=[name])
+        made = [dense, WithAverage(dense), *(upcycled(dense, recipe) for recipe in (tiny_recipe, other))]
+        found += [source.identity for source in (*made, upcycled(WithAverage(dense), tiny_recipe))]
+    for number, (names, meta) in enumerate(itertools.product(("ab", "ac"), ({}, {"samples_seen": 1}))):
+        source = Held({f"ema/{name}": rows(4) for name in names}, meta=meta)
+        plan, folder = plan_files(source, list(source.tensors), 1, None), tmp_path / str(number) / "step_5"
+        convert_to_ecdit(source, folder, plan, lambda nbytes: None)
+        found.append(EcditSource(folder).identity)
+        if not meta:
+            folder, plan = tmp_path / names, plan_safetensors(source, "ema", 16, None)
+            convert_to_safetensors(source, folder, "ema", plan, lambda nbytes: None)
+            for moment in (1, 2):  # of the last file, whose content nobody can compare
+                for file in sorted(folder.glob("*.safetensors")):
+                    os.utime(file, ns=(moment, moment if file.name.startswith("model-00002") else 1))
+                found.append(SafetensorsSource(folder).identity)
+    assert len({tuple(identity) for identity in found}) == len(found) == 18
+
+
+@pytest.mark.parametrize("what", ["universal", "zero"])
+def test_a_folder_of_deepspeeds_is_known_by_all_its_files(universal: Path, tmp_path: Path, what: str) -> None:
+    if what == "zero":
+        universal = tmp_path
+        write_zero_folder(universal)
+    recipe: Any = RecipeStub()
+    facts = ModelFacts(recipe=recipe, shapes=SHAPES, cut_axes=AXES.__getitem__)
+
+    def identity() -> tuple[str, ...]:
+        source = UniversalSource(universal, None) if what == "universal" else ZeroSource(universal, facts)
+        return tuple(source.identity)
+
+    first, *_, last = sorted(universal.glob("zero/*/[ef]*.pt" if what == "universal" else "*_optim_states.pt"))
+    found = {identity(), identity()}
+    for file in (first, last):
+        os.utime(file, ns=(1, 1))
+        found.add(identity())
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,13 @@ def _write_with_pickle(path: Path, text: bytes) -> None:
     write_torch_file(path, 1)
     _rewrite(path, "data.pkl", text)
     assert pickle.PROTO == b"\x80"
+
+
+def test_a_file_is_known_by_its_name_its_time_and_its_content(path: Path) -> None:
+    def identity(name: str = path.name, moment: int = 1, value: float = 1.0) -> str:
+        write_torch_file(path.with_name(name), torch.full((3,), value))
+        os.utime(path.with_name(name), ns=(moment, moment))
+        return TorchFile(path.with_name(name)).identity
+
+    assert identity() == identity()
+    assert len({identity(), identity(name="y.pt"), identity(moment=2), identity(value=2.0)}) == 4

@@ -233,3 +233,17 @@ def test_a_rank_updates_its_part_of_an_expert_among_its_copies_and_of_the_rest_a
     experts = deepspeed_moe.DeepSpeedExperts(4, 3, 2, activation="gelu", ep=Share(index=1, count=4))
     assert {deepspeed_moe.part_of(parameter) for parameter in experts.parameters()} == {Share(index=1, count=2)}
     assert deepspeed_moe.part_of(torch.nn.Parameter(torch.ones(1))) == Share(index=5, count=8)
+
+
+def test_expert_groups_are_made_beside_tensor_groups_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, made = deepspeed_moe.groups, list[Any]()
+    monkeypatch.setattr(groups, "mpu", "of an earlier grid")
+    monkeypatch.setattr(groups, "_create_expert_and_data_parallel", lambda *asked: made.append((groups.mpu, *asked)))
+    monkeypatch.setattr(
+        groups, "_create_expert_data_and_model_parallel", lambda *asked: made.append((groups.mpu, *asked))
+    )
+    monkeypatch.setattr(groups, "_get_expert_parallel_group", lambda name: name)
+    assert [deepspeed_moe.create_expert_groups(2), deepspeed_moe.create_expert_groups(4, "tensor groups")] == [
+        "ep_size_2", "ep_size_4",
+    ]  # fmt: skip
+    assert made == [(None, 2), ("tensor groups", 4, "tensor groups")]

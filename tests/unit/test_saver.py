@@ -25,7 +25,7 @@ from ecdit_ds.faults import Fault, Faults
 from ecdit_ds.parallel.sharding import ShardSpec
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress, check_same_data, load_snapshot, pieces_of, progress_of
+from ecdit_ds.snapshot import Progress, check_same_data, load_snapshot, pieces_of, progress_of, rejection_of
 from tests.conftest import MakeRecipe
 
 SHAPES = {"a.weight": (4, 3), "b.weight": (2, 3, 2), "c.bias": (5,)}
@@ -364,6 +364,24 @@ def test_a_run_goes_on_from_whole_counts_alone(tmp_path: Path, name: str, count:
     reader = save_whole(tmp_path, whole_engine(), **{name: count})
     with pytest.raises(CheckpointError, match=rf"says {name}: {count!r}, not a whole number from 0 on"):
         progress_of(reader)
+
+
+@pytest.mark.parametrize(
+    ("meta", "number", "said"),
+    [
+        ({"recipe": {}}, 1.0, None), ({"recipe": {}, "samples_seen": -1}, 1.0, "says samples_seen: -1"),
+        ({"recipe": {}}, float("nan"), "are not finite"), ({}, 1.0, "has no recipe"), ({"recipe": "a"}, 1.0, "no recipe"),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_go_on_from_is_told_by_the_manifest_alone(
+    tmp_path: Path, meta: dict[str, Any], number: float, said: str | None
+) -> None:
+    engine = whole_engine()
+    engine.flat[-1] = number
+    folder, compared = save_whole(tmp_path, engine, **meta).folder, list[Any]()
+    fault = rejection_of(folder, lambda *what: compared.append(what))
+    assert fault is None if said is None else said in str(fault)
+    assert compared == ([(COUNTS | meta, folder)] if said is None else [])
 
 
 def test_a_run_goes_on_with_the_samples_it_was_trained_on_alone(tmp_path: Path) -> None:

@@ -152,15 +152,15 @@ Make = Callable[..., tuple[Saver, FlatEngine, list[str]]]
 
 @pytest.fixture
 def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
-    """Return `make_saver("train.x=y", ..., faults=, world=)`: a saver, its engine, and what it noted."""
+    """Return `make_saver("train.x=y", ..., faults=, world=, verified=)`: a saver, its engine, and what it noted."""
 
     def make(
-        *overrides: str, faults: Faults | None = None, world: SoloPeers | None = None
+        *overrides: str, faults: Faults | None = None, world: SoloPeers | None = None, verified: Path | None = None
     ) -> tuple[Saver, FlatEngine, list[str]]:
         engine, notes = whole_engine(), list[str]()
         made = Saver(
             tmp_path / "checkpoints", make_recipe(*overrides), cast(DeepSpeedEngine, engine),
-            cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), None,
+            cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), verified,
             notes.append, DATA, ENCODERS,
         )  # fmt: skip
         return made, engine, notes
@@ -249,6 +249,16 @@ def test_as_many_checkpoints_stay_as_the_recipe_says_and_one_that_was_not_read_b
     assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [12, 10, 8, 6, 4]
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_counts_among_those_that_stay(make_saver: Make, tmp_path: Path) -> None:
+    first, _, _ = make_saver()
+    for step in (2, 4):
+        first.save_last(after(step), read_back=False)
+    saver, _, _ = make_saver("train.keep_checkpoints=2", verified=tmp_path / "checkpoints" / "step_4")
+    assert saver.newest == tmp_path / "checkpoints" / "step_4"
+    saver.save_last(after(6), read_back=True)
+    assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [6, 4]
+
+
 def test_what_failed_is_told_once_and_the_next_save_is_whole(
     make_saver: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +299,43 @@ def test_a_writer_is_waited_for_as_many_minutes_as_the_recipe_says(
         saver.finish()
     assert world.num_waits == 6  # of a hundredth of a second
     gate.open()
+
+
+def test_a_writer_that_ends_after_the_last_look_was_not_too_late(
+    make_saver: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Alone):
+        def all_ok(self, ok: bool) -> bool:
+            super().all_ok(ok)
+            if self.num_waits == 6:
+                gate.open()
+                for writer in (thread for thread in threading.enumerate() if thread.name == "checkpoint"):
+                    writer.join()
+            return ok
+
+    monkeypatch.setattr(saver_module, "_LOOK_EVERY_S", 0.01)
+    gate, faults = Gate(), FaultsAtGate(rank=0)
+    faults.gate, faults.moment = gate, "mid-shard"
+    saver, _, notes = make_saver(
+        "train.save_timeout_minutes=0.001", faults=faults, world=Late(gate, is_patient=True)
+    )  # fmt: skip
+    saver.start(after(1))
+    saver.finish()
+    assert saver.newest is not None and len(notes) == 1
+
+
+@pytest.mark.parametrize("error", [CheckpointError("not now"), OSError("not now")])
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_training_goes_on(
+    make_saver: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(saver_module, "remove_old", refuse)
+    saver, _, notes = make_saver()
+    saver.start(after(1))
+    saver.finish()
+    assert saver.newest is not None and notes[1:] == ["an old checkpoint stays: not now"]
 
 
 def test_ranks_that_hold_parts_of_slices_give_a_checkpoint_that_another_layout_reads(tmp_path: Path) -> None:

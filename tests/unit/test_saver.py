@@ -416,10 +416,13 @@ def test_a_run_goes_on_from_whole_counts_alone(tmp_path: Path, name: str, count:
 @pytest.mark.parametrize(
     ("meta", "number", "said"),
     [
-        ({"recipe": {}}, 1.0, None), ({"recipe": {}, "samples_seen": -1}, 1.0, "says samples_seen: -1"),
-        ({"recipe": {}}, float("nan"), "are not finite"), ({}, 1.0, "has no recipe"), ({"recipe": "a"}, 1.0, "no recipe"),
+        ({"recipe": {}}, 1.0, None),
+        ({"recipe": {}, "samples_seen": -1}, 1.0, "says samples_seen: -1"),
+        ({"recipe": {}}, float("nan"), "are not finite"),
+        ({}, 1.0, "has no recipe"),
+        ({"recipe": "a"}, 1.0, "no recipe"),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_cannot_go_on_from_is_told_by_the_manifest_alone(
     tmp_path: Path, meta: dict[str, Any], number: float, said: str | None
 ) -> None:

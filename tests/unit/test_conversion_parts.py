@@ -265,6 +265,14 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
     assert "weight/c: is missing" in said(model | {"c": (1,)}, "weight")
     assert "weight/b: has shape [2, 3], the recipe's model [3, 2]" in said(model | {"b": (3, 2)}, "weight")
     assert "no exp_avg_sq" in said(model, "weight", "exp_avg")
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        for change, fault in (
+            ({f"{kind}/c": rows(1)}, f"{kind}/c: is not in"), ({f"{kind}/b": rows(3, 2)}, f"{kind}/b: has shape [3, 2]"),
+            ({f"{kind}/b": torch.full((2, 3), math.nan)}, f"not finite ({kind}/b)"),
+        ):  # fmt: skip
+            amiss = Held(whole.values | change)
+            found = refusal_of(lambda amiss=amiss: verify(amiss, model, ("exp_avg", "exp_avg_sq"), ticked.append))  # type: ignore[misc]
+            assert fault in found
 
 
 def test_a_file_without_tensors_is_compared_with_its_checksum_too(tmp_path: Path, refusal_of: RefusalOf) -> None:
@@ -442,6 +450,7 @@ def test_what_a_universal_file_says_of_its_tensor_is_compared_as_its_numbers_are
     held = first.read_back(tmp_path / "q.pt")
     assert (held.header_xxh3, held.size_bytes) == (writer.header_xxh3, size)
     assert held.header_xxh3 != other.writer(tmp_path / "other.pt").header_xxh3
+    assert other.read_back(tmp_path / "q.pt") == held, "by what is in the file, not by what was planned"
 
 
 UNIVERSAL_AXES = {"q": {"tp": 0}, "norm": dict[str, int]()}
@@ -613,6 +622,21 @@ def test_what_tensor_parallel_ranks_must_hold_alike_is_compared(tmp_path: Path, 
     source = write_zero_folder(tmp_path, change)
     said = refusal_of(lambda: source.read("weight/norm", Box((0, 0), (3, 5))))
     assert "weight/norm differs between tensor-parallel ranks 0 and 1" in said
+
+
+@pytest.mark.parametrize(("numbers", "is_same"), [((0.0, -0.0), False), ((math.nan, math.nan), True)])
+def test_what_tensor_parallel_ranks_must_hold_alike_is_compared_by_bits(
+    tmp_path: Path, refusal_of: RefusalOf, numbers: tuple[float, float], is_same: bool
+) -> None:
+    def change(tp: int, dp: int, zero: dict[str, Any]) -> None:
+        if dp == 0:
+            zero["single_partition_of_fp32_groups"][0][0] = numbers[tp]
+
+    source, whole = write_zero_folder(tmp_path, change), Box((0, 0), (3, 5))
+    if is_same:
+        assert source.read("weight/norm", whole)[0, 0].isnan()
+    else:
+        assert "differs between" in refusal_of(lambda: source.read("weight/norm", whole))
 
 
 def _other_step(tp: int, dp: int, zero: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_univ
 from ecdit_ds.checkpoint.zero_folder import ZeroSource
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
+from ecdit_ds.loading import open_model
 
 RefusalOf = Callable[[Callable[[], object]], str]
 
@@ -238,6 +239,27 @@ def test_an_export_says_its_kind_and_its_size_in_bytes_and_where_each_tensor_is(
     assert torch.equal(found.read("weight/c", Box((0,), (4,))), rows(4, start=1))
 
 
+def test_an_exported_model_is_known_by_all_its_files_wherever_it_is_and_gives_each_tensor_its_shape(
+    tmp_path: Path, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    source = Held({f"ema/{name}": rows(2, 2) for name in "abc"}, meta={"recipe": tiny_recipe.to_dict(), "encoders": {}})
+    plan = plan_safetensors(source, "ema", 16, None)
+    convert_to_safetensors(source, tmp_path / "new", "ema", plan, lambda nbytes: None)
+    model = open_model(tmp_path / "new")
+    assert (model.kind, model.step, model.recipe, model.encoders) == ("ema", 5, tiny_recipe, {})
+    with pytest.raises(CheckpointError, match="holds ema, not weight"):
+        open_model(tmp_path / "new", "weight")
+    out, whole = torch.empty(2, 2), Box((0, 0), (2, 2))
+    model.fill("c", (2, 2), whole, out)
+    assert torch.equal(out, rows(2, 2))
+    assert "needs c of shape [4]" in refusal_of(lambda: model.fill("c", (4,), Box((0,), (4,)), torch.empty(4)))
+    assert "holds none" in refusal_of(lambda: model.fill("d", (2, 2), whole, out))
+    moved = (tmp_path / "new").rename(tmp_path / "moved")
+    assert open_model(moved).identity == model.identity
+    os.utime(moved / "model-00003-of-00003.safetensors", ns=(1, 1))
+    assert open_model(moved).identity != model.identity
+
+
 def test_differences_are_counted_over_all_parts_and_named_from_both_sides() -> None:
     first = Held({"weight/a": rows(10), "weight/left": rows(2), "weight/s": rows(2, 3)})
     second = Held({"weight/a": rows(10), "weight/right": rows(2), "weight/s": rows(3, 2)}, step=6)
@@ -267,7 +289,8 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
     assert "no exp_avg_sq" in said(model, "weight", "exp_avg")
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         for change, fault in (
-            ({f"{kind}/c": rows(1)}, f"{kind}/c: is not in"), ({f"{kind}/b": rows(3, 2)}, f"{kind}/b: has shape [3, 2]"),
+            ({f"{kind}/c": rows(1)}, f"{kind}/c: is not in"),
+            ({f"{kind}/b": rows(3, 2)}, f"{kind}/b: has shape [3, 2]"),
             ({f"{kind}/b": torch.full((2, 3), math.nan)}, f"not finite ({kind}/b)"),
         ):  # fmt: skip
             amiss = Held(whole.values | change)

@@ -218,3 +218,20 @@ def test_a_file_is_known_by_its_name_its_time_and_its_content(path: Path) -> Non
 
     assert identity() == identity()
     assert len({identity(), identity(name="y.pt"), identity(moment=2), identity(value=2.0)}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(("is_twice", "said"), [(True, "there twice"), (False, "overlap")])
+def test_records_of_one_name_or_in_one_place_are_refused(
+    path: Path, refusal_of: RefusalOf, is_twice: bool, said: str
+) -> None:
+    write_torch_file(path, torch.arange(1000.0))
+    with zipfile.ZipFile(path, "a") as archive:
+        (name,) = (name for name in archive.namelist() if "/data/" in name)
+        if is_twice:
+            archive.writestr(name, bytes(4000))
+        else:  # the directory names the same bytes once more
+            archive.writestr(f"{name[:-1]}9", b"")
+            for fact in ("header_offset", "CRC", "file_size", "compress_size"):
+                setattr(archive.getinfo(f"{name[:-1]}9"), fact, getattr(archive.getinfo(name), fact))
+    assert said in refusal_of(lambda: TorchFile(path))

@@ -34,7 +34,7 @@ from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.partial import Workspace, workspace
 from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource
+from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource, Source
 from ecdit_ds.checkpoint.streams import TensorFileWriter
 from ecdit_ds.checkpoint.universal import UniversalSource
 from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
@@ -349,7 +349,7 @@ def test_what_a_conversion_goes_on_from_is_known_by_its_content_and_by_what_was_
     other = replace(tiny_recipe, train=replace(tiny_recipe.train, seed=tiny_recipe.train.seed + 1))
     for name in ("first", "second"):
         dense = replace(dense_source(tiny_recipe), identity=[name])
-        made = [dense, WithAverage(dense), *(upcycled(dense, recipe) for recipe in (tiny_recipe, other))]
+        made: list[Source] = [dense, WithAverage(dense), *(upcycled(dense, recipe) for recipe in (tiny_recipe, other))]
         found += [source.identity for source in (*made, upcycled(WithAverage(dense), tiny_recipe))]
     for number, (names, meta) in enumerate(itertools.product(("ab", "ac"), ({}, {"samples_seen": 1}))):
         source = Held({f"ema/{name}": rows(4) for name in names}, meta=meta)
@@ -412,7 +412,7 @@ def dense_source(recipe: Recipe) -> Held:
     return Held(values, meta={"recipe": dense})
 
 
-def upcycled(source: Held, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
+def upcycled(source: Source, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
     """Return it as two experts."""
     usual = {"q": (2, 3), "ffn.experts.w1": (2, 3, 4), "ffn.experts.w2": (2, 4, 3)}
     made = Upcycling(

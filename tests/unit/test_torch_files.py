@@ -235,3 +235,18 @@ def test_records_of_one_name_or_in_one_place_are_refused(
             for fact in ("header_offset", "CRC", "file_size", "compress_size"):
                 setattr(archive.getinfo(f"{name[:-1]}9"), fact, getattr(archive.getinfo(name), fact))
     assert said in refusal_of(lambda: TorchFile(path))
+
+
+@pytest.mark.parametrize("chunk_bytes", [20, 48, 100])
+def test_in_whatever_chunks_a_tensor_is_read_it_is_the_same_and_ends_where_it_ends(
+    path: Path, refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    data = torch.arange(100.0).view(10, 10)
+    write_torch_file(path, data)
+    monkeypatch.setattr("ecdit_ds.checkpoint.ranges.CHUNK_BYTES", chunk_bytes)
+    file = TorchFile(path)
+    for box in (Box((0, 0), (10, 10)), Box((2, 3), (5, 4))):
+        assert torch.equal(file.read(file.content, box), data[box.within((0, 0))])
+    assert file.xxh3(file.content) == xxhash.xxh3_64_hexdigest(bytes_of(data))
+    beyond = refusal_of(lambda: file.read(file.content, Box((0,), (1,)), start=1, shape=(100,)))
+    assert "not stored in one piece" in beyond

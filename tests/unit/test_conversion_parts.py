@@ -19,6 +19,7 @@ from ecdit_ds.checkpoint import sources
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.derived import UpcycledSource, Upcycling, WithAverage
+from ecdit_ds.checkpoint.formats import deepspeed_folder
 from ecdit_ds.checkpoint.inspection import describe, differences, verify
 from ecdit_ds.checkpoint.manifest import (
     Manifest,
@@ -714,3 +715,13 @@ def test_a_manifest_of_an_earlier_or_later_version_is_refused(version: int, monk
         encoded = encode_manifest(Manifest(step=1, meta={}, files={}, tensors={}))
     with pytest.raises(CheckpointError, match=f"has version {version}"):
         decode_manifest(encoded, Path("manifest.json"))
+
+
+@pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "gone"])
+def test_the_latest_tag_is_a_folder_beside_what_names_it(tmp_path: Path, refusal_of: RefusalOf, tag: str) -> None:
+    for folder in (tmp_path, tmp_path / "run", tmp_path / "run" / "a" / "b"):
+        (folder / "zero").mkdir(parents=True)
+        (folder / "zero" / "optimizer_state.pt").touch()
+    (tmp_path / "run" / "zero" / "optimizer_state.pt").unlink()
+    (tmp_path / "run" / "latest_universal").write_text(tag)
+    assert "latest_universal: names " in refusal_of(lambda: deepspeed_folder(tmp_path / "run"))

@@ -187,6 +187,16 @@ def test_one_good_sample_in_four_is_enough(tmp_path: Path) -> None:
     assert max(len(replaced) for *_, replaced in rows) > 2
 
 
+def test_the_last_replacement_that_is_allowed_counts_too(tmp_path: Path) -> None:
+    position, whole = np.zeros(1, dtype=np.int64), LatentDataset(write_set(tmp_path / "whole", [(SQUARE, 200)]))
+    tried = [int(mix(whole).ids_at(position, attempt).samples_B[0]) for attempt in range(1 + MAX_REPLACEMENTS)]
+    assert tried[-1] not in tried[:-1], "take another position"
+    folder = write_set(tmp_path / "late", [(SQUARE, 200)], broken=dict.fromkeys(tried[:-1], "latents nan"))
+    samples = read_good(mix(LatentDataset(folder)), position)
+    assert len(samples.replaced[0]) == MAX_REPLACEMENTS
+    assert samples.captions == (f"late {tried[-1]}",)
+
+
 SPOILED = {
     "latents_BCHW": torch.nan, "text_embeds_BTD": torch.inf, "text_pooled_BD": -torch.inf, "text_mask_BT": False,
 }  # fmt: skip

@@ -244,13 +244,13 @@ def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:
         size, start = os.fstat(file.fileno()).st_size, 0
         while True:
             stopped = yield from _walk_from(file, path.name, start, size)
-            if _first_nonzero(file, stopped) is None:
+            if _is_zero_from(file, stopped):
                 if size - stopped < _END_BYTES:
                     yield Gap(start=min(stopped, size), stop=size, is_end=True)
                 return
             found = _next_header(file, stopped + _BLOCK, size)
             if found is None:
-                is_end = _first_nonzero(file, max(0, size - _END_BYTES)) is not None
+                is_end = not _is_zero_from(file, max(0, size - _END_BYTES))
                 yield Gap(start=stopped, stop=size, is_end=is_end)
                 return
             yield Gap(start=stopped, stop=found)
@@ -298,14 +298,13 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str, size
     return Member(name=str(path), content=content)
 
 
-def _first_nonzero(file: BinaryIO, start: int) -> int | None:
-    """Return where the first byte that is not zero lies, from `start` on; None where all are."""
+def _is_zero_from(file: BinaryIO, start: int) -> bool:
+    """Return whether all bytes from `start` on are zero."""
     file.seek(start)
     while chunk := file.read(1 << 20):
         if chunk.count(0) != len(chunk):
-            return start + len(chunk) - len(chunk.lstrip(b"\x00"))
-        start += len(chunk)
-    return None
+            return False
+    return True
 
 
 def _next_header(file: BinaryIO, start: int, size: int) -> int | None:

@@ -215,7 +215,10 @@ def test_a_pickle_named_like_a_shard_is_refused_and_not_run(root: Path, prefix: 
     assert not (root / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["../shard-00000.safetensors", "/etc/passwd", "a/b", "..", "", "shard-00000.pt"])
+@pytest.mark.parametrize(
+    "name",
+    ["../shard-00000.safetensors", "/etc/passwd", "a/b", "..", "", "shard-00000.pt", "shard-00000.safetensors/../x"],
+)
 def test_a_manifest_that_points_out_of_its_folder_is_refused(root: Path, name: str) -> None:
     manifest = read_manifest(root / "step_2")
     rewrite(root / "step_2", replace(manifest, files={name: manifest.files[SHARD]}))

@@ -282,3 +282,27 @@ def test_a_full_disk_is_found_before_writing_and_the_next_smaller_save_works(tin
     assert contents(tiny_disk) == before
     save(tiny_disk, 2)
     Reader(tiny_disk / "step_2").verify()
+
+
+@pytest.mark.parametrize("writer", range(NUM_WRITERS))
+def test_damage_is_found_in_whichever_writers_file_it_is(tmp_path: Path, writer: int) -> None:
+    """All files have one slice, under the same key."""
+    save_together(
+        tmp_path,
+        1,
+        lambda rank: iter([Piece(name="w", global_shape=(9,), box=Box((3 * rank,), (3,)), data=rank + torch.ones(3))]),
+    )
+    folder = tmp_path / "step_1"
+    shard = folder / f"shard-0000{writer}.safetensors"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    reads = [
+        lambda reader: reader.verify(), lambda reader: reader.read_into("w", Box((0,), (9,)), torch.empty(9)),
+        lambda reader: reader.read_into("w", Box((1,), (7,)), torch.empty(7)),
+    ]  # fmt: skip
+    for read in reads:
+        with pytest.raises(CheckpointError, match=rf"{shard.name}: w#0 has checksum"):
+            read(Reader(folder))
+    shard.write_bytes(sound[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: has {len(sound) - 1} bytes where"):
+        Reader(folder)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ecdit_ds.checkpoint import sources
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.derived import UpcycledSource, Upcycling, WithAverage
+from ecdit_ds.checkpoint.formats import deepspeed_folder
 from ecdit_ds.checkpoint.inspection import describe, differences, verify
 from ecdit_ds.checkpoint.manifest import (
     Manifest,
@@ -33,13 +35,14 @@ from ecdit_ds.checkpoint.model_facts import ModelFacts
 from ecdit_ds.checkpoint.partial import Workspace, workspace
 from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource
+from ecdit_ds.checkpoint.sources import EcditSource, SafetensorsSource, Source
 from ecdit_ds.checkpoint.streams import TensorFileWriter
 from ecdit_ds.checkpoint.universal import UniversalSource
 from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.checkpoint.zero_folder import ZeroSource
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
+from ecdit_ds.loading import open_model
 
 RefusalOf = Callable[[Callable[[], object]], str]
 
@@ -237,6 +240,27 @@ def test_an_export_says_its_kind_and_its_size_in_bytes_and_where_each_tensor_is(
     assert torch.equal(found.read("weight/c", Box((0,), (4,))), rows(4, start=1))
 
 
+def test_an_exported_model_is_known_by_all_its_files_wherever_it_is_and_gives_each_tensor_its_shape(
+    tmp_path: Path, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    source = Held({f"ema/{name}": rows(2, 2) for name in "abc"}, meta={"recipe": tiny_recipe.to_dict(), "encoders": {}})
+    plan = plan_safetensors(source, "ema", 16, None)
+    convert_to_safetensors(source, tmp_path / "new", "ema", plan, lambda nbytes: None)
+    model = open_model(tmp_path / "new")
+    assert (model.kind, model.step, model.recipe, model.encoders) == ("ema", 5, tiny_recipe, {})
+    with pytest.raises(CheckpointError, match="holds ema, not weight"):
+        open_model(tmp_path / "new", "weight")
+    out, whole = torch.empty(2, 2), Box((0, 0), (2, 2))
+    model.fill("c", (2, 2), whole, out)
+    assert torch.equal(out, rows(2, 2))
+    assert "needs c of shape [4]" in refusal_of(lambda: model.fill("c", (4,), Box((0,), (4,)), torch.empty(4)))
+    assert "holds none" in refusal_of(lambda: model.fill("d", (2, 2), whole, out))
+    moved = (tmp_path / "new").rename(tmp_path / "moved")
+    assert open_model(moved).identity == model.identity
+    os.utime(moved / "model-00003-of-00003.safetensors", ns=(1, 1))
+    assert open_model(moved).identity != model.identity
+
+
 def test_differences_are_counted_over_all_parts_and_named_from_both_sides() -> None:
     first = Held({"weight/a": rows(10), "weight/left": rows(2), "weight/s": rows(2, 3)})
     second = Held({"weight/a": rows(10), "weight/right": rows(2), "weight/s": rows(3, 2)}, step=6)
@@ -264,6 +288,15 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
     assert "weight/c: is missing" in said(model | {"c": (1,)}, "weight")
     assert "weight/b: has shape [2, 3], the recipe's model [3, 2]" in said(model | {"b": (3, 2)}, "weight")
     assert "no exp_avg_sq" in said(model, "weight", "exp_avg")
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        for change, fault in (
+            ({f"{kind}/c": rows(1)}, f"{kind}/c: is not in"),
+            ({f"{kind}/b": rows(3, 2)}, f"{kind}/b: has shape [3, 2]"),
+            ({f"{kind}/b": torch.full((2, 3), math.nan)}, f"not finite ({kind}/b)"),
+        ):  # fmt: skip
+            amiss = Held(whole.values | change)
+            found = refusal_of(lambda amiss=amiss: verify(amiss, model, ("exp_avg", "exp_avg_sq"), ticked.append))  # type: ignore[misc]
+            assert fault in found
 
 
 def test_a_file_without_tensors_is_compared_with_its_checksum_too(tmp_path: Path, refusal_of: RefusalOf) -> None:
@@ -308,7 +341,50 @@ def test_an_average_of_the_weights_is_read_box_by_box_from_the_weights() -> None
     assert set(average.tensors) == {"weight/a", "exp_avg/a", "ema/a"}
     for kind, start in (("weight", 0), ("ema", 0), ("exp_avg", 50)):
         assert torch.equal(average.read(f"{kind}/a", Box((1, 0), (2, 3))), rows(4, 3, start=start)[1:3]), kind
-    assert average.identity != source.identity
+
+
+def test_what_a_conversion_goes_on_from_is_known_by_its_content_and_by_what_was_made_of_it(
+    tmp_path: Path, tiny_recipe: Recipe
+) -> None:
+    found: list[list[str]] = []
+    other = replace(tiny_recipe, train=replace(tiny_recipe.train, seed=tiny_recipe.train.seed + 1))
+    for name in ("first", "second"):
+        dense = replace(dense_source(tiny_recipe), identity=[name])
+        made: list[Source] = [dense, WithAverage(dense), *(upcycled(dense, recipe) for recipe in (tiny_recipe, other))]
+        found += [source.identity for source in (*made, upcycled(WithAverage(dense), tiny_recipe))]
+    for number, (names, meta) in enumerate(itertools.product(("ab", "ac"), ({}, {"samples_seen": 1}))):
+        source = Held({f"ema/{name}": rows(4) for name in names}, meta=meta)
+        plan, folder = plan_files(source, list(source.tensors), 1, None), tmp_path / str(number) / "step_5"
+        convert_to_ecdit(source, folder, plan, lambda nbytes: None)
+        found.append(EcditSource(folder).identity)
+        if not meta:
+            folder, plan = tmp_path / names, plan_safetensors(source, "ema", 16, None)
+            convert_to_safetensors(source, folder, "ema", plan, lambda nbytes: None)
+            for moment in (1, 2):  # of the last file, whose content nobody can compare
+                for file in sorted(folder.glob("*.safetensors")):
+                    os.utime(file, ns=(moment, moment if file.name.startswith("model-00002") else 1))
+                found.append(SafetensorsSource(folder).identity)
+    assert len({tuple(identity) for identity in found}) == len(found) == 18
+
+
+@pytest.mark.parametrize("what", ["universal", "zero"])
+def test_a_folder_of_deepspeeds_is_known_by_all_its_files(universal: Path, tmp_path: Path, what: str) -> None:
+    if what == "zero":
+        universal = tmp_path
+        write_zero_folder(universal)
+    recipe: Any = RecipeStub()
+    facts = ModelFacts(recipe=recipe, shapes=SHAPES, cut_axes=AXES.__getitem__)
+
+    def identity() -> tuple[str, ...]:
+        source = UniversalSource(universal, None) if what == "universal" else ZeroSource(universal, facts)
+        return tuple(source.identity)
+
+    first, *_, last = sorted(universal.glob("zero/*/[ef]*.pt" if what == "universal" else "*_optim_states.pt"))
+    found = {identity(), identity()}
+    for file in (first, last):
+        os.utime(file, ns=(1, 1))
+        found.add(identity())
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(
@@ -337,7 +413,7 @@ def dense_source(recipe: Recipe) -> Held:
     return Held(values, meta={"recipe": dense})
 
 
-def upcycled(source: Held, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
+def upcycled(source: Source, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
     """Return it as two experts."""
     usual = {"q": (2, 3), "ffn.experts.w1": (2, 3, 4), "ffn.experts.w2": (2, 4, 3)}
     made = Upcycling(
@@ -398,6 +474,7 @@ def test_what_a_universal_file_says_of_its_tensor_is_compared_as_its_numbers_are
     held = first.read_back(tmp_path / "q.pt")
     assert (held.header_xxh3, held.size_bytes) == (writer.header_xxh3, size)
     assert held.header_xxh3 != other.writer(tmp_path / "other.pt").header_xxh3
+    assert other.read_back(tmp_path / "q.pt") == held, "by what is in the file, not by what was planned"
 
 
 UNIVERSAL_AXES = {"q": {"tp": 0}, "norm": dict[str, int]()}
@@ -571,6 +648,21 @@ def test_what_tensor_parallel_ranks_must_hold_alike_is_compared(tmp_path: Path, 
     assert "weight/norm differs between tensor-parallel ranks 0 and 1" in said
 
 
+@pytest.mark.parametrize(("numbers", "is_same"), [((0.0, -0.0), False), ((math.nan, math.nan), True)])
+def test_what_tensor_parallel_ranks_must_hold_alike_is_compared_by_bits(
+    tmp_path: Path, refusal_of: RefusalOf, numbers: tuple[float, float], is_same: bool
+) -> None:
+    def change(tp: int, dp: int, zero: dict[str, Any]) -> None:
+        if dp == 0:
+            zero["single_partition_of_fp32_groups"][0][0] = numbers[tp]
+
+    source, whole = write_zero_folder(tmp_path, change), Box((0, 0), (3, 5))
+    if is_same:
+        assert source.read("weight/norm", whole)[0, 0].isnan()
+    else:
+        assert "differs between" in refusal_of(lambda: source.read("weight/norm", whole))
+
+
 def _other_step(tp: int, dp: int, zero: dict[str, Any]) -> None:
     if (tp, dp) == (1, 2):
         zero["base_optimizer_state"]["state"][1]["step"] = 6.0
@@ -623,3 +715,13 @@ def test_a_manifest_of_an_earlier_or_later_version_is_refused(version: int, monk
         encoded = encode_manifest(Manifest(step=1, meta={}, files={}, tensors={}))
     with pytest.raises(CheckpointError, match=f"has version {version}"):
         decode_manifest(encoded, Path("manifest.json"))
+
+
+@pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "gone"])
+def test_the_latest_tag_is_a_folder_beside_what_names_it(tmp_path: Path, refusal_of: RefusalOf, tag: str) -> None:
+    for folder in (tmp_path, tmp_path / "run", tmp_path / "run" / "a" / "b"):
+        (folder / "zero").mkdir(parents=True)
+        (folder / "zero" / "optimizer_state.pt").touch()
+    (tmp_path / "run" / "zero" / "optimizer_state.pt").unlink()
+    (tmp_path / "run" / "latest_universal").write_text(tag)
+    assert "latest_universal: names " in refusal_of(lambda: deepspeed_folder(tmp_path / "run"))

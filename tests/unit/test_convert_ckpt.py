@@ -247,6 +247,9 @@ def test_a_streamed_file_is_read_by_the_library_and_the_other_way_round(tmp_path
         '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}',
+        '{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": '
+        '{"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}',
         '{"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',

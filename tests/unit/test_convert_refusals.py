@@ -1,8 +1,10 @@
 """tools/convert_ckpt.py refuses, in one line and before it publishes anything, what cannot be or would lose numbers."""
 
+import json
 import math
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,16 @@ def test_a_tensor_that_the_index_does_not_name_is_not_dropped(refused: Callable[
     assert "tensor b is not in model.safetensors.index.json" in refused(
         "convert", shared, tmp_path / "new", "--to", "ecdit"
     )
+
+
+def test_a_tensor_that_two_files_hold_is_not_taken_from_one_of_them(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    shared = save_shared(tmp_path / "shared", {"a": torch.ones(2), "b": torch.ones(2)})
+    shutil.copyfile(shared / "model.safetensors", shared / "other.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (shared / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors: tensor b is not in model.safetensors.index.json" in refused("inspect", shared)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from ecdit_ds.data import corpus
+from ecdit_ds.data.causes import BadSample
+from ecdit_ds.data.columns import LatentSums
 from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding, UnitRecord, read_record
+from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, _Output, read_record
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
@@ -254,6 +256,28 @@ def test_what_is_chosen_changed_or_passed_over_has_its_line_in_the_report(make_j
     stored = job.encoding.image_encoder.decode(LatentDataset(job.destination)[0].latents_CHW[None])
     truth = in_srgb(np.asarray(image), P3_TO_SRGB, SRGB_CURVE)
     assert np.abs((stored[0].permute(1, 2, 0).numpy() + 1) * 127.5 - truth).max() <= 1.01
+
+
+def test_a_report_counts_all_that_is_bad_and_names_the_first_of_each_cause() -> None:
+    record = UnitRecord(
+        unit=0, shards=(), latents_shapes={}, sums=LatentSums(), bad_counts={"no image": 30, "no caption": 1},
+        bad_names={"no image": [str(i) for i in range(15)], "no caption": ["x"]}, converted={"grey": 2},
+        ignored={".md": 1},
+    )  # fmt: skip
+    later = replace(record, unit=1, bad_names={"no image": [str(i) for i in range(15, 30)], "no caption": ["y"]})
+    report = corpus._report_of([record, later, record], {".md": 4, ".py": 5})
+    assert report == {
+        "samples": 0, "left_out": 3 * 31, "converted": {"grey": 6}, "ignored_files": {".md": 7, ".py": 5},
+        "causes": {
+            "no caption": {"count": 3, "names": ["x", "y", "x"]},
+            "no image": {"count": 90, "names": [str(i) for i in range(MAX_NAMES)]},
+        },
+    }  # fmt: skip
+    output = _Output()
+    for i in range(MAX_NAMES + 5):
+        output.leave_out(BadSample(cause="damaged row", name=str(i), samples=2))
+    assert output.counts == {"damaged row": 2 * (MAX_NAMES + 5)}
+    assert output.names == {"damaged row": [str(i) for i in range(MAX_NAMES)]}
 
 
 def test_half_a_set_that_was_decoded_otherwise_is_not_gone_on_with(
@@ -504,6 +528,9 @@ def test_other_settings_do_not_mix_with_what_is_there(
     assert message.startswith(f"{tmp_path / 'set'}: the source has changed since") and "restore the source" in message
     (tmp_path / "taken").mkdir()
     assert "no encoded set" in refusal_of(lambda: encode_corpus(make_job(destination=tmp_path / "taken")))
+    asked = make_job(destination=tmp_path / "asked", settings={"image_column": "other"})
+    encode_corpus(asked)
+    assert "(image_column: other, not None)" in refusal_of(lambda: encode_corpus(replace(asked, settings={})))
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
@@ -521,6 +548,32 @@ def test_what_shapes_a_set_is_the_same_for_all_of_it(
     }[what]
     encode_corpus(job if is_whole else make_job(task=0, tasks=2))
     assert f"({what}" in refusal_of(lambda: encode_corpus(changed))
+
+
+def test_a_plan_is_another_one_with_whatever_shapes_a_set(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    changed = [
+        replace(job, source=replace(job.source, **{name: other}))  # type: ignore[type-var]
+        for name, other in (("kind", "another"), ("fingerprint", "0"), ("units", job.source.units[:1]))
+    ]
+    changed += [
+        replace(job, encoding=encoding)
+        for encoding in (
+            replace(job.encoding, sizes=((8, 16),)),
+            replace(job.encoding, dtype="bfloat16"),
+            replace(job.encoding, has_text=False),
+            replace(job.encoding, batch_size=4),
+        )
+    ]
+    changed += [
+        replace(job, image_facts={"identity": "another"}), replace(job, text_facts={"identity": "another"}),
+        replace(job, settings={"more": 1}),
+    ]  # fmt: skip
+    plans = [job.plan, *(one.plan for one in changed)]
+    for name in ("SCHEMA_VERSION", "DECODING"):
+        monkeypatch.setattr(corpus, name, getattr(corpus, name) + 1)
+        plans.append(job.plan)
+    assert len({json.dumps(plan) for plan in plans}) == len(plans)
 
 
 def test_nothing_outside_the_set_is_written(make_job: MakeJob, pictures: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from einops import rearrange
 from torch import Tensor
 
@@ -20,12 +21,13 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.dataset import LatentDataset
 from ecdit_ds.data.digit_scenes import draw_scene
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
-from ecdit_ds.data.folder import SCHEMA_VERSION
-from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data.folder import SCHEMA_VERSION, checksum_of, publish_set
+from ecdit_ds.data.scene_set import is_of_digit_scenes, open_digit_scenes
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
+from tests.helpers.made_sets import write_set
 
 NUM_TRAIN = 300
 """More than are encoded at a time, so that sets have a second part."""
@@ -63,6 +65,16 @@ class FourPixelCodec(PixelCodec):
         """Return latents_B4HW."""
         pooled = torch.nn.functional.avg_pool2d(images_B3HW, 2)
         return torch.cat([pooled, pooled.mean(dim=1, keepdim=True)], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherWords(WordEncoder):
+    """An encoder of the same sizes and of another name."""
+
+    @property
+    def identity(self) -> str:
+        """Its name."""
+        return "other words"
 
 
 @pytest.fixture
@@ -108,6 +120,7 @@ def test_samples_are_the_encoded_scenes_in_the_order_asked(open_set: OpenSet) ->
     assert torch.equal(batch.text_pooled_BD, text.pooled_BD)
     assert batch.captions == tuple(scene.caption for scene in scenes)
     assert batch.stream_index_B.tolist() == [5, 4, 3, 2, 1]
+    assert [dataset.name_of(i) for i in indices] == [f"train-{i}" for i in indices]
 
 
 def test_a_single_sample_is_the_row_of_a_batch(open_set: OpenSet) -> None:
@@ -146,19 +159,23 @@ def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_width": 24}, {"image_encoder": FourPixelCodec()}],
+    [
+        {"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_height": 24}, {"latent_width": 24},
+        {"image_encoder": FourPixelCodec()}, {"image_encoder": PixelCodec(scaling_factor=2.0)},
+        {"text_encoder": OtherWords(embed_dim=6, max_tokens=10)},
+    ],
     ids=lambda change: next(iter(change)),
-)
+)  # fmt: skip
 def test_every_setting_that_matters_has_a_folder_of_its_own(
     open_set: OpenSet, model: ModelConfig, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     open_set()
     if "num_train" in change:
         change = {"data": DataConfig(num_train=5, cache_dir=str(tmp_path / "cache"))}
-    elif "latent_width" in change:
-        change = {"model": replace(model, latent_width=24)}
-    elif "image_encoder" in change:
+    elif isinstance(change.get("image_encoder"), FourPixelCodec):
         change |= {"model": replace(model, in_channels=4)}
+    elif next(iter(change)).startswith("latent"):
+        change = {"model": replace(model, **change)}
     open_set(**change)
     assert len(folders(tmp_path)) == 2
 
@@ -253,6 +270,36 @@ def test_damage_is_named_with_its_file_and_the_folder_to_delete(
     assert torch.equal(open_set()[0].latents_CHW, before.latents_CHW)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"file": name} for name in ("../other/shard-00000.arrow", "/shard-00000.arrow", "a/b", "", ".", "..")),
+        {"bucket": -1}, {"bucket": 1}, {"count": 0}, {"count": NUM_TRAIN - 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_index_that_names_a_shard_elsewhere_or_miscounts_is_none(
+    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, Any]
+) -> None:
+    open_set()
+    (folder,) = folders(tmp_path)
+    shutil.copytree(folder, folder.with_name("other"))
+
+    def damage(index: dict[str, Any]) -> None:
+        index["shards"][0] |= change
+        if change == {"count": 0}:
+            index["count"] = 0
+
+    _change_index(folder / "index.json", damage)
+    assert "is no index of an encoded set" in refusal_of(lambda: LatentDataset(folder))
+
+
+def test_a_checksum_is_that_of_the_whole_of_a_large_file(tmp_path: Path) -> None:
+    content = bytes(5 << 20) + b"its end"
+    (tmp_path / "large").write_bytes(content)
+    assert checksum_of(tmp_path / "large") == xxhash.xxh3_64_hexdigest(content)
+
+
 def test_a_process_killed_while_writing_leaves_nothing_that_is_read(open_set: OpenSet, tmp_path: Path) -> None:
     killed = multiprocessing.get_context("fork").Process(
         target=open_set, kwargs={"image_encoder": CodecWithEvent(event=lambda: os._exit(9))}
@@ -280,6 +327,16 @@ def test_the_slower_of_two_writers_takes_the_folder_of_the_faster(open_set: Open
     slower = open_set(image_encoder=CodecWithEvent(event=open_set))
     assert len(folders(tmp_path)) == 1
     assert torch.equal(slower[299].latents_CHW, open_set()[299].latents_CHW)
+
+
+def test_what_is_in_the_place_of_a_set_and_is_none_is_not_taken_for_it(tmp_path: Path) -> None:
+    draft, place = tmp_path / "draft", tmp_path / "place"
+    for folder, name in ((draft, "index.json"), (place, "notes.txt")):
+        folder.mkdir()
+        (folder / name).write_text("mine")
+    with pytest.raises(OSError, match="not empty"):
+        publish_set(draft, place)
+    assert (draft / "index.json").read_text() == (place / "notes.txt").read_text() == "mine"
 
 
 def test_a_cache_that_cannot_be_written_is_named(
@@ -354,6 +411,30 @@ def test_an_encoded_set_of_other_shapes_is_refused_with_both(
     recipe = replace(encoded_recipe, model=replace(model, **change))
     message = refusal_of(lambda: open_split(recipe, "train", None))
     assert all(part in message for part in parts)
+
+
+def test_a_model_is_of_digit_scenes_where_all_of_its_sets_and_both_encoders_are(
+    open_set: OpenSet, model: ModelConfig, tmp_path: Path
+) -> None:
+    open_set()
+    (scenes,) = map(str, folders(tmp_path))
+    other, gone = str(write_set(tmp_path / "other", [((3, 16, 16), 2)])), str(tmp_path / "gone")
+    own = {"image": {"identity": PixelCodec().identity},
+           "text": {"identity": WordEncoder(embed_dim=6, max_tokens=10).identity}}  # fmt: skip
+
+    def judge(*paths: str, encoders: Any = own, **changes: Any) -> bool | None:
+        data = DataConfig(dataset="encoded", path=paths, **changes) if paths else DataConfig()
+        return is_of_digit_scenes(data, model, encoders)
+
+    assert judge() and judge(scenes) and judge(scenes, encoders=None) and judge(encoders=None)
+    assert judge(other) is judge(scenes, other) is judge(other, scenes) is judge(other, encoders=None) is False
+    assert judge(scenes, encode="online") is False
+    assert judge(gone) is judge(scenes, gone) is True, "the encoders decide where a set is not there any more"
+    assert judge(gone, encoders=None) is judge(scenes, gone, encoders=None) is None
+    assert judge(other, gone, encoders=None) is False
+    for what in own:
+        for changed in ({"identity": "other"}, None, "words", {}):
+            assert judge(encoders=own | {what: changed}) is judge(scenes, encoders=own | {what: changed}) is False
 
 
 def test_a_path_without_effect_is_refused(refusal_of: Callable[[Callable[[], object]], str]) -> None:

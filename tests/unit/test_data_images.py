@@ -127,10 +127,10 @@ def test_cmyk_palette_and_grey_pictures_look_as_they_did(photograph: Image.Image
 
 
 def test_sixteen_bits_become_eight_by_scaling() -> None:
-    deep = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    deep = np.array([[0, 257, 128 * 257, 65535, 128, 129, 200 * 257 + 129, 200 * 257 - 128]], dtype=np.uint16)
     for file_format in ("PNG", "TIFF"):
         shown = pixels(decoded(encoded(Image.fromarray(deep), file_format)))
-        assert shown[0, :, 0].tolist() == [0, 1, 128, 255]
+        assert shown[0, :, 0].tolist() == [0, 1, 128, 255, 0, 1, 201, 200]
 
 
 def test_transparent_parts_are_white() -> None:

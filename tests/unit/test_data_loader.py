@@ -164,7 +164,7 @@ def test_ranges_and_sizes_that_cut_a_step_are_refused_before_any_is_read(
     assert [part for part in parts if part not in message] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_to_the_whole_job_does_not_stop_the_batches(
     dataset: LatentDataset, read: Callable[..., Steps], number: signal.Signals
 ) -> None:

@@ -1,5 +1,6 @@
 """Mixtures: exact shares, one size a step, every sample once an epoch, and the same for any layout and any life."""
 
+import itertools
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import xxhash
 
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.dataset import LatentDataset, Samples
@@ -336,3 +338,17 @@ def test_evaluation_of_several_sizes_reads_each_in_its_own_order(stored: list[La
     batches = list(evaluation_batches(stored[0], batch_size=16, dp_rank=0, dp_size=1))
     weighed = [samples.stream_index_B[weights_B > 0].tolist() for samples, weights_B in batches]
     assert weighed == [[*range(5), *range(9, 16)], [*range(5, 9)]]
+
+
+def test_the_order_of_a_mixture_is_the_one_that_runs_of_before_go_on_with(tmp_path: Path) -> None:
+    sizes = [(3, 4, 4), (3, 2, 8)]
+    sets = [
+        LatentDataset(write_set(tmp_path / name, [(sizes[0], count), (sizes[1], count)]))
+        for name, count in (("a", 40), ("b", 40))
+    ]
+    mixture = Mixture(sets, weights=(2.0, 1.0), seed=3, global_batch_size=8)
+    digest = xxhash.xxh3_64()
+    for step, attempt in itertools.product(range(48), range(3)):
+        places = mixture.ids_at(np.arange(8) + 8 * step, attempt)
+        digest.update(places.sets_B.tobytes() + places.samples_B.tobytes())
+    assert digest.hexdigest() == "5b4ac4623d806235"

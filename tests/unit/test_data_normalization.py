@@ -23,7 +23,7 @@ from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.images import from_pixels
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.data.normalization import Moments, mixed, normalizing_codec, warning_of
-from ecdit_ds.data.raw_set import RawSet
+from ecdit_ds.data.raw_set import RawSet, measure_pixels, open_raw_set
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.data_config import DataConfig
@@ -133,6 +133,16 @@ def test_raw_files_go_through_the_factors_of_the_same_pictures_encoded(recipe: R
     assert torch.equal(finished, latents_of(heldout).float())
 
 
+@pytest.mark.parametrize("weights", [(), (1.0, 3.0)])
+def test_several_raw_sources_are_normalised_as_the_same_pictures_encoded(
+    recipe: Recipe, tmp_path: Path, weights: tuple[float, ...]
+) -> None:
+    both = {"weights": weights, "heldout_path": None}
+    encoded = with_data(recipe, path=(str(tmp_path / "train"), str(tmp_path / "heldout")), **both)
+    raw = with_data(recipe, path=(str(tmp_path / "pictures"), str(tmp_path / "more")), encode="online", **both)
+    assert encoders_of(raw)[0].identity == encoders_of(encoded)[0].identity != encoders_of(recipe)[0].identity
+
+
 def test_of_many_raw_files_some_are_looked_at(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecdit_ds.data.raw_set.MAX_MEASURED", 3)
     read: list[int] = []
@@ -145,6 +155,30 @@ def test_of_many_raw_files_some_are_looked_at(recipe: Recipe, tmp_path: Path, mo
     monkeypatch.setattr(RawSet, "gather", noted)
     encoders_of(with_data(recipe, path=str(tmp_path / "pictures"), encode="online", num_workers=3))
     assert read == [0, 6, 11]
+
+
+def test_bad_pictures_are_not_counted_as_black_ones_wherever_they_are(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (1, 7, 9):
+        sorted((tmp_path / "pictures").glob("*.png"))[place].write_bytes(b"")
+    data = replace(recipe.data, path=str(tmp_path / "pictures"), encode="online")
+    words = WordEncoder(embed_dim=24, max_tokens=12)
+    dataset = open_raw_set(str(data.path), data, latents=(3, SIDE, SIDE), downsampling=1, text_encoder=words)
+    samples = everything(dataset)
+    assert sorted(samples.bad) == [1, 7, 9]
+    good = [place for place in range(COUNT) if place not in samples.bad]
+    expected = moments_of(from_pixels(samples.pixels_BHW3[good]).double())
+    for at_once in (1, 2, 5, 64):
+        monkeypatch.setattr("ecdit_ds.data.raw_set._MEASURED_AT_ONCE", at_once)
+        found = measure_pixels(dataset)
+        assert [*found.mean_C, *found.std_C] == pytest.approx(expected)
+
+
+def test_a_codec_leaves_latents_that_are_no_pixels_as_they_are(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", [((3, 2, 2), 5)])
+    as_stored = latents_of(LatentDataset(folder))
+    assert torch.equal(latents_of(LatentDataset(folder, codec=PixelCodec())), as_stored)
 
 
 def test_raw_files_of_which_none_can_be_used_are_refused(recipe: Recipe, tmp_path: Path, refusal_of: Refusal) -> None:

@@ -194,6 +194,9 @@ def test_archives_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, mon
     second = small.gather(order, order)
     assert reads == ["a.tar", "b.tar", "a.tar", "b.tar", "a.tar"]
     assert torch.equal(first.pixels_BHW3, second.pixels_BHW3) and first.captions == second.captions
+    reads.clear()
+    small.gather(np.array([6, 5, 7]), np.arange(3))
+    assert reads == ["b.tar"], "one that is larger than all that is kept stays until the next"
     monkeypatch.setattr(raw_set, "_CACHED_BYTES", sum(map(len, FILES[:8])))  # a and b, or a and c
     medium = opened(tmp_path / "source")
     reads.clear()

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from ecdit_ds.data.causes import BadSample, Replaced
+from ecdit_ds.data.causes import BadSample, Cause, Replaced
 from ecdit_ds.data.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.replacing import MAX_REPLACEMENTS, read_good
+from ecdit_ds.data.replacing import MAX_REPLACEMENTS, read_good, with_good_alone
 from ecdit_ds.errors import DataError
 from tests.helpers.made_sets import write_set
 
@@ -185,3 +185,49 @@ def test_one_good_sample_in_four_is_enough(tmp_path: Path) -> None:
     rows = rows_of(mix(LatentDataset(folder)), stop=3)
     assert {int(caption.split()[-1]) % 4 for _, caption, _, _ in rows} == {0}
     assert max(len(replaced) for *_, replaced in rows) > 2
+
+
+def test_the_last_replacement_that_is_allowed_counts_too(tmp_path: Path) -> None:
+    position, whole = np.zeros(1, dtype=np.int64), LatentDataset(write_set(tmp_path / "whole", [(SQUARE, 200)]))
+    tried = [int(mix(whole).ids_at(position, attempt).samples_B[0]) for attempt in range(1 + MAX_REPLACEMENTS)]
+    assert tried[-1] not in tried[:-1], "take another position"
+    folder = write_set(tmp_path / "late", [(SQUARE, 200)], broken=dict.fromkeys(tried[:-1], "latents nan"))
+    samples = read_good(mix(LatentDataset(folder)), position)
+    assert len(samples.replaced[0]) == MAX_REPLACEMENTS
+    assert samples.captions == (f"late {tried[-1]}",)
+
+
+SPOILED = {
+    "latents_BCHW": torch.nan, "text_embeds_BTD": torch.inf, "text_pooled_BD": -torch.inf, "text_mask_BT": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOILED)
+@pytest.mark.parametrize("places", [(0,), (1, 2), (6, 7), (0, 7), (0, 1, 3, 4, 5, 6, 7), tuple(range(BATCH))])
+def test_what_encoders_spoil_is_replaced_by_the_next_good_one_of_the_micro_batch(
+    broken: LatentDataset, what: str, places: tuple[int, ...]
+) -> None:
+    mixture = mix(broken)
+    before = next(
+        found for step in range(STEPS) if (found := read_good(mixture, np.arange(BATCH) + step * BATCH)).replaced
+    )
+    number = [int(caption.split()[-1]) for caption in before.captions]
+    getattr(before, what)[list(places)] = SPOILED[what]
+    if len(places) == BATCH:
+        with pytest.raises(DataError, match=rf"any of {BATCH} samples .* the first is {number[0]} \("):
+            with_good_alone(mixture, before)
+        return
+    after = with_good_alone(mixture, before)
+    for place in range(BATCH):
+        chosen = next(i % BATCH for i in range(place, place + BATCH) if i % BATCH not in places)
+        assert after.captions[place] == before.captions[chosen]
+        for name in SPOILED:
+            assert torch.equal(getattr(after, name)[place], getattr(before, name)[chosen]), (place, name)
+        told, earlier = after.replaced.get(place, ()), before.replaced.get(place, ())
+        assert told[: len(earlier)] == earlier
+        cause: Cause = "text without a token" if what == "text_mask_BT" else "not finite"
+        new = Replaced(
+            position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause
+        )  # fmt: skip
+        assert told[len(earlier) :] == ((new,) if place in places else ())
+    assert torch.equal(after.stream_index_B, before.stream_index_B)

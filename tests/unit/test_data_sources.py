@@ -131,19 +131,22 @@ def test_links_within_a_folder_are_read(folder: Path) -> None:
 def test_a_source_that_was_edited_to_the_same_size_is_another_one(folder: Path, tmp_path: Path, kind: str) -> None:
     table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
     if kind == "saved":
-        table.save_to_disk(str(tmp_path / "saved"))
+        table.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    for of_kind in ("tar", "parquet"):
+        (tmp_path / of_kind).mkdir()
     place, edited = {
         "folder": (folder, [folder / "2.txt", folder / "z" / "5.jpg"]),
         "list": (folder / "list.csv", [folder / "3.jpg"]),
         "metadata": (folder, [folder / "3.jpg"]),
-        "tar": (tmp_path / "a.tar", [tmp_path / "a.tar"]),
-        "parquet": (tmp_path / "a.parquet", [tmp_path / "a.parquet"]),
+        "tar": (tmp_path / "tar", [tmp_path / "tar" / "a.tar", tmp_path / "tar" / "b.tar"]),
+        "parquet": (tmp_path / "parquet", [tmp_path / "parquet" / "a.parquet", tmp_path / "parquet" / "b.parquet"]),
         "saved": (tmp_path / "saved", list((tmp_path / "saved").glob("*.arrow"))),
     }[kind]
     if kind in ("list", "metadata"):
         write_csv(folder / f"{kind}.csv", rows())
-    write_tar(tmp_path / "a.tar", members())
-    pq.write_table(table.data.table, tmp_path / "a.parquet")
+    for name in ("a", "b"):
+        write_tar(tmp_path / "tar" / f"{name}.tar", members())
+        pq.write_table(table.data.table, tmp_path / "parquet" / f"{name}.parquet")
     fingerprint = open_source(str(place), unit_samples=3).fingerprint
     assert open_source(str(place), unit_samples=3).fingerprint == fingerprint and edited
     for path in edited:
@@ -160,6 +163,67 @@ def test_a_listed_picture_that_came_later_makes_another_source(folder: Path) -> 
     before = open_source(str(path), unit_samples=3).fingerprint
     (folder / "away").rename(folder / "0.jpg")
     assert open_source(str(path), unit_samples=3).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.jsonl", "metadata.csv"])
+def test_a_caption_of_a_list_that_was_edited_makes_another_source(folder: Path, name: str) -> None:
+    def fingerprint(table: list[dict[str, Any]]) -> str:
+        if name.endswith(".jsonl"):
+            (folder / name).write_text("\n".join(map(json.dumps, table)))
+        else:
+            write_csv(folder / name, table, delimiter="\t" if name.endswith(".tsv") else ",")
+        return open_source(str(folder if "metadata" in name else folder / name), unit_samples=3).fingerprint
+
+    before, edited = fingerprint(rows()), rows()
+    edited[-1]["caption"] = "part 9 of a photograph"
+    assert fingerprint(edited) != before == fingerprint(rows())
+    assert fingerprint([rows()[1], rows()[0], *rows()[2:]]) != before
+
+
+def test_of_many_files_every_one_counts_for_what_a_source_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_source(str(folder), unit_samples=3).fingerprint
+    monkeypatch.setattr("ecdit_ds.data.source._STAMPS_AT_ONCE", 2)  # the last of several parts, and a part not full
+    assert open_source(str(folder), unit_samples=3).fingerprint == before
+    for path in sorted(folder.rglob("*.*")):
+        (folder / "z" / "6.jpg").touch()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        now = open_source(str(folder), unit_samples=3).fingerprint
+        assert now != before, path
+        before = now
+    (folder / "deep").symlink_to(folder / "z")
+    assert open_source(str(folder), unit_samples=3).fingerprint != before
+
+
+@pytest.mark.parametrize("kind", ["list", "link", "tar", "parquet", "saved"])
+def test_a_folder_beside_whose_name_begins_alike_is_outside(
+    folder: Path, tmp_path: Path, refusal_of: Refusal, kind: str
+) -> None:
+    private = tmp_path / f"{folder.name}-private"
+    table = datasets.Dataset.from_dict({"image": JPEGS, "text": CAPTIONS})
+    table.save_to_disk(str(private))
+    (private / "0.jpg").write_bytes(JPEGS[0])
+    write_tar(private / "a.tar", members())
+    pq.write_table(table.data.table, private / "a.parquet")
+    if kind == "list":
+        path = write_csv(folder / "list.csv", [{"path": f"../{private.name}/0.jpg", "caption": "stolen"}])
+        assert causes(read_all(path)[1]) == [("outside the source", f"../{private.name}/0.jpg")]
+    elif kind == "link":
+        (folder / "0.jpg").unlink()
+        (folder / "0.jpg").symlink_to(private / "0.jpg")
+        assert causes(read_all(folder)[1]) == [("outside the source", "0")]
+    elif kind == "saved":
+        saved = tmp_path / "sets"
+        table.save_to_disk(str(saved))
+        private.rename(tmp_path / "sets-private")
+        state = json.loads((saved / "state.json").read_text())
+        state["_data_files"][0]["filename"] = f"../sets-private/{state['_data_files'][0]['filename']}"
+        (saved / "state.json").write_text(json.dumps(state))
+        assert "outside" in refusal_of(lambda: read_all(saved))
+    else:
+        for path in folder.rglob("*.*"):
+            path.unlink()
+        (folder / f"a.{kind}").symlink_to(private / f"a.{kind}")
+        assert f"is a link out of {folder}" in refusal_of(lambda: read_all(folder))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -331,6 +395,29 @@ def test_a_zeroed_header_is_no_end(tmp_path: Path) -> None:
     assert "damaged archive" in dict(causes(bad))
 
 
+def test_damage_behind_more_zeros_than_are_read_at_once_is_found(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", members()).read_bytes()
+    start, zeros = 2 * 512 + -(-len(JPEGS[0]) // 512) * 512 + 512, bytes(3 << 20)  # after the first sample
+    (tmp_path / "a.tar").write_bytes(whole[:start] + zeros + whole[start:])
+    good, bad = read_all(tmp_path / "a.tar")
+    assert_all_there(good)
+    assert [one.cause for one in bad] == ["damaged archive"]
+
+
+def test_a_member_that_a_disk_does_not_give_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract = tarfile.TarFile.extractfile
+
+    def fail(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Any:
+        if info.name == "0001.jpg":
+            raise OSError("an error of input or output")
+        return extract(tar, info)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", fail)
+    good, bad = read_all(write_tar(tmp_path / "a.tar", members(0, 3)))
+    assert [sample.key for sample in good] == ["a.tar/0000", "a.tar/0002"]
+    assert causes(bad) == [("damaged archive", "a.tar/0001.jpg"), ("no image", "a.tar/0001")]
+
+
 def test_an_archive_that_ends_early_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members())
     with tarfile.open(path) as tar:
@@ -479,6 +566,15 @@ def test_a_row_of_the_hub_names_no_file_of_this_machine(monkeypatch: pytest.Monk
     assert causes(read_all("owner/photographs")[1]) == [("outside the source", "row-0")]
 
 
+def test_other_rows_of_the_hub_under_the_same_name_are_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [datasets.Dataset.from_dict({"image": JPEGS[:2], "text": list(words)}) for words in ("ab", "ab", "ac")]
+    found = []
+    for rows in tables:
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, rows=rows: rows)
+        found.append(open_source("owner/photographs", unit_samples=3).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_dataset_that_names_files_elsewhere_is_refused(
     tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str]
 ) -> None:
@@ -621,8 +717,12 @@ def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_pat
     good, bad = read_all(folder / "list.jsonl")
     assert [sample.caption for sample in good] == ["one"]
     assert causes(bad) == [("name given twice", "list.jsonl line 2 ('text')")]
-    path = write_tar(tmp_path / "a.tar", [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())])
-    assert causes(read_all(path)[1]) == [("name given twice", "a.tar/0 ('text')")]
+    parts = [("0.jpg", JPEGS[0]), ("0.json", lines[1].encode())]
+    parts += [("1.jpg", JPEGS[1]), ("1.json", b'{"text": "of an object that says all there is", "id": 1, "id": 2}')]
+    path = write_tar(tmp_path / "a.tar", parts)
+    assert causes(read_all(path)[1]) == [
+        ("name given twice", "a.tar/0 ('text')"), ("name given twice", "a.tar/1 ('id')")
+    ]  # fmt: skip
 
 
 def test_a_list_of_which_no_line_can_be_read_is_refused_with_the_reason(folder: Path, refusal_of: Refusal) -> None:
@@ -826,6 +926,10 @@ def test_bytes_in_a_table_are_taken_whatever_their_path_was(tmp_path: Path) -> N
     pq.write_table(pa.table({"image": cells, "text": CAPTIONS[:3]}), tmp_path / "a.parquet")
     good, bad = read_all(tmp_path / "a.parquet")
     assert [sample.content for sample in good] == JPEGS[:3] and bad == []
+    (tmp_path / "0.jpg").write_bytes(JPEGS[0])
+    paths = [{"bytes": b"", "path": "0.jpg"}, {"bytes": None, "path": "0.jpg"}]
+    pq.write_table(pa.table({"image": paths, "text": CAPTIONS[:2]}), tmp_path / "a.parquet")
+    assert [sample.content for sample in read_all(tmp_path / "a.parquet")[0]] == [b"", JPEGS[0]]
 
 
 def test_a_space_after_the_comma_is_no_part_of_a_path(folder: Path) -> None:

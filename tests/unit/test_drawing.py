@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from ecdit_ds.drawing import TextToImage, noise_of
 from ecdit_ds.errors import CheckpointError, DataError
 from ecdit_ds.loading import load_drawer, open_model
 from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.parallel.layers import ExpertParallelLayers
+from ecdit_ds.parallel.sharding import Share
 from ecdit_ds.seeding import parameter_generator, sample_rng
 from tests.helpers.random_model import damage_average
 
@@ -69,8 +72,26 @@ def test_a_stored_model_says_its_kind_and_its_step_and_is_itself_wherever_it_lie
     assert {(stored.folder, stored.step) for stored in found.values()} == {(moved, read_manifest(moved).step)}
     assert found[None].identity == open_model(checkpoint).identity
     said = read_manifest(moved)
-    (moved / "manifest.json").write_bytes(encode_manifest(replace(said, step=said.step + 1)))
-    assert open_model(moved).identity != found[None].identity
+    name, tensor = next(iter(said.tensors.items()))
+    other = replace(tensor, slices=tuple(replace(cut, xxh3="0" * 16) for cut in tensor.slices))
+    for changed in (
+        replace(said, step=said.step + 1), replace(said, meta=said.meta | {"samples_seen": 1}),  # type: ignore[operator]
+        replace(said, tensors=said.tensors | {name: other}),  # type: ignore[operator]
+    ):  # fmt: skip
+        (moved / "manifest.json").write_bytes(encode_manifest(changed))
+        assert open_model(moved).identity != found[None].identity
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_rank_of_a_layout_loads_the_experts_that_it_holds(checkpoint: Path, index: int) -> None:
+    group: Any = None  # nothing is exchanged here
+    layers = ExpertParallelLayers(ep=Share(index=index, count=2), ep_group=group)
+    whole = dict(load_drawer(checkpoint).model.named_parameters())
+    part = dict(load_drawer(checkpoint, layers=layers).model.named_parameters())
+    for name, parameter in part.items():
+        wanted = whole[name].chunk(2)[index] if ".experts." in name else whole[name]
+        assert torch.equal(parameter, wanted), name
+    assert any(".experts." in name for name in part)
 
 
 def test_loading_twice_gives_the_same_pictures_bit_for_bit(checkpoint: Path, pipeline: TextToImage) -> None:

@@ -1,6 +1,7 @@
 """The Frechet distance against closed forms, torchmetrics and scipy; sums that do not mind how a set is cut."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import scipy.linalg
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -190,7 +192,11 @@ def test_a_file_that_holds_no_statistics_is_refused(tmp_path: Path, refusal_of: 
     damaged = tmp_path / "damaged.safetensors"
     save_statistics(statistics_of(torch.ones(3, 2)), damaged)
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    for path in (tmp_path / "none.safetensors", damaged, GOLDEN):
+    later, misshapen = tmp_path / "later.safetensors", tmp_path / "misshapen.safetensors"
+    tensors = {"sum": torch.ones(2), "outer": torch.ones(2, 2), "count": torch.tensor(3)}
+    save_file(tensors, later, {"format": "ecdit_ds feature statistics 2", "features": "golden"})
+    save_file(tensors | {"outer": torch.ones(3, 3)}, misshapen, {"format": "ecdit_ds feature statistics 1"})
+    for path in (tmp_path / "none.safetensors", damaged, GOLDEN, later, misshapen):
         assert str(path) in refusal_of(lambda path=path: load_statistics(path))  # type: ignore[misc]
 
 
@@ -205,8 +211,14 @@ def test_sets_that_have_no_distance_are_refused(golden: dict[str, Tensor], refus
         message = refusal_of(action)
         assert "golden" in message
         assert "other" in message
+    narrow = statistics_of(golden["generated"][:, :-1])
+    for action in (lambda: frechet_distance(real, narrow), lambda: real + narrow):
+        assert "of two models" in refusal_of(action)
     overflown = statistics_of(golden["generated"] * float("inf"))
-    assert "not finite" in refusal_of(lambda: frechet_distance(real, overflown))
+    squares_alone = replace(real, outer_DD=real.outer_DD * float("inf"))
+    for one in (overflown, squares_alone):
+        assert "features are not finite" in refusal_of(lambda one=one: frechet_distance(real, one))  # type: ignore[misc]
+        assert "features are not finite" in refusal_of(lambda one=one: frechet_distance(one, real))  # type: ignore[misc]
 
 
 def test_too_few_pictures_for_the_features_are_warned_of_in_one_line(golden: dict[str, Tensor]) -> None:

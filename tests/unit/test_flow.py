@@ -181,10 +181,18 @@ def test_timesteps_are_quantiles_of_the_logit_normal(mean: float, std: float) ->
     torch.testing.assert_close((slope * density[1:-1])[inner], torch.ones_like(slope)[inner], rtol=2e-3, atol=0)
 
 
-def test_uniform_timesteps_are_their_quantiles_shifted() -> None:
+def test_uniform_timesteps_are_their_quantiles() -> None:
     uniform = torch.linspace(0.1, 0.9, 9)
-    t = timesteps_from_uniform(uniform, FlowConfig(timestep_density="uniform", timestep_shift=2.0))
-    torch.testing.assert_close(t, 2 * uniform / (1 + uniform))
+    torch.testing.assert_close(timesteps_from_uniform(uniform, FlowConfig(timestep_density="uniform")), uniform)
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "uniform"])
+def test_timesteps_of_either_density_are_shifted(density: Literal["logit_normal", "uniform"]) -> None:
+    uniform = torch.linspace(0.1, 0.9, 9)
+    plain, shifted = (
+        timesteps_from_uniform(uniform, FlowConfig(timestep_density=density, timestep_shift=shift)) for shift in (1, 2)
+    )
+    torch.testing.assert_close(shifted, 2 * plain / (1 + plain))
 
 
 @pytest.mark.parametrize("density", ["logit_normal", "uniform"])

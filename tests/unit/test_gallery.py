@@ -13,8 +13,21 @@ from ecdit_ds import gallery
 from ecdit_ds.config import Recipe
 from ecdit_ds.crew import Crew, join_crew
 from ecdit_ds.errors import DataError, TopologyError
-from ecdit_ds.gallery import Brush, Job, Picture, clear, fill, read_gallery, read_picture
+from ecdit_ds.gallery import (
+    OF_SCENES,
+    Brush,
+    Job,
+    Picture,
+    clear,
+    do_compete,
+    fill,
+    gallery_identity,
+    is_of_other_pictures,
+    read_gallery,
+    read_picture,
+)
 from ecdit_ds.loading import load_drawer
+from ecdit_ds.model_config import ModelConfig
 
 MakeRecipe = Callable[..., Recipe]
 SaveModel = Callable[..., Path]
@@ -157,8 +170,11 @@ def test_lines_of_several_processes_are_put_in_order(tmp_path: Path, whole: Path
     ("changes", "told"),
     [
         ({"facts": FACTS | {"step": 10}}, ("step", "9", "10")),
+        ({"facts": {"checkpoint": FACTS["checkpoint"]}}, ("step", "9", "'not set'")),
+        ({"facts": FACTS | {"weights": "ema"}}, ("weights", "'not set'", "'ema'")),
         ({"negative_prompt": "a two"}, ("negative_prompt", "None", "'a two'")),
         ({"height": 32}, ("height", "None", "32")),
+        ({"width": 32}, ("width", "None", "32")),
         ({"jobs": [*JOBS[:4], Job(prompt="six", seed=4)]}, ("picture 4", "one nine", "six")),
         ({"jobs": [*JOBS[:4], replace(JOBS[4], seed=7)]}, ("picture 4", "seed=4", "seed=7")),
         ({"jobs": JOBS[:4]}, ("picture 4", "one nine", "none")),
@@ -271,6 +287,52 @@ def test_where_pictures_compete_for_experts_the_batch_size_is_a_setting(
     fill(tmp_path / "o", JOBS, brush, FACTS, crew)
     message = refusal_of(lambda: fill(tmp_path / "o", JOBS, replace(brush, batch_size=3), FACTS, crew))
     assert "have batch_size 2, now it is 3" in message
+
+
+def test_all_that_is_drawn_with_is_told(brush: Brush) -> None:
+    renewing = brush.drawer.settings(sampler="euler_ancestral", eta=0.5, guidance_interval=(0.2, 0.8))
+    samples = [
+        brush.sample, renewing, replace(renewing, eta=0.6), replace(renewing, num_steps=3),
+        replace(renewing, guidance_scale=3.0), replace(renewing, guidance_interval=(0.3, 0.8)),
+        replace(renewing, guidance_interval=(0.2, 0.9)), replace(renewing, capacity_factor=1.0),
+    ]  # fmt: skip
+    brushes = [replace(brush, sample=sample) for sample in samples]
+    brushes += [replace(brush, negative_prompt=""), replace(brush, height=8), replace(brush, width=8)]
+    told = [gallery._settings(one, FACTS) for one in brushes] + [gallery._settings(brush, {"step": 9})]
+    assert len({json.dumps(one, sort_keys=True) for one in told}) == len(told)
+    assert gallery._settings(replace(brush, sample=replace(brush.sample, prompts=("a",))), FACTS) == told[0]
+
+
+def test_a_folders_identity_is_that_of_its_lines_and_settings_and_not_of_its_place(tmp_path: Path, whole: Path) -> None:
+    identity = gallery_identity(whole)
+    whole.rename(tmp_path / "elsewhere")
+    assert gallery_identity(tmp_path / "elsewhere") == identity
+    for name in ("pictures.jsonl", "settings.json"):
+        path = tmp_path / "elsewhere" / name
+        path.write_bytes(path.read_bytes().replace(b"9", b"8") if name == "settings.json" else b"")
+        changed = gallery_identity(tmp_path / "elsewhere")
+        assert changed != identity, name
+        identity = changed
+
+
+@pytest.mark.parametrize(("note", "is_other"), [({}, False), ({OF_SCENES: True}, False), ({OF_SCENES: False}, True)])
+def test_only_a_folder_that_says_so_is_of_other_pictures(tmp_path: Path, note: dict[str, bool], is_other: bool) -> None:
+    assert not is_of_other_pictures(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps(note))
+    assert is_of_other_pictures(tmp_path) is is_other
+
+
+@pytest.mark.parametrize(
+    ("changes", "does"),
+    [
+        ({}, False), ({"ffn": "dense"}, False), ({"ffn": "token_choice", "top_k": 2}, True),
+        ({"routing_pool": "batch"}, True), ({"routing_pool": "group", "routing_group": 2}, True),
+    ],
+)  # fmt: skip
+def test_pictures_compete_where_a_pool_is_of_several(
+    tiny_config: ModelConfig, changes: dict[str, Any], does: bool
+) -> None:
+    assert do_compete(replace(tiny_config, **changes)) is does
 
 
 LINE = {"index": 0, "file": "pictures/000000_a_nine.png", "prompt": "a nine", "seed": 0}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,40 @@ def test_pictures_are_judged_from_end_to_end_and_alike_in_any_batches(detector: 
     together = list(judge_pictures(pairs, detector, namer, batch_size=8, rules=rules))
     parts = [list(judge_pictures(part, detector, namer, batch_size=2, rules=rules)) for part in (pairs[:5], pairs[5:])]
     assert parts[0] + parts[1] == together
+
+
+def test_what_is_not_finite_is_no_picture_without_objects(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch, refusal_of: Refusal
+) -> None:
+    forward = detector.model.forward
+    read = ("class_queries_logits", "masks_queries_logits") if detector.has_masks else ("logits", "pred_boxes")
+    for name in read:
+
+        def spoiled(*given: Any, name: str = name, **named: Any) -> Any:
+            outputs = forward(*given, **named)
+            outputs[name][-1, ..., -1] = torch.nan
+            return outputs
+
+        monkeypatch.setattr(detector.model, "forward", spoiled)
+        assert "not finite" in refusal_of(lambda: found_in(detector, pictures(2)))
+
+
+@pytest.mark.parametrize(("confidence", "counting", "asked"), [(0.3, 0.9, 0.3), (0.9, 0.2, 0.2)])
+def test_a_detector_is_asked_for_all_that_any_rule_may_count(
+    clip: Clip, confidence: float, counting: float, asked: float
+) -> None:
+    told: list[float] = []
+
+    class Asked:
+        def detect(self, shown: list[Image.Image], *, batch_size: int, confidence: float) -> object:
+            told.append(confidence)
+            yield [[] for _ in shown]
+
+    prompt = GenevalPrompt(tag="counting", prompt="cats", include=(Requirement(class_name="cat", count=2),))
+    rules = GenevalRules(confidence=confidence, counting_confidence=counting)
+    pairs = [(picture, prompt) for picture in pictures(2)]
+    list(judge_pictures(pairs, Asked(), ColourNamer(clip=clip), batch_size=2, rules=rules))  # type: ignore[arg-type]
+    assert told == [asked]
 
 
 def test_what_finds_no_objects_is_refused(tmp_path: Path, refusal_of: Refusal) -> None:

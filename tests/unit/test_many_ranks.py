@@ -12,6 +12,7 @@ from torch import Tensor
 from ecdit_ds.errors import CheckpointError, EcditError, LostRankError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.parallel import deepspeed_moe, tensor_parallel
 from ecdit_ds.parallel.collectives import copy_in, land_all_to_all, launch_all_to_all, sum_out
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
 from ecdit_ds.parallel.experts import Experts
@@ -57,7 +58,7 @@ def test_what_is_copied_in_has_the_sum_of_all_gradients_and_what_is_summed_out_h
 
     def work(rank: int) -> dict[str, Tensor]:
         def laid_out(data: Tensor) -> Tensor:
-            return data.clone() if is_contiguous else data.t().contiguous().t()
+            return data.clone() if is_contiguous or rank == 0 else data.t().contiguous().t()
 
         x, into = (laid_out(values[rank]).requires_grad_() for _ in range(2))
         copied, summed, gradient = copy_in(x, everyone()), sum_out(into, everyone()), laid_out(upstream[rank])
@@ -213,3 +214,36 @@ def test_a_process_is_where_its_launcher_says(
         monkeypatch.setenv(name, value)
     found = place_from_environment()
     assert found == Place(**dict(zip(("rank", "local_rank", "local_size", "world_size"), place, strict=True)))
+
+
+def test_tensor_groups_are_as_large_and_as_patient_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(tensor_parallel.parallel_state, "initialize_model_parallel", asked.update)
+    create_tensor_groups(2, 7)
+    assert asked | {"tensor_model_parallel_size": 2, "distributed_timeout_minutes": 7} == asked
+
+
+def test_a_rank_updates_its_part_of_an_expert_among_its_copies_and_of_the_rest_among_all_data_parallel_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deepspeed_moe.groups, "_get_data_parallel_rank", lambda: 5)
+    monkeypatch.setattr(deepspeed_moe.groups, "_get_data_parallel_world_size", lambda: 8)
+    monkeypatch.setattr(deepspeed_moe.groups, "_get_expert_data_parallel_rank", {"ep_size_4": 1}.__getitem__)
+    monkeypatch.setattr(deepspeed_moe.groups, "_get_expert_data_parallel_world_size", {"ep_size_4": 2}.__getitem__)
+    experts = deepspeed_moe.DeepSpeedExperts(4, 3, 2, activation="gelu", ep=Share(index=1, count=4))
+    assert {deepspeed_moe.part_of(parameter) for parameter in experts.parameters()} == {Share(index=1, count=2)}
+    assert deepspeed_moe.part_of(torch.nn.Parameter(torch.ones(1))) == Share(index=5, count=8)
+
+
+def test_expert_groups_are_made_beside_tensor_groups_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, made = deepspeed_moe.groups, list[Any]()
+    monkeypatch.setattr(groups, "mpu", "of an earlier grid")
+    monkeypatch.setattr(groups, "_create_expert_and_data_parallel", lambda *asked: made.append((groups.mpu, *asked)))
+    monkeypatch.setattr(
+        groups, "_create_expert_data_and_model_parallel", lambda *asked: made.append((groups.mpu, *asked))
+    )
+    monkeypatch.setattr(groups, "_get_expert_parallel_group", lambda name: name)
+    assert [deepspeed_moe.create_expert_groups(2), deepspeed_moe.create_expert_groups(4, "tensor groups")] == [
+        "ep_size_2", "ep_size_4",
+    ]  # fmt: skip
+    assert made == [(None, 2), ("tensor groups", 4, "tensor groups")]

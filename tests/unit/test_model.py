@@ -113,6 +113,15 @@ def test_only_token_choice_has_an_auxiliary_loss(awake: ECDiT, inputs: Inputs) -
     assert (loss.item() > 0) == (awake.config.ffn == "token_choice")
 
 
+def test_a_model_computes_the_same_in_training_and_out_of_it(
+    config: ModelConfig, inputs: Inputs, randomize: Randomize
+) -> None:
+    model = ECDiT(replace(config, capacity_factor=4.0), SerialLayers())
+    randomize(model)
+    trained, drawn = inputs.through(model.train()), inputs.through(model.eval())
+    assert torch.equal(trained.velocity_BCHW, drawn.velocity_BCHW)
+
+
 def test_masked_text_tokens_never_reach_the_output(awake: ECDiT, inputs: Inputs, draw: Draw) -> None:
     other = torch.where(inputs.text_mask_BT[..., None], inputs.text_embeds_BTD, 100 * draw("other", 2, 6, 24))
     assert not torch.equal(other, inputs.text_embeds_BTD)

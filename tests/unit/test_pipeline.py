@@ -288,6 +288,17 @@ def test_settings_left_out_are_the_recipes_and_what_only_its_sampler_reads_goes_
     assert pipeline.drawer.settings(guidance_scale=3.0).guidance_interval == (0.2, 0.8)
 
 
+def test_every_setting_that_is_given_reaches_the_picture(pipeline: TextToImagePipeline) -> None:
+    renewing: dict[str, Any] = {"sampler": "euler_ancestral"}
+    given: list[dict[str, Any]] = [
+        {}, {"num_inference_steps": 3}, {"guidance_scale": 4.0}, {"negative_prompt": "a two"}, {"sampler": "heun"},
+        renewing, renewing | {"eta": 0.5}, {"guidance_interval": (0.6, 1.0)}, {"guidance_interval": (0.0, 0.6)},
+        {"capacity_factor": 0.5}, {"height": 32}, {"width": 32}, {"height": 32, "capacity_factor": 0.5},
+    ]  # fmt: skip
+    drawn = [draw(pipeline, **settings).numpy() for settings in given]
+    assert len({(images.shape, images.tobytes()) for images in drawn}) == len(given)
+
+
 def test_bf16_weights_draw_about_the_same_picture(
     tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel
 ) -> None:

@@ -104,6 +104,14 @@ def test_a_lock_alone_makes_a_folder_no_ones(folder: RunFolder, tiny_recipe: Rec
     folder.check_recipe(tiny_recipe)
 
 
+@pytest.mark.parametrize("name", [".attempt", "slurm", "recipe.yaml.tmp"])
+def test_what_the_start_of_a_job_leaves_makes_a_folder_no_ones(
+    folder: RunFolder, tiny_recipe: Recipe, name: str
+) -> None:
+    (folder.path / name).mkdir()
+    folder.check_recipe(tiny_recipe)
+
+
 def test_another_recipe_is_refused_with_every_changed_field_and_both_values(
     folder: RunFolder, make_recipe: MakeRecipe, refusal_of: RefusalOf
 ) -> None:
@@ -198,6 +206,16 @@ def test_a_path_that_would_overwrite_newer_checkpoints_is_refused(
     assert "step_20" in message
     assert folder.candidates(str(newest)) == [newest, older]
     assert folder.candidates(str(folder.path)) == [newest, older]
+    linked = RunFolder(path=tmp_path / "link")
+    linked.path.symlink_to(folder.path)
+    for run, asked in ((folder, linked.checkpoints / older.name), (linked, older)):
+        assert "step_20" in refusal_of(lambda run=run, asked=asked: run.candidates(str(asked)))  # type: ignore[misc]
+
+
+def test_a_damaged_checkpoint_that_was_set_aside_keeps_nobody_from_the_others(folder: RunFolder) -> None:
+    own = add_checkpoint(folder.checkpoints, 5)
+    add_checkpoint(folder.checkpoints, 7).rename(folder.checkpoints / "step_7.damaged-1f")
+    assert folder.candidates("auto") == [own]
 
 
 def test_a_folder_with_checkpoints_of_its_own_goes_on_from_them_whatever_path_it_began_from(

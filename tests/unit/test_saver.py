@@ -25,7 +25,7 @@ from ecdit_ds.faults import Fault, Faults
 from ecdit_ds.parallel.sharding import ShardSpec
 from ecdit_ds.parallel.world import World
 from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress, check_same_data, load_snapshot, pieces_of, progress_of
+from ecdit_ds.snapshot import Progress, check_same_data, load_snapshot, pieces_of, progress_of, rejection_of
 from tests.conftest import MakeRecipe
 
 SHAPES = {"a.weight": (4, 3), "b.weight": (2, 3, 2), "c.bias": (5,)}
@@ -152,15 +152,15 @@ Make = Callable[..., tuple[Saver, FlatEngine, list[str]]]
 
 @pytest.fixture
 def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
-    """Return `make_saver("train.x=y", ..., faults=, world=)`: a saver, its engine, and what it noted."""
+    """Return `make_saver("train.x=y", ..., faults=, world=, verified=)`: a saver, its engine, and what it noted."""
 
     def make(
-        *overrides: str, faults: Faults | None = None, world: SoloPeers | None = None
+        *overrides: str, faults: Faults | None = None, world: SoloPeers | None = None, verified: Path | None = None
     ) -> tuple[Saver, FlatEngine, list[str]]:
         engine, notes = whole_engine(), list[str]()
         made = Saver(
             tmp_path / "checkpoints", make_recipe(*overrides), cast(DeepSpeedEngine, engine),
-            cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), None,
+            cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), verified,
             notes.append, DATA, ENCODERS,
         )  # fmt: skip
         return made, engine, notes
@@ -249,6 +249,16 @@ def test_as_many_checkpoints_stay_as_the_recipe_says_and_one_that_was_not_read_b
     assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [12, 10, 8, 6, 4]
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_counts_among_those_that_stay(make_saver: Make, tmp_path: Path) -> None:
+    first, _, _ = make_saver()
+    for step in (2, 4):
+        first.save_last(after(step), read_back=False)
+    saver, _, _ = make_saver("train.keep_checkpoints=2", verified=tmp_path / "checkpoints" / "step_4")
+    assert saver.newest == tmp_path / "checkpoints" / "step_4"
+    saver.save_last(after(6), read_back=True)
+    assert list(map(step_of, list_checkpoints(tmp_path / "checkpoints"))) == [6, 4]
+
+
 def test_what_failed_is_told_once_and_the_next_save_is_whole(
     make_saver: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +299,43 @@ def test_a_writer_is_waited_for_as_many_minutes_as_the_recipe_says(
         saver.finish()
     assert world.num_waits == 6  # of a hundredth of a second
     gate.open()
+
+
+def test_a_writer_that_ends_after_the_last_look_was_not_too_late(
+    make_saver: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Alone):
+        def all_ok(self, ok: bool) -> bool:
+            super().all_ok(ok)
+            if self.num_waits == 6:
+                gate.open()
+                for writer in (thread for thread in threading.enumerate() if thread.name == "checkpoint"):
+                    writer.join()
+            return ok
+
+    monkeypatch.setattr(saver_module, "_LOOK_EVERY_S", 0.01)
+    gate, faults = Gate(), FaultsAtGate(rank=0)
+    faults.gate, faults.moment = gate, "mid-shard"
+    saver, _, notes = make_saver(
+        "train.save_timeout_minutes=0.001", faults=faults, world=Late(gate, is_patient=True)
+    )  # fmt: skip
+    saver.start(after(1))
+    saver.finish()
+    assert saver.newest is not None and len(notes) == 1
+
+
+@pytest.mark.parametrize("error", [CheckpointError("not now"), OSError("not now")])
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_training_goes_on(
+    make_saver: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(saver_module, "remove_old", refuse)
+    saver, _, notes = make_saver()
+    saver.start(after(1))
+    saver.finish()
+    assert saver.newest is not None and notes[1:] == ["an old checkpoint stays: not now"]
 
 
 def test_ranks_that_hold_parts_of_slices_give_a_checkpoint_that_another_layout_reads(tmp_path: Path) -> None:
@@ -364,6 +411,27 @@ def test_a_run_goes_on_from_whole_counts_alone(tmp_path: Path, name: str, count:
     reader = save_whole(tmp_path, whole_engine(), **{name: count})
     with pytest.raises(CheckpointError, match=rf"says {name}: {count!r}, not a whole number from 0 on"):
         progress_of(reader)
+
+
+@pytest.mark.parametrize(
+    ("meta", "number", "said"),
+    [
+        ({"recipe": {}}, 1.0, None),
+        ({"recipe": {}, "samples_seen": -1}, 1.0, "says samples_seen: -1"),
+        ({"recipe": {}}, float("nan"), "are not finite"),
+        ({}, 1.0, "has no recipe"),
+        ({"recipe": "a"}, 1.0, "no recipe"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_told_by_the_manifest_alone(
+    tmp_path: Path, meta: dict[str, Any], number: float, said: str | None
+) -> None:
+    engine = whole_engine()
+    engine.flat[-1] = number
+    folder, compared = save_whole(tmp_path, engine, **meta).folder, list[Any]()
+    fault = rejection_of(folder, lambda *what: compared.append(what))
+    assert fault is None if said is None else said in str(fault)
+    assert compared == ([(COUNTS | meta, folder)] if said is None else [])
 
 
 def test_a_run_goes_on_with_the_samples_it_was_trained_on_alone(tmp_path: Path) -> None:

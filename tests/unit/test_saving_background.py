@@ -60,14 +60,18 @@ def test_copies_use_the_same_memory_again_and_grow_only_where_they_must() -> Non
     assert torch.equal(host.of(pieces(torch.full((1000,), 3.0)))[0].data, torch.full((1000,), 3.0))
 
 
-def test_reading_back_finds_what_the_disk_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_reading_back_finds_what_the_disk_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def damaging(descriptor: int, *_: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+        data = bytearray(path.read_bytes())
+        data[-1 if number else -21] ^= 1  # each holds 20 bytes
+        path.write_bytes(data)
 
     monkeypatch.setattr(os, "posix_fadvise", damaging)
-    with pytest.raises(CheckpointError, match=r"shard-00000.safetensors: w#0 reads back with checksum"):
-        save_checkpoint(tmp_path, 1, pieces(torch.ones(5)), {}, SoloPeers(), read_back=True)
+    halves = [Piece(name="w", global_shape=(10,), box=Box((at,), (5,)), data=torch.ones(5)) for at in (0, 5)]
+    with pytest.raises(CheckpointError, match=rf"shard-00000.safetensors: w#{number} reads back with checksum"):
+        save_checkpoint(tmp_path, 1, halves, {}, SoloPeers(), read_back=True)
     assert not list(tmp_path.glob("step_*"))
 
 

@@ -272,13 +272,18 @@ def test_a_checkpoint_of_an_earlier_release_draws_by_its_set_and_pixels_by_the_f
     assert f"{tmp_path / 'latents'}: is not there" in refusal_of(lambda: load_drawer(other))
 
 
-def test_a_run_that_encodes_beside_training_says_by_what(pixels: Recipe, tmp_path: Path) -> None:
+def test_a_run_that_encodes_beside_training_says_by_what(
+    pixels: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae, t5 = save_vae(tmp_path / "vae", channels=3), save_t5(tmp_path / "t5")
     data = replace(pixels.data, encode="online", path=str(tmp_path / "pictures"), vae=str(vae), text=(str(t5),))
     online = replace(pixels, data=data, model=replace(pixels.model, text_embed_dim=12, max_text_tokens=40))
     null = load_text_encoder([str(t5)], max_tokens=40).null()
     described = describe_encoders(online, null)
     assert (described["image"]["name"], described["text"]["names"]) == (str(vae), [str(t5)])
+    monkeypatch.chdir(tmp_path)
+    near = replace(online, data=replace(data, vae="vae", text=("t5",)))
+    assert describe_encoders(near, null) == described, "named from here, it is found from everywhere"
     save_random_model(tmp_path / "run", online, meta={"recipe": online.to_dict(), "encoders": described})
     (tmp_path / "pictures").rename(tmp_path / "pictures are away")
     images, texts, kept = open_encoders(open_model(tmp_path / "run"))

@@ -208,3 +208,45 @@ def _write_with_pickle(path: Path, text: bytes) -> None:
     write_torch_file(path, 1)
     _rewrite(path, "data.pkl", text)
     assert pickle.PROTO == b"\x80"
+
+
+def test_a_file_is_known_by_its_name_its_time_and_its_content(path: Path) -> None:
+    def identity(name: str = path.name, moment: int = 1, value: float = 1.0) -> str:
+        write_torch_file(path.with_name(name), torch.full((3,), value))
+        os.utime(path.with_name(name), ns=(moment, moment))
+        return TorchFile(path.with_name(name)).identity
+
+    assert identity() == identity()
+    assert len({identity(), identity(name="y.pt"), identity(moment=2), identity(value=2.0)}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(("is_twice", "said"), [(True, "there twice"), (False, "overlap")])
+def test_records_of_one_name_or_in_one_place_are_refused(
+    path: Path, refusal_of: RefusalOf, is_twice: bool, said: str
+) -> None:
+    write_torch_file(path, torch.arange(1000.0))
+    with zipfile.ZipFile(path, "a") as archive:
+        (name,) = (name for name in archive.namelist() if "/data/" in name)
+        if is_twice:
+            archive.writestr(name, bytes(4000))
+        else:  # the directory names the same bytes once more
+            archive.writestr(f"{name[:-1]}9", b"")
+            for fact in ("header_offset", "CRC", "file_size", "compress_size"):
+                setattr(archive.getinfo(f"{name[:-1]}9"), fact, getattr(archive.getinfo(name), fact))
+    assert said in refusal_of(lambda: TorchFile(path))
+
+
+@pytest.mark.parametrize("chunk_bytes", [20, 48, 100])
+def test_in_whatever_chunks_a_tensor_is_read_it_is_the_same_and_ends_where_it_ends(
+    path: Path, refusal_of: RefusalOf, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    data = torch.arange(100.0).view(10, 10)
+    write_torch_file(path, data)
+    monkeypatch.setattr("ecdit_ds.checkpoint.ranges.CHUNK_BYTES", chunk_bytes)
+    file = TorchFile(path)
+    for box in (Box((0, 0), (10, 10)), Box((2, 3), (5, 4))):
+        assert torch.equal(file.read(file.content, box), data[box.within((0, 0))])
+    assert file.xxh3(file.content) == xxhash.xxh3_64_hexdigest(bytes_of(data))
+    beyond = refusal_of(lambda: file.read(file.content, Box((0,), (1,)), start=1, shape=(100,)))
+    assert "not stored in one piece" in beyond

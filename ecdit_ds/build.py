@@ -212,10 +212,10 @@ def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str]
     """Say where the run goes on and what jumps there, and move its own damaged checkpoints out of the way."""
     for damaged, fault in rejections.items():
         is_own = damaged.parent.resolve() == own.resolve()
-        print(f"rejected {fault}; kept as {set_aside(damaged) if is_own else damaged}", flush=True)
-    print(f"goes on from {folder} at step {progress.step}", flush=True)
+        say(f"rejected {fault}; kept as {set_aside(damaged) if is_own else damaged}", sys.stdout)
+    say(f"goes on from {folder} at step {progress.step}", sys.stdout)
     for line in schedule_jumps(Reader(folder).manifest.meta["recipe"], recipe, progress.step):
-        print(line, flush=True)
+        say(line, sys.stdout)
 
 
 def _check_same(

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ecdit_ds.durable import own_file
+from ecdit_ds.errors import plain
 
 Record = dict[str, Any]
 
@@ -71,9 +72,9 @@ class Console(Callback):
 
     def on_note(self, text: str) -> None:
         if self._bar.disable:
-            print(text, flush=True)
+            print(plain(text), flush=True)
         else:
-            self._bar.write(text)
+            self._bar.write(plain(text))
 
     def close(self) -> None:
         self._bar.close()

@@ -14,7 +14,7 @@ import psutil
 
 from ecdit_ds.checkpoint.folders import list_checkpoints
 from ecdit_ds.checkpoint.tending import fault_of
-from ecdit_ds.errors import CheckpointError, ExitCode
+from ecdit_ds.errors import CheckpointError, ExitCode, plain
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.5
@@ -117,7 +117,7 @@ def last_line(status: RunStatus, verdict: str, cause: str) -> str:
 def say(text: str, stream: IO[str]) -> None:
     """Print, where that is possible: nobody may be reading any more, and a run does not end for that."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=stream, flush=True)
+        print(plain(text), file=stream, flush=True)
 
 
 def let_go_of_closed_streams() -> None:

@@ -25,8 +25,20 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def plain(text: str) -> str:
+    """Return text as one line for a terminal or a log, whatever it quotes.
+
+    Names come from files of anybody's: a newline would forge a line of ours, an escape sequence hide or move one. What
+    cannot be printed is written out, as `\\n` or `\\x1b`; a second call changes nothing.
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class EcditError(Exception):
-    """Base of all errors that a user can mend; the message says what, where, the numbers and the way out."""
+    """Base of all errors that a user can mend; the message says what, where, the numbers and the way out, in a line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))
 
 
 class ConfigError(EcditError):

@@ -20,7 +20,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.data.encoder_facts import null_text_of, open_image_encoder, open_text_encoder
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.drawing import TextToImage, earlier_encoder_facts
-from ecdit_ds.errors import CheckpointError, ConfigError, DataError
+from ecdit_ds.errors import CheckpointError, ConfigError, DataError, plain
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.parallel.layers import LayerFactory, SerialLayers
@@ -344,7 +344,7 @@ def _open_checkpoint(path: Path) -> Reader:
     for root in (path / "checkpoints", path):
         reader, rejections = newest_valid(root)
         for rejection in rejections:
-            print(f"skipped {rejection}")
+            print(plain(f"skipped {rejection}"))
         if reader is not None:
             return reader
     raise CheckpointError(

@@ -26,7 +26,7 @@ from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import make_folders, private_file, replace_durably
-from ecdit_ds.errors import CheckpointError, ConfigError
+from ecdit_ds.errors import CheckpointError, ConfigError, plain
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.snapshot import check_same_recipe
@@ -114,7 +114,7 @@ class RunFolder:
                         "or choose another folder"
                     ) from None
                 if not is_told:
-                    print(f"waits for process {process or 'unknown'} to leave {self.path}", flush=True)
+                    print(plain(f"waits for process {process or 'unknown'} to leave {self.path}"), flush=True)
                     is_told = True
                 time.sleep(0.2)
         handle.truncate(0)

@@ -39,7 +39,7 @@ from ecdit_ds.checkpoint.partial import partial_of
 from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.sources import SafetensorsSource, Source
 from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
-from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode
+from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode, plain
 from ecdit_ds.optim import STATE_NAMES
 from ecdit_ds.parallel.cutting import cut_axes
 from tools.command_line import OneLineParser
@@ -126,13 +126,13 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_arguments(arguments)
         return int(options.run(options))
     except EcditError as error:
-        print(_one_line(f"error: {error}"), file=sys.stderr)
+        print(plain(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
     except BrokenPipeError:  # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except OSError as error:
-        print(_one_line(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
+        print(plain(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     folder, source = open_checkpoint(options.checkpoint, _facts(options))
     for line in (f"checkpoint   {folder}", *describe(source)):
-        print(_one_line(line))
+        print(plain(line))
     return 0
 
 
@@ -152,7 +152,7 @@ def _verify(options: argparse.Namespace) -> int:
         total = verify(source, *expected_of(source), bar.update)
     has_none = isinstance(source, SafetensorsSource)
     checked = "sizes hold; the format has no checksums" if has_none else "every checksum holds"
-    print(_one_line(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
+    print(plain(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
     if not any(_has_kind(source, name) for names in STATE_NAMES.values() for name in names):
         print("note: there is no optimizer state, so training cannot go on from it")
     return 0
@@ -166,7 +166,7 @@ def _diff(options: argparse.Namespace) -> int:
     with _bar(total_bytes(first), "diff") as bar:
         for line in differences(first, second, bar.update):
             bar.clear()
-            print(_one_line(line))
+            print(plain(line))
             count += 1
     print(f"{count} differences" if count else "the same, to the last bit")
     return 1 if count else 0
@@ -202,11 +202,9 @@ def _convert(options: argparse.Namespace) -> int:
         files = _ecdit_files(source, options, dtype)
         with _bar(bytes_to_move(files), "convert") as bar:
             nonfinite = convert_to_ecdit(source, options.destination, files, bar.update)
-    print(_one_line(f"{folder} -> {options.destination}, read back and compared"))
+    print(plain(f"{folder} -> {options.destination}, read back and compared"))
     if nonfinite:
-        print(
-            _one_line(f"note: {tell_nonfinite(nonfinite)}, and it says so; nothing trains on from it or draws with it")
-        )
+        print(plain(f"note: {tell_nonfinite(nonfinite)}, and it says so; nothing trains on from it or draws with it"))
     if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
         print("note: there is no average (ema), which training needs; --ema-from-weights begins one")
     return 0
@@ -292,11 +290,6 @@ def _told_of(folder: Path) -> Iterator[None]:
         raise (
             error if str(error).startswith((f"{folder}/", f"{folder}:")) else CheckpointError(f"{folder}: {error}")
         ) from None
-
-
-def _one_line(text: str) -> str:
-    """Return text with what would break or hide a line, such as a newline in a file's name, written out."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _bar(total: int, what: str) -> Any:

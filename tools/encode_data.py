@@ -37,7 +37,7 @@ from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_enco
 from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.drawing import place_of, require_finite
-from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode
+from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, plain
 from ecdit_ds.pictures import save_grid, to_uint8
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
 from tools.array_task import task_of
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_arguments(arguments)
         return int(options.run(options))
     except EcditError as error:
-        print(" ".join(f"error: {error}".split()), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where it was", file=sys.stderr)
@@ -215,11 +215,11 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
     print(f"{destination}: {report['samples']} samples, {report['left_out']} left out")
     for cause, facts in report["causes"].items():
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
-        print(f"  {facts['count']:>8}  {cause}: {shown}")
+        print(plain(f"  {facts['count']:>8}  {cause}: {shown}"))
     for name, count in report["converted"].items():
         print(f"  {count:>8}  converted: {name}")
     for suffix, count in report["ignored_files"].items():
-        print(f"  {count:>8}  files not looked at: {suffix}")
+        print(plain(f"  {count:>8}  files not looked at: {suffix}"))
 
 
 def _warn(folder: Path, index: SetIndex) -> None:
@@ -235,9 +235,10 @@ def _inspect(options: argparse.Namespace) -> int:
     index = read_index(options.folder)
     print(f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
           f"{len(index.shards)} shards, {index.latents_dtype}")  # fmt: skip
-    print(f"images  {index.image_encoder['identity']}")
+    print(plain(f"images  {index.image_encoder['identity']}"))
     stored = "" if index.has_text else ", not stored: captions are encoded beside training"
-    print(f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}{stored}")
+    texts = f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}{stored}"
+    print(plain(texts))
     for i, bucket in enumerate(index.buckets):
         count = sum(shard.count for shard in index.shards if shard.bucket == i)
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")

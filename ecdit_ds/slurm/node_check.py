@@ -29,7 +29,7 @@ import xxhash
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import open_new, write_all
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, plain
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_device(os.environ)
         world = _meet(options.patience_seconds)
     except EcditError as error:
-        print(f"error: {_node()}: {error}", file=sys.stderr)
+        print(plain(f"error: {_node()}: {error}"), file=sys.stderr)
         return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
     try:
         with _others_there("summing over all ranks"):
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
     if world.rank == 0:
         rate = f"sums of {_SUM_BYTES[_kind()] >> 20} MiB at {sum_bytes_per_s / 1e9:.3g} GB/s a rank"
-        print("\n".join([*table, f"ranks        {world.size} summed up alike; {rate}"]), flush=True)
+        print("\n".join([*map(plain, table), f"ranks        {world.size} summed up alike; {rate}"]), flush=True)
     dist.destroy_process_group()
     mark_complete(NODE_CHECK)
     return ExitCode.DONE

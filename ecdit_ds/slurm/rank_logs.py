@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ecdit_ds.errors import plain
+
 _TOLD_LINES = 20
 _TAIL_BYTES = 65536
 
@@ -33,7 +35,7 @@ def last_words(logs: Path, *, is_why_wanted: bool) -> list[str]:
             last_lines.setdefault(line, log)
     if not told and is_why_wanted:
         told = last_lines
-    return [f"{log.name}: {line}" for line, log in list(told.items())[:_TOLD_LINES]]
+    return [plain(f"{log.name}: {line}") for line, log in list(told.items())[:_TOLD_LINES]]
 
 
 def _tail(log: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import NoReturn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
 from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, refuse_to_repeat, training_to
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
 from ecdit_ds.slurm.rank_logs import last_words, remove_links
@@ -337,7 +337,7 @@ def ask_again(life: Life, job: Job, verdict: Verdict) -> int:
 def say(text: str) -> None:
     """Print into the job's log, with the time."""
     with suppress(OSError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), plain(text), flush=True)
 
 
 def main(arguments: list[str], ending: Ending) -> int:

@@ -247,3 +247,22 @@ def test_wrong_flags_are_one_line(
     assert code == ExitCode.USER_ERROR
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert part in line
+
+
+def test_names_of_files_cannot_forge_or_hide_a_line(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of bad pictures, of files that are not looked at, of folders and of columns."""
+    evil = "a\x1b[2J\nset: 9 samples\u202e\udcff"
+    (pictures / f"{evil}.jpg").write_bytes(b"")
+    (pictures / f"{evil}.txt").write_text("words")
+    (pictures / f"x.{evil}").touch()
+    assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 0.5) == ExitCode.DONE
+    pictures.rename(tmp_path / f"folder {evil}")
+    run("encode", tmp_path / f"folder {evil}", tmp_path / "other", "--size", 32)
+    (tmp_path / "list.csv").write_text(f'image,"{evil.encode("ascii", "ignore").decode()}"\na,b\n')
+    run("encode", tmp_path / "list.csv", tmp_path / "third", "--size", 32)
+    told = capsys.readouterr()
+    lines = (told.out + told.err).split("\n")
+    assert len(lines) > 4 and all(line.isprintable() for line in lines), lines
+    assert not any(line.startswith("set: ") for line in lines)

@@ -59,7 +59,7 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     """
     import datasets  # takes seconds, and few prompts come from one
 
-    from ecdit_ds.data.tables import load_saved
+    from ecdit_ds.data.tables import checked_rows, load_saved
 
     path = Path(name)
     if path.is_file() and path.suffix not in _LOADERS:
@@ -81,7 +81,11 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
         found = found[split]
     if column not in found.column_names:
         raise DataError(f"--dataset {name}: has no column {column}; choose from {', '.join(found.column_names)}")
-    texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in found[column]]
+    try:
+        told = [row[column] for row in checked_rows(found.with_format(None).select_columns([column]), 0, len(found))]
+    except (ValueError, OSError) as error:
+        raise DataError(f"--dataset {name}: column {column} is damaged: {' '.join(str(error).split())[:200]}") from None
+    texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in told]
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"--dataset {name}: row {row} of column {column} is {type(text).__name__}, not text")

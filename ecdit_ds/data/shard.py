@@ -97,6 +97,8 @@ class Shard:
         try:
             with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
                 found = [batch for batch in reader if len(batch)]
+            for batch in found:  # of the others, `_block` sees that they are in the map
+                batch.select([name for name in batch.schema.names if name not in self.row_bytes]).validate(full=True)
             batches = [
                 Rows(
                     tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch

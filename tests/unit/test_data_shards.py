@@ -12,7 +12,10 @@ import pytest
 
 from ecdit_ds.data import dataset as dataset_module
 from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.data.folder import Check
 from ecdit_ds.data.shard import Recent
+from ecdit_ds.errors import DataError
+from tests.helpers.arrow_damage import damage_places
 from tests.helpers.made_sets import write_set
 
 SHARDS, ROWS, MOST = 7, 3, 2
@@ -112,3 +115,12 @@ def test_a_fingerprint_is_that_of_every_number_text_and_encoder_and_not_of_the_p
         fingerprint("other words", text="other"),
     ]
     assert len({own, *others}) == 1 + len(others)
+
+
+def test_a_shard_whose_captions_lie_outside_it_is_refused_by_name(tmp_path: Path) -> None:
+    """Where sizes alone are compared, or whoever handed it over made the checksums fit."""
+    folder = write_set(tmp_path / "made", [((3, 2, 2), 12)])
+    (path,) = folder.glob("*.arrow")
+    damage_places(path, [f"made {i}" for i in range(12)], 3)
+    with pytest.raises(DataError, match=r"\.arrow: is no shard of this set \(.*[Oo]ffset"):
+        read(LatentDataset(folder, check=Check(checksums=False)), 3)

@@ -24,6 +24,7 @@ import pytest
 from ecdit_ds.data.causes import BadSample, SystemFile
 from ecdit_ds.data.source import Columns, RawSample, samples_of
 from ecdit_ds.data.sources import open_source
+from tests.helpers.arrow_damage import damage_places
 from tests.helpers.photographs import crops, encoded
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -1078,3 +1079,16 @@ def test_a_source_of_four_times_the_size_takes_four_times_the_work_to_open(
     few, many = make(tmp_path / "few", 100), make(tmp_path / "many", 400)
     _work_of_opening(few)  # what the first call loads
     assert _work_of_opening(many) < 5 * _work_of_opening(few)
+
+
+@pytest.mark.parametrize("column", ["image", "text"])
+def test_a_place_outside_an_arrow_file_spoils_its_rows_and_not_the_process(column: str, tmp_path: Path) -> None:
+    texts = [f"{i} and" + " more" * i for i in range(5)]
+    images = [f"picture {i} {'x' * i}" for i in range(5)]
+    saved = datasets.Dataset.from_dict({"image": [text.encode() for text in images], "text": texts})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    damage_places(path, images if column == "image" else texts, 3)
+    good, bad = read_all(tmp_path / "saved", unit_samples=2)
+    assert [sample.caption for sample in good] == [texts[0], texts[1], texts[4]]
+    assert causes(bad) == [("damaged archive", "row 2"), ("damaged archive", "row 3")]

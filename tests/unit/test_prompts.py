@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
+from tests.helpers.arrow_damage import damage_places
 
 RefusalOf = Callable[[Callable[[], object]], str]
 
@@ -219,3 +221,22 @@ def test_a_parquet_column_that_comes_twice_is_refused(tmp_path: Path, refusal_of
 def test_columns_that_are_not_read_may_come_twice(tmp_path: Path, stored: Callable[[str], str]) -> None:
     path = write(tmp_path / "p.csv", "\ufeffcaption,n,n\na nine,1,2\n")
     assert read_dataset_prompts(str(path), "caption", "train") == ["a nine"]
+
+
+def test_a_data_set_whose_places_lie_outside_it_is_refused(tmp_path: Path, refusal_of: RefusalOf) -> None:
+    texts = [f"{i} and" + " more" * i for i in range(5)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    damage_places(path, texts, 3)
+    message = refusal_of(lambda: read_dataset_prompts(str(tmp_path / "saved"), "text", "train"))
+    assert message.startswith(f"--dataset {tmp_path / 'saved'}: column text is damaged: ")
+
+
+def test_a_saved_data_set_that_leads_out_of_its_folder_is_refused(tmp_path: Path, refusal_of: RefusalOf) -> None:
+    datasets.Dataset.from_dict({"text": ["private"]}).save_to_disk(str(tmp_path / "private"))
+    datasets.Dataset.from_dict({"text": ["shared"]}).save_to_disk(str(tmp_path / "saved"))
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    path.unlink()
+    path.symlink_to(next((tmp_path / "private").glob("*.arrow")))
+    message = refusal_of(lambda: read_dataset_prompts(str(tmp_path / "saved"), "text", "train"))
+    assert "lies outside" in message

@@ -92,6 +92,8 @@ def test_a_mask_takes_half_of_the_main_blocks_work_out_of_a_step(dry_run: DryRun
     assert (seen_8, seen_16) == ("8", "16")
     assert float(main_8) / float(main_16) == pytest.approx(0.5, abs=0.06)  # keys and values of the text stay whole
     assert float(whole_16) - float(main_16) == pytest.approx(float(whole_8) - float(main_8), rel=0.02)
+    never_masked = dry_run("--set", "model.decoder_layers=2")[1]
+    assert memory(out) == memory(never_masked), "there is room for the steps that see every token"
 
 
 @pytest.mark.parametrize(

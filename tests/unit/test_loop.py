@@ -82,6 +82,7 @@ class Loop:
         self.module, self.num_updates, self.step_now = nn.Linear(1, 1), 0, 0
         self.stop, self.status = SimpleNamespace(reason=None), SimpleNamespace(step=None, asked_to_stop=None)
         self.is_written, self.newest, self.keeps_all = False, None, None
+        self.kept_all_at: dict[int, bool | None] = {}
         monkeypatch.setattr(trainer, "Saver", lambda *_: self)
         monkeypatch.setattr(trainer.time, "perf_counter", lambda: self.clock)
 
@@ -125,6 +126,7 @@ class Loop:
 
     def start(self, progress: Progress) -> None:
         self.events.append(("start", progress))
+        self.kept_all_at[progress.step] = self.keeps_all
 
     def save_last(self, progress: Progress, *, read_back: bool) -> None:
         self.events.append(("save_last", progress, read_back))
@@ -216,6 +218,15 @@ def test_skipped_steps_end_a_run_only_in_a_row_after_telling_of_them_and_finishi
         loop.fit(0)
     assert [[record["step"] for record in report] for report in loop.told.reports] == [[1, 2, 3], [4], [5]]
     assert loop.events[-1] == ("finish", 5)
+
+
+@pytest.mark.parametrize(("skipped", "keeps_all"), [(set(), False), ({4}, True), ({3, 4}, True), ({3}, False)])
+def test_old_checkpoints_stay_from_the_first_step_that_is_skipped_until_one_is_not(
+    loop: Loop, skipped: set[int], keeps_all: bool
+) -> None:
+    loop.skipped = skipped
+    loop.fit()
+    assert loop.kept_all_at == {4: keeps_all}
 
 
 def bad(position: int) -> Replaced:

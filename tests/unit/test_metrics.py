@@ -263,6 +263,19 @@ def test_samples_of_earlier_reports_count_on() -> None:
         bad.check()
 
 
+def test_samples_of_reports_without_a_bad_one_count_as_read() -> None:
+    bad, world = BadSamples(0.01), WorldOfTwo((Counter(), []))
+    for _ in range(20):
+        assert bad.agree(world, 100, 0) == []
+    bad.note([bad_sample(i) for i in range(21)])
+    bad.agree(world, 100, 21)
+    bad.check()  # 21 of 2,121
+    bad.note([bad_sample(21)])
+    bad.agree(world, 0, 1)
+    with pytest.raises(GaveUpError, match="22 of 2122 samples"):
+        bad.check()
+
+
 def test_bad_samples_of_earlier_lives_count_on_with_all_that_was_read() -> None:
     lines = [json.dumps({"step": 1, **asdict(bad_sample(i))}) + "\n" for i in range(6)]
     bad = BadSamples(0.01, before=tally_of(lines), num_trained=500)

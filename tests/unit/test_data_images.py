@@ -1,6 +1,10 @@
 """Image files of every kind become RGB pictures of a size, and what is none is named by its cause."""
 
+import ast
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -339,3 +343,38 @@ def test_a_picture_goes_to_the_bucket_of_the_nearest_proportions() -> None:
     # Half way by the logarithm is the root of two, not one and a half.
     assert nearest_bucket((100, 141), buckets) == 1
     assert nearest_bucket((100, 142), buckets) == 2
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.eps"])
+def test_postscript_starts_no_program_whatever_it_is_called(name: str, tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript; here a Ghostscript that would leave a mark is the first on the path."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    path = tmp_path / name
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    program = (
+        "import sys; from pathlib import Path; from ecdit_ds.data.images import read_image\n"
+        "from ecdit_ds.errors import DataError\n"
+        "try: read_image(Path(sys.argv[1]))\nexcept DataError as error: print(error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert name in told.stdout and "not an image" in told.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_are_opened_in_one_place_and_by_readers_that_are_named() -> None:
+    calls = [
+        (str(path.relative_to(ROOT)), call)
+        for folder in ("ecdit_ds", "tools")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("Image.open", "PIL.Image.open")
+    ]
+    assert {name for name, _ in calls} == {"ecdit_ds/data/images.py"}
+    assert all("formats" in {keyword.arg for keyword in call.keywords} for _, call in calls)

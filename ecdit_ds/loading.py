@@ -44,12 +44,20 @@ class StoredModel:
     recipe: Recipe
     encoders: Mapping[str, Any] | None
     """What `describe_encoders` returned; None of earlier releases, and of what DeepSpeed alone wrote."""
-    read_into: Callable[[str, tuple[int, ...], Box, Tensor], None]
-    """(parameter, global shape, box of it, where to): raises CheckpointError for what is missing or damaged."""
+    expect: Callable[[str, tuple[int, ...]], None]
+    """(parameter, global shape): raises CheckpointError for one that is missing or of another shape; reads nothing."""
+    read_into: Callable[[str, Box, Tensor], None]
+    """(parameter, box of it, where to): raises CheckpointError for what is missing or damaged."""
+
+    def expect_all_of(self, model: nn.Module) -> None:
+        """Compare the shapes of a model, which may be on `meta`, before memory is taken for what its recipe claims."""
+        for name, parameter in model.named_parameters():
+            self.expect(name, shard_of(parameter).global_shape)
 
     def fill(self, name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
         """As `read_into`; and raise CheckpointError for what is not finite, or is not any more as `out` holds it."""
-        self.read_into(name, shape, box, out)
+        self.expect(name, shape)
+        self.read_into(name, box, out)
         if count := count_nonfinite(out):
             raise CheckpointError(
                 f"{self.folder}: {count:,} numbers of {self.kind}/{name} are not finite as {out.dtype}; use a "
@@ -95,15 +103,17 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
     reader = _open_checkpoint(path)
     _require_finite_kind(reader.folder, kind or "ema", reader.manifest.nonfinite)
 
-    def read_into(name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+    def expect(name: str, shape: tuple[int, ...]) -> None:
         reader.expect(f"{kind or 'ema'}/{name}", shape)
+
+    def read_into(name: str, box: Box, out: Tensor) -> None:
         reader.read_into(f"{kind or 'ema'}/{name}", box, out)
 
     recipe = _recipe_in(reader.manifest.meta, reader.folder)
     identity = xxhash.xxh3_64_hexdigest(encode_manifest(reader.manifest))  # it holds the checksums of all data
     return StoredModel(
         folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", identity=identity, recipe=recipe,
-        encoders=reader.manifest.meta.get("encoders"), read_into=read_into,
+        encoders=reader.manifest.meta.get("encoders"), expect=expect, read_into=read_into,
     )  # fmt: skip
 
 
@@ -133,6 +143,8 @@ def load_drawer(
     stored = open_model(path, kind)
     encoders = open_encoders(stored, folders)  # before reading weights, which takes longer
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        stored.expect_all_of(ECDiT(stored.recipe.model, SerialLayers()))
     model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)
@@ -160,6 +172,7 @@ def load_spread_drawer(
     encoders = open_encoders(stored, folders)
     with torch.device("meta"):
         model = ECDiT(stored.recipe.model, SerialLayers()).eval().to(dtype)
+    stored.expect_all_of(model)
     device_map = _device_map(model, spread, dtype)
     waiting = _Offloaded(spread.offload_folder)
     for name, parameter in model.named_parameters():
@@ -320,13 +333,15 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
     if len(held) != 1 or kind not in (None, *held):
         raise CheckpointError(f"{folder}: holds {', '.join(held) or 'nothing'}, not {kind or 'one kind of weights'}")
 
-    def read_into(name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+    def expect(name: str, shape: tuple[int, ...]) -> None:
         stored = source.tensors.get(f"{held[0]}/{name}")
         if stored is None or stored[1] != shape:
             found = "none" if stored is None else f"one of shape {list(stored[1])}"
             raise CheckpointError(
                 f"{folder}: its recipe's model needs {name} of shape {list(shape)}, but it holds {found}; export again"
             )
+
+    def read_into(name: str, box: Box, out: Tensor) -> None:
         out.copy_(read_part(source, f"{held[0]}/{name}", box))
 
     _require_finite_kind(folder, held[0], source.nonfinite)
@@ -334,7 +349,7 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
     recipe = _recipe_in(source.meta, folder)
     return StoredModel(
         folder=folder, step=source.step, kind=held[0], identity=identity, recipe=recipe,
-        encoders=source.meta.get("encoders"), read_into=read_into,
+        encoders=source.meta.get("encoders"), expect=expect, read_into=read_into,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """TextToImagePipeline as a user of diffusers would drive it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME
+from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.flow.samplers import time_grid
@@ -83,6 +86,20 @@ def test_what_is_no_model_is_refused(
 ) -> None:
     path = checkpoint if settings else checkpoint.parent / "none"
     assert told in refusal_of(lambda: load(path, **settings))
+
+
+@pytest.mark.parametrize("way", ["whole", "spread"])
+def test_a_recipe_that_claims_more_than_there_is_takes_no_memory(
+    checkpoint: Path, refusal_of: RefusalOf, way: str
+) -> None:
+    """A checkpoint of kilobytes, whose recipe asks for petabytes."""
+    manifest = read_manifest(checkpoint)
+    recipe = dict(manifest.meta["recipe"])
+    recipe["model"] = recipe["model"] | {"hidden_size": 2**20, "ffn_hidden_size": 2**22}
+    claimed = replace(manifest, meta=dict(manifest.meta) | {"recipe": recipe})
+    (checkpoint / MANIFEST_NAME).write_bytes(encode_manifest(claimed))
+    options = {"device_map": "auto"} if way == "spread" else {}
+    assert "the model needs [1048576" in refusal_of(lambda: load(checkpoint, **options))
 
 
 def test_output_types_are_the_same_pictures_in_other_clothes(pipeline: TextToImagePipeline) -> None:

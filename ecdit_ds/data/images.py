@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ecdit_ds.data.causes import BadSample, Cause
@@ -65,7 +65,7 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
         warnings.simplefilter("ignore")  # on what is told as a cause, or mended
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
+                if max(image.width * image.height, _tile_pixels(image)) > max_pixels:
                     return BadSample(cause="too many pixels", name=name)
                 converted = ["16 bits"] if _is_deep(image) else []
                 _drop_remarks(image)
@@ -108,6 +108,13 @@ def _drop_remarks(image: Image.Image) -> None:
 def _cause_of_unknown(content: bytes) -> Cause:
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return "web page instead of an image" if start.startswith(_PAGE_STARTS) else "not an image"
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """Return how many pixels each tile of a TIFF claims: memory is taken for one, whatever the image's size."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag) or 0 for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
+    return int(sides[0]) * int(sides[1])
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ecdit_ds.data.causes import BadSample, Cause
+from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -49,11 +51,18 @@ class ParquetSource:
         done = unit.start
         path = self.root / unit.name
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                image, caption = _chosen(file.schema_arrow, self.columns, str(path))
-                for row in _rows(file, unit, [image, caption]):
-                    yield raw_sample(f"{unit.name}#{done}", _content(row[image], self.root), row[caption])
-                    done += 1
+            schema = pq.read_schema(path)
+            image, caption = _chosen(schema, self.columns, str(path))
+            # As a dictionary, a picture that stands in many rows is held once.
+            once = [name for name in (image, f"{image}.bytes") if _is_bytes(schema.field(image), name)]
+            with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=once) as file:
+                for batch in _batches(file, unit, [image, caption]):
+                    pictures, captions = batch.column(image), batch.column(caption)
+                    for row, size in enumerate(_sizes(pictures)):
+                        is_small = size <= MAX_FILE_BYTES  # else no bytes of it are copied
+                        content = _content(pictures[row].as_py(), self.root) if is_small else "too many bytes"
+                        yield raw_sample(f"{unit.name}#{done}", content, captions[row].as_py())
+                        done += 1
         except _FAILURES:
             pass
         if done < unit.stop:
@@ -107,7 +116,31 @@ def _holds_pictures(field: pa.Field) -> bool:
     return is_binary and field.name.lower() in IMAGE_COLUMNS
 
 
-def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[str, Any]]:
+def _is_bytes(field: pa.Field, name: str) -> bool:
+    """Return whether a column, or its part `bytes`, of that name in a file is of bytes."""
+    kind = field.type
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return name == f"{field.name}.bytes" and index >= 0 and pa.types.is_binary(kind.field(index).type)
+    return name == field.name and bool(pa.types.is_binary(kind))
+
+
+def _sizes(pictures: pa.Array) -> list[int]:
+    """Return how many bytes each picture of a column has, without making any; 0 for what is no bytes."""
+    if pa.types.is_struct(pictures.type):
+        if pictures.type.get_field_index("bytes") < 0:
+            return [0] * len(pictures)
+        pictures = pictures.field("bytes")
+    values = pictures.dictionary if pa.types.is_dictionary(pictures.type) else pictures
+    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        return [0] * len(pictures)
+    lengths = pc.binary_length(values)
+    if pa.types.is_dictionary(pictures.type):
+        lengths = lengths.take(pictures.indices)
+    return [length or 0 for length in lengths.to_pylist()]
+
+
+def _batches(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Yield rows `unit.start` to `unit.stop`, reading only the row groups they are in."""
     first = 0
     for group in range(file.num_row_groups):
@@ -117,7 +150,7 @@ def _rows(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[dict[s
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=names):
                 begin, end = max(0, unit.start - place), min(len(batch), unit.stop - place)
                 if begin < end:
-                    yield from batch.slice(begin, end - begin).to_pylist()
+                    yield batch.slice(begin, end - begin)
                 place += len(batch)
                 if place >= unit.stop:
                     return

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pytest
 import sklearn.datasets
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from ecdit_ds.data.causes import BadSample
 from ecdit_ds.data.images import buckets_of, decode_image, fit_image, nearest_bucket, read_image, to_tensor
@@ -378,3 +379,28 @@ def test_pictures_are_opened_in_one_place_and_by_readers_that_are_named() -> Non
     ]
     assert {name for name, _ in calls} == {"ecdit_ds/data/images.py"}
     assert all("formats" in {keyword.arg for keyword in call.keywords} for _, call in calls)
+
+
+def tiled_tiff(tile_width: int, tile_length: int) -> bytes:
+    """Return a TIFF of 16 x 16 pixels that says how large its only tile is."""
+    data = zlib.compress(bytes(16 * 16 * 3))
+    facts = {
+        TiffImagePlugin.IMAGEWIDTH: 16, TiffImagePlugin.IMAGELENGTH: 16, TiffImagePlugin.BITSPERSAMPLE: 8,
+        TiffImagePlugin.COMPRESSION: 8, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION: 2,
+        TiffImagePlugin.SAMPLESPERPIXEL: 3, TiffImagePlugin.PLANAR_CONFIGURATION: 1,
+        TiffImagePlugin.TILEWIDTH: tile_width, TiffImagePlugin.TILELENGTH: tile_length,
+        TiffImagePlugin.TILEOFFSETS: 0, TiffImagePlugin.TILEBYTECOUNTS: len(data),
+    }  # fmt: skip
+    end = 8 + 2 + 12 * len(facts) + 4
+    entries = [
+        struct.pack("<HHII", tag, 4, 1, end if tag == TiffImagePlugin.TILEOFFSETS else value)
+        for tag, value in sorted(facts.items())
+    ]
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<I", 0) + data
+
+
+def test_a_tiff_whose_tiles_claim_more_than_an_image_may_have_takes_no_memory() -> None:
+    assert isinstance(decode_image(tiled_tiff(16, 16), "small"), Image.Image)
+    assert isinstance(decode_image(tiled_tiff(1024, 64), "padded"), Image.Image | BadSample)
+    bad = decode_image(tiled_tiff(16384, 16384), "large")
+    assert bad == BadSample(cause="too many pixels", name="large")

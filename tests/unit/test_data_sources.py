@@ -1092,3 +1092,43 @@ def test_a_place_outside_an_arrow_file_spoils_its_rows_and_not_the_process(colum
     good, bad = read_all(tmp_path / "saved", unit_samples=2)
     assert [sample.caption for sample in good] == [texts[0], texts[1], texts[4]]
     assert causes(bad) == [("damaged archive", "row 2"), ("damaged archive", "row 3")]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "a struct"])
+def test_pictures_of_a_table_that_are_too_large_are_left_out_and_their_neighbours_are_not(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecdit_ds.data.tables.MAX_FILE_BYTES", 100)
+    contents = [bytes([i]) * size for i, size in enumerate([99, 100, 101, 5, 400, 100, 7, 101])]
+    image: Any = pa.array(contents, pa.large_binary() if kind == "large bytes" else pa.binary())
+    if kind == "a struct":
+        image = pa.StructArray.from_arrays([image, pa.array([None] * 8, pa.string())], ["bytes", "path"])
+    table = pa.table({"image": image, "text": [f"words {i}" for i in range(8)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    good, bad = read_all(tmp_path / "a.parquet", unit_samples=3)
+    assert [sample.content for sample in good] == [content for content in contents if len(content) <= 100]
+    assert [sample.caption for sample in good] == [f"words {i}" for i in (0, 1, 3, 5, 6)]
+    assert causes(bad) == [("too many bytes", f"a.parquet#{i}") for i in (2, 4, 7)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "a struct"])
+def test_a_picture_that_stands_in_every_row_of_a_table_is_held_once(kind: str, tmp_path: Path) -> None:
+    """A file of kilobytes, which as rows would fill any memory."""
+    size = 4 * 2**20
+    image: Any = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), [bytes(size)]).cast(pa.binary())
+    if kind == "a struct":
+        image = pa.StructArray.from_arrays([image, pa.array([None] * 64, pa.string())], ["bytes", "path"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"image": image, "text": ["words"] * 64}), path, compression="zstd", dictionary_pagesize_limit=2**30
+    )
+    assert path.stat().st_size < 2**16
+    del image
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        source = open_source(str(path), unit_samples=64)
+        assert sum(isinstance(result, RawSample) for unit in source.units for result in source.read(unit)) == 64
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 8 * size

@@ -126,7 +126,7 @@ class TrainConfig:
     """Of n successive blocks, the last one is recomputed; 2 means the blocks with experts."""
 
     def __post_init__(self) -> None:
-        require_in_range("train", self, at_most={"seed": 2**63 - 1})
+        require_in_range("train", self, at_most={"seed": 2**63 - 1, "global_batch_size": 2**42})
         for name in ("max_steps", "global_batch_size", "checkpoint_every", "log_every", "evaluate_every",
                      "sample_every", "max_skipped_steps", "recompute_every"):  # fmt: skip
             require_positive("train", name, getattr(self, name))

@@ -28,9 +28,10 @@ _NUMBERS = {
     _FLOAT: re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
 }
 _MOST_DIGITS = 40
+_MOST_DEPTH = 32
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.CSafeLoader):
     """SafeLoader that refuses repeated keys and reads numbers as YAML 1.2 does."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 -- as PyYAML declares it
@@ -56,7 +57,7 @@ class _StrictLoader(yaml.SafeLoader):
         return int(text, 0 if text[1:2] in ("x", "o") else 10)
 
 
-class _StrictDumper(yaml.SafeDumper):
+class _StrictDumper(yaml.CSafeDumper):
     """SafeDumper that quotes texts such as `1e-4` and `0o17`, which our loader would read as numbers."""
 
 
@@ -150,10 +151,20 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """Parse YAML by the rules above; syntax errors become one-line ConfigErrors."""
     try:
+        _refuse_depth(text)
         return _StrictLoader(text).get_single_data()
     # Tagged or odd scalars (`2026-13-45`, `!!int x`) escape PyYAML as plain Python errors; depth as RecursionError.
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
+
+
+def _refuse_depth(text: str) -> None:
+    """Refuse sections within sections within ...: libyaml's loader takes a stack for each, and the process ends."""
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH:
+            raise yaml.YAMLError(f"more than {_MOST_DEPTH} sections within each other")
 
 
 def recipe_from_dict(data: dict[str, Any]) -> Recipe:

@@ -286,6 +286,20 @@ def test_a_number_of_very_many_digits_is_refused_in_a_short_line(
     assert len(message.removeprefix(f"--set train.max_steps={text}")) < 500
 
 
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
+@pytest.mark.parametrize("count", [40, 5000, 300_000])
+def test_sections_within_sections_without_end_are_refused(opening: str, count: int, refusal_of: RefusalOf) -> None:
+    """The loader of libyaml would overflow its stack, which ends the process."""
+    assert "within each other" in refusal_of(lambda: parse_yaml(opening * count))
+
+
+def test_many_prompts_are_read_by_the_library_in_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"prompt {i}" for i in range(2000)]
+    (tmp_path / "many.yaml").write_text(yaml.safe_dump({"base": "demo", "sample": {"prompts": prompts}}))
+    monkeypatch.setattr(yaml.scanner.Scanner, "fetch_more_tokens", None)  # of the one in Python, twenty times slower
+    assert load_recipe(str(tmp_path / "many.yaml")).sample.prompts == tuple(prompts)
+
+
 def _bomb(levels: int) -> str:
     """Return YAML of nine lines each of which names the one before nine times: 9^levels values."""
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]

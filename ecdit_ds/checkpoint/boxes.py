@@ -7,7 +7,7 @@ Coordinates are row-major and in elements; `stop` and `end` are exclusive. No te
 
 import itertools
 import math
-from collections import Counter
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -116,24 +116,21 @@ def check_cover(shape: tuple[int, ...], boxes: Iterable[Box]) -> None:
     """
     if len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"has {len(shape)} dimensions; a checkpoint holds tensors of at most {MAX_DIMENSIONS}")
-    corners = Counter({corner: -sign for corner, sign in _corner_signs(Box((0,) * len(shape), shape)).items()})
+    corners: dict[tuple[int, ...], int] = {}
+    signs = [math.prod(ends) for ends in itertools.product((1, -1), repeat=len(shape))]
+    for corner, sign in zip(itertools.product(*((0, size) for size in shape)), signs, strict=True):
+        corners[corner] = corners.get(corner, 0) - sign
     for box in boxes:
-        if len(box.shape) != len(shape) or any(end > size for end, size in zip(box.end, shape, strict=True)):
+        end = box.end
+        if len(end) != len(shape) or any(map(operator.gt, end, shape)):
             raise CheckpointError(
                 f"slice at {list(box.offset)} of shape {list(box.shape)} reaches outside the tensor's {list(shape)}"
             )
-        corners.update(_corner_signs(box))
+        for corner, sign in zip(itertools.product(*zip(box.offset, end, strict=True)), signs, strict=True):
+            corners[corner] = corners.get(corner, 0) + sign
     left_over = [corner for corner, sign in corners.items() if sign]
     if left_over:
         element = min(left_over)
         times = 1 + corners[element]
         fault = f"is in {times} slices" if times else "is in no slice"
         raise CheckpointError(f"element {list(element)} of shape {list(shape)} {fault}; each must be in exactly one")
-
-
-def _corner_signs(box: Box) -> Counter[tuple[int, ...]]:
-    signs: Counter[tuple[int, ...]] = Counter()
-    for upper in itertools.product((False, True), repeat=len(box.shape)):
-        corner = tuple(end if up else start for up, start, end in zip(upper, box.offset, box.end, strict=True))
-        signs[corner] += -1 if sum(upper) % 2 else 1
-    return signs

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 from ecdit_ds.errors import ConfigError
@@ -193,9 +194,14 @@ class ModelConfig:
             pool_tokens: S.
             factor: f, where it shall not be the model's own.
         """
-        exact = Fraction(str(factor or self.capacity_factor)) * pool_tokens / self.num_experts  # 1.1 x 100 / 10 is 11
-        rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
-        return min(rounded[self.capacity_rounding], pool_tokens)
+        return _capacity(factor or self.capacity_factor, pool_tokens, self.num_experts, self.capacity_rounding)
+
+
+@lru_cache(maxsize=1024)
+def _capacity(factor: float, pool_tokens: int, num_experts: int, rounding: str) -> int:
+    exact = Fraction(str(factor)) * pool_tokens / num_experts  # 1.1 x 100 / 10 is 11
+    rounded = {"floor": math.floor(exact), "ceil": math.ceil(exact), "nearest": round(exact)}
+    return min(rounded[rounding], pool_tokens)
 
 
 EXPERT_FIELDS: Mapping[str, tuple[str, ...]] = {

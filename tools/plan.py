@@ -22,7 +22,7 @@ from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, reasons
+from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, read_machine, reasons
 from ecdit_ds.planner.launch_files import phase_notes, write_launch_files
 from ecdit_ds.planner.models import describe_models
 from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
@@ -44,6 +44,8 @@ from tools.command_line import OneLineParser
 
 STAGES = (1, 2, 3)
 STAGE_FILES = {stage: DEFAULT_PATH.parent / f"zero{stage}.json" for stage in STAGES}
+OVERLAP_FILE = DEFAULT_PATH.parent / "zero2_overlap.json"
+"""Stage 2 with gradients that travel during backward, in smaller buckets."""
 GIGABIT = 1e9 / 8
 SPEEDS, RATES, MINUTES, SHARES, HOST_SPEEDS = (1e-3, 1e6), (1e-3, 1e6), (0.0, 1e5), (0.01, 1.0), (1e6, 1e13)
 """What flags that are no whole numbers may say: gigabits a second, interruptions per 1000 node-days, minutes, shares of
@@ -60,8 +62,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"one of {', '.join(gpu_names())}")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="(default: the file's, or 8)")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpu_names())}")
+    kind.add_argument("--machine", type=Path, metavar="YAML", help="another one; docs/97b.md shows such a file")
     parser.add_argument("--tp", type=_positive, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--ep", type=_positive, metavar="N", help="expert-parallel ranks")
     parser.add_argument("--zero", type=int, choices=STAGES, help="stage, as in ds_configs/ (default: 2, or searched)")
@@ -187,20 +191,23 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    gpu = find_gpu(options.gpu)
+    gpu, own = (find_gpu(options.gpu), None) if options.gpu else read_machine(options.machine)
+    per_node = options.gpus_per_node if options.gpus_per_node is not None else own or 8
     if options.network_gbps is not None:
         gpu = replace(gpu, network_bytes_per_s=options.network_gbps * GIGABIT)
     usual = asdict(default_assumptions())
     given = {name: getattr(options, name) for name in usual if getattr(options, name) is not None}
     assumptions = replace(default_assumptions(), **given)
-    return Machine(gpu=gpu, nodes=options.nodes, gpus_per_node=options.gpus_per_node, assumptions=assumptions)
+    return Machine(gpu=gpu, nodes=options.nodes, gpus_per_node=per_node, assumptions=assumptions)
 
 
 def _files(options: argparse.Namespace) -> list[Path]:
     """Return the DeepSpeed configurations that are tried; the last is the one where nothing is searched."""
     if options.deepspeed is None:
-        is_free = options.zero is None and not (options.tp and options.ep)
-        return [STAGE_FILES[stage] for stage in STAGES] if is_free else [STAGE_FILES[options.zero or 2]]
+        is_search = not (options.tp and options.ep)
+        stages = [options.zero] if options.zero else STAGES if is_search else [2]
+        files = [STAGE_FILES[stage] for stage in stages]
+        return [*files, OVERLAP_FILE] if is_search and 2 in stages else files
     if options.zero is not None:
         stage = _stage_of(options.deepspeed)
         if stage in STAGES and stage != options.zero:
@@ -229,6 +236,8 @@ def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> C
         choices = replace(choices, recompute=((options.recompute, options.recompute_every or 1),))
     elif train.recompute != "none":
         choices = replace(choices, recompute=((train.recompute, train.recompute_every),))
+    if any(override.split("=")[0].strip() == "parallel.dispatch_chunks" for override in options.set):
+        choices = replace(choices, dispatch_chunks=(recipe.parallel.dispatch_chunks,))
     if micro is None and train.micro_batch_size != "auto":
         micro = train.micro_batch_size
     return replace(choices, micro_batch=micro)

@@ -2,18 +2,19 @@
 
 import difflib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ecdit_ds.errors import ConfigError
+from ecdit_ds.errors import ConfigError, shown
+from ecdit_ds.recipe_file import parse_yaml
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
-MOST_NODES, MOST_GPUS_PER_NODE = 100_000, 64
-"""Beyond any machine; a search asks for every number of nodes up to here."""
+MOST_NODES, MOST_GPUS_PER_NODE = 100_000, 576
+"""Beyond any machine, also one whose racks are nodes; a search asks for every number of nodes up to here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,50 @@ def find_gpu(name: str) -> Gpu:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(f"--gpu {name}: is not known; {hint}GPUs are {', '.join(gpu_names())}")
     return Gpu(name=name, **gpus[name])
+
+
+def read_machine(path: Path) -> tuple[Gpu, int | None]:
+    """Read a machine of the user's own: a YAML file with the fields of `Gpu`, and `gpus_per_node`.
+
+    What it leaves out is that of the GPU that `base` names. Its name is the file's, unless it has one.
+
+    Returns:
+        The GPU, and how many a node has, if the file says it.
+
+    Raises:
+        ConfigError: it cannot be read, or a field is missing, unknown or no positive number.
+    """
+    try:
+        told = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ConfigError(f"holds {type(told).__name__}, no lines of `field: value`")
+        base = told.pop("base", None)
+        known = {} if base is None else asdict(find_gpu(str(base)))
+        count = told.pop("gpus_per_node", None)
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST_GPUS_PER_NODE):
+            raise ConfigError(f"gpus_per_node: {shown(count)} is outside 1 to {MOST_GPUS_PER_NODE}")
+        return _gpu_of(known | {"name": path.stem, "device_name": "", "source": str(path)} | told), count
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--machine {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"--machine {path}: {error}") from None
+
+
+def _gpu_of(told: dict[str, Any]) -> Gpu:
+    names = {spec.name: spec.type for spec in fields(Gpu)}
+    for name, value in told.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ConfigError(
+                f"{name}: is no field; {f'did you mean {near[0]}? ' if near else ''}fields are base, gpus_per_node, "
+                f"{', '.join(names)}"
+            )
+        is_right = isinstance(value, str) if names[name] is str else type(value) in (int, float) and 0 < value < 1e30
+        if not is_right:
+            raise ConfigError(f"{name}: {shown(value)} is no {'text' if names[name] is str else 'positive number'}")
+    if missing := [name for name in names if name not in told]:
+        raise ConfigError(f"{missing[0]}: is missing; write it, or `base: ` with one of {', '.join(gpu_names())}")
+    return Gpu(**told)
 
 
 def default_assumptions() -> Assumptions:

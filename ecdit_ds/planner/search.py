@@ -1,13 +1,16 @@
 """Which layouts fit, which of them is fastest, and why the others are not possible.
 
-A layout is tensor and expert parallelism, ZeRO stage and activation checkpointing; each gets, for each phase, the
-largest micro-batch that fits, since larger ones only save traffic. What a recipe or a topology refuses, it says itself.
+A layout is tensor and expert parallelism, ZeRO stage with or without overlap, and activation checkpointing. Each gets,
+for each phase, the largest micro-batch that fits, since larger ones only save traffic, and the number of dispatch
+chunks that is fastest. What a recipe or a topology refuses, it says itself.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +30,8 @@ ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (
     ("none", 1), ("selective", 2), ("selective", 1), ("block", 2), ("block", 1),
 )  # fmt: skip
 """train.recompute and train.recompute_every; 2 means the blocks with experts."""
+DISPATCH_CHUNKS = (1, 2, 4)
+"""k of them hide (k - 1) / k of an exchange at most, and make matrices k times smaller."""
 MOST_IMAGES = 10**12
 """A batch beyond any run, whose divisors are still found in no time."""
 MAX_NODE_COUNTS = 12
@@ -42,6 +47,8 @@ class Choices:
     deepspeed_files: tuple[Path, ...]
     """One configuration for each ZeRO stage."""
     recompute: tuple[tuple[Mode, int], ...]
+    dispatch_chunks: tuple[int, ...]
+    """Without effect, and not tried, but where experts are exchanged."""
     micro_batch: int | None
     """None for the largest that fits."""
 
@@ -76,6 +83,8 @@ class Candidate:
         return (
             f"tp {self.topology.tp} x ep {self.topology.ep}, ZeRO-{self.zero.stage}, micro-batch {micro}, "
             f"recompute {train.recompute}{every}"
+            + (", overlap" if self.zero.overlap_comm and self.zero.stage < 3 else "")
+            + (f", {chunks} chunks" if (chunks := self.recipe.parallel.dispatch_chunks) > 1 else "")
         )
 
 
@@ -94,9 +103,10 @@ class Found:
 def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, ...]) -> Choices:
     """Return every layout worth a try: tensor parallelism within a node, experts over any divisor of their number."""
     experts = recipe.model.num_experts if recipe.model.is_sparse else 1
+    is_cut = recipe.model.ffn == "expert_choice" and recipe.model.routing_pool != "batch"
     return Choices(
         tp=divisors_of(machine.gpus_per_node), ep=divisors_of(experts), deepspeed_files=deepspeed_files,
-        recompute=ALL_RECOMPUTATIONS, micro_batch=None,
+        recompute=ALL_RECOMPUTATIONS, dispatch_chunks=DISPATCH_CHUNKS if is_cut else (1,), micro_batch=None,
     )  # fmt: skip
 
 
@@ -105,7 +115,7 @@ def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
     feasible, too_large, refusals = list[Candidate](), list[Candidate](), Counter[str]()
     for chosen, topology, path in _layouts(recipe, machine, choices, refusals):
         try:
-            candidate = _candidate(chosen, topology, path, machine, choices.micro_batch)
+            candidate = _fastest(chosen, topology, path, machine, choices)
         except EcditError as error:
             refusals[str(error)] += 1
             continue
@@ -162,12 +172,29 @@ def check_before_search(recipe: Recipe, machine: Machine, choices: Choices) -> N
             reason = _refusal(recipe, ranks[splitting[0]], choices.micro_batch)
             raise ConfigError("; ".join(filter(None, (reason, way_out))))
         split = ", ".join(f"{dp} (tp {tp})" for tp, dp in ranks.items())
+        ways = [way for way in (way_out, _other_batches(recipe, machine, choices)) if way]
         raise ConfigError(
             f"--nodes {machine.nodes}: train.global_batch_size({train.global_batch_size}) is no multiple of the "
-            f"data-parallel ranks of {machine.world_size} GPUs, which are {split}; {way_out or 'change the batch'}"
+            f"data-parallel ranks of {machine.world_size} GPUs, which are {split}; "
+            f"{', and '.join(ways) or 'change the batch'}"
         )
     if len(choices.deepspeed_files) == 1 and sizes:
         _check_file(recipe, choices.deepspeed_files[0], sizes)
+
+
+def _other_batches(recipe: Recipe, machine: Machine, choices: Choices) -> str:
+    """Return the nearest batches, smaller and larger, that split over the machine as it is, in words."""
+    batch, group = recipe.train.global_batch_size, recipe.model.routing_group
+    units = {machine.world_size // tp * group for tp in choices.tp if machine.world_size % tp == 0}
+    near = sorted({count * unit for unit in units for count in (batch // unit, batch // unit + 1)} - {0})
+
+    def splits(size: int) -> bool:
+        other = replace(recipe, train=replace(recipe.train, global_batch_size=size))
+        return bool(_split_sizes(other, machine, machine.nodes, choices))
+
+    below = [size for size in near if size < batch and splits(size)][-1:]
+    above = [size for size in near if size > batch and splits(size)][:1]
+    return f"a batch of {' or '.join(map(str, below + above))} splits over these" if below + above else ""
 
 
 def _check_file(recipe: Recipe, path: Path, sizes: dict[int, int]) -> None:
@@ -211,8 +238,9 @@ def _layouts(
                 if machine.world_size % tp == 0:
                     require_experts_divide(recipe, machine.world_size // tp, ep)
                 topology = Topology(world_size=machine.world_size, tp=tp, ep=ep)
+                chunks = choices.dispatch_chunks[0]
                 placed = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1),
-                                 parallel=replace(recipe.parallel, tp=tp, ep=ep))  # fmt: skip
+                                 parallel=replace(recipe.parallel, tp=tp, ep=ep, dispatch_chunks=chunks))  # fmt: skip
             except EcditError as error:
                 refusals[str(error)] += each
                 continue
@@ -224,6 +252,27 @@ def _layouts(
                     refusals[str(error)] += len(choices.deepspeed_files)
                     continue
                 yield from ((chosen, topology, path) for path in choices.deepspeed_files)
+
+
+def _fastest(recipe: Recipe, topology: Topology, path: Path, machine: Machine, choices: Choices) -> Candidate:
+    """Return the layout with the number of dispatch chunks that is fastest, the smallest of several.
+
+    Raises:
+        EcditError: as `_candidate`, for the first number.
+    """
+    first, *others = choices.dispatch_chunks
+    best = _candidate(_in_chunks(recipe, first), topology, path, machine, choices.micro_batch)
+    if recipe.parallel.ep == 1 or not best.seconds:
+        return best
+    for chunks in others:
+        with suppress(EcditError):  # a micro-batch that they do not divide
+            other = _candidate(_in_chunks(recipe, chunks), topology, path, machine, choices.micro_batch)
+            best = min(best, other, key=lambda candidate: candidate.seconds or math.inf)
+    return best
+
+
+def _in_chunks(recipe: Recipe, chunks: int) -> Recipe:
+    return replace(recipe, parallel=replace(recipe.parallel, dispatch_chunks=chunks))
 
 
 def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None) -> Candidate:
@@ -257,7 +306,7 @@ def _largest(
     """Return the largest size that fits, or the smallest, and its bytes; memory grows with the micro-batch."""
 
     def needs(size: int) -> int:
-        return memory_of_rank(with_micro_batch(recipe, size), topology, zero, ratio).total
+        return _needed_bytes(with_micro_batch(_in_chunks(recipe, 1), size), topology, zero, ratio)
 
     low, low_bytes, high = 0, needs(sizes[0]), len(sizes)
     while high - low > 1 and low_bytes <= limit:
@@ -268,6 +317,12 @@ def _largest(
         else:
             high = middle
     return sizes[low], low_bytes
+
+
+@lru_cache(maxsize=1024)
+def _needed_bytes(recipe: Recipe, topology: Topology, zero: ZeroSettings, ratio: float) -> int:
+    """Return the memory of a rank, which any number of chunks needs alike."""
+    return memory_of_rank(recipe, topology, zero, ratio).total
 
 
 def _micro_batches(recipe: Recipe, topology: Topology) -> list[int]:

@@ -13,10 +13,12 @@ Sums of tensor parallelism and ZeRO-1/2's gathering after the step hide behind n
 messages, stragglers, waiting for data, evaluation.
 """
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from ecdit_ds.config import Recipe
+from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.communication import (
     LinkBytes,
@@ -182,11 +184,17 @@ def partition_numbers(recipe: Recipe, topology: Topology) -> float:
 
 def _weight_bytes(recipe: Recipe, topology: Topology) -> dict[str, float]:
     """Return, by part, what reading its matrices in forward and backward of a micro-batch moves."""
-    width, total = NUMBER_BYTES[recipe.train.precision], dict[str, float]()
-    for one in held_by_rank(recipe.model, topology.tp, topology.ep):
-        part = _part_of(one.name, one.is_expert)
-        total[part] = total.get(part, 0.0) + _WEIGHT_PASSES * width * one.size
-    return total
+    width = _WEIGHT_PASSES * NUMBER_BYTES[recipe.train.precision]
+    return {part: width * size for part, size in _weights_by_part(recipe.model, topology.tp, topology.ep)}
+
+
+@lru_cache(maxsize=256)
+def _weights_by_part(model: ModelConfig, tp: int, ep: int) -> tuple[tuple[str, int], ...]:
+    """Return how many weights of each part a rank holds."""
+    total = Counter[str]()
+    for one in held_by_rank(model, tp, ep):
+        total[_part_of(one.name, one.is_expert)] += one.size
+    return tuple(total.items())
 
 
 def _part_of(name: str, is_expert: bool) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -314,7 +315,7 @@ MISTAKES = {
     "nodes that divide for no layout": ((*SMALL, "--nodes", "3"), "the batch splits over 2 or 4 nodes"),
     "no nodes": ((*FIXED, "--nodes", "0"), "--nodes: 0 is outside 1 to 100000"),
     "too many nodes": ((*FIXED, "--nodes", "100001"), "--nodes: 100001 is outside 1 to 100000"),
-    "too many GPUs": ((*BIG, "--gpus-per-node", "1000000000"), "--gpus-per-node: 1000000000 is outside 1 to 64"),
+    "too many GPUs": ((*BIG, "--gpus-per-node", "1000000000"), "--gpus-per-node: 1000000000 is outside 1 to 576"),
     "too many images": ((*BIG, "--set", "train.global_batch_size=1000000000001"), "is more than 1000000000000 images"),
     "nodes that split no batch": (
         (*BIG, "--nodes", "63"), "which are 504 (tp 1), 252 (tp 2), 126 (tp 4), 63 (tp 8); the batch splits over"
@@ -421,3 +422,83 @@ def test_where_nothing_fits_the_smallest_number_of_nodes_that_would_is_told(plan
 def test_the_tool_needs_no_torch() -> None:
     code = "import sys; sys.argv=['plan', '--help']\nimport tools.plan\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_search_finds_and_writes_the_overlap_that_the_batch_script_runs_with(
+    plan: Callable[..., Answer], tmp_path: Path
+) -> None:
+    """The README's command searches more besides, to the same end; docs/97b.md holds what it prints."""
+    answer = plan(*BIG, "--tp", "2", "--zero", "2", "--recompute", "none", "--write", str(tmp_path / "plan"))
+    assert answer.code == 0 and "overlap, 2 chunks" in answer.out.splitlines()[2]
+    script, named = (ROOT / "slurm" / "train_97b.sh").read_text(), load_recipe("ecdit_m_64e").parallel
+    file = re.search(r"--deepspeed (ds_configs/\S+\.json)", script)
+    assert file and (tmp_path / "plan" / "deepspeed.json").read_text() == (ROOT / file[1]).read_text()
+    written = load_recipe(str(tmp_path / "plan" / "recipe.yaml")).parallel
+    assert (written.tp, written.ep, written.dispatch_chunks) == (named.tp, named.ep, 2)
+    fixed = plan(*BIG, "--tp", "2", "--zero", "3", "--recompute", "none", "--set", "parallel.dispatch_chunks=1")
+    assert "overlap" not in fixed.out.splitlines()[2] and "chunks" not in fixed.out.splitlines()[2]
+
+
+OWN = """
+base: h100-80gb
+memory_gb: 94
+memory_gib: 93.1
+network_bytes_per_s: 25.0e+9
+gpus_per_node: 4
+"""
+
+
+def test_a_machine_of_the_users_own_is_planned_for(plan: Callable[..., Answer], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    answer = plan(*_without_gpu(FIXED), "--machine", str(tmp_path / "mine.yaml"))
+    assert answer.code == 0, answer.err
+    assert re.search(r"machine +\d+ nodes x (4|8) mine, 200 Gb/s", answer.out) and "of 93.1 GiB" in answer.out
+
+
+def _without_gpu(flags: tuple[str, ...]) -> tuple[str, ...]:
+    at = flags.index("--gpu")
+    return flags[:at] + flags[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("base: h100\n", "--gpu h100: is not known; did you mean h100-80gb"),
+        ("base: h100-80gb\nmemory: 94\n", "memory: is no field; did you mean memory_gb?"),
+        ("memory_gb: 94\n", "bf16_flops_per_s: is missing; write it, or `base: `"),
+        ("base: h100-80gb\nmemory_gib: -1\n", "memory_gib: -1 is no positive number"),
+        ("base: h100-80gb\nmemory_gib: .inf\n", "memory_gib: inf is no positive number"),
+        ("base: h100-80gb\nname: 3\n", "name: 3 is no text"),
+        ("base: h100-80gb\ngpus_per_node: 577\n", "gpus_per_node: 577 is outside 1 to 576"),
+        ("base: h100-80gb\ngpus_per_node: 2.5\n", "gpus_per_node: 2.5 is outside"),
+        ("[]\n", "holds list"),
+        ("a: [", "not valid YAML"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused_by_field(
+    plan: Callable[..., Answer], tmp_path: Path, content: str | None, said: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    answer = plan(*_without_gpu(FIXED), "--machine", str(path))
+    assert answer.code == 2 and answer.err.startswith(f"error: --machine {path}: ") and said in answer.err
+
+
+def test_a_rack_of_72_gpus_may_be_a_node(plan: Callable[..., Answer]) -> None:
+    rack = ("--config", "ecdit_xl_8e", "--nodes", "1", "--gpus-per-node", "72", "--gpu", "b200-192gb")
+    answer = plan(*rack, "--tp", "2", "--ep", "4", "--set", "train.global_batch_size=4032")
+    assert answer.code == 0 and "machine     1 nodes x 72 b200-192gb" in answer.out
+
+
+def test_a_batch_that_does_not_split_is_refused_with_batches_that_do(plan: Callable[..., Answer]) -> None:
+    trays = ("--config", "ecdit_m_64e", "--nodes", "18", "--gpus-per-node", "4", "--gpu", "b200-192gb")
+    answer = plan(*trays)
+    offered = re.search(r"a batch of (\d+) or (\d+) splits over these$", answer.err.strip())
+    assert answer.code == 2 and offered
+    assert int(offered[1]) < 4096 < int(offered[2])
+    for batch in offered.groups():
+        assert (
+            plan(*trays, "--zero", "3", "--set", f"train.global_batch_size={batch}", "--recompute", "block").code == 0
+        )

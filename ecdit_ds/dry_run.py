@@ -60,7 +60,7 @@ def dry_run(
     *,
     is_named: bool,
     resume: str = "auto",
-) -> str:
+) -> tuple[str, bool]:
     """Check what can be checked, and return what was found: sizes, batch, memory of rank `rank`, disk and data.
 
     Creates process groups, so it is done once in a process.
@@ -71,22 +71,27 @@ def dry_run(
             error.
         resume: as `RunFolder.candidates`.
 
+    Returns:
+        What was found, for people, and whether the same command without --dry-run would train.
+
     Raises:
         EcditError: the run would fail, and why.
     """
     check_encodable(recipe)
     stage = deepspeed_config["zero_optimization"]["stage"]
-    lines = [*_sizes(recipe, topology, stage), *_data(recipe), _disk(recipe, output, is_named)]
-    lines += _resume(recipe, output, resume, is_named)
+    disk, has_room = _disk(recipe, output, is_named)
+    resumes, can_resume = _resume(recipe, output, resume, is_named)
+    lines = [*_sizes(recipe, topology, stage), *_data(recipe), disk, *resumes]
     if 1 < topology.world_size <= MAX_RANKS:
         lines += ["", draw_layout(recipe, topology)]
     lines += ["", *_memory_table(recipe, topology, deepspeed_config, rank), ""]
     unnamed = [f"data.{key}" for key in ("path", "heldout_path") if getattr(recipe.data, key) is None]
-    is_ready = recipe.data.dataset != "encoded" or not unnamed
-    if is_named and not is_ready:
-        raise ConfigError(f"{unnamed[0]}: names no folder; give --set {unnamed[0]}=DIR")
-    verdict = "all checks passed" if is_ready else f"all checks passed, but training needs {' and '.join(unnamed)}"
-    return "\n".join([*lines, f"{verdict}; nothing was trained"])
+    needs = unnamed if recipe.data.dataset == "encoded" else []
+    if is_named and needs:
+        raise ConfigError(f"{needs[0]}: names no folder; give --set {needs[0]}=DIR")
+    needs = needs or ([] if has_room and can_resume else ["another --output"])
+    verdict = f"the other checks passed, but training needs {' and '.join(needs)}" if needs else "all checks passed"
+    return "\n".join([*lines, f"{verdict}; nothing was trained"]), not needs
 
 
 def _sizes(recipe: Recipe, topology: Topology, stage: int) -> list[str]:
@@ -196,7 +201,7 @@ def _with_shares(shares: dict[str, Fraction]) -> str:
     return ", ".join(f"{name} ({float(100 * share):.3g} %)" for name, share in shares.items())
 
 
-def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:
+def _disk(recipe: Recipe, output: Path, is_named: bool) -> tuple[str, bool]:
     """Say how the checkpoints compare with the room where they would go: those that are kept, and one being written."""
     one, keep = checkpoint_bytes(recipe), recipe.train.keep_checkpoints
     there = output.absolute()
@@ -207,13 +212,13 @@ def _disk(recipe: Recipe, output: Path, is_named: bool) -> str:
     needed, free = one * (keep + 1), shutil.disk_usage(there).free
     sum_text = f"{_gb(one)} a checkpoint x ({keep} kept + 1 being written) = {_gb(needed)}"
     if free >= needed:
-        return f"disk         {sum_text}, of {_gb(free)} free in {there}"
+        return f"disk         {sum_text}, of {_gb(free)} free in {there}", True
     if is_named:
         raise ConfigError(f"--output {output}: {sum_text}, but {there} has {_gb(free)} free; choose another folder")
-    return f"disk         {sum_text}; {there} has {_gb(free)} free, so the run needs another --output"
+    return f"disk         {sum_text}; {there} has {_gb(free)} free, so the run needs another --output", False
 
 
-def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> list[str]:
+def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> tuple[list[str], bool]:
     """Say from where the run would go on, what it would pass over, and what would jump; nothing of a fresh start.
 
     Manifests are read and sizes compared, no tensors: the run itself passes over what turns out damaged then.
@@ -233,14 +238,14 @@ def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> list[s
             told = [f"would be rejected: {fault}" for fault in faults]
             told.append(f"goes on from {folder} at step {manifest.step}")
             told += schedule_jumps(manifest.meta["recipe"], recipe, manifest.step)
-            return [f"resume       {told[0]}", *(f"{'':<13}{line}" for line in told[1:])]
+            return [f"resume       {told[0]}", *(f"{'':<13}{line}" for line in told[1:])], True
         if faults:
             raise none_valid(faults)
     except (CheckpointError, ConfigError) as error:
         if is_named:
             raise
-        return [f"resume       {error}"]
-    return []
+        return [f"resume       {error}"], False
+    return [], True
 
 
 def _gb(num_bytes: float) -> str:

@@ -86,11 +86,13 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
             stop.stand_down()
             if is_first:
                 output = options.output or Path("runs") / recipe.name
-                told = dry_run(
+                told, is_ready = dry_run(
                     recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),
                     resume=options.resume,
                 )  # fmt: skip
                 print(told)
+                if not is_ready:
+                    return ExitCode.USER_ERROR
             mark_complete(DRY_RUN)
             return ExitCode.DONE
         share_cores(place)

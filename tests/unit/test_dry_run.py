@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus() -> Non
     command = ["ecdit_ds/train.py", "--dry-run", "--config", "ecdit_m_64e", "--world-size", "512", "--rank", "77"]
     json_file = ("--deepspeed", "ds_configs/zero2_overlap.json")
     done = subprocess.run([sys.executable, *command, *json_file], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (2, ""), "as training would end: its data is not named"
     out = done.stdout
     for told in ("96,451,077,136 parameters", "512 ranks", "4096 images a step", "memory of rank 77",
                  "data.path names no folder yet", "but training needs data.path and data.heldout_path;"):  # fmt: skip
@@ -78,7 +79,7 @@ def test_what_is_counted_on_a_rank_is_what_the_planner_says_under_any_layout(
     code, out, err = dry_run(
         "--config", "ecdit_xl_8e", "--world-size", world, "--deepspeed", f"ds_configs/zero{zero}.json", *overrides
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (2, "")
     for kind, (counted, planned) in memory(out).items():
         assert planned == pytest.approx(counted, rel=0.01 if kind in STATIC else 0.05, abs=0.002), kind
 
@@ -143,7 +144,7 @@ def test_encoders_beside_training_are_told_with_what_they_keep(dry_run: DryRun, 
         "model.in_channels=5", "model.text_embed_dim=12", "sample.prompts=[a part]",
     ]  # fmt: skip
     code, out, err = dry_run(*(part for flag in flags for part in ("--set", flag)))
-    assert (code, err) == (0, "")
+    assert (code, err) == (2, ""), "data.heldout_path is not named"
     assert f"data         3 raw samples in {pictures}; latents 16 x 16" in out
     (line,) = (line for line in out.splitlines() if line.startswith("beside"))
     sizes = [
@@ -162,7 +163,7 @@ def test_an_encoded_set_is_told_and_one_of_other_shapes_is_refused(dry_run: DryR
     (folder,) = tmp_path.iterdir()
     flags = ["--set", "data.dataset=encoded", "--set", f"data.path={folder}", "--set", "sample.prompts=[]"]
     code, out, err = dry_run(*flags)
-    assert (code, err) == (0, "")
+    assert (code, err) == (2, ""), "data.heldout_path is not named"
     assert f"8 encoded samples in {folder}" in out and "data.heldout_path names no folder yet" in out
     code, _, err = dry_run(*flags, "--set", "model.in_channels=5")
     assert code == 2
@@ -195,3 +196,14 @@ def test_sizes_of_which_there_are_fewer_samples_than_a_step_takes_are_told() -> 
     (line,) = small_sizes(held, 64)
     assert "the 64 of a step: 2 x 8 (63), 8 x 2 (5);" in line and "fewer --buckets" in line
     assert small_sizes(held, 5) == []
+
+
+def test_a_run_that_would_need_another_folder_is_not_in_order(dry_run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own folder was not named, so that is no error of the flags; but the same command would not train."""
+    code, out, err = dry_run()
+    assert (code, err) == (0, "") and out.endswith("all checks passed; nothing was trained\n")
+    full = shutil._ntuple_diskusage(10**12, 10**12, 0)
+    monkeypatch.setattr("ecdit_ds.dry_run.shutil.disk_usage", lambda path: full)
+    code, out, err = dry_run()
+    assert (code, err) == (2, "") and "so the run needs another --output" in out
+    assert out.endswith("the other checks passed, but training needs another --output; nothing was trained\n")

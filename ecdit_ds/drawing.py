@@ -94,9 +94,10 @@ def earlier_encoder_facts(recipe: Recipe) -> dict[str, Any]:
         index = read_index(Path(data.paths[0]))
         image, text = image if index.holds_pixels else dict(index.image_encoder), dict(index.text_encoder)
     if data.vae:
-        image = image_facts(load_image_encoder(data.vae), data.vae)
+        image = image_facts(load_image_encoder(data.vae, may_fetch=False), data.vae)
     if data.text:
-        text = text_facts(load_text_encoder(data.text, max_tokens=model.max_text_tokens), data.text)
+        encoder = load_text_encoder(data.text, max_tokens=model.max_text_tokens, may_fetch=False)
+        text = text_facts(encoder, data.text)
     return {"image": image, "text": text}
 
 

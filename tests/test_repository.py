@@ -143,3 +143,12 @@ def test_the_readme_shows_the_house_as_it_is() -> None:
     wanted |= {"/".join(path.parts[:2]) for path in existing if path.parts[0] == PACKAGE and path.name != "__init__.py"}
     drawn = {part for path in shown for part in (path.rstrip("/"), path.split("/")[0])}
     assert sorted(name for name in wanted if name not in drawn) == []
+
+
+def test_each_promise_of_security_names_tests_that_are_there() -> None:
+    rows = [
+        line.split("|") for line in (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines() if "`test_" in line
+    ]
+    named = [re.findall(r"`(test_\w+)`", row[3]) for row in rows]
+    assert len(rows) >= 10 and all(named)
+    assert [name for names in named for name in names if not (ROOT / "tests" / "unit" / f"{name}.py").is_file()] == []

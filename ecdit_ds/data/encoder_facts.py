@@ -71,7 +71,9 @@ def open_image_encoder(
                 shift_factor=_factor(facts["shift_factor"]), scaling_factor=_factor(facts["scaling_factor"])
             )
         elif facts.get("kind") == "AutoencoderKL":
-            encoder = load_image_encoder(str(name or facts["name"]), device=device, precision=facts["precision"])
+            encoder = load_image_encoder(
+                str(name or facts["name"]), device=device, precision=facts["precision"], may_fetch=bool(name)
+            )
         else:
             raise DataError(f"image encoder {facts.get('identity')}: the set does not say how it is opened")
     except (KeyError, TypeError, ValueError) as error:
@@ -90,7 +92,11 @@ def open_text_encoder(
             encoder = WordEncoder(embed_dim=int(facts["embed_dim"]), max_tokens=int(facts["max_tokens"]))
         elif facts.get("kind") == "transformers":
             encoder = load_text_encoder(
-                names or facts["names"], max_tokens=facts["max_tokens"], device=device, precision=facts["precision"]
+                names or facts["names"],
+                max_tokens=facts["max_tokens"],
+                device=device,
+                precision=facts["precision"],
+                may_fetch=bool(names),
             )
         else:
             raise DataError(f"text encoder {facts.get('identity')}: the set does not say how it is opened")

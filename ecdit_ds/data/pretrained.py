@@ -176,14 +176,18 @@ class PretrainedTextEncoder:
 
 
 def load_image_encoder(
-    name: str, *, device: torch.device | None = None, precision: Precision = "fp32"
+    name: str, *, device: torch.device | None = None, precision: Precision = "fp32", may_fetch: bool = True
 ) -> PretrainedImageEncoder:
     """Load a frozen AutoencoderKL; its config gives scaling, shift and number of channels.
+
+    Args:
+        name: a folder, or a name on the hub.
+        may_fetch: whether a name that is not here may be asked of the hub: where a user gave it, and no file.
 
     Raises:
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
-    folder = _folder_of(name, "image encoder")
+    folder = _folder_of(name, "image encoder", may_fetch)
     kind = _read_json(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
@@ -228,13 +232,14 @@ def _suffix(precision: Precision) -> str:
 
 def load_text_encoder(
     names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None,
-    precision: Precision = "fp32",
+    precision: Precision = "fp32", may_fetch: bool = True,
 ) -> PretrainedTextEncoder:  # fmt: skip
     """Load frozen text models with their tokenizers, to be joined along the width.
 
     Args:
         names: folders or hub names of T5 or CLIP models, or of any text tower that `AutoModel` loads.
         max_tokens: longest caption, where the model and its tokenizer allow it.
+        may_fetch: as `load_image_encoder`.
 
     Raises:
         DataError: one is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
@@ -242,12 +247,15 @@ def load_text_encoder(
     assert names
     device = device or torch.device("cpu")
     return PretrainedTextEncoder(
-        towers=tuple(_load_tower(name, max_tokens, device, precision) for name in names), precision=precision
+        towers=tuple(_load_tower(name, max_tokens, device, precision, may_fetch) for name in names),
+        precision=precision,
     )
 
 
-def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Precision) -> _Tower:
-    folder = _folder_of(name, "text encoder")
+def _load_tower(
+    name: str, max_tokens: int, device: torch.device, precision: Precision, may_fetch: bool
+) -> _Tower:  # fmt: skip
+    folder = _folder_of(name, "text encoder", may_fetch)
     who = f"text encoder {folder}"
     # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
@@ -291,7 +299,7 @@ def _load_tower(name: str, max_tokens: int, device: torch.device, precision: Pre
     return tower
 
 
-def _folder_of(name: str, what: str) -> Path:
+def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
     """Return the folder of an encoder, from the hub (or its cache) where there is none of that name.
 
     Raises:
@@ -299,7 +307,7 @@ def _folder_of(name: str, what: str) -> Path:
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _from_hub(name, what)
+        folder = _from_hub(name, what, may_fetch)
     if not (folder / "config.json").is_file():
         raise DataError(f"{what} {folder}: has no config.json; save_pretrained makes such a folder")
     if not any(folder.glob("*.safetensors")):
@@ -313,7 +321,7 @@ def _folder_of(name: str, what: str) -> Path:
     return folder
 
 
-def _from_hub(name: str, what: str) -> Path:
+def _from_hub(name: str, what: str, may_fetch: bool) -> Path:
     if Path(name).is_absolute() or not _HUB_NAME.fullmatch(name):
         raise DataError(f"{what} {name}: is no folder, nor can it be a name on the hub (owner/name, owner/name/folder)")
     owner, repository, *subfolder = name.split("/")
@@ -321,8 +329,17 @@ def _from_hub(name: str, what: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["/".join([*subfolder, pattern]) for pattern in _HUB_FILES]
-        return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns), *subfolder)
+        snapshot = snapshot_download(
+            f"{owner}/{repository}", allow_patterns=patterns, local_files_only=not may_fetch
+        )  # fmt: skip
+        return Path(snapshot, *subfolder)
     except Exception as error:  # whatever the hub's client raises, of its own classes and of several libraries'
+        if not may_fetch:
+            flag = "--vae" if what == "image encoder" else "--text"
+            raise DataError(
+                f"{what} {name}: is neither a folder nor in the hub's cache here, and files choose nothing that is "
+                f"fetched; give {flag} {name} to fetch it, or {flag} FOLDER"
+            ) from None
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{what} {name}: is no folder, and the hub does not give it ({cause})") from None
 

@@ -1,6 +1,7 @@
 """The embedded encoders: words become fixed vectors, images stay what they are."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.data.digit_scenes import draw_scene
+from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 
 
@@ -168,3 +170,33 @@ def test_encodings_are_still_those_of_sets_that_were_stored_under_these_identiti
     )
     torch.testing.assert_close(nothing.pooled_BD[0], null_D, rtol=0, atol=1e-5)
     torch.testing.assert_close(pixels.encode(torch.tensor([-1.0, 0.0, 1.0])), torch.tensor([-0.374, 1.826, 4.026]))
+
+
+@pytest.mark.parametrize(
+    ("facts", "flag"),
+    [
+        ({"kind": "AutoencoderKL", "identity": "a", "name": "somebody/vae", "precision": "fp32"}, "--vae"),
+        (
+            {"kind": "transformers", "identity": "a", "names": ["somebody/text"], "max_tokens": 8, "precision": "fp32"},
+            "--text",
+        ),
+    ],
+)
+def test_a_set_does_not_choose_what_is_fetched_from_the_hub_and_its_user_does(
+    facts: dict[str, Any], flag: str, refusal_of: Callable[[Callable[[], object]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Names in an index or a checkpoint are of whoever made it."""
+    sought: list[object] = []
+
+    def seek(host: object, *_: object, **__: object) -> None:
+        sought.append(host)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", seek)
+    named = facts.get("name") or facts["names"][0]
+    open_it = open_image_encoder if flag == "--vae" else open_text_encoder
+    assert f"{named}: is neither a folder nor in the hub's cache here" in (said := refusal_of(lambda: open_it(facts)))
+    assert f"give {flag} {named} to fetch it" in said and sought == []
+    given = {"name": named} if flag == "--vae" else {"names": [named]}
+    assert "the hub does not give it" in refusal_of(lambda: open_it(facts, **given)) and sought

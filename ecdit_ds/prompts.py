@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from ecdit_ds.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_TABLES = (".parquet", ".csv", ".tsv", ".json", ".arrow")
 _SPACE = re.compile(r"\s*")
 
 
@@ -34,6 +35,8 @@ def read_prompt_file(path: Path) -> list[tuple[str, int | None]]:
     Raises:
         DataError: the file cannot be read, holds nothing, or has a bad line (named).
     """
+    if path.suffix.lower() in _TABLES:
+        raise DataError(f"{path}: is a table, whose lines are no prompts; use --dataset {path}, or a text file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,11 +108,16 @@ def _refuse_lost_columns(path: Path, column: str) -> None:
         names = pq.read_schema(path).names
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file)
-            names = next(reader, [])
-            for row in reader:
-                if len(row) > len(names):
-                    raise ValueError(f"line {reader.line_num} has {len(row)} fields, the head line has {len(names)}")
+            reader = csv.reader(file, strict=True)
+            try:
+                names = next(reader, [])
+                for row in reader:
+                    if len(row) > len(names):
+                        raise ValueError(
+                            f"line {reader.line_num} has {len(row)} fields, the head line has {len(names)}"
+                        )
+            except csv.Error as error:
+                raise ValueError(f"{error} by line {reader.line_num}; is a quotation mark left open?") from None
     else:
         for names in _names_in_json(path.read_text(encoding="utf-8-sig")):
             if names.count(column) > 1:

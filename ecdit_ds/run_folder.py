@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
+from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints, misnamed_checkpoints
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
@@ -182,6 +182,10 @@ class RunFolder:
         if not self.checkpoints.is_dir() and os.path.lexists(self.checkpoints):
             raise CheckpointError(f"{self.checkpoints}: is no folder, or a link to one that is not there; mount it")
         own = list_checkpoints(self.checkpoints)
+        for path, name in misnamed_checkpoints(self.checkpoints).items() if not own else ():
+            raise CheckpointError(
+                f"{path}: is a checkpoint by another name; name it {name}, and the run goes on from it"
+            )
         damaged = [] if own else sorted(path.name for path in self.checkpoints.glob("step_*.damaged-*"))
         if damaged:
             raise CheckpointError(

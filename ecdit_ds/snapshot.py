@@ -4,6 +4,7 @@ Tensors are named `weight/blocks.0...`, `ema/...`, `exp_avg/...`; all are fp32 s
 layout wrote them and whatever layout reads them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,12 @@ def rejection_of(folder: Path, check_same: Callable[[Mapping[str, Any], Path], N
         require_finite(folder, reader.manifest.nonfinite)
     except CheckpointError as error:
         return str(error)
-    if not isinstance(reader.manifest.meta.get("recipe"), dict):
+    recipe = reader.manifest.meta.get("recipe")
+    if not isinstance(recipe, dict):
         return f"{folder}: its manifest has no recipe"
+    for section in (spec.name for spec in dataclasses.fields(Recipe) if spec.name != "name"):
+        if not isinstance(recipe.get(section, {}), dict):  # as `model: null`; what is missing has its defaults
+            return f"{folder}: its manifest's recipe has no {section}"
     check_same(reader.manifest.meta, folder)
     return None
 

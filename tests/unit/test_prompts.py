@@ -240,3 +240,15 @@ def test_a_saved_data_set_that_leads_out_of_its_folder_is_refused(tmp_path: Path
     path.symlink_to(next((tmp_path / "private").glob("*.arrow")))
     message = refusal_of(lambda: read_dataset_prompts(str(tmp_path / "saved"), "text", "train"))
     assert "lies outside" in message
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.json", "p.PARQUET"])
+def test_a_table_is_not_taken_for_lines_of_prompts(tmp_path: Path, name: str, refusal_of: RefusalOf) -> None:
+    message = refusal_of(lambda: read_prompt_file(write(tmp_path / name, "id,prompt\n1,a nine\n")))
+    assert f"use --dataset {tmp_path / name}" in message
+
+
+def test_a_quotation_mark_that_is_left_open_is_named_by_its_line(tmp_path: Path, refusal_of: RefusalOf) -> None:
+    path = write(tmp_path / "p.csv", 'text\n"a nine"\n"two sixes\nthree\n')
+    message = refusal_of(lambda: read_dataset_prompts(str(path), "text", "train"))
+    assert "by line 4; is a quotation mark left open?" in message

@@ -218,6 +218,16 @@ def test_a_damaged_checkpoint_that_was_set_aside_keeps_nobody_from_the_others(fo
     assert folder.candidates("auto") == [own]
 
 
+def test_a_copied_checkpoint_with_zeros_in_its_name_is_none_of_the_runs_and_alone_it_is_named(
+    folder: RunFolder, refusal_of: RefusalOf
+) -> None:
+    copy = add_checkpoint(folder.checkpoints, 7).rename(folder.checkpoints / "step_0007")
+    message = refusal_of(lambda: folder.candidates("auto"))
+    assert message == f"{copy}: is a checkpoint by another name; name it step_7, and the run goes on from it"
+    own = add_checkpoint(folder.checkpoints, 7)
+    assert folder.candidates("auto") == [own]
+
+
 def test_a_folder_with_checkpoints_of_its_own_goes_on_from_them_whatever_path_it_began_from(
     folder: RunFolder, tmp_path: Path
 ) -> None:

@@ -434,6 +434,12 @@ def test_what_a_run_cannot_go_on_from_is_told_by_the_manifest_alone(
     assert compared == ([(COUNTS | meta, folder)] if said is None else [])
 
 
+def test_a_recipe_without_a_model_in_a_manifest_is_passed_over_as_damage_is(tmp_path: Path) -> None:
+    folder = save_whole(tmp_path, whole_engine(), recipe={"name": "a", "model": None}).folder
+    fault = rejection_of(folder, lambda *_: pytest.fail("it is of no recipe that could be compared"))
+    assert fault == f"{folder}: its manifest's recipe has no model"
+
+
 def test_a_run_goes_on_with_the_samples_it_was_trained_on_alone(tmp_path: Path) -> None:
     check_same_data(DATA, DATA, tmp_path)
     check_same_data(None, DATA, tmp_path)  # a converted one does not say

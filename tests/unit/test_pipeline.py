@@ -102,6 +102,17 @@ def test_a_recipe_that_claims_more_than_there_is_takes_no_memory(
     assert "the model needs [1048576" in refusal_of(lambda: load(checkpoint, **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}], ids=["whole", "spread"])
+def test_numbers_that_a_type_cannot_hold_draw_nothing(
+    checkpoint: Path, refusal_of: RefusalOf, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ecdit_ds.loading.count_nonfinite", lambda values: values.dtype == torch.bfloat16)
+    assert "are not finite as torch.bfloat16" in refusal_of(
+        lambda: load(checkpoint, torch_dtype=torch.bfloat16, **options)
+    )
+    load(checkpoint, **options)
+
+
 def test_output_types_are_the_same_pictures_in_other_clothes(pipeline: TextToImagePipeline) -> None:
     unit = draw(pipeline)
     assert unit.shape == (2, 3, 16, 16)

@@ -362,3 +362,17 @@ def test_every_number_is_among_those_with_bounds() -> None:
     assert ("model", "num_layers", int) in _numeric_fields()
     assert ("data", "weights", float) in _numeric_fields()
     assert ("train", "micro_batch_size", int) in _numeric_fields()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample.capacity_factor": 5.0}, "sample.capacity_factor: 5.0 is outside (0, num_experts=4]"),
+        ({"sample.capacity_factor": 1.0, "model.ffn": "dense"}, "sample.capacity_factor: 1.0 has no effect with"),
+        ({"sample.capacity_factor": 1e-9, "model.capacity_rounding": "floor"}, "is 0 tokens an expert; raise it"),
+    ],
+)
+def test_a_capacity_for_drawing_that_the_model_cannot_use_is_refused(
+    changes: dict[str, Any], said: str, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    assert said in refusal_of(lambda: edited(tiny_recipe, changes))

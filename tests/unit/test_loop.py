@@ -278,6 +278,12 @@ def test_held_out_losses_that_are_not_finite_are_none_and_training_goes_on_in_tr
     assert loop.module.training
 
 
+def test_an_evaluation_without_scenes_says_nothing_of_them(loop: Loop) -> None:
+    loop.fit()
+    assert len(loop.told.evaluations) == 2
+    assert not any("scenes" in record for record in loop.told.evaluations)
+
+
 def test_a_callback_that_cannot_write_is_told_of_once_and_the_others_go_on(
     loop: Loop, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,12 +376,16 @@ def test_what_only_prints_reports_nothing(marked: Callable[[], list[str]]) -> No
 def test_a_dry_run_reports_itself_as_the_task_that_it_is_and_not_as_the_rank_that_it_plays(
     marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def play(*_: object, **__: object) -> str:
+    def play(*_: object, **__: object) -> tuple[str, bool]:
         for name, value in (("RANK", "1"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
             monkeypatch.setenv(name, value)
-        return "in order"
+        return "in order", is_ready
 
     monkeypatch.setattr(train, "dry_run", play)
+    is_ready = False
+    assert train.main(["--dry-run", "--world-size=2", "--rank=1"]) == 2
+    assert marked() == []
+    is_ready = True
     assert train.main(["--dry-run", "--world-size=2", "--rank=1"]) == 0
     assert marked() == [DRY_RUN]
     Completion(Path(os.environ[VARIABLE])).confirm(lambda: DRY_RUN)

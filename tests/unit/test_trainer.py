@@ -221,6 +221,16 @@ def test_neither_weights_nor_their_average_may_predict_what_is_not_finite(
         lives.live({})
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["weights", "average"])
+def test_the_last_look_of_a_life_judges_weights_and_their_average(make_lives: Callable[..., Lives], which: int) -> None:
+    lives = make_lives()
+    last = [[math.inf], [1.0]] if which == 0 else [[1.0], [math.inf]]
+    looked = iter([[1.0], *last])  # the first look is at the weights alone
+    lives.losses = lambda: next(looked)
+    with pytest.raises(GaveUpError, match="held-out loss is inf"):
+        lives.live({})
+
+
 def test_a_run_with_a_bad_last_batch_and_good_weights_is_done_and_says_so(make_lives: Callable[..., Lives]) -> None:
     lives = make_lives()
     for _ in range(2):

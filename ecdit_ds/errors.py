@@ -34,6 +34,18 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
+
+
+def shown(value: Any) -> str:
+    """Return a user's value for a message: `repr` on one line, cut where it is long or deep.
+
+    YAML's aliases let a small file stand for a value that would take years to write out.
+    """
+    return _SHORT.repr(value)
+
+
 class EcditError(Exception):
     """Base of all errors that a user can mend; the message says what, where, the numbers and the way out, in a line."""
 
@@ -75,18 +87,6 @@ class LostRankError(EcditError):
 
 class GaveUpError(EcditError):
     """A run that would end the same way if it were started again, such as one whose gradients stay non-finite."""
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 120, 120, 60
-
-
-def shown(value: Any) -> str:
-    """Return a user's value for a message: `repr` on one line, cut where it is long or deep.
-
-    YAML's aliases let a small file stand for a value that would take years to write out.
-    """
-    return _SHORT.repr(value)
 
 
 def exit_code_of(error: EcditError) -> ExitCode:

@@ -54,9 +54,8 @@ class StoredModel:
         for name, parameter in model.named_parameters():
             self.expect(name, shard_of(parameter).global_shape)
 
-    def fill(self, name: str, shape: tuple[int, ...], box: Box, out: Tensor) -> None:
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
         """As `read_into`; and raise CheckpointError for what is not finite, or is not any more as `out` holds it."""
-        self.expect(name, shape)
         self.read_into(name, box, out)
         if count := count_nonfinite(out):
             raise CheckpointError(
@@ -147,8 +146,7 @@ def load_drawer(
         stored.expect_all_of(ECDiT(stored.recipe.model, SerialLayers()))
     model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
-        shard = shard_of(parameter)
-        stored.fill(name, shard.global_shape, Box(shard.offset, tuple(parameter.shape)), parameter.detach())
+        stored.fill(name, Box(shard_of(parameter).offset, tuple(parameter.shape)), parameter.detach())
     return _drawer(model, stored.recipe, device, encoders)
 
 
@@ -178,7 +176,7 @@ def load_spread_drawer(
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         values = torch.empty(shape, dtype=dtype)
-        stored.fill(name, shape, Box((0,) * len(shape), shape), values)
+        stored.fill(name, Box((0,) * len(shape), shape), values)
         place = _place_of(name, device_map)
         if place == "disk":
             waiting.put(name, values)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from ecdit_ds.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-_TABLES = (".parquet", ".csv", ".tsv", ".json", ".arrow")
+_TABLES = _LOADERS.keys() - {".jsonl"} | {".tsv", ".arrow"}
 _SPACE = re.compile(r"\s*")
 
 
@@ -36,7 +36,8 @@ def read_prompt_file(path: Path) -> list[tuple[str, int | None]]:
         DataError: the file cannot be read, holds nothing, or has a bad line (named).
     """
     if path.suffix.lower() in _TABLES:
-        raise DataError(f"{path}: is a table, whose lines are no prompts; use --dataset {path}, or a text file")
+        mend = f"--dataset {path} reads it" if path.suffix in _LOADERS else "write its prompts into a text file"
+        raise DataError(f"{path}: is a table, whose lines are no prompts; {mend}")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,7 +86,7 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     if column not in found.column_names:
         raise DataError(f"--dataset {name}: has no column {column}; choose from {', '.join(found.column_names)}")
     try:
-        told = [row[column] for row in checked_rows(found.with_format(None).select_columns([column]), 0, len(found))]
+        told = [row[column] for row in checked_rows(found.select_columns([column]).with_format("arrow"), 0, len(found))]
     except (ValueError, OSError) as error:
         raise DataError(f"--dataset {name}: column {column} is damaged: {' '.join(str(error).split())[:200]}") from None
     texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in told]

@@ -182,7 +182,8 @@ class RunFolder:
         if not self.checkpoints.is_dir() and os.path.lexists(self.checkpoints):
             raise CheckpointError(f"{self.checkpoints}: is no folder, or a link to one that is not there; mount it")
         own = list_checkpoints(self.checkpoints)
-        for path, name in misnamed_checkpoints(self.checkpoints).items() if not own else ():
+        misnamed = {} if own else misnamed_checkpoints(self.checkpoints)
+        for path, name in misnamed.items():
             raise CheckpointError(
                 f"{path}: is a checkpoint by another name; name it {name}, and the run goes on from it"
             )

@@ -236,7 +236,8 @@ def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> C
         choices = replace(choices, recompute=((options.recompute, options.recompute_every or 1),))
     elif train.recompute != "none":
         choices = replace(choices, recompute=((train.recompute, train.recompute_every),))
-    if any(override.split("=")[0].strip() == "parallel.dispatch_chunks" for override in options.set):
+    is_set = any(override.split("=")[0].strip() == "parallel.dispatch_chunks" for override in options.set)
+    if is_set or recipe.parallel.dispatch_chunks != 1:
         choices = replace(choices, dispatch_chunks=(recipe.parallel.dispatch_chunks,))
     if micro is None and train.micro_batch_size != "auto":
         micro = train.micro_batch_size

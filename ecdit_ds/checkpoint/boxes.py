@@ -118,16 +118,15 @@ def check_cover(shape: tuple[int, ...], boxes: Iterable[Box]) -> None:
         raise CheckpointError(f"has {len(shape)} dimensions; a checkpoint holds tensors of at most {MAX_DIMENSIONS}")
     corners: dict[tuple[int, ...], int] = {}
     signs = [math.prod(ends) for ends in itertools.product((1, -1), repeat=len(shape))]
-    for corner, sign in zip(itertools.product(*((0, size) for size in shape)), signs, strict=True):
-        corners[corner] = corners.get(corner, 0) - sign
-    for box in boxes:
+    whole = Box((0,) * len(shape), shape)
+    for weight, box in itertools.chain([(-1, whole)], ((1, box) for box in boxes)):
         end = box.end
         if len(end) != len(shape) or any(map(operator.gt, end, shape)):
             raise CheckpointError(
                 f"slice at {list(box.offset)} of shape {list(box.shape)} reaches outside the tensor's {list(shape)}"
             )
         for corner, sign in zip(itertools.product(*zip(box.offset, end, strict=True)), signs, strict=True):
-            corners[corner] = corners.get(corner, 0) + sign
+            corners[corner] = corners.get(corner, 0) + weight * sign
     left_over = [corner for corner, sign in corners.items() if sign]
     if left_over:
         element = min(left_over)

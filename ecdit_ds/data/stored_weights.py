@@ -21,7 +21,7 @@ from ecdit_ds.errors import EcditError
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options of every `from_pretrained` of transformers; without the second it would ask on standard input."""
-FAILURES = (
+_FAILURES = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
     AssertionError, SafetensorError,
 )  # fmt: skip
@@ -58,7 +58,7 @@ def opening(message: str, error: type[EcditError]) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except FAILURES as failure:
+    except _FAILURES as failure:
         cause = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         raise error(f"{message} ({cause})") from failure
     finally:

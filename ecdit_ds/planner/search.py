@@ -45,7 +45,7 @@ class Choices:
     tp: tuple[int, ...]
     ep: tuple[int, ...]
     deepspeed_files: tuple[Path, ...]
-    """One configuration for each ZeRO stage."""
+    """One configuration for each ZeRO stage, or several, such as with overlap."""
     recompute: tuple[tuple[Mode, int], ...]
     dispatch_chunks: tuple[int, ...]
     """Without effect, and not tried, but where experts are exchanged."""
@@ -260,11 +260,10 @@ def _fastest(recipe: Recipe, topology: Topology, path: Path, machine: Machine, c
     Raises:
         EcditError: as `_candidate`, for the first number.
     """
-    first, *others = choices.dispatch_chunks
-    best = _candidate(_in_chunks(recipe, first), topology, path, machine, choices.micro_batch)
+    best = _candidate(recipe, topology, path, machine, choices.micro_batch)  # with the first number, by `_layouts`
     if recipe.parallel.ep == 1 or not best.seconds:
         return best
-    for chunks in others:
+    for chunks in choices.dispatch_chunks[1:]:
         with suppress(EcditError):  # a micro-batch that they do not divide
             other = _candidate(_in_chunks(recipe, chunks), topology, path, machine, choices.micro_batch)
             best = min(best, other, key=lambda candidate: candidate.seconds or math.inf)

@@ -250,11 +250,12 @@ def test_an_exported_model_is_known_by_all_its_files_wherever_it_is_and_gives_ea
     assert (model.kind, model.step, model.recipe, model.encoders) == ("ema", 5, tiny_recipe, {})
     with pytest.raises(CheckpointError, match="holds ema, not weight"):
         open_model(tmp_path / "new", "weight")
-    out, whole = torch.empty(2, 2), Box((0, 0), (2, 2))
-    model.fill("c", (2, 2), whole, out)
+    out = torch.empty(2, 2)
+    model.expect("c", (2, 2))
+    model.fill("c", Box((0, 0), (2, 2)), out)
     assert torch.equal(out, rows(2, 2))
-    assert "needs c of shape [4]" in refusal_of(lambda: model.fill("c", (4,), Box((0,), (4,)), torch.empty(4)))
-    assert "holds none" in refusal_of(lambda: model.fill("d", (2, 2), whole, out))
+    assert "needs c of shape [4]" in refusal_of(lambda: model.expect("c", (4,)))
+    assert "holds none" in refusal_of(lambda: model.expect("d", (2, 2)))
     moved = (tmp_path / "new").rename(tmp_path / "moved")
     assert open_model(moved).identity == model.identity
     os.utime(moved / "model-00003-of-00003.safetensors", ns=(1, 1))

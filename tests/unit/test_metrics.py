@@ -253,6 +253,15 @@ def test_a_run_ends_above_the_share_of_a_thousand_samples_or_of_all_that_were_re
         assert f"{count - 1} not finite" in said and "picture 1, picture 2, picture 3;" in said
 
 
+def test_a_run_ends_for_what_another_rank_met() -> None:
+    bad = BadSamples(0.01)
+    bad.note([bad_sample(0)])
+    theirs = [bad_sample(1 + i) for i in range(10)]
+    bad.agree(WorldOfTwo((Counter({"not finite": 10}), theirs)), 100, 11)
+    with pytest.raises(GaveUpError, match="11 of 111 samples"):
+        bad.check()
+
+
 def test_samples_of_earlier_reports_count_on() -> None:
     bad = BadSamples(0.01)
     for _ in range(2):

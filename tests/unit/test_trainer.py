@@ -56,6 +56,13 @@ class WorldOfOne(World):
         return values
 
 
+class WorldWithAnother(WorldOfOne):
+    """As if a second process answered no to all that it is asked."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values / 2
+
+
 def is_same(meta: Mapping[str, Any], folder: Path) -> None:
     """Accept what any run wrote."""
 
@@ -121,10 +128,11 @@ class Lives:
     draw: Callable[[nn.Module], np.ndarray] = lambda _: np.zeros((2, 4, 4, 3), dtype=np.uint8)
     scores: Callable[[nn.Module], dict[str, Any]] | None = None
     losses: Callable[[], list[float]] = lambda: [1.0]
+    world: World = field(default_factory=WorldOfOne)
 
     def live(self, script: dict[int, str], stop_at: int = 0) -> bool:
         """Go on from what the last life left, until something ends it; return whether that was a stop."""
-        world, stop = WorldOfOne(), StopRequest()
+        world, stop = self.world, StopRequest()
         told = ToldEngine(script)
         engine = cast(DeepSpeedEngine, told)
         progress, folder = _restore(list_checkpoints(self.root), self.root, engine, self.recipe, world, is_same)
@@ -251,6 +259,13 @@ def test_a_state_that_a_finite_gradient_broke_ends_the_run_unsaved_and_the_good_
     assert f"go on from step_{good}" in str(gave_up.value)
     assert sorted(lives.held()) == sorted([f"step_{good - 2}", f"step_{good}"])
     assert last_line(lives.status, "gave up", "x").endswith(str(lives.root / f"step_{good}"))
+
+
+def test_a_stop_that_one_rank_is_asked_for_stops_and_saves(make_lives: Callable[..., Lives]) -> None:
+    lives = make_lives("train.checkpoint_every=100")
+    lives.world = WorldWithAnother()
+    assert lives.live({}, stop_at=5)
+    assert lives.held() == ["step_5"]
 
 
 def test_a_stop_does_not_save_a_broken_state(make_lives: Callable[..., Lives]) -> None:

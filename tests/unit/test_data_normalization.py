@@ -208,6 +208,7 @@ def test_a_recipe_may_say_the_factors(recipe: Recipe, tmp_path: Path, encode_whe
         ({"shift_factor": (0.0, 1.0), "scaling_factor": (1.0, 1.0)}, "data.shift_factor: 2 numbers"),
         ({"shift_factor": (0.0,)}, "data.scaling_factor: 0; give one of each"),
         ({"shift_factor": (0.0,), "scaling_factor": (0.0,)}, "data.scaling_factor: [0.0]"),
+        ({"shift_factor": (0.0,), "scaling_factor": (-2.0,)}, "data.scaling_factor: [-2.0]"),
         ({"shift_factor": (math.nan,), "scaling_factor": (1.0,)}, "data.shift_factor: [nan]"),
         ({"shift_factor": (0.0,), "scaling_factor": (1.0,), "encode": "online", "vae": "v"}, "with data.vae: v"),
         ({"dataset": "digit_scenes", "shift_factor": (0.0,), "scaling_factor": (1.0,)}, "data.dataset: digit_scenes"),

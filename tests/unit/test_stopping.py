@@ -3,9 +3,13 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from ecdit_ds import train
+from ecdit_ds.errors import ExitCode
 from ecdit_ds.stopping import StopRequest, reasons_of
 from tests.helpers.launch import ROOT
 
@@ -46,6 +50,30 @@ def test_where_there_is_nothing_to_save_a_signal_ends_the_process(number: signal
         [sys.executable, "-c", PROGRAM, str(int(number)), moment], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr) == (-number, "")
+
+
+@pytest.fixture
+def listening() -> Iterator[StopRequest]:
+    """Return a request that has taken over both signals, for the length of a test."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    stop = StopRequest()
+    stop.listen()
+    yield stop
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_end_a_dry_run(listening: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[Any] = []
+
+    def look(*_: object, **__: object) -> tuple[str, bool]:
+        handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1)))
+        return "in order", True
+
+    monkeypatch.setattr(train, "dry_run", look)
+    assert train.main(["--dry-run", "--world-size=1"], listening) == ExitCode.DONE
+    assert handlers == [signal.SIG_DFL, signal.SIG_DFL]
 
 
 def test_what_asked_first_stays_the_reason() -> None:

@@ -65,6 +65,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 MaxArraySize=100
+MinJobAge=86400
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 {settings}
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=64 RealMemory=4000 Gres=gpu:{gpus}

@@ -25,7 +25,7 @@ RECIPE = (
 )  # fmt: skip
 """The rehearsal on two ranks with a half of the experts each."""
 ON_CPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-PATIENCE_S = 400.0
+PATIENCE_S = 900.0
 
 
 @dataclass(frozen=True)

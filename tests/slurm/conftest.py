@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import train_many
-from tests.helpers.slurm_jobs import Submitter
+from tests.helpers.slurm_jobs import PATIENCE_S, Submitter
 from tools.slurm_lab import Lab, why_not
 
 NODES = 12
@@ -39,7 +39,7 @@ def uninterrupted(submit: Submitter, tmp_path_factory: pytest.TempPathFactory) -
     try:
         output.mkdir()
     except FileExistsError:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE_S
         while not done.exists():
             assert time.monotonic() < deadline, f"{output} was never finished"
             time.sleep(0.2)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from ecdit_ds.deepspeed_config import load_deepspeed_config
 from ecdit_ds.recipe_file import load_recipe, recipe_names
@@ -26,6 +29,26 @@ def test_every_requirement_is_pinned_to_one_version() -> None:
     assert len(requirements()) >= 15
     for line in requirements().values():
         assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.+]*", line), line
+
+
+def test_all_that_is_installed_is_locked_by_hash() -> None:
+    entries = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    locked: dict[str, str] = {}
+    for entry in entries:
+        if entry.startswith("#"):
+            continue
+        told, *hashes = re.split(r"\s+--hash=sha256:", entry)
+        assert hashes and all(re.fullmatch("[0-9a-f]{64}", found) for found in hashes), entry
+        requirement = Requirement(told)
+        if requirement.marker is None or requirement.marker.evaluate():
+            locked[canonicalize_name(requirement.name)] = str(requirement.specifier)
+    asked = {canonicalize_name(name): f"=={line.split('==')[1]}" for name, line in requirements().items()}
+    assert asked.items() <= locked.items(), "run make lock"
+    if not (Path(sys.prefix) / "installed").exists():
+        pytest.skip("this environment was not made by make")
+    installed = {canonicalize_name(found.name): f"=={Version(found.version).public}"
+                 for found in importlib.metadata.distributions() if found.name != "pip"}  # fmt: skip
+    assert installed.items() <= locked.items()
 
 
 HANGS = """
@@ -151,4 +174,4 @@ def test_each_promise_of_security_names_tests_that_are_there() -> None:
     ]
     named = [re.findall(r"`(test_\w+)`", row[3]) for row in rows]
     assert len(rows) >= 10 and all(named)
-    assert [name for names in named for name in names if not (ROOT / "tests" / "unit" / f"{name}.py").is_file()] == []
+    assert [name for names in named for name in names if not [*(ROOT / "tests").rglob(f"{name}.py")]] == []

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,7 +32,7 @@ from ecdit_ds.data.stored_weights import (
     refuse_left_over,
     refuse_quantized,
 )
-from ecdit_ds.data.text_towers import encoder_of, has_pooler, text_class
+from ecdit_ds.data.text_towers import encoder_of, has_pooler, positions_of, text_class
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -43,7 +43,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
+_LETTERS = ("a", "b", "1", ".", "д", "中", "あ", "한", "م", "अ")
+"""Of which any tokenizer tells some apart."""
 _CHUNK_BYTES = 2**24
 _opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,15 +88,12 @@ class _Tower:
     tokenizer: Any
     limit: int
     """Tokens it takes."""
+    width: int
+    """Of what it returns, which configurations tell in many ways or not at all; measured."""
     has_pooler: bool
     identity: str
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
-
-    @property
-    def width(self) -> int:
-        config = self.model.config
-        return int(getattr(config, "hidden_size", None) or config.d_model)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         # The limit is ours to keep; a tokenizer would warn of captions beyond it.
@@ -108,8 +106,9 @@ class _Tower:
         device = self.model.device
         with self.lock:
             read = self.tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
-            )
+                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt",
+                return_attention_mask=True,
+            )  # fmt: skip
         tokens = read.to(device)
         mask = tokens["attention_mask"].bool()
         mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
@@ -257,16 +256,7 @@ def _load_tower(
 ) -> _Tower:  # fmt: skip
     folder = _folder_of(name, "text encoder", may_fetch)
     who = f"text encoder {folder}"
-    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
-    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
-    with _opening(f"{who}: has no tokenizer that can be loaded"):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _load_tokenizer(folder, who)
     with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
         refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
@@ -285,18 +275,41 @@ def _load_tower(
     absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} & parameters - computed)
     _refuse_missing(who, [key for key in absent if "pooler" not in key])
     refuse_left_over(who, unknown, DataError)
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
+    limits = [tokenizer.model_max_length, positions_of(model), max_tokens]
     tower = _Tower(
         model=model.eval().requires_grad_(False).to(device, _DTYPES[precision]),
         tokenizer=tokenizer,
-        limit=int(min(limit for limit in limits if limit and limit > 0)),  # -1 of an XLNet: none
+        limit=int(min(limit for limit in limits if limit and limit > 0)),
+        width=0,
         has_pooler=not absent and has_pooler(model),
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
     )
     kind = type(model).__name__
     with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
-        tower.encode(["a " * tower.limit])  # as long as one can be
-    return tower
+        embeds, *_ = tower.encode(["a " * tower.limit])  # as long as one can be
+    return replace(tower, width=embeds.shape[2])
+
+
+def _load_tokenizer(folder: Path, who: str) -> Any:
+    """Load the tokenizer of a text model, to pad on the right.
+
+    Raises:
+        DataError: there is none, or none that tells letters apart or can pad.
+    """
+    with _opening(f"{who}: has no tokenizer that can be loaded"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+        read = {tuple(tokenizer(letter)["input_ids"]) for letter in _LETTERS}
+    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
+    if len(read) == 1:
+        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # then any other mark serves, since the mask hides it
+        tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), None)
+    if tokenizer.pad_token is None:
+        raise DataError(f"{who}: its tokenizer has no mark to pad with; name a pad_token in its tokenizer_config.json")
+    return tokenizer
 
 
 def _folder_of(name: str, what: str, may_fetch: bool) -> Path:

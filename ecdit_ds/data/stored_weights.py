@@ -15,17 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ecdit_ds.errors import EcditError
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options of every `from_pretrained` of transformers; without the second it would ask on standard input."""
-_FAILURES = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
-    AssertionError, SafetensorError,
-)  # fmt: skip
-"""What the libraries raise for files that are missing, damaged, or of another kind."""
 _WHOLE = ("F64", "F32", "F16", "BF16")
 """Kinds of numbers, as safetensors names them, that are weights as they are."""
 _COUNTS = ("I64", "I32", "U8", "BOOL")
@@ -58,7 +53,9 @@ def opening(message: str, error: type[EcditError]) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except _FAILURES as failure:
+    except EcditError:
+        raise
+    except Exception as failure:  # whatever the libraries raise for files that are damaged or of another kind
         cause = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         raise error(f"{message} ({cause})") from failure
     finally:

@@ -29,10 +29,11 @@ from ecdit_ds.data.stored_weights import (
     left_over,
     not_in_index,
     opening,
+    refuse_larger,
     refuse_left_over,
     refuse_quantized,
 )
-from ecdit_ds.data.text_towers import encoder_of, has_pooler, positions_of, text_class
+from ecdit_ds.data.text_towers import encoder_of, has_pooler, load_tokenizer, positions_of, text_class
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -43,8 +44,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-_LETTERS = ("a", "b", "1", ".", "д", "中", "あ", "한", "م", "अ")
-"""Of which any tokenizer tells some apart."""
 _CHUNK_BYTES = 2**24
 _opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,6 +91,8 @@ class _Tower:
     """Of what it returns, which configurations tell in many ways or not at all; measured."""
     has_pooler: bool
     identity: str
+    needs_padding: bool = False
+    """Whether it reads a batch without padding otherwise: for want of a mask, an AIMv2's tokens then see later ones."""
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
 
@@ -112,6 +113,9 @@ class _Tower:
         tokens = read.to(device)
         mask = tokens["attention_mask"].bool()
         mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
+        if self.needs_padding and mask.all():
+            embeds, mask, pooled = self.encode([*captions, ""])
+            return embeds[:-1], mask[:-1], pooled[:-1]
         with torch.no_grad():
             output = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long())
         embeds = output.last_hidden_state.float() * mask[:, :, None]
@@ -187,7 +191,8 @@ def load_image_encoder(
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
     folder = _folder_of(name, "image encoder", may_fetch)
-    kind = _read_json(folder / "config.json").get("_class_name")
+    config = _read_json(folder / "config.json")
+    kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
     with _opening(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
@@ -198,6 +203,9 @@ def load_image_encoder(
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would warn of is refused here, by name
         try:
+            depth = max(config.get("layers_per_block", 1), len(config.get("block_out_channels", ())))
+            build = partial(AutoencoderKL.from_config, config)
+            refuse_larger(f"image encoder {folder}", folder, DIFFUSERS, DataError, depth=depth, build=build)
             model, found = AutoencoderKL.from_pretrained(
                 str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
                 output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
@@ -209,19 +217,34 @@ def load_image_encoder(
     refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)
     # Module's own `to`: the one of diffusers warns of modules to be kept in fp32, and then lists none.
     model = torch.nn.Module.to(model.eval().requires_grad_(False), device or torch.device("cpu"), _DTYPES[precision])
-    config = model.config
 
     def per_channel(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=model.device).reshape(-1, 1, 1)
 
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    return PretrainedImageEncoder(
-        model=model,
-        identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
-        shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
-        scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
-        precision=precision,
-    )
+    with _opening(f"image encoder {folder}: its config.json makes no working AutoencoderKL; mend it"):
+        config = model.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        encoder = PretrainedImageEncoder(
+            model=model,
+            identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
+            shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
+            scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
+            precision=precision,
+        )
+        _try_out(encoder)
+    return encoder
+
+
+def _try_out(encoder: PretrainedImageEncoder) -> None:
+    """Encode and decode one grey picture; raise ValueError where a factor or a shape cannot be."""
+    factors = {"shift": encoder.shift_C11, "scale": encoder.scale_C11, "1 / scale": 1.0 / encoder.scale_C11}
+    for name, factor_C11 in factors.items():
+        if not factor_C11.isfinite().all():
+            raise ValueError(f"the {name} of its latents is {factor_C11.flatten().tolist()}")
+    images = torch.zeros(1, 3, 4 * encoder.downsampling, 4 * encoder.downsampling)
+    latents = encoder.encode(images)
+    if latents.shape[2:] != (4, 4) or encoder.decode(latents).shape != images.shape:
+        raise ValueError(f"pictures of {images.shape[2]} pixels have latents of {latents.shape[2]}")
 
 
 def _suffix(precision: Precision) -> str:
@@ -256,7 +279,7 @@ def _load_tower(
 ) -> _Tower:  # fmt: skip
     folder = _folder_of(name, "text encoder", may_fetch)
     who = f"text encoder {folder}"
-    tokenizer = _load_tokenizer(folder, who)
+    tokenizer = load_tokenizer(folder, who)
     with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
         refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
@@ -286,30 +309,10 @@ def _load_tower(
     )
     kind = type(model).__name__
     with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
-        embeds, *_ = tower.encode(["a " * tower.limit])  # as long as one can be
-    return replace(tower, width=embeds.shape[2])
-
-
-def _load_tokenizer(folder: Path, who: str) -> Any:
-    """Load the tokenizer of a text model, to pad on the right.
-
-    Raises:
-        DataError: there is none, or none that tells letters apart or can pad.
-    """
-    with _opening(f"{who}: has no tokenizer that can be loaded"):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-        read = {tuple(tokenizer(letter)["input_ids"]) for letter in _LETTERS}
-    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
-    if len(read) == 1:
-        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:  # then any other mark serves, since the mask hides it
-        tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), None)
-    if tokenizer.pad_token is None:
-        raise DataError(f"{who}: its tokenizer has no mark to pad with; name a pad_token in its tokenizer_config.json")
-    return tokenizer
+        longest = "a " * tower.limit
+        full, padded = tower.encode([longest])[0], tower.encode([longest, ""])[0][:1]
+    differs = bool((full - padded).abs().max() > 0.1 * padded.abs().max())  # by far more than rounding
+    return replace(tower, width=full.shape[2], needs_padding=differs)
 
 
 def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
@@ -381,6 +384,6 @@ def _refuse_missing(who: str, names: Sequence[str]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
     return fields if isinstance(fields, dict) else {}

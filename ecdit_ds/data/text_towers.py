@@ -1,11 +1,18 @@
-"""Which part of a model of `transformers` reads captions. The library takes seconds to import, so functions do."""
+"""Which part of a model of `transformers` reads captions, and with which tokenizer.
 
+The library takes seconds to import, so functions do.
+"""
+
+from pathlib import Path
 from typing import Any
 
+from ecdit_ds.data.stored_weights import LOCAL, opening
 from ecdit_ds.errors import DataError
 
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
 """What configurations call the number of positions, the second that of an LED."""
+_LETTERS = ("a", "b", "1", ".", "д", "中", "あ", "한", "م", "अ")
+"""Of which any tokenizer tells some apart."""
 
 
 def text_class(config: Any) -> Any:
@@ -70,11 +77,34 @@ def positions_of(model: Any) -> int | None:
     # In RoBERTa and its kin those of tokens begin after that of padding, and count as `max_position_embeddings` all.
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padded = [table for table in tables if isinstance(table, nn.Embedding) and table.padding_idx is not None]
-    limits = [table.num_embeddings - table.padding_idx - 1 for table in padded]
-    limits += [getattr(model.config, name, None) for name in _POSITIONS]
-    return min((int(limit) for limit in limits if limit and limit > 0), default=None)  # -1 of an XLNet: none
+    told = (getattr(model.config, name, None) for name in _POSITIONS)
+    limits = [table.num_embeddings - int(table.padding_idx or 0) - 1 for table in padded]
+    limits += [int(limit) for limit in told if limit and limit > 0]  # -1 of an XLNet: none
+    return min(limits, default=None)
 
 
 def has_pooler(model: Any) -> bool:
     """Return whether a model gives a vector for the whole caption; CLIP does so without a layer of that name."""
     return model.config.model_type in ("clip", "clip_text_model") or getattr(model, "pooler", None) is not None
+
+
+def load_tokenizer(folder: Path, who: str) -> Any:
+    """Load the tokenizer of a text model, to pad on the right.
+
+    Raises:
+        DataError: there is none, or none that tells letters apart or can pad.
+    """
+    with opening(f"{who}: has no tokenizer that can be loaded", DataError):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+        read = {tuple(tokenizer(letter)["input_ids"]) for letter in _LETTERS}
+    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
+    if len(read) == 1:
+        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # then any other mark serves, since the mask hides it
+        tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.all_special_tokens), None)
+    if tokenizer.pad_token is None:
+        raise DataError(f"{who}: its tokenizer has no mark to pad with; name a pad_token in its tokenizer_config.json")
+    return tokenizer

@@ -4,8 +4,10 @@ A folder is as `save_pretrained` of the whole model writes it, with towers of pi
 tokenizer that says to pad on the left.
 """
 
+import io
 import json
 import shutil
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from ecdit_ds.data.encoder_facts import count_frozen
 from ecdit_ds.data.pretrained import load_text_encoder
 from tests.helpers.tiny_encoders import randomize, save_t5
 
@@ -157,3 +163,155 @@ def test_a_caption_is_read_as_its_own_library_reads_it_whatever_pads_it_and_what
             torch.testing.assert_close(embeds_TD[: ids.shape[1]], unpadded, atol=1e-5, rtol=1e-5)
             assert (embeds_TD[ids.shape[1] :] == 0).all()
         torch.testing.assert_close(together.pooled_BD[i], alone.pooled_BD[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "text", "more"),
+    [
+        ("Aimv2Model", SIZES, {}),
+        ("PaliGemmaForConditionalGeneration", DECODER | {"model_type": "gemma"}, {"hidden_size": 16}),
+    ],
+)
+def test_a_caption_that_fills_the_limit_is_read_as_one_that_does_not(
+    tokenizer: Path, tmp_path: Path, class_name: str, text: dict[str, Any], more: dict[str, Any]
+) -> None:
+    randomize(whole(class_name, text, PICTURES, **more)).save_pretrained(tmp_path)
+    copy_tokenizer(tokenizer, tmp_path)
+    encoder = load_text_encoder([str(tmp_path)], max_tokens=33)
+    (count,) = encoder.count_tokens(CAPTIONS[:1])
+    full = replace(encoder, towers=(replace(encoder.towers[0], limit=count),)).encode(CAPTIONS[:1])
+    assert full.mask_BT.all() and full.embeds_BTD.shape == (1, count, 16)
+    loose = encoder.encode(CAPTIONS)
+    torch.testing.assert_close(full.embeds_BTD[0], loose.embeds_BTD[0, :count], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(full.pooled_BD[0], loose.pooled_BD[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_saved_alone_is_that_of_the_whole(tokenizer: Path, tmp_path: Path) -> None:
+    model = randomize(FAMILIES["SigLIP"][2]())
+    for folder, part in ((tmp_path / "whole", model), (tmp_path / "alone", model.text_model)):
+        part.save_pretrained(folder)
+        copy_tokenizer(tokenizer, folder)
+    found, expected = (load_text_encoder([str(tmp_path / name)], max_tokens=20) for name in ("alone", "whole"))
+    assert torch.equal(found.encode(CAPTIONS).embeds_BTD, expected.encode(CAPTIONS).embeds_BTD)
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5-VL", "SigLIP", "T5Gemma"])
+def test_only_the_text_tower_is_kept_and_only_it_must_be_whole(
+    tokenizer: Path, tmp_path: Path, refusal_of: Refusal, family: str
+) -> None:
+    model = randomize(FAMILIES[family][2]())
+    model.save_pretrained(tmp_path)
+    copy_tokenizer(tokenizer, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    other = next(name for name in tensors if "vis" in name or "decoder" in name)
+    save_file({name: value for name, value in tensors.items() if name != other}, path, metadata={"format": "pt"})
+    encoder = load_text_encoder([str(tmp_path)])
+    assert count_frozen(encoder)[0] < sum(parameter.numel() for parameter in model.parameters())
+    own = next(name for name in tensors if name.endswith("q_proj.weight") and "vis" not in name and "dec" not in name)
+    save_file({name: value for name, value in tensors.items() if name != own}, path, metadata={"format": "pt"})
+    assert "1 weights are not in its files" in refusal_of(lambda: load_text_encoder([str(tmp_path)]))
+    scale = own.replace("weight", "SCB")
+    save_file(tensors | {scale: torch.ones(1)}, path, metadata={"format": "pt"})
+    assert "1 tensors of its files have no place" in refusal_of(lambda: load_text_encoder([str(tmp_path)]))
+
+
+ROBERTA = SIZES | {"max_position_embeddings": 14, "pad_token_id": 1}
+POSITIONS: dict[str, tuple[dict[str, Any], int]] = {
+    "XLMRobertaModel": (ROBERTA, 12),
+    "RobertaModel": (ROBERTA | {"pad_token_id": 0}, 13),
+    "CamembertModel": (ROBERTA, 12),
+    "MPNetModel": (ROBERTA, 12),
+    "Data2VecTextModel": (ROBERTA, 12),
+    "LongformerModel": (ROBERTA | {"attention_window": [4, 4]}, 12),
+    "BertModel": (ROBERTA, 14),
+    "LEDModel": (
+        {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "attention_window": [4],
+         "max_encoder_position_embeddings": 12, "max_decoder_position_embeddings": 8, "pad_token_id": 0},
+        12,
+    ),
+}  # fmt: skip
+"""By class: a configuration, and how many tokens it has positions for."""
+
+
+@pytest.mark.parametrize("class_name", POSITIONS)
+def test_an_encoder_takes_as_many_tokens_as_it_has_positions_for(
+    tokenizer: Path, tmp_path: Path, class_name: str
+) -> None:
+    config, limit = POSITIONS[class_name]
+    model_class = getattr(transformers, class_name)
+    model = randomize(model_class(model_class.config_class(**config))).eval()
+    model.save_pretrained(tmp_path)
+    copy_tokenizer(tokenizer, tmp_path)
+    encoder = load_text_encoder([str(tmp_path)], max_tokens=60)
+    assert encoder.max_tokens == limit
+    caption = "a" * (limit - 2)
+    assert encoder.count_tokens([caption]) == [limit]
+    assert encoder.encode([caption]).embeds_BTD.shape == (1, limit, 16)
+
+
+def t5_of(folder: Path, vocab_size: int) -> Path:
+    """Save a whole T5 without a tokenizer."""
+    config = transformers.T5Config(**T5 | {"vocab_size": vocab_size}, decoder_start_token_id=0)
+    randomize(transformers.T5ForConditionalGeneration(config)).save_pretrained(folder)
+    return folder
+
+
+def test_a_byt5_needs_no_vocabulary(tmp_path: Path) -> None:
+    transformers.ByT5Tokenizer().save_pretrained(t5_of(tmp_path, 384))
+    assert not list(tmp_path.glob("tokenizer.json")) + list(tmp_path.glob("vocab*")) + list(tmp_path.glob("*.model"))
+    encoder = load_text_encoder([str(tmp_path)], max_tokens=20)
+    assert encoder.count_tokens(["a é", ""]) == [5, 1], "bytes and an end mark"
+    assert encoder.encode(["a", "b"]).embeds_BTD[:, 0].diff(dim=0).abs().max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def pieces() -> bytes:
+    """Return a model of sentencepiece, trained on a few words."""
+    out = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a temple", "a yellow flower", "the quick brown fox jumps over a lazy dog"]),
+        model_writer=out, vocab_size=36, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "SiglipTokenizer", None])
+def test_a_tokenizer_of_sentencepiece_alone_reads_as_sentencepiece_does(
+    tmp_path: Path, pieces: bytes, name: str | None
+) -> None:
+    if name == "SiglipTokenizer":  # which tells nothing of padding
+        randomize(FAMILIES["SigLIP"][2]()).save_pretrained(tmp_path)
+    else:
+        t5_of(tmp_path, 64)
+    (tmp_path / "spiece.model").write_bytes(pieces)
+    if name is not None:
+        marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>" if "Sig" in name else "<pad>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "extra_ids": 0} | marks))
+    encoder = load_text_encoder([str(tmp_path)], max_tokens=20)
+    own = SentencePieceProcessor(model_proto=pieces)
+    for caption in CAPTIONS:
+        assert encoder.towers[0].tokenizer(caption)["input_ids"] == [*own.encode(caption), 1]
+    mask_BT = encoder.encode(CAPTIONS).mask_BT
+    assert mask_BT.sum(dim=1).tolist() == encoder.count_tokens(CAPTIONS)
+
+
+@pytest.mark.parametrize("marks", [("<unk>", "<s>"), ("<s>",), ()])
+def test_a_tokenizer_with_neither_padding_nor_end_pads_with_another_mark_or_is_refused(
+    tmp_path: Path, refusal_of: Refusal, marks: tuple[str, ...]
+) -> None:
+    randomize(FAMILIES["OPT"][2]()).save_pretrained(tmp_path)
+    vocabulary = {token: i for i, token in enumerate(("<s>", "<unk>", *string.ascii_lowercase))}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    given = {{"<unk>": "unk_token", "<s>": "bos_token"}[mark]: mark for mark in marks}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **given).save_pretrained(tmp_path)
+    if not marks:
+        message = refusal_of(lambda: load_text_encoder([str(tmp_path)]))
+        assert message.endswith("its tokenizer has no mark to pad with; name a pad_token in its tokenizer_config.json")
+        return
+    encoder = load_text_encoder([str(tmp_path)], max_tokens=20)
+    together, alone = encoder.encode(["abc", "abcdefgh"]), encoder.encode(["abc"])
+    assert together.mask_BT.sum(dim=1).tolist() == [3, 8]
+    torch.testing.assert_close(together.embeds_BTD[0], alone.embeds_BTD[0], atol=1e-5, rtol=1e-5)

@@ -293,6 +293,18 @@ def test_nonsense_in_an_autoencoders_configuration_is_refused_in_one_line(
     assert message.startswith(f"image encoder {path.parent}: ") and len(message) < 500
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"), [("layers_per_block", 400, "400 layers"), ("latent_channels", 4096, "numbers")]
+)
+def test_an_autoencoder_far_larger_than_its_files_is_refused_before_memory_is_taken(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, value: int, what: str
+) -> None:
+    path = copy_of("vae") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    message = refusal_of(lambda: load_image_encoder(str(path.parent)))
+    assert "its config.json tells of" in message and what in message and "its files hold" in message
+
+
 @pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, "\x00", '{"_class_name": ["AutoencoderKL"]}'])
 def test_a_configuration_that_is_none_is_refused_in_one_line(
     copy_of: Callable[[str], Path], refusal_of: Refusal, text: str

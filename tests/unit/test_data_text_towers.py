@@ -111,7 +111,7 @@ FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {
     )),
     "Llama 4": ("Llama4TextModel", "language_model.model", partial(
         whole, "Llama4ForConditionalGeneration", DECODER | {"num_local_experts": 2, "intermediate_size_mlp": 16},
-        PICTURES,
+        PICTURES | {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16},
     )),
     "T5Gemma": ("T5GemmaEncoder", "model.encoder", t5gemma),
     "BLIP-2, T5": ("T5Stack", "language_model.encoder", partial(
@@ -281,14 +281,15 @@ def pieces() -> bytes:
 def test_a_tokenizer_of_sentencepiece_alone_reads_as_sentencepiece_does(
     tmp_path: Path, pieces: bytes, name: str | None
 ) -> None:
-    if name == "SiglipTokenizer":  # which tells nothing of padding
+    if name == "SiglipTokenizer":
         randomize(FAMILIES["SigLIP"][2]()).save_pretrained(tmp_path)
     else:
         t5_of(tmp_path, 64)
     (tmp_path / "spiece.model").write_bytes(pieces)
     if name is not None:
         marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>" if "Sig" in name else "<pad>"}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "extra_ids": 0} | marks))
+        told = {"tokenizer_class": name, "extra_ids": 0, "model_input_names": ["input_ids"]}  # as SigLIP's: no mask
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told | marks))
     encoder = load_text_encoder([str(tmp_path)], max_tokens=20)
     own = SentencePieceProcessor(model_proto=pieces)
     for caption in CAPTIONS:

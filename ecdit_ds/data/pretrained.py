@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,10 +29,11 @@ from ecdit_ds.data.stored_weights import (
     left_over,
     not_in_index,
     opening,
+    refuse_larger,
     refuse_left_over,
     refuse_quantized,
 )
-from ecdit_ds.data.text_towers import encoder_of, has_pooler, text_class
+from ecdit_ds.data.text_towers import encoder_of, has_pooler, load_tokenizer, positions_of, text_class
 from ecdit_ds.errors import DataError
 
 DEFAULT_TOKENS = 128
@@ -43,7 +44,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 _CHUNK_BYTES = 2**24
 _opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,15 +87,14 @@ class _Tower:
     tokenizer: Any
     limit: int
     """Tokens it takes."""
+    width: int
+    """Of what it returns, which configurations tell in many ways or not at all; measured."""
     has_pooler: bool
     identity: str
+    needs_padding: bool = False
+    """Whether it reads a batch without padding otherwise: for want of a mask, an AIMv2's tokens then see later ones."""
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
-
-    @property
-    def width(self) -> int:
-        config = self.model.config
-        return int(getattr(config, "hidden_size", None) or config.d_model)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         # The limit is ours to keep; a tokenizer would warn of captions beyond it.
@@ -108,11 +107,15 @@ class _Tower:
         device = self.model.device
         with self.lock:
             read = self.tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt"
-            )
+                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt",
+                return_attention_mask=True,
+            )  # fmt: skip
         tokens = read.to(device)
         mask = tokens["attention_mask"].bool()
         mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
+        if self.needs_padding and mask.all():
+            embeds, mask, pooled = self.encode([*captions, ""])
+            return embeds[:-1], mask[:-1], pooled[:-1]
         with torch.no_grad():
             output = self.model(input_ids=tokens["input_ids"], attention_mask=mask.long())
         embeds = output.last_hidden_state.float() * mask[:, :, None]
@@ -188,7 +191,8 @@ def load_image_encoder(
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
     folder = _folder_of(name, "image encoder", may_fetch)
-    kind = _read_json(folder / "config.json").get("_class_name")
+    config = _read_json(folder / "config.json")
+    kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
     with _opening(f"image encoder {folder}: cannot be loaded as AutoencoderKL from safetensors"):
@@ -199,6 +203,9 @@ def load_image_encoder(
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would warn of is refused here, by name
         try:
+            depth = max(config.get("layers_per_block", 1), len(config.get("block_out_channels", ())))
+            build = partial(AutoencoderKL.from_config, config)
+            refuse_larger(f"image encoder {folder}", folder, DIFFUSERS, DataError, depth=depth, build=build)
             model, found = AutoencoderKL.from_pretrained(
                 str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
                 output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
@@ -210,19 +217,34 @@ def load_image_encoder(
     refuse_left_over(f"image encoder {folder}", {*found["unexpected_keys"], *unindexed}, DataError)
     # Module's own `to`: the one of diffusers warns of modules to be kept in fp32, and then lists none.
     model = torch.nn.Module.to(model.eval().requires_grad_(False), device or torch.device("cpu"), _DTYPES[precision])
-    config = model.config
 
     def per_channel(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=model.device).reshape(-1, 1, 1)
 
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    return PretrainedImageEncoder(
-        model=model,
-        identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
-        shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
-        scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
-        precision=precision,
-    )
+    with _opening(f"image encoder {folder}: its config.json makes no working AutoencoderKL; mend it"):
+        config = model.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        encoder = PretrainedImageEncoder(
+            model=model,
+            identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
+            shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
+            scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
+            precision=precision,
+        )
+        _try_out(encoder)
+    return encoder
+
+
+def _try_out(encoder: PretrainedImageEncoder) -> None:
+    """Encode and decode one grey picture; raise ValueError where a factor or a shape cannot be."""
+    factors = {"shift": encoder.shift_C11, "scale": encoder.scale_C11, "1 / scale": 1.0 / encoder.scale_C11}
+    for name, factor_C11 in factors.items():
+        if not factor_C11.isfinite().all():
+            raise ValueError(f"the {name} of its latents is {factor_C11.flatten().tolist()}")
+    images = torch.zeros(1, 3, 4 * encoder.downsampling, 4 * encoder.downsampling)
+    latents = encoder.encode(images)
+    if latents.shape[2:] != (4, 4) or encoder.decode(latents).shape != images.shape:
+        raise ValueError(f"pictures of {images.shape[2]} pixels have latents of {latents.shape[2]}")
 
 
 def _suffix(precision: Precision) -> str:
@@ -257,16 +279,7 @@ def _load_tower(
 ) -> _Tower:  # fmt: skip
     folder = _folder_of(name, "text encoder", may_fetch)
     who = f"text encoder {folder}"
-    # transformers 5 makes an empty tokenizer where a folder has none, and every caption would read the same.
-    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise DataError(f"{who}: has no tokenizer, so it cannot read captions; save_pretrained one there")
-    with _opening(f"{who}: has no tokenizer that can be loaded"):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(folder, who)
     with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
         refuse_quantized(who, folder, TRANSFORMERS, DataError)
         from transformers import AutoConfig
@@ -285,18 +298,21 @@ def _load_tower(
     absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} & parameters - computed)
     _refuse_missing(who, [key for key in absent if "pooler" not in key])
     refuse_left_over(who, unknown, DataError)
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_tokens]
+    limits = [tokenizer.model_max_length, positions_of(model), max_tokens]
     tower = _Tower(
         model=model.eval().requires_grad_(False).to(device, _DTYPES[precision]),
         tokenizer=tokenizer,
-        limit=int(min(limit for limit in limits if limit and limit > 0)),  # -1 of an XLNet: none
+        limit=int(min(limit for limit in limits if limit and limit > 0)),
+        width=0,
         has_pooler=not absent and has_pooler(model),
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
     )
     kind = type(model).__name__
     with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
-        tower.encode(["a " * tower.limit])  # as long as one can be
-    return tower
+        longest = "a " * tower.limit
+        full, padded = tower.encode([longest])[0], tower.encode([longest, ""])[0][:1]
+    differs = bool((full - padded).abs().max() > 0.1 * padded.abs().max())  # by far more than rounding
+    return replace(tower, width=full.shape[2], needs_padding=differs)
 
 
 def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
@@ -368,6 +384,6 @@ def _refuse_missing(who: str, names: Sequence[str]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
     return fields if isinstance(fields, dict) else {}

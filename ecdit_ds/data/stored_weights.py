@@ -9,23 +9,19 @@ So what may be stored in other kinds, left over, or lie beside is listed here, a
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ecdit_ds.errors import EcditError
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options of every `from_pretrained` of transformers; without the second it would ask on standard input."""
-_FAILURES = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError,
-    AssertionError, SafetensorError,
-)  # fmt: skip
-"""What the libraries raise for files that are missing, damaged, or of another kind."""
 _WHOLE = ("F64", "F32", "F16", "BF16")
 """Kinds of numbers, as safetensors names them, that are weights as they are."""
 _COUNTS = ("I64", "I32", "U8", "BOOL")
@@ -58,7 +54,9 @@ def opening(message: str, error: type[EcditError]) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except _FAILURES as failure:
+    except EcditError:
+        raise
+    except Exception as failure:  # whatever the libraries raise for files that are damaged or of another kind
         cause = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         raise error(f"{message} ({cause})") from failure
     finally:
@@ -123,6 +121,30 @@ def refuse_quantized(who: str, folder: Path, layout: Layout, error: type[EcditEr
             f"{who}: {beside[0]!r} lies beside its weights and would be left out; merge an adapter or scales into the "
             "weights and save them anew, or move the file away"
         )
+
+
+def refuse_larger(
+    who: str, folder: Path, layout: Layout, error: type[EcditError], *, depth: int, build: Callable[[], Any]
+) -> None:
+    """Refuse a model that its configuration makes far larger than its files are, before memory is taken for it.
+
+    Args:
+        who, folder, layout, error: as `refuse_quantized`.
+        depth: the number of layers that the configuration tells of, in its longest row.
+        build: makes the model from its configuration.
+    """
+    import torch
+
+    tensors = _tensors_of(folder, layout)
+    if depth > len(tensors):
+        raise error(
+            f"{who}: its config.json tells of {depth} layers, and its files hold {len(tensors)} tensors; mend it"
+        )
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in build().parameters())
+    held = sum(prod(stored.shape) for stored in tensors.values())
+    if needed > 2 * held:
+        raise error(f"{who}: its config.json tells of {needed:,} numbers, and its files hold {held:,}; mend it")
 
 
 def refuse_left_over(who: str, names: Iterable[str], error: type[EcditError]) -> None:

@@ -1,9 +1,11 @@
 """Encoders of other makers: they give what their own libraries give, and a doubtful folder is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +266,53 @@ def test_folders_that_are_no_encoders_are_refused(
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert "has no tokenizer" in refusal_of(lambda: load_text_encoder([str(folder)]))
+
+
+NONSENSE: dict[str, list[Any]] = {
+    "scaling_factor": ["0.18", None, 0, math.nan, math.inf, 1e300, 1e-300, [1.0, 2.0], {}],
+    "shift_factor": ["x", math.nan, 1e300, [0.1, 0.2]],
+    "latents_mean": [[0.1, 0.2], ["x"] * 5, [math.nan] * 5, "x"],
+    "latents_std": [[0.0] * 5, [1.0, 1.0], [math.inf] * 5, []],
+    "layers_per_block": [10**9, -1, 1.5, "two", None, []],
+    "block_out_channels": [[10**7] * 3, [8] * 10**4, [], 8, None, ["8"] * 3, [8, 8]],
+    "norm_num_groups": [0, 3, -4, "4", None],
+    "latent_channels": [10**9, -1, 0, "5", None],
+    "in_channels": [4, -1, 10**9, "3"],
+    "down_block_types": ["none", 7, None, ["Evil"] * 3],
+    "act_fn": ["none", 7, None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
+def test_nonsense_in_an_autoencoders_configuration_is_refused_in_one_line(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, value: Any
+) -> None:
+    path = copy_of("vae") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    message = refusal_of(lambda: load_image_encoder(str(path.parent)))
+    assert message.startswith(f"image encoder {path.parent}: ") and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"), [("layers_per_block", 400, "400 layers"), ("latent_channels", 4096, "numbers")]
+)
+def test_an_autoencoder_far_larger_than_its_files_is_refused_before_memory_is_taken(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, value: int, what: str
+) -> None:
+    path = copy_of("vae") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    message = refusal_of(lambda: load_image_encoder(str(path.parent)))
+    assert "its config.json tells of" in message and what in message and "its files hold" in message
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, "\x00", '{"_class_name": ["AutoencoderKL"]}'])
+def test_a_configuration_that_is_none_is_refused_in_one_line(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, text: str
+) -> None:
+    path = copy_of("vae") / "config.json"
+    path.write_text(text)
+    message = refusal_of(lambda: load_image_encoder(str(path.parent)))
+    assert str(path.parent) in message and len(message) < 500
 
 
 def test_code_in_a_folder_is_not_run(copy_of: Callable[[str], Path], refusal_of: Refusal, tmp_path: Path) -> None:

@@ -470,12 +470,9 @@ def test_a_model_that_fails_at_captions_is_refused_in_one_line(
     copy_of: Callable[[str], Path], refusal_of: Refusal
 ) -> None:
     folder = copy_of("t5")
-    config = transformers.RobertaConfig(
-        **TOWER, vocab_size=64, max_position_embeddings=16, pad_token_id=0, bos_token_id=0, eos_token_id=1
-    )
-    transformers.RobertaModel(config).save_pretrained(folder)  # whose positions begin at 1
+    transformers.ViTModel(transformers.ViTConfig(**TOWER, image_size=16, patch_size=8)).save_pretrained(folder)
     message = refusal_of(lambda: states(folder))
-    assert "is a RobertaModel, which cannot read a caption; name a model of text, such as a T5 or a CLIP" in message
+    assert "is a ViTModel, which cannot read a caption; name a model of text, such as a T5 or a CLIP" in message
 
 
 def test_a_limit_below_one_is_none(copy_of: Callable[[str], Path]) -> None:

@@ -25,7 +25,8 @@ from ecdit_ds.slurm.completion import (
 )
 from ecdit_ds.slurm.lives import Ledger, Verdict
 from ecdit_ds.slurm.scheduler import Job
-from ecdit_ds.slurm.supervise import Ending, Life
+from ecdit_ds.slurm.signals import Ending
+from ecdit_ds.slurm.supervise import Life
 from tests.helpers.forked import in_a_copy
 from tests.helpers.launch import free_port
 from tests.helpers.photographs import crops, encoded
@@ -231,19 +232,20 @@ for rank in range(size)[: int(started.get(step, size))]:
     mark_complete(work)
 """
 """srun, which ends with 0 however many ranks of a step it has started: STARTED is such as `train=1`, or all of them."""
-STATE = "JobId=12 JobName=a UserId=root(0) JobState=RUNNING Reason=None Restarts=0 TimeLimit=UNLIMITED x"
+STATE = "JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0\n   RunTime=00:00:01 TimeLimit=UNLIMITED"
 STEPS = ["dry_run", "node_check", "train"]
 
 
 def live(
     folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30",
-    launcher: Sequence[str] = ("srun",),
+    launcher: Sequence[str] = ("srun",), scontrol: str | None = f"#!/bin/sh\necho '{STATE}'\n",
 ) -> Verdict:  # fmt: skip
     """Live once with that srun, in a run that has come to step 30."""
-    for name, script in (("srun", SRUN), ("scontrol", f"#!/bin/sh\necho '{STATE}'\n"), ("squeue", "#!/bin/sh\n")):
-        (folder / name).write_text(script)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name, script in (("srun", SRUN), ("scontrol", scontrol), ("squeue", "#!/bin/sh\n")):
+        if script is not None:
+            (folder / name).write_text(script)
+            (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("STARTED", started)
     monkeypatch.setenv("TRAINED", trained)
     monkeypatch.setattr(scheduler, "_LOOK_EVERY_S", 0.01)
@@ -261,6 +263,17 @@ def test_training_is_done_where_each_step_was_done_by_all_ranks(
     assert (verdict.exit_code, verdict.is_again, verdict.reason) == (ExitCode.DONE, False, "training is done")
     assert (tmp_path / "steps").read_text().split() == STEPS
     assert list((tmp_path / "run/slurm/12.0").iterdir()) == []
+
+
+@pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\necho scontrol is for login nodes only >&2\nexit 1\n"])
+def test_a_job_on_nodes_where_scontrol_tells_nothing_trains_without_a_known_limit_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scontrol: str | None
+) -> None:
+    verdict = live(tmp_path, monkeypatch, scontrol=scontrol)
+    assert (verdict.exit_code, verdict.is_again) == (ExitCode.DONE, False)
+    assert (tmp_path / "steps").read_text().split() == STEPS
+    told = [line for line in capsys.readouterr().out.splitlines() if "the time limit is not known here" in line]
+    assert len(told) == 1 and ("login nodes only" if scontrol else "No such file or directory") in told[0]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.slurm.completion import DRY_RUN, mark_complete, training_to
+from ecdit_ds.slurm.completion import DRY_RUN, mark_complete, mark_ended, training_to
 from ecdit_ds.stopping import StopRequest
 
 
@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     let_go_of_closed_streams()
     if code == ExitCode.DONE:
         mark_complete(training_to(recipe.train.max_steps))
+    mark_ended(code)
     status.has_left = True
     return code
 

@@ -22,9 +22,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
-from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, refuse_to_repeat, training_to
+from ecdit_ds.slurm.completion import (
+    DRY_RUN,
+    NODE_CHECK,
+    expect_completion,
+    refuse_to_repeat,
+    tell_ranks,
+    training_to,
+)
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
-from ecdit_ds.slurm.rank_logs import last_words, remove_links
+from ecdit_ds.slurm.rank_logs import flags_for_logs, last_words, remove_links
 from ecdit_ds.slurm.scheduler import (
     AwayError,
     Job,
@@ -180,28 +187,28 @@ class Life:
 
     def _train(self) -> int:
         say(f"logs of ranks: {self._logs}/rank_*.log")
-        log = f"{str(self._logs).replace('%', '%%')}/rank_%4t.log"
-        flags = [f"--output={log}", f"--error={log}", "--open-mode=append"]
+        flags, words = flags_for_logs(self._logs)
         # What the ranks say they have come to is to be what anybody finds published.
         return self._srun(
-            flags, self._program, lambda: training_to(newest_step(self.output)), may_leave=self._is_out_of_time
+            flags, self._program, lambda: training_to(newest_step(self.output)), self._is_out_of_time, words
         )
 
     def _srun(
-        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str], may_leave: Callable[[float], bool]
-    ) -> int:
+        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str],
+        may_leave: Callable[[float], bool], words: Sequence[str] = (),
+    ) -> int:  # fmt: skip
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
 
-        A 0 is TRY_AGAIN where not every rank says that the work is complete.
+        A rank that ended for good decides, and a 0 is TRY_AGAIN where not every rank says that the work is complete.
 
         Args:
             work: what is complete after a 0.
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
+            words: for slurm/rank.sh.
         """
+        command = tell_ranks([*self._launcher[1:], *program], *words)
         with expect_completion(self._logs) as completion:
-            code = self._wait_for_srun(
-                [*flags, *completion.told_to([*self._launcher[1:], *program])], completion.environment, may_leave
-            )
+            code = self._wait_for_srun([*flags, *completion.told_to(command)], completion.environment, may_leave)
             if code == ExitCode.DONE:
                 try:
                     completion.confirm(work)
@@ -209,7 +216,8 @@ class Life:
                     self._doubt = str(error)
                     say(f"error: {error}")
                     return exit_code_of(error)
-            return code
+                return code
+            return completion.judge(code)
 
     def _wait_for_srun(
         self, arguments: Sequence[str], told: Mapping[str, str], may_leave: Callable[[float], bool]

@@ -117,7 +117,7 @@ def test_a_job_that_a_task_of_an_array_submits_is_requeued_itself(lab: Lab, tmp_
 def test_ranks_find_their_variables_and_logs_whatever_is_exported_and_called(
     witness: Witness, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    job = witness("50%j of a run", "0", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", *flags)
+    job = witness("50%j of a %4t run %%%", "0", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", *flags)
     assert job.wait() == "COMPLETED", (tmp_path / "job.log").read_text()
     assert len(seen(tmp_path, job, 0, "train")) == 1
     assert (job.output / "slurm" / f"{job.number}.0" / "rank_0000.log").is_file()

@@ -30,7 +30,7 @@ import xxhash
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import open_new, write_all
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
-from ecdit_ds.parallel.world import World
+from ecdit_ds.parallel.world import World, meet_alone
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
 from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete, mark_ended
@@ -179,8 +179,10 @@ def _meet(patience_s: float) -> World:
     """
     if _kind() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend, patience = "nccl" if _kind() == "cuda" else "gloo", timedelta(seconds=patience_s)
     try:
-        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
+        if not meet_alone(backend, patience):
+            dist.init_process_group(backend, timeout=patience)
     except RuntimeError as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "

@@ -289,6 +289,35 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     assert left == []
 
 
+HEARD = """
+import os, subprocess, time
+from pathlib import Path
+import psutil
+from tools.slurm_lab import _processes_of
+subprocess.run(["sbatch", "-N1", "-n1", "-o", "/dev/null", "--wrap", "srun sleep 60"], check=True, stdout=2)
+heard, deadline = set(), time.monotonic() + 60
+while "srun" not in dict(heard) and time.monotonic() < deadline:
+    time.sleep(0.2)
+    for process in _processes_of(Path(os.environ["SLURM_CONF"]).parent):
+        try:
+            heard |= {(process.name(), at.laddr.ip) for at in process.net_connections("inet") if at.status == "LISTEN"}
+        except psutil.Error:
+            pass
+print(sorted(heard))
+"""
+"""Tells who in a lab listens where, in the midst of a step."""
+
+
+@pytest.mark.parametrize("host", [None, "elsewhere.example.org"])
+def test_a_lab_listens_to_this_machine_only_whatever_its_name_stands_for(host: str | None) -> None:
+    called = ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$0" "$@"'] if host else []
+    lab = [sys.executable, "tools/slurm_lab.py", "--nodes=1", "--", sys.executable, "-c", HEARD]
+    ended = subprocess.run([*called, *lab], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    heard = ended.stdout.splitlines()[-1]
+    assert heard == "[('slurmctld', '127.0.0.1'), ('slurmd', '127.0.0.1'), ('srun', '127.0.0.1')]"
+
+
 def test_a_lab_that_cannot_start_says_why() -> None:
     began = time.monotonic()
     refusal = r"(slurmctld|n1) ended with exit code 1: .*select/nonsense"  # whichever is looked at first

@@ -32,7 +32,8 @@ export ECDIT_PYTHON=${ECDIT_PYTHON:-$PWD/.venv/bin/python}
 
 # A container: what stands before each rank, such as "apptainer exec --nv /images/ecdit.sif", or flags of srun, such as
 # "--container-image=/images/ecdit.sqsh --container-mounts=$PWD". ECDIT_PYTHON is then the one inside, and
-# ECDIT_HOST_PYTHON (3.11 or later, nothing installed) supervises from outside.
+# ECDIT_HOST_PYTHON (3.11 or later, nothing installed) supervises from outside. With pyxis, "--container-name=..." has an
+# image unpacked once a job and not for each of three steps; docs/slurm.md, "Sites that differ", says when to.
 read -ra ECDIT_WRAPPER <<<"${ECDIT_WRAPPER:-}"
 read -ra ECDIT_SRUN_FLAGS <<<"${ECDIT_SRUN_FLAGS:-}"
 ECDIT_HOST_PYTHON=${ECDIT_HOST_PYTHON:-$ECDIT_PYTHON}

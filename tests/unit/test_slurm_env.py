@@ -80,6 +80,12 @@ def test_a_python_that_cannot_be_run_is_refused_unless_a_container_has_it(tmp_pa
     assert refused.stderr.startswith("error: ECDIT_HOST_PYTHON: /no/python cannot be run")
 
 
+def test_a_container_may_be_named_after_its_job_so_that_all_steps_of_it_share_one(tmp_path: Path) -> None:
+    site = 'ECDIT_SRUN_FLAGS="--container-image=a.sqsh --container-name=ecdit_$SLURM_JOB_ID"\n'
+    told = source(tmp_path, site, then='printf "%s\\n" "${ECDIT_SRUN_FLAGS[@]}"', SLURM_JOB_ID="12")
+    assert told.stdout.splitlines() == ["--container-image=a.sqsh", "--container-name=ecdit_12"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "tasks", "code"),
     [("--task 1/4", "4", 2), ("--task=1/4", "4", 2), ("--task 1/4", "1", 0), ("--tasks 4", "4", 0), ("", "4", 0)],

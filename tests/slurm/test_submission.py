@@ -4,6 +4,7 @@ slurm/train_97b.sh is the production script, unchanged, with its 8 ranks and GPU
 the container hook puts a witness in the place of the program.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -218,6 +219,30 @@ def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(lab: Lab, witne
     lab.ask("scancel", "--batch", "--signal=TERM", job.number)  # as --signal=B:TERM@S does
     assert job.wait() == "COMPLETED", job.text
     assert [(end["code"], end["step"]) for end in job.ends()] == [(42, 40), (0, 40)]
+
+
+def test_a_job_that_may_not_requeue_itself_is_left_to_slurm_where_that_does_it(tmp_path: Path) -> None:
+    flags = ("--no-requeue", "--ntasks-per-node=1")
+    with Lab(nodes=1, settings={"RequeueExit": "42"}) as lab:
+        job = submit_witness(lab, tmp_path, "left", "42,0", *flags, environment={"ECDIT_PREFLIGHT": "0"})
+        assert job.wait() == "COMPLETED", job.text
+        assert job.restarts == 1
+    assert "left to Slurm, which requeues after exit code 42 (RequeueExit): scontrol requeue" in job.text
+    assert job.text.count("not requeued") == job.text.count("not requeued: training is done") == 1
+
+
+def test_a_job_whose_node_has_no_scontrol_trains_without_a_known_limit(witness: Witness, tmp_path: Path) -> None:
+    refusing = tmp_path / "bin" / "scontrol"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\necho scontrol is for login nodes only >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    path = f"{refusing.parent}:{os.environ['PATH']}"
+    job = witness("blind", "42,0", "--ntasks-per-node=1", environment={"PATH": path, "ECDIT_SIGNAL_SECONDS": "60"})
+    assert job.wait() == "FAILED", job.text
+    assert [(end["code"], end["is_again"]) for end in job.ends()] == [(42, True)]
+    assert "the time limit is not known here (scontrol show job" in job.text
+    why = (job.output / "slurm" / "why_it_stopped.txt").read_text()
+    assert "scontrol is for login nodes only; unless Slurm does after exit code 42, submit anew" in why
 
 
 def test_a_program_that_cannot_start_is_told_in_the_jobs_log(witness: Witness, tmp_path: Path) -> None:

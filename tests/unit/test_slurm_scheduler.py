@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.slurm import scheduler
+from ecdit_ds.slurm import scheduler, supervise
 from ecdit_ds.slurm.lives import Beginning, Ledger, judge
 from ecdit_ds.slurm.scheduler import (
     AwayError,
@@ -330,8 +330,9 @@ def test_a_controller_that_fails_to_requeue_is_asked_again(put_program: PutProgr
     ],
 )
 def test_a_controller_that_forbids_a_requeue_in_whatever_words_is_asked_once(
-    put_program: PutProgram, tmp_path: Path, words: str
+    put_program: PutProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
+    monkeypatch.setattr(supervise, "CONTROLLER_PATIENCE_S", 5.0)  # for a fault of this, not to be waited for
     code, why, asked = ask_for_another_life(put_program, tmp_path, 99, words)
     assert (code, asked) == (75, 1)
     assert words in why

@@ -31,7 +31,7 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.slurm.completion import DRY_RUN, mark_complete, mark_ended, training_to
+from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_ended, training_to
 from ecdit_ds.stopping import StopRequest
 
 
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
         cause = status.asked_to_stop if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
-        if is_first:
+        if is_first or is_watched():
             say(f"error: {error}", sys.stderr)
         code, cause = exit_code_of(error), str(error)
     except KeyboardInterrupt:

@@ -44,12 +44,17 @@ def training_to(step: int) -> str:
     return f"{_TRAINING}{step}"
 
 
+def is_watched() -> bool:
+    """Return whether somebody reads what each rank leaves, its log among it, and tells what several say once."""
+    return VARIABLE in os.environ
+
+
 def mark_complete(work: str) -> None:
     """Leave this rank's mark, on the disk when this returns; nothing where nobody looks for one.
 
     To be called when all is published. A mark that cannot be written is told of, and leaves the work to be done again.
     """
-    if VARIABLE not in os.environ:
+    if not is_watched():
         return
     path = Path(os.environ[VARIABLE])
     # As srun has told: a dry run makes itself a rank of another world.

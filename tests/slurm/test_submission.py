@@ -281,6 +281,20 @@ def test_the_checks_before_training_refuse_in_one_line_and_are_not_repeated(
     assert not list(job.output.glob("slurm/*/rank_*.log"))
 
 
+def test_a_user_error_of_one_rank_is_told_and_not_tried_again_although_its_peer_was_killed_for_it(
+    submit: Submitter, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "one_differs.sh"
+    wrapper.write_text('#!/bin/bash\n[ "$SLURM_PROCID" = 0 ] || set -- "$@" --set train.max_steps=many\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    job = submit("one differs", environment={"ECDIT_WRAPPER": str(wrapper)})
+    assert job.wait() == "FAILED", job.text
+    (end,) = job.ends()
+    assert (end["code"], end["is_again"]) == (ExitCode.USER_ERROR, False), job.text
+    (line,) = [line for line in job.text.splitlines() if " rank_0001.log: error: " in line]
+    assert "train.max_steps: 'many' is a str" in line
+
+
 def test_a_rehearsal_of_both_parallel_axes_passes_its_checks_and_trains(submit: Submitter) -> None:
     job = submit("rehearsal", nodes=4, faults="", changes=("parallel.tp=2", "train.max_steps=2"),
                  environment={"ECDIT_PREFLIGHT": "1"})  # fmt: skip

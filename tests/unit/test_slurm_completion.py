@@ -444,11 +444,19 @@ def test_training_reports_its_last_step_and_no_other_end(
     ("arguments", "ends"),
     [(["--set", "train.max_steps=many"], [ExitCode.USER_ERROR]), (["--set", "parallel.tp=7"], [ExitCode.USER_ERROR])],
 )
-def test_training_reports_a_user_error_on_whichever_rank_it_is(
-    marked: Callable[[], list[str]], tmp_path: Path, arguments: list[str], ends: list[int]
-) -> None:
+def test_training_reports_and_tells_a_user_error_on_whichever_rank_it_is(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, arguments: list[str], ends: list[int],
+) -> None:  # fmt: skip
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
     assert (marked(), ends_told()) == ([], ends)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    monkeypatch.delenv(VARIABLE)  # as started by a launcher, which has one terminal for all
+    assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
+    assert capsys.readouterr().err == ""
 
 
 def test_a_task_that_cannot_become_a_rank_reports_a_user_error(tmp_path: Path) -> None:

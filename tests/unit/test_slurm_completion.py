@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from ecdit_ds import train
-from ecdit_ds.errors import ConfigError, ExitCode, LostRankError
+from ecdit_ds.errors import ConfigError, ExitCode, LostRankError, StaleAttemptError
 from ecdit_ds.slurm import completion as module
 from ecdit_ds.slurm import node_check, run_task, scheduler
 from ecdit_ds.slurm.completion import (
@@ -457,6 +457,18 @@ def test_training_reports_and_tells_a_user_error_on_whichever_rank_it_is(
     monkeypatch.delenv(VARIABLE)  # as started by a launcher, which has one terminal for all
     assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_of_a_life_that_another_took_over_does_not_end_the_job_for_good(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def superseded(*_: object) -> None:
+        raise StaleAttemptError("a newer attempt took over")
+
+    monkeypatch.setattr(train, "run", superseded)
+    monkeypatch.setattr(train, "share_cores", lambda _: None)
+    assert train.main(["--output", str(tmp_path)]) == ExitCode.GAVE_UP
+    assert (marked(), ends_told()) == ([], [])
 
 
 def test_a_task_that_cannot_become_a_rank_reports_a_user_error(tmp_path: Path) -> None:

@@ -27,12 +27,13 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from ecdit_ds.config import OptimizerConfig
 from ecdit_ds.ema import ShardedEMA
-from ecdit_ds.errors import TopologyError
+from ecdit_ds.errors import LostRankError, TopologyError
 from ecdit_ds.optim import STATE_NAMES, build_optimizer, parameter_groups
 from ecdit_ds.parallel.deepspeed_moe import create_expert_groups
 from ecdit_ds.parallel.layers import ExpertParallelLayers
 from ecdit_ds.parallel.sharding import ShardSpec, Share, shard_of
 from ecdit_ds.parallel.topology import Topology
+from ecdit_ds.parallel.world import meet_alone
 from ecdit_ds.partitions import GroupPartitions, ParameterPartitions, Partitions, check_partitions
 
 WEIGHT = "weight"
@@ -74,7 +75,8 @@ def initialize_distributed() -> torch.device:
     """Join the other processes and return this one's device; needs the launcher's environment.
 
     Raises:
-        TopologyError: the port where they meet cannot be used.
+        TopologyError: the port where they meet cannot be used here.
+        LostRankError: the same, but where they meet is for others to mend: another rank, or the next life of a job.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and otherwise said by each of 512 ranks.
@@ -82,14 +84,17 @@ def initialize_distributed() -> torch.device:
     # Asked first, DeepSpeed would compile for each op it knows, on every rank; asked for is one, for a minute on a CPU,
     # and used for inference only.
     deepspeed.ops.__compatible_ops__ = {}
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(minutes=TIMEOUT_MINUTES)
     try:
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=TIMEOUT_MINUTES))
+        meet_alone(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
     except dist.DistNetworkError as error:
-        raise TopologyError(
-            f"MASTER_PORT {os.environ['MASTER_PORT']}: cannot be used ({str(error).splitlines()[0]}); if another run "
-            "holds it, start with deepspeed --master_port N"
-        ) from None
+        told = f"MASTER_PORT {os.environ['MASTER_PORT']}: cannot be used ({str(error).splitlines()[0]})"
+        if os.environ["RANK"] != "0":
+            raise LostRankError(f"{told}; rank 0 was to be there, at {os.environ['MASTER_ADDR']}") from None
+        if "SLURM_STEP_ID" in os.environ:
+            raise LostRankError(f"{told}; the job's next life has another, unless ECDIT_MASTER_PORT is set") from None
+        raise TopologyError(f"{told}; if another run holds it, start with deepspeed --master_port N") from None
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

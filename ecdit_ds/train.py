@@ -26,12 +26,12 @@ from ecdit_ds.build import run, share_cores
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.dry_run import dry_run
 from ecdit_ds.ending import RunStatus, last_line, let_go_of_closed_streams, say
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, exit_code_of
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, StaleAttemptError, exit_code_of
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.run_folder import RunFolder
-from ecdit_ds.slurm.completion import DRY_RUN, mark_complete, training_to
+from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_ended, training_to
 from ecdit_ds.stopping import StopRequest
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     """Run, and turn what a user can get wrong into one line; return the exit code (see ExitCode)."""
     options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
-    stop, status, lost = stop or StopRequest(), RunStatus(), list[int]()
+    stop, status, lost, is_superseded = stop or StopRequest(), RunStatus(), list[int](), False
     try:
         recipe = load_recipe(options.config, options.set)
         if options.print_config:
@@ -100,9 +100,10 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
         cause = status.asked_to_stop if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
-        if is_first:
+        if is_first or is_watched():
             say(f"error: {error}", sys.stderr)
         code, cause = exit_code_of(error), str(error)
+        is_superseded = isinstance(error, StaleAttemptError)
     except KeyboardInterrupt:
         code, cause = ExitCode.INTERRUPTED, "interrupted from the keyboard"
     except Exception as error:
@@ -119,6 +120,8 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
     let_go_of_closed_streams()
     if code == ExitCode.DONE:
         mark_complete(training_to(recipe.train.max_steps))
+    elif not is_superseded:  # of the life that took over this one knows nothing
+        mark_ended(code)
     status.has_left = True
     return code
 

@@ -11,10 +11,12 @@ refuse() {
 # A job that was submitted by a job inherits what that one was told of itself: its place in an array, and its lives.
 forget_others() {
     local told
-    told=$(scontrol show job --oneliner "${SLURM_JOB_ID:-}" 2>/dev/null | grep "^JobId=${SLURM_JOB_ID:-} ") || return 0
+    # Lines of this job alone. Names and comments may look like anything of Slurm's, but have lines that begin otherwise.
+    told=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n "/^JobId=${SLURM_JOB_ID:-} /,/^\$/p")
+    [ -n "$told" ] || return 0
     [[ $told == "JobId=$SLURM_JOB_ID ArrayJobId=${SLURM_ARRAY_JOB_ID:-} ArrayTaskId=${SLURM_ARRAY_TASK_ID:-} "* ]] ||
         unset "${!SLURM_ARRAY_@}"
-    [[ ${told#* UserId=} != *" Restarts=0 "* ]] || unset SLURM_RESTART_COUNT
+    ! grep -Eq '^ *Requeue=[01] Restarts=0 ' <<<"$told" || unset SLURM_RESTART_COUNT
 }
 forget_others
 
@@ -30,7 +32,8 @@ export ECDIT_PYTHON=${ECDIT_PYTHON:-$PWD/.venv/bin/python}
 
 # A container: what stands before each rank, such as "apptainer exec --nv /images/ecdit.sif", or flags of srun, such as
 # "--container-image=/images/ecdit.sqsh --container-mounts=$PWD". ECDIT_PYTHON is then the one inside, and
-# ECDIT_HOST_PYTHON (3.11 or later, nothing installed) supervises from outside.
+# ECDIT_HOST_PYTHON (3.11 or later, nothing installed) supervises from outside. With pyxis, "--container-name=..." has an
+# image unpacked once a job and not for each of three steps; docs/slurm.md, "Sites that differ", says when to.
 read -ra ECDIT_WRAPPER <<<"${ECDIT_WRAPPER:-}"
 read -ra ECDIT_SRUN_FLAGS <<<"${ECDIT_SRUN_FLAGS:-}"
 ECDIT_HOST_PYTHON=${ECDIT_HOST_PYTHON:-$ECDIT_PYTHON}

@@ -88,7 +88,17 @@ NEVER_IN = {
         "planner",
         *(
             f"slurm.{name}"
-            for name in ("completion", "lives", "rank", "rank_logs", "ranks", "run_task", "scheduler", "supervise")
+            for name in (
+                "completion",
+                "lives",
+                "rank",
+                "rank_logs",
+                "ranks",
+                "run_task",
+                "scheduler",
+                "signals",
+                "supervise",
+            )
         ),
     ),
     "torch.distributed": ("model", "flow", "data", "checkpoint"),

@@ -37,9 +37,9 @@ from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_enco
 from ecdit_ds.data.source import Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.drawing import place_of, require_finite
-from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, plain
+from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
 from ecdit_ds.pictures import save_grid, to_uint8
-from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.run(options))
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
+        mark_ended(exit_code_of(error))
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where it was", file=sys.stderr)

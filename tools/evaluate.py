@@ -20,8 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ecdit_ds.crew import leave
-from ecdit_ds.errors import EcditError
-from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
+from ecdit_ds.errors import EcditError, exit_code_of
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.command_line import OneLineParser
 from tools.sample import add_drawing_arguments, add_model_arguments
 
@@ -91,6 +91,7 @@ def main() -> int:
     except EcditError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        mark_ended(exit_code_of(error))
         return 2
     mark_complete(ARRAY_TASK)
     return 0

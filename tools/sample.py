@@ -30,7 +30,7 @@ from ecdit_ds.config import Recipe, SampleConfig
 from ecdit_ds.crew import Crew, join_crew, leave
 from ecdit_ds.data.scene_set import is_of_digit_scenes
 from ecdit_ds.drawing import TextToImage
-from ecdit_ds.errors import ConfigError, DataError, EcditError
+from ecdit_ds.errors import ConfigError, DataError, EcditError, exit_code_of
 from ecdit_ds.gallery import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.loading import (
@@ -45,7 +45,7 @@ from ecdit_ds.loading import (
 from ecdit_ds.parallel.sharding import Share
 from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
-from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete
+from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
@@ -157,6 +157,7 @@ def main() -> int:
     except EcditError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        mark_ended(exit_code_of(error))
         return 2
     mark_complete(ARRAY_TASK)
     return 0

@@ -2,8 +2,8 @@
 
 Starts munged, slurmctld and some slurmd, each a virtual node of this machine, runs a command (or your shell) that finds
 them through SLURM_CONF, and takes all down again: no process, port or file is left. Everything lies in one temporary
-folder, nothing under /etc. Nodes are n1, n2, ...; they claim more processors than there are, and files that stand for
-GPUs. Needs root and Debian's slurm-wlm and munge.
+folder, nothing under /etc, and ports are open to this machine only. Nodes are n1, n2, ...; they claim more processors
+than there are, and files that stand for GPUs. Needs root and Debian's slurm-wlm and munge.
 """
 
 import argparse
@@ -43,6 +43,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -92,7 +93,22 @@ def why_not() -> str | None:
     missing = [program for program in PROGRAMS if _program(program) is None]
     if missing:
         return f"{', '.join(missing)} not found: {NEEDED}"
-    return None if os.geteuid() == 0 else f"user {os.geteuid()} is not root: {NEEDED}"
+    if os.geteuid() != 0:
+        return f"user {os.geteuid()} is not root: {NEEDED}"
+    if subprocess.run([*on_loopback()[1], "true"], capture_output=True, check=False).returncode:
+        return f"{socket.gethostname()} is not 127.0.0.1 and may not be called localhost here; name it so in /etc/hosts"
+    return None
+
+
+def on_loopback() -> tuple[str, list[str]]:
+    """Return a name of 127.0.0.1, and what to put before a command so that this host is called so.
+
+    Slurm's daemons listen on all interfaces, or on the one that their host's name stands for.
+    """
+    with contextlib.suppress(OSError):
+        if socket.gethostbyname(socket.gethostname()) == "127.0.0.1":
+            return socket.gethostname().split(".")[0], []
+    return "localhost", ["unshare", "--uts", "sh", "-c", 'hostname localhost && exec "$0" "$@"']
 
 
 class Lab:
@@ -107,6 +123,7 @@ class Lab:
     def __init__(self, nodes: int = 4, gpus: int = 8, settings: Mapping[str, str] | None = None) -> None:
         self.nodes, self.gpus = nodes, gpus
         self._settings = {**SETTINGS, **(settings or {})}
+        self._host, self._called_so = on_loopback()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._sweeper: subprocess.Popen[bytes] | None = None
         self.folder = Path()
@@ -218,7 +235,7 @@ class Lab:
         path = _program(program)
         assert path is not None
         # A daemon does not outlive the process that started it, even if that one is killed.
-        command = ["setpriv", "--pdeathsig", "TERM", path, *arguments]
+        command = ["setpriv", "--pdeathsig", "TERM", *self._called_so, path, *arguments]
         with open(self.folder / f"{key or program}.out", "ab") as log:
             self._daemons[key or program] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, start_new_session=True
@@ -239,7 +256,7 @@ class Lab:
         # The number of a job decides the port where its ranks meet: labs side by side have other numbers.
         first = _free_ports(self.nodes + 2)
         text = _CONF.format(
-            host=socket.gethostname().split(".")[0], folder=self.folder, nodes=self.nodes, gpus=self.gpus,
+            host=self._host, folder=self.folder, nodes=self.nodes, gpus=self.gpus,
             controller_port=first, first_job=1 + first // 100 % 90 * 20,
             ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
             settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
@@ -324,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, _leave)
         with Lab(nodes=options.nodes, gpus=options.gpus) as lab:
             print(f"lab: {options.nodes} nodes x {options.gpus} GPUs, SLURM_CONF={lab.folder}/slurm.conf", flush=True)
-            return subprocess.run(command, check=False, env=lab.environment).returncode
+            return subprocess.run([*on_loopback()[1], *command], check=False, env=lab.environment).returncode
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from ecdit_ds.errors import EcditError, LostRankError, TopologyError
 
 T = TypeVar("T")
+_LOOPBACK = "lo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,18 @@ def place_from_environment() -> Place:
         local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", world_size)),
         world_size=world_size,
     )
+
+
+def meet_alone(backend: str, timeout: timedelta) -> bool:
+    """Join the process group where this process is the only one, and return whether it is; nobody else needs a port.
+
+    There is no store, which would take anybody's word; what gloo and NCCL listen on, only this machine reaches.
+    """
+    if dist.is_initialized() or os.environ.get("WORLD_SIZE") != "1":
+        return False
+    os.environ.update({"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK})
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return True
 
 
 def _number(name: str, default: int | None) -> int:

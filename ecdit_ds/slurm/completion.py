@@ -1,8 +1,11 @@
-"""Whether the ranks of a step did their work: marks that they leave as their last act; standard library only.
+"""How the ranks of a step ended: marks that they leave as their last act; standard library only.
 
 Where Slurm fails to start tasks (a SPANK or PMI plugin), srun says "task N launch failed" and exits with 0 even so.
 Therefore a 0 is believed only where every rank of the step has left its mark, a small file with a token that this step
 alone was given. A rank that never started leaves none, and an older life's or another job's has another token.
+
+Where one rank ends for good, such as by a user error, srun kills its peers for it and returns their higher code.
+Therefore such a rank leaves a mark as well, which decides.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ from pathlib import Path
 
 from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import ConfigError, LostRankError
+from ecdit_ds.slurm.lives import FOR_GOOD
 
 VARIABLE = "ECDIT_COMPLETION"
 """Environment variable: how the path of a mark begins, to which each rank adds its number."""
@@ -30,7 +34,7 @@ DRY_RUN, NODE_CHECK, ARRAY_TASK = "dry run", "node check", "array task"
 """What may be complete, besides training."""
 SIGHT_SECONDS = 5.0
 """How long marks may take until they are seen from another node, once srun has ended."""
-_TRAINING = "training to step "
+_TRAINING, _ENDED = "training to step ", "end with exit code "
 _LOOK_EVERY_S = 0.5
 _NAMED_RANKS = 8
 
@@ -40,12 +44,17 @@ def training_to(step: int) -> str:
     return f"{_TRAINING}{step}"
 
 
+def is_watched() -> bool:
+    """Return whether somebody reads what each rank leaves, its log among it, and tells what several say once."""
+    return VARIABLE in os.environ
+
+
 def mark_complete(work: str) -> None:
     """Leave this rank's mark, on the disk when this returns; nothing where nobody looks for one.
 
     To be called when all is published. A mark that cannot be written is told of, and leaves the work to be done again.
     """
-    if VARIABLE not in os.environ:
+    if not is_watched():
         return
     path = Path(os.environ[VARIABLE])
     # As srun has told: a dry run makes itself a rank of another world.
@@ -55,6 +64,21 @@ def mark_complete(work: str) -> None:
     except OSError as error:
         with suppress(OSError, ValueError):
             print(f"error: {_path_of(path, rank)}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def mark_ended(code: int) -> None:
+    """Leave this rank's mark where it ends for good."""
+    if code in FOR_GOOD:
+        mark_complete(f"{_ENDED}{code}")
+
+
+def tell_ranks(command: Sequence[str], *words: str) -> list[str]:
+    """Return a command with words for slurm/rank.sh; as it is, where it starts no rank by that."""
+    if RANK_SCRIPT not in command:
+        return list(command)
+    at = command.index(RANK_SCRIPT) + 1
+    at += command[at : at + 1] == [HOLD]
+    return [*command[:at], *words, *command[at:]]
 
 
 def refuse_to_repeat(program: Sequence[str], *flags: str) -> None:
@@ -84,12 +108,8 @@ class Completion:
         return {VARIABLE: str(self.path)}
 
     def told_to(self, command: Sequence[str]) -> list[str]:
-        """Return a command with its ranks told by an argument of slurm/rank.sh; as it is, where it starts none so."""
-        if RANK_SCRIPT not in command:
-            return list(command)
-        at = command.index(RANK_SCRIPT) + 1
-        at += command[at : at + 1] == [HOLD]
-        return [*command[:at], FLAG, str(self.path), *command[at:]]
+        """Return a command with its ranks told, as by `tell_ranks`."""
+        return tell_ranks(command, FLAG, str(self.path))
 
     def confirm(self, work: Callable[[], str], patience_s: float | None = None) -> None:
         """Return where every rank says that this work is complete; look again while they do not.
@@ -107,6 +127,20 @@ class Completion:
                 raise LostRankError(f"srun ended with exit code 0, but {fault}")
             time.sleep(_LOOK_EVERY_S)
 
+    def judge(self, code: int) -> int:
+        """Return how the step ended, given srun's code, which is not 0: a rank that ended for good decides."""
+        ends = set(map(self._end_told_by, self._marks()))
+        return next((end for end in FOR_GOOD if end in ends), code)
+
+    def remove(self) -> None:
+        """Remove all marks."""
+        for mark in self._marks():
+            with suppress(OSError):
+                mark.unlink()
+
+    def _marks(self) -> list[Path]:
+        return list(self.path.parent.glob(f"{self.path.name}-*"))
+
     def _fault(self, work: str) -> str | None:
         first = re.fullmatch(r"rank 0 of ([0-9]{1,7}): (.+) [0-9a-f]{64}\n", self._read(0))
         size, told = (int(first[1]), first[2]) if first else (1, work)
@@ -123,7 +157,13 @@ class Completion:
             )
         return None if told == work else f"the ranks report a complete {told}, where {work} is what was to be found"
 
-    def _read(self, rank: int) -> str:
+    def _end_told_by(self, mark: Path) -> int | None:
+        rank = mark.name.rpartition("-")[2]
+        told = re.fullmatch(rf"rank [0-9]+ of ([0-9]{{1,7}}): {_ENDED}([0-9]{{1,3}}) \w+\n", self._read(rank))
+        is_true = told and told[0] == _text_of(self.path, rank, told[1], f"{_ENDED}{told[2]}")
+        return int(told[2]) if told and is_true else None
+
+    def _read(self, rank: int | str) -> str:
         try:
             return _path_of(self.path, rank).read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -150,16 +190,14 @@ def expect_completion(folder: Path) -> Iterator[Completion]:
     try:
         yield completion
     finally:
-        for mark in folder.glob(f"{completion.path.name}-*"):
-            with suppress(OSError):
-                mark.unlink()
+        completion.remove()
 
 
-def _path_of(path: Path, rank: int) -> Path:
+def _path_of(path: Path, rank: int | str) -> Path:
     return path.with_name(f"{path.name}-{rank}")
 
 
-def _text_of(path: Path, rank: int, size: int, work: str) -> str:
+def _text_of(path: Path, rank: int | str, size: int | str, work: str) -> str:
     """Return a line that nothing but a rank of this very step writes, and no damage to another one's gives."""
     text = f"rank {rank} of {size}: {work}"
     return f"{text} {hashlib.sha256(f'{path.name} {text}'.encode()).hexdigest()}\n"

@@ -29,11 +29,11 @@ import xxhash
 
 from ecdit_ds.config import Recipe
 from ecdit_ds.durable import open_new, write_all
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, plain
-from ecdit_ds.parallel.world import World
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
+from ecdit_ds.parallel.world import World, meet_alone
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, load_recipe
-from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete
+from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete, mark_ended
 from ecdit_ds.slurm.lives import LOGS
 from ecdit_ds.slurm.rank import HELD
 from ecdit_ds.slurm.ranks import VISIBLE_DEVICES
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         world = _meet(options.patience_seconds)
     except EcditError as error:
         print(plain(f"error: {_node()}: {error}"), file=sys.stderr)
-        return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
+        mark_ended(exit_code_of(error))
+        return exit_code_of(error)
     try:
         with _others_there("summing over all ranks"):
             sum_bytes_per_s = _sum_up(world)
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     except EcditError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
+        mark_ended(exit_code_of(error))
+        return exit_code_of(error)
     if world.rank == 0:
         rate = f"sums of {_SUM_BYTES[_kind()] >> 20} MiB at {sum_bytes_per_s / 1e9:.3g} GB/s a rank"
         print("\n".join([*map(plain, table), f"ranks        {world.size} summed up alike; {rate}"]), flush=True)
@@ -177,8 +179,10 @@ def _meet(patience_s: float) -> World:
     """
     if _kind() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend, patience = "nccl" if _kind() == "cuda" else "gloo", timedelta(seconds=patience_s)
     try:
-        dist.init_process_group("nccl" if _kind() == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
+        if not meet_alone(backend, patience):
+            dist.init_process_group(backend, timeout=patience)
     except RuntimeError as error:
         raise LostRankError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "

@@ -1,11 +1,43 @@
-"""What ranks said last, from their logs; standard library only."""
+"""The logs of ranks, and what was said last in them; standard library only."""
 
+import os
+import sys
 from pathlib import Path
 
-from ecdit_ds.errors import plain
+from ecdit_ds.durable import own_file
+from ecdit_ds.errors import ConfigError, plain
 
+LOGS_FLAG = "--logs"
+"""Argument of slurm/rank.sh: the folder where the rank opens its own log."""
 _TOLD_LINES = 20
 _TAIL_BYTES = 65536
+
+
+def flags_for_logs(logs: Path) -> tuple[list[str], list[str]]:
+    """Return what srun, and what slurm/rank.sh is to be told, so that each rank writes into a log of its own.
+
+    As a rule srun opens them, so that what stands before a rank and cannot start is told there. But which name it makes
+    of one with a percent sign differs from version to version, also where all are doubled.
+    """
+    if "%" in str(logs):
+        return [], [LOGS_FLAG, str(logs)]
+    log = f"{logs}/rank_%4t.log"
+    return [f"--output={log}", f"--error={log}", "--open-mode=append"], []
+
+
+def write_into_log(logs: Path, rank: str) -> None:
+    """Have all that this process and its successors say written into this rank's log.
+
+    Raises:
+        ConfigError: it cannot be opened; it may be a link to another file.
+    """
+    path = logs / f"rank_{rank:0>4}.log"
+    try:
+        with open(path, "ab", opener=own_file) as log:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(log.fileno(), stream.fileno())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def remove_links(logs: Path) -> None:

@@ -1,7 +1,7 @@
 """One task of an array, from its batch script:  run_task.py FOLDER srun FLAGS slurm/rank.sh tools/sample.py FLAGS
 
-Runs it, and ends with its exit code; but a 0 becomes 75 unless every rank has left its mark in FOLDER
-(`completion.py`). On the job's first node, with the standard library only.
+Runs it, and ends with its exit code; but a 0 becomes 75 unless every rank has left its mark in FOLDER, and a rank that
+ended for good decides (`completion.py`). On the job's first node, with the standard library only.
 """
 
 import os
@@ -25,8 +25,9 @@ def main(arguments: list[str]) -> int:
             refuse_to_repeat(command[command.index(RANK_SCRIPT) + 1 :])
         with expect_completion(Path(folder)) as completion:
             code = _run(completion.told_to(command), os.environ | completion.environment)
-            if code == ExitCode.DONE:
-                completion.confirm(lambda: ARRAY_TASK)
+            if code != ExitCode.DONE:
+                return completion.judge(code)
+            completion.confirm(lambda: ARRAY_TASK)
             return code
     except EcditError as error:
         print(f"error: {error}", file=sys.stderr)

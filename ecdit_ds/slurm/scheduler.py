@@ -4,20 +4,29 @@ A job is asked after by number, or for an array's task by ARRAY_TASK: the bare n
 """
 
 import re
-import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ecdit_ds.errors import ConfigError
 
-_CALL_SECONDS = 60.0
+T = TypeVar("T")
+_CALL_SECONDS = 90.0
+"""More than the minute for which Slurm's commands wait for a slurm.conf that is not there."""
 _LOOK_EVERY_S = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _LOOK_AT_STEPS_EVERY_S = 1.0
 _SLURMS_OWN_WARNING_S = 60
 """Where --signal names no time."""
+_OF_ONE_THAT_IS_AWAY = (
+    r"unable to contact slurm controller|socket timed out|zero bytes were transmitted|in standby mode"
+    r"|(message|communication|connection) \w+ failure|connection (refused|reset|timed out)|not connected"
+    r"|temporarily unavailable|try again later|create job record, try again|rate limit"
+)
+"""What Slurm itself says of what passes; a refusal has a site's own words, or others of Slurm's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +88,22 @@ class JobState:
         return self.state in ("COMPLETING", "TIMEOUT") and self.reason == "TimeLimit"
 
 
-def parse_state(line: str) -> JobState:
-    """Read a line of `scontrol show job --oneliner`.
+def parse_state(told: str) -> JobState:
+    """Read what `scontrol show job` tells of one job.
+
+    Names, comments and paths may look like anything of Slurm's, but have lines that begin otherwise.
 
     Raises:
         ConfigError: it has not what is wanted.
     """
-    _, _, told = line.partition(" UserId=")  # before it is the job's name, which may hold anything
-    wanted = {"JobState": r"\S+", "Reason": r"\S+", "Restarts": "[0-9]+", "TimeLimit": r"\S+"}
-    found = {key: re.search(rf" {key}=({pattern})", told) for key, pattern in wanted.items()}
+    wanted = {
+        "JobState": r"JobState=(\S+)", "Reason": r"JobState=\S+ Reason=(\S+)",
+        "Restarts": r"Requeue=\S+ Restarts=([0-9]+)", "TimeLimit": r"RunTime=\S+ TimeLimit=(\S+)",
+    }  # fmt: skip
+    found = {key: re.search(rf"^ *{pattern}", told, re.MULTILINE) for key, pattern in wanted.items()}
     values = {key: match[1] for key, match in found.items() if match}
     if len(values) < len(found):
-        raise ConfigError(f"scontrol show job: {line[:200]!r} tells no {', '.join(found.keys() - values)}")
+        raise ConfigError(f"scontrol show job: {told[:200]!r} tells no {', '.join(found.keys() - values)}")
     return JobState(
         state=values["JobState"], reason=values["Reason"], restarts=int(values["Restarts"]),
         limit_seconds=parse_limit(values["TimeLimit"]),
@@ -106,20 +119,36 @@ def parse_limit(text: str) -> float | None:
     return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
 
-def ask_state(job: Job, patience_s: float) -> JobState:
-    """Return the job's state; a controller that restarts is waited for.
+class AwayError(ConfigError):
+    """The controller does not answer now, and may in a moment."""
+
+
+def ask_patiently(ask: Callable[[], T], patience_s: float, tell: Callable[[AwayError], object]) -> T:
+    """Return what the controller answers; one that is away is asked again, after pauses that grow.
+
+    Args:
+        tell: told of each question that was in vain, and will be asked again.
 
     Raises:
-        ConfigError: it did not answer within `patience_s`, or there is no Slurm here to ask.
+        AwayError: it still was after `patience_s`.
+        ConfigError: it answered otherwise, or there is no Slurm here to ask; to ask again would not help.
     """
-    deadline = time.monotonic() + patience_s
+    deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
     while True:
         try:
-            return parse_state(_call("scontrol", "show", "job", "--oneliner", job.name))
-        except ConfigError:
-            if time.monotonic() > deadline or shutil.which("scontrol") is None:
+            return ask()
+        except AwayError as error:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 raise
-        time.sleep(_LOOK_EVERY_S)
+            tell(error)
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def ask_state(job: Job, patience_s: float, tell: Callable[[AwayError], object] = lambda _: None) -> JobState:
+    """Return the job's state; a controller that restarts is waited for, as in `ask_patiently`."""
+    return ask_patiently(lambda: parse_state(_call("scontrol", "show", "job", job.name)), patience_s, tell)
 
 
 def is_alive(job_number: str, patience_s: float) -> bool:
@@ -179,30 +208,36 @@ def _steps_of(job: Job) -> set[str]:
     return set(re.findall(rf"^\s*({re.escape(job.name)}\.[0-9]+)\s*$", steps, re.MULTILINE))  # not the batch script
 
 
-class RefusedError(ConfigError):
-    """The controller has answered, and will not answer otherwise."""
-
-
 def requeue(job: Job) -> None:
     """Put the job back into the queue; Slurm then ends what is left of this life.
 
     Raises:
-        RefusedError: it may not be.
-        ConfigError: it could not be, such as by a controller that is busy or just back.
+        AwayError: the controller was busy, or is just back.
+        ConfigError: it may not be.
     """
+    _call("scontrol", "requeue", job.name)
+
+
+def requeues_after(code: int) -> bool | None:
+    """Return whether Slurm gives jobs that end with this exit code another life by itself; None where nobody tells."""
     try:
-        _call("scontrol", "requeue", job.name)
-    except ConfigError as error:
-        if re.search("disabled|denied|[Ii]nvalid", str(error)):
-            raise RefusedError(str(error)) from None
-        raise
+        told = _call("scontrol", "show", "config")
+    except ConfigError:
+        return None
+    codes = re.search(r"^RequeueExit\s*=\s*([0-9,-]+)\s*$", told, re.MULTILINE)
+    ranges = [part.partition("-") for part in codes[1].split(",") if part] if codes else []
+    return any(int(first) <= code <= int(last or first) for first, _, last in ranges)
 
 
 def _call(*command: str) -> str:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_CALL_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{' '.join(command)}: {error}") from None
+    except subprocess.TimeoutExpired as error:
+        raise AwayError(f"{' '.join(command)}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{' '.join(command)}: {error.strerror}") from None
     if ended.returncode:
-        raise ConfigError(f"{' '.join(command)}: {' '.join(ended.stderr.split()) or f'exit {ended.returncode}'}")
+        words = " ".join(ended.stderr.split())
+        kind = AwayError if not words or re.search(_OF_ONE_THAT_IS_AWAY, words, re.IGNORECASE) else ConfigError
+        raise kind(f"{' '.join(command)}: {words or f'exit {ended.returncode}'}")
     return ended.stdout

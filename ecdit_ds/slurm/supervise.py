@@ -22,21 +22,31 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
-from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, expect_completion, refuse_to_repeat, training_to
+from ecdit_ds.slurm.completion import (
+    DRY_RUN,
+    NODE_CHECK,
+    expect_completion,
+    refuse_to_repeat,
+    tell_ranks,
+    training_to,
+)
 from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
-from ecdit_ds.slurm.rank_logs import last_words, remove_links
+from ecdit_ds.slurm.rank_logs import flags_for_logs, last_words, remove_links
 from ecdit_ds.slurm.scheduler import (
+    AwayError,
     Job,
     JobState,
-    RefusedError,
+    ask_patiently,
     ask_state,
     end_steps,
     is_alive,
     kill_wait_seconds,
     own_job,
     requeue,
+    requeues_after,
     seconds_of_warning,
 )
+from ecdit_ds.slurm.signals import Ending
 
 CONTROLLER_PATIENCE_S = 600.0
 """How long a controller that does not answer is waited for before a job gives up asking for another life."""
@@ -51,47 +61,6 @@ OTHERS_PATIENCE_S = 60.0
 LEAVING_PATIENCE_S = 600.0
 """How long ranks that lost their srun may save, before they are killed."""
 _LOOK_EVERY_S = 1.0
-_LAST_SECONDS = 5.0
-
-
-class Ending:
-    """Whether Slurm ends the whole job, and how long it is until it kills: it signals the batch script as well."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._is_warned = self._was_warned = False
-
-    def listen(self) -> None:
-        """Outlive the signals: the ranks have them too, and what comes of it is to be told.
-
-        A handler, unlike an ignored signal, is not handed on to srun.
-        """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    @property
-    def was_asked(self) -> bool:
-        """Return whether any signal came."""
-        return self._was_warned
-
-    def take_warning(self) -> bool:
-        """Return, once, whether ranks are to be warned: the script may be alone to know, as by --signal=B:USR1@S."""
-        is_warned, self._is_warned = self._is_warned, False
-        return is_warned
-
-    def start_anew(self) -> None:
-        """Count from now: Slurm was not ending the job yet when SIGTERM came, as by --signal=B:TERM@S."""
-        self._since = time.monotonic()
-
-    def is_near(self, kill_wait_s: float) -> bool:
-        """Return whether SIGKILL will come so soon that what is left to do must be done now."""
-        patience_s = max(kill_wait_s / 2, kill_wait_s - _LAST_SECONDS)
-        return self._since is not None and time.monotonic() > self._since + patience_s
-
-    def _note(self, number: int, _frame: object) -> None:
-        self._is_warned = self._was_warned = True
-        if number == signal.SIGTERM and self._since is None:
-            self._since = time.monotonic()
 
 
 class Life:
@@ -117,7 +86,7 @@ class Life:
             ConfigError: nothing was begun, and why.
         """
         began, step = time.monotonic(), newest_step(self.output)
-        limit = ask_state(self._job, CONTROLLER_PATIENCE_S).limit_seconds
+        limit = self._limit_seconds()
         self._refuse_what_is_known(step, limit)
         self._begin(step)
         code = self._check(limit) if is_checked else ExitCode.DONE
@@ -147,6 +116,14 @@ class Life:
         say(reason)
         with suppress(OSError):
             self._ledger.tell_why(self._job.life, reason)
+
+    def _limit_seconds(self) -> float | None:
+        """Return the time limit; None where there is none, or nobody here can tell: ranks need not know it."""
+        try:
+            return ask_state(self._job, CONTROLLER_PATIENCE_S, _tell_of_waiting).limit_seconds
+        except ConfigError as error:
+            say(f"the time limit is not known here ({error}); going on without")
+            return None
 
     def _refuse_what_is_known(self, step: int, limit_seconds: float | None) -> None:
         early_s = EARLY_SIGNAL_S if self._warning_s else 0
@@ -210,28 +187,28 @@ class Life:
 
     def _train(self) -> int:
         say(f"logs of ranks: {self._logs}/rank_*.log")
-        log = f"{str(self._logs).replace('%', '%%')}/rank_%4t.log"
-        flags = [f"--output={log}", f"--error={log}", "--open-mode=append"]
+        flags, words = flags_for_logs(self._logs)
         # What the ranks say they have come to is to be what anybody finds published.
         return self._srun(
-            flags, self._program, lambda: training_to(newest_step(self.output)), may_leave=self._is_out_of_time
+            flags, self._program, lambda: training_to(newest_step(self.output)), self._is_out_of_time, words
         )
 
     def _srun(
-        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str], may_leave: Callable[[float], bool]
-    ) -> int:
+        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str],
+        may_leave: Callable[[float], bool], words: Sequence[str] = (),
+    ) -> int:  # fmt: skip
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
 
-        A 0 is TRY_AGAIN where not every rank says that the work is complete.
+        A rank that ended for good decides, and a 0 is TRY_AGAIN where not every rank says that the work is complete.
 
         Args:
             work: what is complete after a 0.
             may_leave: told how long Slurm waits before it kills, says whether this life is to be ended without it.
+            words: for slurm/rank.sh.
         """
+        command = tell_ranks([*self._launcher[1:], *program], *words)
         with expect_completion(self._logs) as completion:
-            code = self._wait_for_srun(
-                [*flags, *completion.told_to([*self._launcher[1:], *program])], completion.environment, may_leave
-            )
+            code = self._wait_for_srun([*flags, *completion.told_to(command)], completion.environment, may_leave)
             if code == ExitCode.DONE:
                 try:
                     completion.confirm(work)
@@ -239,14 +216,17 @@ class Life:
                     self._doubt = str(error)
                     say(f"error: {error}")
                     return exit_code_of(error)
-            return code
+                return code
+            return completion.judge(code)
 
     def _wait_for_srun(
         self, arguments: Sequence[str], told: Mapping[str, str], may_leave: Callable[[float], bool]
     ) -> int:
         srun = self._launcher[0]
         with suppress(ConfigError):
-            ask_state(self._job, CONTROLLER_PATIENCE_S)  # srun does not wait for a controller that is away
+            ask_state(
+                self._job, CONTROLLER_PATIENCE_S, _tell_of_waiting
+            )  # srun does not wait for a controller that is away
         try:
             process = subprocess.Popen([srun, *arguments], env=os.environ | told)
         except OSError as error:
@@ -312,26 +292,32 @@ def may_ask_again(job: Job, state: JobState) -> str | None:
 
 def ask_again(life: Life, job: Job, verdict: Verdict) -> int:
     """Have Slurm give the job another life, if that is for this one to decide; return the exit code."""
-    deadline = time.monotonic() + CONTROLLER_PATIENCE_S
-    try:
-        while True:
-            if against := may_ask_again(job, ask_state(job, CONTROLLER_PATIENCE_S)):
-                say(f"not requeued from here: {against}")
-                return verdict.exit_code
+
+    def ask() -> str | None:
+        against = may_ask_again(job, ask_state(job, 0))
+        if against is None:
             say(f"to be requeued: {verdict.reason}")
-            try:
-                requeue(job)
-                return ExitCode.DONE
-            except RefusedError:
-                raise
-            except ConfigError as error:
-                if time.monotonic() > deadline:
-                    raise
-                say(f"not requeued yet: {error}")
-                time.sleep(_LOOK_EVERY_S)
+            requeue(job)
+        return against
+
+    try:
+        against = ask_patiently(ask, CONTROLLER_PATIENCE_S, lambda error: say(f"not requeued yet: {error}"))
     except ConfigError as error:
-        life.stop(f"not requeued: {error}; submit anew: it goes on from the newest checkpoint")
+        by_itself = requeues_after(verdict.exit_code)
+        if by_itself:
+            say(f"left to Slurm, which requeues after exit code {verdict.exit_code} (RequeueExit): {error}")
+        else:
+            unless = "" if by_itself is False else f"unless Slurm does after exit code {verdict.exit_code}, "
+            life.stop(f"not requeued: {error}; {unless}submit anew: it goes on from the newest checkpoint")
         return verdict.exit_code
+    if against is None:
+        return ExitCode.DONE
+    say(f"not requeued from here: {against}")
+    return verdict.exit_code
+
+
+def _tell_of_waiting(error: AwayError) -> None:
+    say(f"waiting for Slurm's controller: {error}")
 
 
 def say(text: str) -> None:
@@ -361,8 +347,10 @@ def main(arguments: list[str], ending: Ending) -> int:
         return ExitCode.USER_ERROR
     if verdict.is_again:
         return ask_again(life, job, verdict)
-    say(f"not requeued: {verdict.reason}")
-    return verdict.exit_code
+    code = verdict.exit_code
+    by_slurm = f"; but Slurm does it after exit code {code} (RequeueExit)" if code and requeues_after(code) else ""
+    say(f"not requeued: {verdict.reason}{by_slurm}")
+    return code
 
 
 def number_of(variable: str, default: int, least: int = 0) -> int:

@@ -187,7 +187,10 @@ def submit_witness(
 def without_a_model(folder: Path, name: str, codes: str) -> dict[str, str]:
     """Return the environment of a job whose ranks only tell what they see."""
     wrapper = folder / "no_model.sh"
-    wrapper.write_text('#!/bin/bash\nexec "${@:1:4}" tests/helpers/rank_witness.py "${@:5}"\n')
+    wrapper.write_text(
+        '#!/bin/bash\nuntil [[ $1 == *.py ]]; do before+=("$1"); shift; done\n'
+        'exec "${before[@]}" tests/helpers/rank_witness.py "$@"\n'
+    )
     wrapper.chmod(0o755)
     return {
         "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),

@@ -4,6 +4,7 @@ slurm/train_97b.sh is the production script, unchanged, with its 8 ranks and GPU
 the container hook puts a witness in the place of the program.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def test_a_job_that_a_task_of_an_array_submits_is_requeued_itself(lab: Lab, tmp_
 def test_ranks_find_their_variables_and_logs_whatever_is_exported_and_called(
     witness: Witness, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
-    job = witness("50%j of a run", "0", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", *flags)
+    job = witness("50%j of a %4t run %%%", "0", "--ntasks-per-node=1", f"--output={tmp_path}/job.log", *flags)
     assert job.wait() == "COMPLETED", (tmp_path / "job.log").read_text()
     assert len(seen(tmp_path, job, 0, "train")) == 1
     assert (job.output / "slurm" / f"{job.number}.0" / "rank_0000.log").is_file()
@@ -220,6 +221,30 @@ def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(lab: Lab, witne
     assert [(end["code"], end["step"]) for end in job.ends()] == [(42, 40), (0, 40)]
 
 
+def test_a_job_that_may_not_requeue_itself_is_left_to_slurm_where_that_does_it(tmp_path: Path) -> None:
+    flags = ("--no-requeue", "--ntasks-per-node=1")
+    with Lab(nodes=1, settings={"RequeueExit": "42"}) as lab:
+        job = submit_witness(lab, tmp_path, "left", "42,0", *flags, environment={"ECDIT_PREFLIGHT": "0"})
+        assert job.wait() == "COMPLETED", job.text
+        assert job.restarts == 1
+    assert "left to Slurm, which requeues after exit code 42 (RequeueExit): scontrol requeue" in job.text
+    assert job.text.count("not requeued") == job.text.count("not requeued: training is done") == 1
+
+
+def test_a_job_whose_node_has_no_scontrol_trains_without_a_known_limit(witness: Witness, tmp_path: Path) -> None:
+    refusing = tmp_path / "bin" / "scontrol"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/sh\necho scontrol is for login nodes only >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    path = f"{refusing.parent}:{os.environ['PATH']}"
+    job = witness("blind", "42,0", "--ntasks-per-node=1", environment={"PATH": path, "ECDIT_SIGNAL_SECONDS": "60"})
+    assert job.wait() == "FAILED", job.text
+    assert [(end["code"], end["is_again"]) for end in job.ends()] == [(42, True)]
+    assert "the time limit is not known here (scontrol show job" in job.text
+    why = (job.output / "slurm" / "why_it_stopped.txt").read_text()
+    assert "scontrol is for login nodes only; unless Slurm does after exit code 42, submit anew" in why
+
+
 def test_a_program_that_cannot_start_is_told_in_the_jobs_log(witness: Witness, tmp_path: Path) -> None:
     environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_MAX_LIVES": "1", "ECDIT_HOST_PYTHON": sys.executable}
     job = witness("no python", "0", "--ntasks-per-node=1", environment=environment | {"ECDIT_PYTHON": "/no/python"})
@@ -256,6 +281,20 @@ def test_the_checks_before_training_refuse_in_one_line_and_are_not_repeated(
     assert not list(job.output.glob("slurm/*/rank_*.log"))
 
 
+def test_a_user_error_of_one_rank_is_told_and_not_tried_again_although_its_peer_was_killed_for_it(
+    submit: Submitter, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "one_differs.sh"
+    wrapper.write_text('#!/bin/bash\n[ "$SLURM_PROCID" = 0 ] || set -- "$@" --set train.max_steps=many\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    job = submit("one differs", environment={"ECDIT_WRAPPER": str(wrapper)})
+    assert job.wait() == "FAILED", job.text
+    (end,) = job.ends()
+    assert (end["code"], end["is_again"]) == (ExitCode.USER_ERROR, False), job.text
+    (line,) = [line for line in job.text.splitlines() if " rank_0001.log: error: " in line]
+    assert "train.max_steps: 'many' is a str" in line
+
+
 def test_a_rehearsal_of_both_parallel_axes_passes_its_checks_and_trains(submit: Submitter) -> None:
     job = submit("rehearsal", nodes=4, faults="", changes=("parallel.tp=2", "train.max_steps=2"),
                  environment={"ECDIT_PREFLIGHT": "1"})  # fmt: skip
@@ -287,6 +326,35 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])
             if str(folder) in " ".join(p.info["cmdline"] or ()) or "321" in (p.info["cmdline"] or ())]  # fmt: skip
     assert left == []
+
+
+HEARD = """
+import os, subprocess, time
+from pathlib import Path
+import psutil
+from tools.slurm_lab import _processes_of
+subprocess.run(["sbatch", "-N1", "-n1", "-o", "/dev/null", "--wrap", "srun sleep 60"], check=True, stdout=2)
+heard, deadline = set(), time.monotonic() + 60
+while "srun" not in dict(heard) and time.monotonic() < deadline:
+    time.sleep(0.2)
+    for process in _processes_of(Path(os.environ["SLURM_CONF"]).parent):
+        try:
+            heard |= {(process.name(), at.laddr.ip) for at in process.net_connections("inet") if at.status == "LISTEN"}
+        except psutil.Error:
+            pass
+print(sorted(heard))
+"""
+"""Tells who in a lab listens where, in the midst of a step."""
+
+
+@pytest.mark.parametrize("host", [None, "elsewhere.example.org"])
+def test_a_lab_listens_to_this_machine_only_whatever_its_name_stands_for(host: str | None) -> None:
+    called = ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$0" "$@"'] if host else []
+    lab = [sys.executable, "tools/slurm_lab.py", "--nodes=1", "--", sys.executable, "-c", HEARD]
+    ended = subprocess.run([*called, *lab], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    heard = ended.stdout.splitlines()[-1]
+    assert heard == "[('slurmctld', '127.0.0.1'), ('slurmd', '127.0.0.1'), ('srun', '127.0.0.1')]"
 
 
 def test_a_lab_that_cannot_start_says_why() -> None:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from ecdit_ds import train
-from ecdit_ds.errors import ConfigError, ExitCode, LostRankError
+from ecdit_ds.errors import ConfigError, ExitCode, LostRankError, StaleAttemptError
 from ecdit_ds.slurm import completion as module
 from ecdit_ds.slurm import node_check, run_task, scheduler
 from ecdit_ds.slurm.completion import (
@@ -22,10 +23,12 @@ from ecdit_ds.slurm.completion import (
     Completion,
     expect_completion,
     mark_complete,
+    mark_ended,
 )
 from ecdit_ds.slurm.lives import Ledger, Verdict
 from ecdit_ds.slurm.scheduler import Job
-from ecdit_ds.slurm.supervise import Ending, Life
+from ecdit_ds.slurm.signals import Ending
+from ecdit_ds.slurm.supervise import Life
 from tests.helpers.forked import in_a_copy
 from tests.helpers.launch import free_port
 from tests.helpers.photographs import crops, encoded
@@ -56,6 +59,17 @@ def leave(monkeypatch: pytest.MonkeyPatch) -> Leave:
         ).items():
             monkeypatch.setenv(name, value)
         mark_complete(work)
+
+    return as_rank
+
+
+@pytest.fixture
+def leave_end(leave: Leave) -> Leave:
+    """Return `leave_end(completion, rank, size, code)`: end as that rank, with an exit code."""
+
+    def as_rank(completion: Completion, rank: int, size: int, code: int) -> None:
+        with patch.object(module, "mark_complete", lambda work: leave(completion, rank, size, work)):
+            mark_ended(code)
 
     return as_rank
 
@@ -169,6 +183,23 @@ def test_a_mark_that_cannot_be_written_is_told_in_one_line_and_ends_nothing(
         "No such file or directory\n"  # fmt: skip
 
 
+@pytest.mark.parametrize("code", [ExitCode.USER_ERROR, ExitCode.GAVE_UP, ExitCode.INTERRUPTED])
+@pytest.mark.parametrize("code_of_peers", [1, 75, 137, 143])
+def test_a_rank_that_ended_for_good_decides_whatever_became_of_its_peers(
+    tmp_path: Path, leave_end: Leave, code: int, code_of_peers: int
+) -> None:
+    with expect_completion(tmp_path) as older, expect_completion(tmp_path) as completion:
+        leave_end(older, 1, 2, code)
+        leave_end(completion, 0, 2, code_of_peers)
+        assert completion.judge(code_of_peers) == code_of_peers
+        leave_end(completion, 1, 2, code)
+        assert completion.judge(code_of_peers) == code
+        (mark,) = tmp_path.glob(f"{completion.path.name}-*")
+        mark.write_text(mark.read_text().replace("of 2", "of 3"))
+        assert completion.judge(code_of_peers) == code_of_peers
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flags", [[], ["--hold-signals"]])
 @pytest.mark.parametrize("inherited", [None, "another/.complete-00"])
 def test_ranks_leave_marks_where_nothing_of_the_environment_but_slurms_own_is_handed_on(
@@ -219,7 +250,7 @@ def test_a_folder_for_marks_that_cannot_be_written_is_refused(tmp_path: Path) ->
 SRUN = f"""#!{sys.executable} -S
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete
+from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete, mark_ended
 command = " ".join(sys.argv)
 step = "dry_run" if "--dry-run" in command else "node_check" if "node_check.py" in command else "train"
 print(step, file=open("steps", "a"))
@@ -229,21 +260,28 @@ size = 1 if step == "dry_run" else 2
 for rank in range(size)[: int(started.get(step, size))]:
     os.environ.update(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS=str(size))
     mark_complete(work)
+if step == os.environ.get("FAILS"):
+    mark_ended(2)
+    sys.exit(143)
 """
-"""srun, which ends with 0 however many ranks of a step it has started: STARTED is such as `train=1`, or all of them."""
-STATE = "JobId=12 JobName=a UserId=root(0) JobState=RUNNING Reason=None Restarts=0 TimeLimit=UNLIMITED x"
+"""srun, which ends with 0 however many ranks of a step it has started: STARTED is such as `train=1`, or all of them.
+
+In the step that FAILS names the last rank has a user error, and its peers are killed for it.
+"""
+STATE = "JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0\n   RunTime=00:00:01 TimeLimit=UNLIMITED"
 STEPS = ["dry_run", "node_check", "train"]
 
 
 def live(
     folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30",
-    launcher: Sequence[str] = ("srun",),
+    launcher: Sequence[str] = ("srun",), scontrol: str | None = f"#!/bin/sh\necho '{STATE}'\n",
 ) -> Verdict:  # fmt: skip
     """Live once with that srun, in a run that has come to step 30."""
-    for name, script in (("srun", SRUN), ("scontrol", f"#!/bin/sh\necho '{STATE}'\n"), ("squeue", "#!/bin/sh\n")):
-        (folder / name).write_text(script)
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name, script in (("srun", SRUN), ("scontrol", scontrol), ("squeue", "#!/bin/sh\n")):
+        if script is not None:
+            (folder / name).write_text(script)
+            (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("STARTED", started)
     monkeypatch.setenv("TRAINED", trained)
     monkeypatch.setattr(scheduler, "_LOOK_EVERY_S", 0.01)
@@ -261,6 +299,17 @@ def test_training_is_done_where_each_step_was_done_by_all_ranks(
     assert (verdict.exit_code, verdict.is_again, verdict.reason) == (ExitCode.DONE, False, "training is done")
     assert (tmp_path / "steps").read_text().split() == STEPS
     assert list((tmp_path / "run/slurm/12.0").iterdir()) == []
+
+
+@pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\necho scontrol is for login nodes only >&2\nexit 1\n"])
+def test_a_job_on_nodes_where_scontrol_tells_nothing_trains_without_a_known_limit_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scontrol: str | None
+) -> None:
+    verdict = live(tmp_path, monkeypatch, scontrol=scontrol)
+    assert (verdict.exit_code, verdict.is_again) == (ExitCode.DONE, False)
+    assert (tmp_path / "steps").read_text().split() == STEPS
+    told = [line for line in capsys.readouterr().out.splitlines() if "the time limit is not known here" in line]
+    assert len(told) == 1 and ("login nodes only" if scontrol else "No such file or directory") in told[0]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +334,16 @@ def test_a_step_of_which_not_all_was_started_is_a_life_that_failed_and_says_why(
     assert [told in line for line in capsys.readouterr().out.splitlines() if "error: " in line] == [True]
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_a_user_error_of_one_rank_ends_a_job_for_good_although_its_peers_were_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setenv("FAILS", step)
+    verdict = live(tmp_path, monkeypatch)
+    assert (verdict.exit_code, verdict.is_again) == (ExitCode.USER_ERROR, False)
+    assert "exit code 2: there is something to mend first" in Path("run/slurm/why_it_stopped.txt").read_text()
+
+
 @pytest.mark.parametrize("trained", ["training to step 31", "training to step 3", "dry run"])
 def test_training_is_not_done_unless_its_last_step_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
@@ -300,6 +359,7 @@ def test_training_is_not_done_unless_its_last_step_is_published(
         (["true"], 75, "srun ended with exit code 0, but rank 0 never reported its array task as complete"),
         ([sys.executable, "-S", "-c", f"{MARK}(ARRAY_TASK)"], 0, ""),
         ([sys.executable, "-S", "-c", f"{MARK}(ARRAY_TASK); sys.exit(3)"], 3, ""),
+        ([sys.executable, "-S", "-c", f"{MARK}(ARRAY_TASK); mark_ended(2); sys.exit(143)"], 2, ""),
         ([sys.executable, "-S", "-c", f"{MARK}(DRY_RUN)"], 75, "report a complete dry run"),
         (["sh", "-c", "kill -9 $$"], 137, ""),
         (["/no/srun"], 2, "/no/srun: No such file or directory"),
@@ -347,12 +407,23 @@ def test_a_task_of_an_array_needs_the_standard_library_only(tmp_path: Path) -> N
 
 @pytest.fixture
 def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Expect marks, and return `marked()`: what was reported as complete."""
+    """Expect marks, and return `marked()`: what was reported as complete; see `ends_told` for the rest."""
     path = tmp_path / "marks" / ".complete-00"
     path.parent.mkdir()
     for name, value in ((VARIABLE, str(path)), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")):
         monkeypatch.setenv(name, value)
-    return lambda: [mark.read_text().partition(": ")[2].rpartition(" ")[0] for mark in path.parent.iterdir()]
+    return lambda: [told for told in told_by_marks() if not told.startswith("end with")]
+
+
+def told_by_marks() -> list[str]:
+    """Return what the marks say that are expected."""
+    marks = Path(os.environ[VARIABLE]).parent.iterdir()
+    return [mark.read_text().partition(": ")[2].rpartition(" ")[0] for mark in marks]
+
+
+def ends_told() -> list[int]:
+    """Return the exit codes for good that they tell."""
+    return [int(told.rpartition(" ")[2]) for told in told_by_marks() if told.startswith("end with")]
 
 
 @pytest.mark.parametrize(
@@ -366,6 +437,46 @@ def test_training_reports_its_last_step_and_no_other_end(
     monkeypatch.setattr(train, "share_cores", lambda _: None)
     assert train.main(["--set", "train.max_steps=7", "--output", str(tmp_path)]) == code
     assert marked() == expected
+    assert ends_told() == [code] * (code == ExitCode.GAVE_UP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends"),
+    [(["--set", "train.max_steps=many"], [ExitCode.USER_ERROR]), (["--set", "parallel.tp=7"], [ExitCode.USER_ERROR])],
+)
+def test_training_reports_and_tells_a_user_error_on_whichever_rank_it_is(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, arguments: list[str], ends: list[int],
+) -> None:  # fmt: skip
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
+    assert (marked(), ends_told()) == ([], ends)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    monkeypatch.delenv(VARIABLE)  # as started by a launcher, which has one terminal for all
+    assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_of_a_life_that_another_took_over_does_not_end_the_job_for_good(
+    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def superseded(*_: object) -> None:
+        raise StaleAttemptError("a newer attempt took over")
+
+    monkeypatch.setattr(train, "run", superseded)
+    monkeypatch.setattr(train, "share_cores", lambda _: None)
+    assert train.main(["--output", str(tmp_path)]) == ExitCode.GAVE_UP
+    assert (marked(), ends_told()) == ([], [])
+
+
+def test_a_task_that_cannot_become_a_rank_reports_a_user_error(tmp_path: Path) -> None:
+    broken = TASK | {"SLURM_STEP_TASKS_PER_NODE": "two", "ECDIT_PYTHON": sys.executable}
+    with expect_completion(tmp_path / "marks") as completion:
+        command = completion.told_to(["slurm/rank.sh", "program.py"])
+        assert subprocess.run(command, cwd=ROOT, env=broken, check=False).returncode == ExitCode.USER_ERROR
+        assert completion.judge(143) == ExitCode.USER_ERROR
 
 
 def test_what_only_prints_reports_nothing(marked: Callable[[], list[str]]) -> None:
@@ -405,6 +516,7 @@ def test_a_node_check_that_passes_reports_itself_and_no_other(
     ended, said, complaints = in_a_copy(lambda: node_check.main(command))
     assert ended == code, said + complaints
     assert marked() == [NODE_CHECK] * (code == 0)
+    assert ends_told() == [code] * (code == 2)
 
 
 def _fail(*_: object) -> None:
@@ -423,6 +535,7 @@ def test_drawing_and_scoring_report_a_task_that_ended_well_and_no_other(
         monkeypatch.setattr(sys, "argv", ["tool", *arguments])
         assert tool.main() == code
         assert marked() == [ARRAY_TASK] * (code == 0)
+        assert ends_told() == [code] * (code == 2)
         for mark in Path(os.environ[VARIABLE]).parent.iterdir():
             mark.unlink()
 
@@ -433,6 +546,6 @@ def test_encoding_reports_a_task_that_ended_well_and_no_other(marked: Callable[[
     (tmp_path / "pictures" / "0.txt").write_text("a picture")
     command = ["encode", str(tmp_path / "pictures"), str(tmp_path / "set"), "--device", "cpu"]
     assert encode_data.main([*command, "--size", "33"]) == ExitCode.USER_ERROR
-    assert marked() == []
+    assert marked() == [] and ends_told() == [ExitCode.USER_ERROR]
     assert encode_data.main([*command, "--size", "32"]) == ExitCode.DONE
     assert marked() == [ARRAY_TASK]

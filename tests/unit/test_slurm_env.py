@@ -80,6 +80,12 @@ def test_a_python_that_cannot_be_run_is_refused_unless_a_container_has_it(tmp_pa
     assert refused.stderr.startswith("error: ECDIT_HOST_PYTHON: /no/python cannot be run")
 
 
+def test_a_container_may_be_named_after_its_job_so_that_all_steps_of_it_share_one(tmp_path: Path) -> None:
+    site = 'ECDIT_SRUN_FLAGS="--container-image=a.sqsh --container-name=ecdit_$SLURM_JOB_ID"\n'
+    told = source(tmp_path, site, then='printf "%s\\n" "${ECDIT_SRUN_FLAGS[@]}"', SLURM_JOB_ID="12")
+    assert told.stdout.splitlines() == ["--container-image=a.sqsh", "--container-name=ecdit_12"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "tasks", "code"),
     [("--task 1/4", "4", 2), ("--task=1/4", "4", 2), ("--task 1/4", "1", 0), ("--tasks 4", "4", 0), ("", "4", 0)],
@@ -99,7 +105,11 @@ def test_a_job_whose_name_is_no_folders_is_refused(tmp_path: Path, name: str) ->
 
 INHERITED = {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8",
              "SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "12"}  # fmt: skip
-TOLD = "JobId=12 {array}JobName=a UserId=root(0) JobState=RUNNING Restarts={restarts} BatchFlag=1"
+TOLD = (
+    "JobId=12 {array}JobName=a UserId=x Requeue=1 Restarts=0 b\n   UserId=root(0) GroupId=root(0)\n"
+    "   JobState=RUNNING\n   Requeue=1 Restarts={restarts} BatchFlag=1\n   Comment=Requeue=1 Restarts=0 JobId=12 y\n"
+)
+"""Its name and its comment look like what is asked for."""
 
 
 @pytest.mark.parametrize(
@@ -110,14 +120,20 @@ TOLD = "JobId=12 {array}JobName=a UserId=root(0) JobState=RUNNING Restarts={rest
         (TOLD.format(array="ArrayJobId=10 ArrayTaskId=3 ArrayTaskThrottle=1 ", restarts=2), True, True),
         (TOLD.format(array="ArrayJobId=10 ArrayTaskId=3 ", restarts=0), True, False),
         (TOLD.format(array="ArrayJobId=12 ArrayTaskId=3 ", restarts=0), False, False),
-        ("JobId=11 ArrayJobId=12 ArrayTaskId=1 Restarts=0 ", True, True),  # nothing of this job
+        (
+            "JobId=11 ArrayJobId=12 ArrayTaskId=1 JobName=a\n   Requeue=1 Restarts=0 x\n",
+            True,
+            True,
+        ),  # nothing of this job
         ("", True, True),  # a controller that is away
     ],
 )
 def test_a_job_forgets_what_its_submitter_was_told_of_itself(
     tmp_path: Path, told: str, has_array: bool, has_lives: bool
 ) -> None:
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\nprintf '%s\\n' 'JobId=112 x' '{told}'\n")
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\nprintf '%s\\n' 'JobId=112 x' '   Requeue=1 Restarts=0 y' '' '{told}'\n"
+    )
     (tmp_path / "scontrol").chmod(0o755)
     found = variables(source(tmp_path, **INHERITED))
     assert ("SLURM_ARRAY_JOB_ID" in found, "SLURM_ARRAY_TASK_COUNT" in found) == (has_array, has_array)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,10 @@ from ecdit_ds.errors import ConfigError
 from ecdit_ds.slurm import scheduler, supervise
 from ecdit_ds.slurm.lives import Beginning, Ledger, judge
 from ecdit_ds.slurm.scheduler import (
+    AwayError,
     Job,
     JobState,
+    ask_patiently,
     ask_state,
     end_steps,
     is_alive,
@@ -23,50 +26,62 @@ from ecdit_ds.slurm.scheduler import (
     parse_state,
     seconds_of_warning,
 )
-from ecdit_ds.slurm.supervise import Ending, Life, ask_again, may_ask_again, output_of
+from ecdit_ds.slurm.signals import Ending
+from ecdit_ds.slurm.supervise import Life, ask_again, may_ask_again, output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RefusalOf = Callable[[Callable[[], object]], str]
 PutProgram = Callable[[str, str], None]
 
 TAIL = (
-    "TimeMin=N/A SubmitTime=2026-11-28T20:38:20 EligibleTime=2026-11-28T20:38:20 StartTime=2026-11-28T20:38:21 "
-    "EndTime=2026-11-28T20:48:21 Scheduler=Backfill Partition=low AllocNode:Sid=localhost:19048 NodeList=n[1-2] "
-    "BatchHost=n1 NumNodes=2 NumCPUs=3 NumTasks=3 CPUs/Task=1 ReqB:S:C:T=0:0:*:* TRES=cpu=3,node=2,billing=3 "
-    "Command=/home/u/train_97b.sh WorkDir=/home/u StdErr=/home/u/log StdIn=/dev/null StdOut=/home/u/log Power= "
+    "TimeMin=N/A\n   SubmitTime=2026-11-28T20:38:20 EligibleTime=2026-11-28T20:38:20\n   StartTime=2026-11-28T20:38:21 "
+    "EndTime=2026-11-28T20:48:21 Deadline=N/A\n   Partition=low AllocNode:Sid=localhost:19048\n   NodeList=n[1-2]\n   "
+    "BatchHost=n1\n   NumNodes=2 NumCPUs=3 NumTasks=3 CPUs/Task=1 ReqB:S:C:T=0:0:*:*\n   TRES=cpu=3,node=2,billing=3\n"
+    "   Command=/home/u/train_97b.sh\n   WorkDir=/home/u\n   StdErr=/home/u/log\n   StdIn=/dev/null\n   Power=\n   \n"
 )
-OWNER = "UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901759 Nice=0 Account=(null) QOS=(null)"
-FLAGS = "Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0"
+OWNER = "\n   UserId=root(0) GroupId=root(0) MCS_label=N/A\n   Priority=4294901759 Nice=0 Account=(null) QOS=(null)\n  "
+FLAGS = "\n   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0\n  "
+LOOKALIKE = "JobState=X Reason=Y Dependency=no Requeue=1 Restarts=9 BatchFlag=1 RunTime=00:00:00 TimeLimit=00:01:00 "
 RUNNING = JobState(state="RUNNING", reason="None", restarts=0, limit_seconds=600.0)
 JOB = Job(name="12", number="12", restarts=0, num_ranks=8, nodes="n[1-2]")
 LINES = {
     "a name that looks like a line": (
         f"JobId=1 JobName=a b JobState=X Reason=Y Restarts=9 TimeLimit=1 {OWNER} JobState=RUNNING Reason=None "
-        f"Dependency=(null) {FLAGS} RunTime=00:00:00 TimeLimit=00:10:00 {TAIL}",
+        f"Dependency=(null){FLAGS} RunTime=00:00:00 TimeLimit=00:10:00 {TAIL}",
+        RUNNING,
+    ),
+    "a name that looks like all of it": (
+        f"JobId=1 JobName={LOOKALIKE} UserId=root(0) GroupId=root(0) {LOOKALIKE}{OWNER} JobState=RUNNING Reason=None "
+        f"Dependency=(null){FLAGS} RunTime=00:00:00 TimeLimit=00:10:00 {TAIL}",
         RUNNING,
     ),
     "a task of an array with a comment": (
         f"JobId=7 ArrayJobId=6 ArrayTaskId=0 ArrayTaskThrottle=1 JobName=arr {OWNER} JobState=RUNNING Reason=None "
-        f"Dependency=(null) {FLAGS} RunTime=00:00:03 TimeLimit=00:10:00 {TAIL} Comment=x JobState=GONE y ",
+        f"Dependency=(null){FLAGS} RunTime=00:00:03 TimeLimit=00:10:00 {TAIL}   Comment=x JobState=GONE y \n",
+        RUNNING,
+    ),
+    "a comment that looks like a line, told first": (  # where it stands is a matter of Slurm's version
+        f"JobId=1 JobName=a\n   Comment={LOOKALIKE}\n   AdminComment= {LOOKALIKE}{OWNER} JobState=RUNNING Reason=None "
+        f"Dependency=(null){FLAGS} RunTime=00:00:00 TimeLimit=00:10:00 {TAIL}",
         RUNNING,
     ),
     "requeued": (
-        f"JobId=5 JobName=wrap {OWNER} JobState=PENDING Reason=BeginTime Dependency=(null) Requeue=1 Restarts=1 "
-        f"BatchFlag=1 Reboot=0 ExitCode=0:0 RunTime=00:00:00 TimeLimit=1-00:00:00 {TAIL}",
+        f"JobId=5 JobName=wrap {OWNER} JobState=PENDING Reason=BeginTime Dependency=(null)\n   Requeue=1 Restarts=1 "
+        f"BatchFlag=1 Reboot=0 ExitCode=0:0\n   RunTime=00:00:00 TimeLimit=1-00:00:00 {TAIL}",
         JobState(state="PENDING", reason="BeginTime", restarts=1, limit_seconds=86400.0),
     ),
     "held": (
-        f"JobId=4 JobName=hold {OWNER} JobState=PENDING Reason=JobHeldUser Dependency=(null) {FLAGS} RunTime=00:00:00 "
+        f"JobId=4 JobName=hold {OWNER} JobState=PENDING Reason=JobHeldUser Dependency=(null){FLAGS} RunTime=00:00:00 "
         f"TimeLimit=UNLIMITED {TAIL}",
         JobState(state="PENDING", reason="JobHeldUser", restarts=0, limit_seconds=None),
     ),
     "cancelled": (
-        f"JobId=5 JobName=cancelme {OWNER} JobState=COMPLETING Reason=None Dependency=(null) {FLAGS} RunTime=00:00:02 "
+        f"JobId=5 JobName=cancelme {OWNER} JobState=COMPLETING Reason=None Dependency=(null){FLAGS} RunTime=00:00:02 "
         f"TimeLimit=00:05:00 {TAIL}",
         JobState(state="COMPLETING", reason="None", restarts=0, limit_seconds=300.0),
     ),
     "out of time": (
-        f"JobId=1 JobName=tl {OWNER} JobState=COMPLETING Reason=TimeLimit Dependency=(null) {FLAGS} RunTime=00:01:28 "
+        f"JobId=1 JobName=tl {OWNER} JobState=COMPLETING Reason=TimeLimit Dependency=(null){FLAGS} RunTime=00:01:28 "
         f"TimeLimit=00:01:00 {TAIL}",
         JobState(state="COMPLETING", reason="TimeLimit", restarts=0, limit_seconds=60.0),
     ),
@@ -78,6 +93,7 @@ def put_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PutProgram:
     """Return `put_program(name, script)`: a shell script in the place of a command of Slurm."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(scheduler, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(scheduler, "_FIRST_PAUSE_S", 0.01)
 
     def put(name: str, script: str) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
@@ -99,7 +115,7 @@ def test_a_jobs_state_is_read_from_the_controllers_line(case: str) -> None:
         ("slurm_load_jobs error: Invalid job id specified", "JobState"),
         (LINES["held"][0].replace("TimeLimit=", "Limit="), "TimeLimit"),
         (LINES["held"][0].replace("Restarts=0", "Restarts=?"), "Restarts"),
-        (LINES["held"][0].replace(OWNER, ""), "Reason"),
+        (LINES["held"][0].replace(OWNER, ""), "Reason"),  # all of it is one line then
     ],
 )
 def test_a_line_that_lacks_something_is_refused_and_says_what(line: str, missing: str, refusal_of: RefusalOf) -> None:
@@ -143,7 +159,15 @@ def test_a_controller_that_is_away_is_waited_for(put_program: PutProgram) -> Non
 def test_a_controller_that_stays_away_is_refused_with_its_words(put_program: PutProgram, refusal_of: RefusalOf) -> None:
     put_program("scontrol", "echo Unable to contact >&2; echo slurm controller >&2; exit 1")
     message = refusal_of(lambda: ask_state(JOB, patience_s=0.2))
-    assert message == "scontrol show job --oneliner 12: Unable to contact slurm controller"
+    assert message == "scontrol show job 12: Unable to contact slurm controller"
+
+
+def test_a_refusal_to_tell_of_a_job_is_not_waited_for(put_program: PutProgram, refusal_of: RefusalOf) -> None:
+    put_program("scontrol", "echo x >> calls; echo scontrol is for login nodes only >&2; exit 1")
+    message = refusal_of(lambda: ask_state(JOB, patience_s=60))
+    assert message == "scontrol show job 12: scontrol is for login nodes only"
+    put_program("cat_calls", "wc -l < calls")
+    assert subprocess.run(["cat_calls"], capture_output=True, text=True, check=True).stdout.strip() == "1"
 
 
 def test_a_machine_without_slurm_is_not_waited_for(
@@ -261,15 +285,20 @@ def test_a_supervisor_with_nothing_to_start_says_so_in_one_line(arguments: list[
     assert not ended.stderr
 
 
-ASKING = """[ $1 = requeue ] || {{ echo '{line}'; exit; }}
+ASKING = """[ "$1 $2" != "show config" ] || {{ echo '{config}'; exit; }}
+[ $1 = requeue ] || {{ echo '{line}'; exit; }}
 echo x >> calls; [ $(wc -l < calls) -gt {failures} ] || {{ {say}; }}"""
 """scontrol, whose first requeues fail."""
 
 
-def ask_for_another_life(put_program: PutProgram, tmp_path: Path, failures: int, words: str) -> tuple[int, str, int]:
+def ask_for_another_life(
+    put_program: PutProgram, tmp_path: Path, failures: int, words: str, config: str = ""
+) -> tuple[int, str, int]:
     """Return the exit code, why it stopped, and how often was asked."""
     line = LINES["a name that looks like a line"][0].replace("JobId=1 ", "JobId=12 ")
-    put_program("scontrol", ASKING.format(line=line, failures=failures, say=f"echo {words} >&2; exit 1"))
+    put_program(
+        "scontrol", ASKING.format(config=config, line=line, failures=failures, say=f"echo '{words}' >&2; exit 1")
+    )
     life = Life(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, Ending())
     Ledger(tmp_path).begin(Beginning(life="12.0", step=0, nodes="n1", ranks=8))
     code = ask_again(life, JOB, judge(75, barren=0, allowed=3))
@@ -277,18 +306,86 @@ def ask_for_another_life(put_program: PutProgram, tmp_path: Path, failures: int,
     return code, why.read_text() if why.exists() else "", len((tmp_path / "calls").read_text().splitlines())
 
 
-def test_a_controller_that_fails_to_requeue_is_asked_again(
-    put_program: PutProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Socket timed out on send/recv operation",
+        "Unable to contact slurm controller (connect failure) for job 12",
+        "slurm_update error: Job can not be altered now, try again later",
+        "Zero Bytes were transmitted or received",
+        "Slurm backup controller in standby mode",
+        "",  # it died before it could say anything
+    ],
+)
+def test_a_controller_that_fails_to_requeue_is_asked_again(put_program: PutProgram, tmp_path: Path, words: str) -> None:
+    assert ask_for_another_life(put_program, tmp_path, 2, words) == (0, "", 3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Requested operation is presently disabled for job 12",
+        "Jobs of this partition do not come back: see https://hpc.example.org/requeue, and do not try again",
+        "requeue: no such luck; connect to the help desk",
+    ],
+)
+def test_a_controller_that_forbids_a_requeue_in_whatever_words_is_asked_once(
+    put_program: PutProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    monkeypatch.setattr(supervise, "_LOOK_EVERY_S", 0.01)
-    assert ask_for_another_life(put_program, tmp_path, 2, "Socket timed out on send/recv operation") == (0, "", 3)
-
-
-def test_a_controller_that_forbids_a_requeue_is_asked_once(put_program: PutProgram, tmp_path: Path) -> None:
-    words = "Requested operation is presently disabled for job 12"
+    monkeypatch.setattr(supervise, "CONTROLLER_PATIENCE_S", 5.0)  # for a fault of this, not to be waited for
     code, why, asked = ask_for_another_life(put_program, tmp_path, 99, words)
     assert (code, asked) == (75, 1)
     assert words in why
+
+
+def test_pauses_between_questions_grow_and_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, told = [0.0], list[float](), list[str]()
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    ))  # fmt: skip
+
+    def ask() -> None:
+        asked.append(now[0])
+        raise AwayError("away")
+
+    with pytest.raises(AwayError):
+        ask_patiently(ask, 600, lambda error: told.append(str(error)))
+    assert asked[:8] == [0, 1, 3, 7, 15, 31, 63, 123]
+    assert asked[-1] == 600 and len(asked) < 20
+    assert told == ["away"] * (len(asked) - 1)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_left_to_slurm"),
+    [
+        ("RequeueExit             = 75", True),
+        ("RequeueExit             = 42,70-80", True),
+        ("RequeueExit             = 42", False),
+        ("RequeueExit             = (null)\nRequeueExitHold         = 75", False),
+    ],
+)
+def test_a_job_that_slurm_requeues_by_itself_does_not_say_that_it_stopped(
+    put_program: PutProgram, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: str, is_left_to_slurm: bool
+) -> None:
+    """As with --no-requeue, where RequeueExit holds all the same."""
+    words = "Requested operation is presently disabled for job 12"
+    code, why, _ = ask_for_another_life(put_program, tmp_path, 99, words, config=told)
+    assert code == 75
+    *_, last = capsys.readouterr().out.splitlines()
+    assert ("left to Slurm, which requeues after exit code 75 (RequeueExit)" in last) == is_left_to_slurm
+    assert (why == "") == ("not requeued" not in last) == is_left_to_slurm
+    assert ("submit anew" in last) != is_left_to_slurm
+
+
+def test_where_nobody_can_ask_for_another_life_it_is_said_that_slurm_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    life = Life(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, Ending())
+    Ledger(tmp_path).begin(Beginning(life="12.0", step=0, nodes="n1", ranks=8))
+    assert ask_again(life, JOB, judge(42, barren=0, allowed=3)) == 42
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not requeued: scontrol show job 12: No such file or directory; unless Slurm does after exit code 42" in line
 
 
 def test_a_controller_that_is_away_hides_no_step(put_program: PutProgram, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from ecdit_ds.errors import EcditError, LostRankError, TopologyError
 
 T = TypeVar("T")
-_LOOPBACK = "lo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,16 @@ def meet_alone(backend: str, timeout: timedelta) -> bool:
     """
     if dist.is_initialized() or os.environ.get("WORLD_SIZE") != "1":
         return False
-    os.environ.update({"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK})
+    loopback = _loopback()
+    os.environ.update({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return True
+
+
+def _loopback() -> str:
+    """Return the interface that only this machine reaches: `lo` on Linux, `lo0` on a Mac."""
+    addresses = psutil.net_if_addrs()
+    return next((name for name, own in addresses.items() if any(is_at.address == "127.0.0.1" for is_at in own)), "lo")
 
 
 def _number(name: str, default: int | None) -> int:

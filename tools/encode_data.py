@@ -75,6 +75,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--split", help="of a Hugging Face dataset (default: train)")
     add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
     add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
+    add("--min-size", type=_positive, metavar="PIXELS",
+        help="leave out pictures with a side shorter than this (default: enlarge them)")  # fmt: skip
     add("--buckets", action="store_true", help="keep proportions: several sizes of the square's area")
     add("--patch", type=_positive, default=2, metavar="N",
         help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
@@ -126,13 +128,13 @@ def _encode(options: argparse.Namespace) -> int:
         encoding=Encoding(
             image_encoder=image_encoder, text_encoder=text_encoder, sizes=_sizes(options, image_encoder),
             dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
-            has_text=not options.captions_only,
+            has_text=not options.captions_only, min_size=options.min_size or 0,
         ),
         image_facts=image_facts(image_encoder, options.vae and place_of(options.vae)),
         text_facts=text_facts(text_encoder, [place_of(name) for name in options.text]),
         settings={
             "shard_samples": options.shard_samples, "image_column": options.image_column,
-            "caption_column": options.caption_column,
+            "caption_column": options.caption_column, "min_size": options.min_size,
         },
         task=task,
         tasks=tasks,
@@ -217,7 +219,8 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
         print(plain(f"  {facts['count']:>8}  {cause}: {shown}"))
     for name, count in report["converted"].items():
-        print(f"  {count:>8}  converted: {name}")
+        size = " x ".join(map(str, report["smallest_enlarged"])) if name == "enlarged" else ""
+        print(f"  {count:>8}  converted: {name}" + (f", the smallest from {size} (--min-size)" if size else ""))
     for suffix, count in report["ignored_files"].items():
         print(plain(f"  {count:>8}  files not looked at: {suffix}"))
 

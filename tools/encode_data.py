@@ -34,7 +34,7 @@ from ecdit_ds.data.folder import SetIndex, read_index
 from ecdit_ds.data.images import Size, buckets_of
 from ecdit_ds.data.normalization import warning_of
 from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
-from ecdit_ds.data.source import Columns
+from ecdit_ds.data.source import CHOICES, Captions, Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.drawing import place_of, require_finite
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, plain
@@ -72,6 +72,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
     add("--image-column", metavar="NAME", help="of a table, or the suffix in a tar, such as depth.png")
     add("--caption-column", metavar="NAME", help="of a table, or the suffix or else the JSON field in a tar")
+    add("--captions", choices=CHOICES,
+        help="which of several: in a list, on lines of a text file, in rows of one picture in a list "
+        "(default: the first of a list, all lines as one)")  # fmt: skip
+    add("--caption-seed", type=int, metavar="N", help="of --captions random (default: 0)")
     add("--split", help="of a Hugging Face dataset (default: train)")
     add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
     add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
@@ -117,9 +121,12 @@ def _encode(options: argparse.Namespace) -> int:
         raise ConfigError(f"--max-bad {options.max_bad}: is a share, from 0 to 1")
     _check_places(options.source, options.destination)
     device = _device(options.device)
+    if options.caption_seed is not None and options.captions != "random":
+        raise ConfigError(f"--caption-seed {options.caption_seed}: has no effect without --captions random")
+    captions = Captions(choice=options.captions, seed=options.caption_seed or 0)
     source = open_source(
         options.source, unit_samples=options.shard_samples, split=options.split, images=options.images,
-        columns=Columns(image=options.image_column, caption=options.caption_column),
+        columns=Columns(image=options.image_column, caption=options.caption_column, captions=captions),
     )  # fmt: skip
     image_encoder, text_encoder = _encoders(options, device)
     job = Job(
@@ -135,6 +142,7 @@ def _encode(options: argparse.Namespace) -> int:
         settings={
             "shard_samples": options.shard_samples, "image_column": options.image_column,
             "caption_column": options.caption_column, "min_size": options.min_size,
+            "captions": options.captions, "caption_seed": captions.seed or None,
         },
         task=task,
         tasks=tasks,

@@ -16,13 +16,13 @@ from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    Captions,
     Columns,
     RawSample,
     Unit,
     choose_column,
     cut,
     fingerprint_of,
-    raw_sample,
     read_inside,
     stamps_of,
 )
@@ -62,7 +62,8 @@ class ParquetSource:
                     for row, size in enumerate(_sizes(pictures)):
                         is_small = size <= MAX_FILE_BYTES  # else no bytes of it are copied
                         content = _content(pictures[row].as_py(), self.root) if is_small else "too many bytes"
-                        yield raw_sample(f"{unit.name}#{done}", content, captions[row].as_py())
+                        said = captions[row].as_py()
+                        yield from self.columns.captions.samples(f"{unit.name}#{done}", content, said)
                         done += 1
         except _FAILURES:
             pass
@@ -178,6 +179,7 @@ class HuggingFaceSource:
     """Resolved; images given by their path lie within one of them."""
     image: str
     caption: str
+    captions: Captions
     units: Sequence[Unit]
     fingerprint: str
     ignored: Mapping[str, int]
@@ -194,7 +196,7 @@ class HuggingFaceSource:
                 continue
             found = [_content(row[self.image], root) for root in self.roots]
             content = next((one for one in found if one != "outside the source"), found[0])
-            yield raw_sample(f"row-{i}", content, row[self.caption])
+            yield from self.captions.samples(f"row-{i}", content, row[self.caption])
 
 
 def open_saved(root: Path, split: str | None, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
@@ -299,7 +301,8 @@ def _of_rows(
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(
         rows=rows.with_format("arrow"), roots=roots, image=image, caption=caption,
-        units=cut("rows", len(rows), unit_samples), fingerprint=fingerprint_of(facts), ignored={},
+        captions=columns.captions, units=cut("rows", len(rows), unit_samples), fingerprint=fingerprint_of(facts),
+        ignored={},
     )  # fmt: skip
 
 

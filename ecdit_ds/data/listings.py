@@ -171,6 +171,24 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     caption = choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
     key_column = next((name for name in KEY_COLUMNS if name in names), image)
     choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
+    entries = _entries(rows, path, image, caption, key_column, columns.captions)
+    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
+    return ListedSource(
+        kind=f"list {path.name}",
+        root=root,
+        entries=entries,
+        units=cut(path.name, len(entries), unit_samples),
+        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
+        ignored={},
+        captions=columns.captions,
+    )
+
+
+def _entries(
+    rows: Iterable[dict[str, Any] | BadSample], path: Path, image: str, caption: str, key_column: str,
+    captions: Captions,
+) -> list[Entry | BadSample]:  # fmt: skip
+    """Return what the rows of a list name; where captions are chosen, rows of one picture are an entry with several."""
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()
     said: dict[str, list[Any]] = {}
@@ -186,7 +204,7 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
             continue
         words = row.get(caption)
-        if columns.captions.choice:
+        if captions.choice:
             more = words if isinstance(words, list) else [words]
             if place in said:
                 said[place] += more  # of an entry that is there
@@ -199,16 +217,7 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         else:
             seen.add(key)
             entries.append(Entry(key=key, image=place, caption=words))
-    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
-    return ListedSource(
-        kind=f"list {path.name}",
-        root=root,
-        entries=entries,
-        units=cut(path.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
-        ignored={},
-        captions=columns.captions,
-    )
+    return entries
 
 
 def _why_none(path: Path, rows: Sequence[object]) -> str:

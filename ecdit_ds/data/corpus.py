@@ -236,6 +236,8 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
     if len(records) < len(found):
         return _published_report(job) if _is_published(job) else None
     report = _report_of(records, job.source.ignored)
+    if job.source.revision:
+        report["source_revision"] = job.source.revision
     _check_share(report, job)
     _check_archives(report, job)
     folder = job.partial / "set"

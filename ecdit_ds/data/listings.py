@@ -68,6 +68,7 @@ class ListedSource:
     ignored: Mapping[str, int]
     captions: Captions
     reads_singly: bool = True
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a unit in order, or why they are none."""

@@ -234,7 +234,7 @@ def load_image_encoder(
         shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
         scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
         precision=precision,
-        revision=_commit_of(folder),
+        revision=commit_of(folder),
     )
 
 
@@ -309,7 +309,7 @@ def _load_tower(
         limit=int(min(limit for limit in limits if limit and limit > 0)),  # -1 of an XLNet: none
         has_pooler=not absent and has_pooler(model),
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
-        revision=_commit_of(folder),
+        revision=commit_of(folder),
     )
     kind = type(model).__name__
     with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
@@ -339,8 +339,8 @@ def _folder_of(name: str, what: str, may_fetch: bool, revision: str | None) -> P
     return folder
 
 
-def _commit_of(folder: Path) -> str | None:
-    """Return the commit of a snapshot in the hub's cache; None of any other folder."""
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of what lies in a snapshot of the hub's cache; None of what lies anywhere else."""
     pairs = zip(folder.parts, folder.parts[1:], strict=False)
     return next((name for around, name in pairs if around == "snapshots" and _COMMIT.fullmatch(name)), None)
 

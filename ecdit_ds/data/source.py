@@ -128,6 +128,10 @@ class Source(Protocol):
     def ignored(self) -> Mapping[str, int]:
         """How many files of each suffix are no part of it."""
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that it is of, where the hub gave it and says so."""
+
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         """Yield the samples of a unit in order, or why they are none, and what else lies between them."""
 

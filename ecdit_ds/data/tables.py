@@ -1,8 +1,9 @@
 """Sources that are tables: Parquet files, and Hugging Face datasets on disk or by name."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class ParquetSource:
     columns: Columns
     kind: str = "Parquet files"
     reads_singly: bool = False
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows of a file in order, or why they are no samples; of a damaged part, how many are lost."""
@@ -185,6 +187,7 @@ class HuggingFaceSource:
     ignored: Mapping[str, int]
     kind: str = "Hugging Face dataset"
     reads_singly: bool = True
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows in order, or why they are no samples."""
@@ -284,7 +287,10 @@ def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> H
     # Where the hub's clients put the files of this dataset, and what they unpacked of its archives.
     snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     roots = [snapshots.resolve(), Path(datasets.config.DOWNLOADED_DATASETS_PATH).resolve()]
-    return _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
+    source = _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
+    # As in hf://datasets/owner/name@COMMIT/data/part.parquet.
+    commits = (re.search(r"@([0-9a-f]{40})/", file) for file in rows.info.download_checksums or ())
+    return replace(source, revision=next((commit[1] for commit in commits if commit), None))
 
 
 def _of_rows(

@@ -82,6 +82,7 @@ class TarSource:
     columns: Columns
     kind: str = "WebDataset tars"
     reads_singly: bool = False
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         """Yield the samples of a tar in order, or why they are none."""

@@ -82,7 +82,7 @@ def test_pictures_that_are_enlarged_are_told_with_the_smallest_and_left_out_belo
     for i, size in enumerate([(32, 32), (40, 64), (31, 90), (8, 60), (12, 9), (32, 33), (64, 16)]):
         (source / f"{i}.png").write_bytes(encoded(crops(1)[0].resize(size), "PNG"))
         (source / f"{i}.txt").write_text(f"picture {i}")
-    arguments = ["--size", 32, "--shard-samples", 3]
+    arguments = ["--size", 32, "--shard-samples", 3, "--batch-size", 1]
     assert run("encode", source, tmp_path / "all", *arguments) == ExitCode.DONE
     assert "       4  converted: enlarged, the smallest from 60 x 8 (--min-size)\n" in capsys.readouterr().out
     report = json.loads((tmp_path / "all" / "report.json").read_text())

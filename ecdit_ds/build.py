@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -81,20 +81,20 @@ def run(
     encoders = world.together(partial(_open_encoders, recipe, device))
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
-    lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks))
-    mixture, heldout_set = _open_data(recipe, world, encoders)
-
-    data = _data_facts(recipe, mixture, encoders)
-    described = world.together(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
-
-    grid = create_grid(topology, recipe.parallel.dispatch_chunks)
-    model = build_model(recipe, grid.layers, device)
-    engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
-    progress, resumed_from = _restore(
-        candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
-    )
-    check_not_beyond(progress.step, recipe, folder.path)
-    bad_before = world.on_first(lambda: tally_of(folder.begin(recipe, progress.step)))
+    with ExitStack() as undo:  # a start that is refused leaves the folder as it was
+        lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks, undo))
+        mixture, heldout_set = _open_data(recipe, world, encoders)
+        data = _data_facts(recipe, mixture, encoders)
+        described = world.together(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
+        grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+        model = build_model(recipe, grid.layers, device)
+        engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
+        progress, resumed_from = _restore(
+            candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
+        )
+        check_not_beyond(progress.step, recipe, folder.path)
+        bad_before = world.on_first(lambda: tally_of(folder.begin(recipe, progress.step)))
+        undo.pop_all()
 
     surroundings = Surroundings(
         device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
@@ -127,15 +127,16 @@ def share_cores(place: Place) -> None:
 
 
 def _claim(
-    folder: RunFolder, recipe: Recipe, resume: str, attempt: str, held_locks: list[IO[str]]
+    folder: RunFolder, recipe: Recipe, resume: str, attempt: str, held_locks: list[IO[str]], undo: ExitStack
 ) -> tuple[Lease, list[Path]]:
-    """Lock and claim the folder, and return its candidates; a folder that is refused stays untouched."""
+    """Lock and claim the folder, and return its candidates; `undo` is given what takes that back."""
     if folder.path.is_dir():
         folder.check_recipe(recipe)
     folder.candidates(resume)
-    held_locks.append(folder.lock(attempt))
+    held_locks.append(folder.lock(attempt, undo))
     folder.check_recipe(recipe)
     lease = claim(folder.path, attempt)  # before looking, so that no old life can publish what was not seen
+    undo.callback(lease.give_back)
     return lease, folder.candidates(resume)
 
 

@@ -19,6 +19,7 @@ import stat
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
 _WRITE_BYTES = 2**20  # a page cache that takes 4 MiB at once may take them ten times as long (docs/LOG.md)
 
@@ -83,6 +84,14 @@ def _open_own(path: str, flags: int, mode: int) -> int:
     os.close(descriptor)
     why = "is a hard link; make it a copy" if stat.S_ISREG(facts.st_mode) else "is no regular file; remove it"
     raise OSError(errno.EINVAL, why, path)
+
+
+def is_still(file: IO[str], path: Path) -> bool:
+    """Return whether a path names an open file, and not none or another: who waited for its lock may find it gone."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:

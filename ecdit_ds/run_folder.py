@@ -17,6 +17,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,7 +27,7 @@ from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints, misname
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.tending import remove_stale_attempts
 from ecdit_ds.config import Recipe
-from ecdit_ds.durable import make_folders, private_file, replace_durably
+from ecdit_ds.durable import is_still, make_folders, private_file, replace_durably
 from ecdit_ds.errors import CheckpointError, ConfigError, plain
 from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 from ecdit_ds.slurm.lives import LOGS
@@ -34,6 +36,8 @@ from ecdit_ds.snapshot import check_same_recipe
 _LOCK_PATIENCE_S = 60.0
 _OWN_LOCK = ".lock"
 _OWN_NAMES = (_OWN_LOCK, LEASE_NAME, LOGS, "recipe.yaml.tmp")  # what a job's start, or a kill soon after, leaves
+_NAMES_OF_A_RUN = {"metrics.jsonl", "evaluations.jsonl", "bad_samples.jsonl", "checkpoints", "tensorboard", "samples"}
+_OPEN_TRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
-    def lock(self, attempt: str) -> IO[str]:
+    def lock(self, attempt: str, undo: ExitStack | None = None) -> IO[str]:
         """Make the folder ours until the returned file is closed or the process ends.
 
         A scheduler that gave up on a machine may start the job again while its old life still holds the lock: then the
@@ -78,27 +82,52 @@ class RunFolder:
 
         Args:
             attempt: this start of the run.
+            undo: given what takes back all that was made or changed here, for a start that is refused.
 
         Raises:
             ConfigError: another live process holds it, or it cannot be made.
         """
-        try:
-            make_folders(self.path)
-            handle = open(  # noqa: SIM115 -- stays open with the run
-                self.path / _OWN_LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"--output {error.filename or self.path}: {error.strerror}; choose a folder that can be written"
-            ) from None
+        undo = undo or ExitStack()
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            handle = self._open_lock(undo)
+            if not self._take(handle, attempt, deadline):
+                return handle
+            if is_still(handle, self.path / _OWN_LOCK):
+                break
+            handle.close()  # whoever held it was refused, and took the file away
+        handle.seek(0)
+        undo.callback(self._let_go, handle, handle.read())
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} {attempt}")
+        handle.flush()
+        return handle
+
+    def _open_lock(self, undo: ExitStack) -> IO[str]:
+        for tries_left in reversed(range(_OPEN_TRIES)):
+            undo.callback(_remove_empty, [place for place in (self.path, *self.path.parents) if not place.exists()])
+            try:
+                make_folders(self.path)
+                return open(
+                    self.path / _OWN_LOCK, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file
+                )
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and tries_left:
+                    continue  # another start that made the folder was refused, and took it away
+                raise ConfigError(
+                    f"--output {error.filename or self.path}: {error.strerror}; choose a folder that can be written"
+                ) from None
+        raise AssertionError("the last try returns or raises")
+
+    def _take(self, handle: IO[str], attempt: str, deadline: float) -> bool:
+        """Wait for the lock; return False where it is left to an earlier life of the same job."""
         # Just after its launcher was killed, the old life may still be saving.
         is_told = False
-        deadline = time.monotonic() + _LOCK_PATIENCE_S
         while True:
             try:
                 # A record lock, unlike flock, is not inherited by loader workers.
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return True
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise ConfigError(
@@ -107,7 +136,7 @@ class RunFolder:
                 handle.seek(0)
                 process, _, holder = handle.read().partition(" ")
                 if is_successor(attempt, of=holder):
-                    return handle
+                    return False
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"--output {self.path}: another run (process {process or 'unknown'}) is writing there; stop it "
@@ -117,10 +146,17 @@ class RunFolder:
                     print(plain(f"waits for process {process or 'unknown'} to leave {self.path}"), flush=True)
                     is_told = True
                 time.sleep(0.2)
-        handle.truncate(0)
-        handle.write(f"{os.getpid()} {attempt}")
-        handle.flush()
-        return handle
+
+    def _let_go(self, handle: IO[str], before: str) -> None:
+        """Leave the lock as it was found, or none where there was none."""
+        with suppress(OSError):
+            if before:
+                handle.truncate(0)
+                handle.write(before)
+                handle.flush()
+            elif is_still(handle, self.path / _OWN_LOCK):
+                (self.path / _OWN_LOCK).unlink()  # while it is ours: who waits for it sees that it is gone
+        handle.close()
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse a folder that holds something else.
@@ -133,11 +169,23 @@ class RunFolder:
             try:
                 written = parse_yaml(self.recipe.read_text(encoding="utf-8"))
             except (ConfigError, OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{self.recipe}: cannot be read ({error}); choose another --output") from None
+                raise ConfigError(
+                    f"{self.recipe}: cannot be read ({error}); move it away, if checkpoints are there, which hold the "
+                    "recipe too, or choose another --output"
+                ) from None
             if not isinstance(written, dict):
                 raise ConfigError(f"{self.recipe}: holds no recipe; choose another --output")
             check_same_recipe(written, recipe, self.path)
-        elif foreign := sorted(p.name for p in self.path.iterdir() if p.name not in _OWN_NAMES):
+            return
+        if any(self.checkpoints.glob(f"*/{MANIFEST_NAME}")):
+            return  # its recipe is lost, and each of them is compared with its own before anything goes on from it
+        found = {path.name for path in self.path.iterdir()} - {*_OWN_NAMES}
+        if found and found <= _NAMES_OF_A_RUN:
+            raise ConfigError(
+                f"--output {self.path}: {self.recipe.name} is lost, and no checkpoint is there that holds what was "
+                "trained; put either back, or choose another folder"
+            )
+        if foreign := sorted(found - _NAMES_OF_A_RUN):
             raise ConfigError(
                 f"--output {self.path}: holds {len(foreign)} files that are no run's (such as {foreign[0]}); "
                 "choose a new or empty folder"
@@ -231,6 +279,13 @@ class RunFolder:
                 f"--output {self.path}: cannot be written: {error.strerror}; make room, or choose another folder"
             ) from None
         return kept.get(self.bad_samples, [])
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, of which none may hold anything."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lines_up_to(log: Path, step: int) -> list[str]:

@@ -34,7 +34,7 @@ from ecdit_ds.data.folder import SetIndex, read_index
 from ecdit_ds.data.images import Size, buckets_of
 from ecdit_ds.data.normalization import warning_of
 from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
-from ecdit_ds.data.source import Columns
+from ecdit_ds.data.source import CHOICES, Captions, Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.drawing import place_of, require_finite
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
@@ -72,9 +72,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
     add("--image-column", metavar="NAME", help="of a table, or the suffix in a tar, such as depth.png")
     add("--caption-column", metavar="NAME", help="of a table, or the suffix or else the JSON field in a tar")
+    add("--captions", choices=CHOICES,
+        help="which of several: in a list, on lines of a text file, in rows of one picture in a list "
+        "(default: the first of a list, all lines as one)")  # fmt: skip
+    add("--caption-seed", type=int, metavar="N", help="of --captions random (default: 0)")
     add("--split", help="of a Hugging Face dataset (default: train)")
     add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
     add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
+    add("--min-size", type=_positive, metavar="PIXELS",
+        help="leave out pictures with a side shorter than this (default: enlarge them)")  # fmt: skip
     add("--buckets", action="store_true", help="keep proportions: several sizes of the square's area")
     add("--patch", type=_positive, default=2, metavar="N",
         help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
@@ -116,9 +122,12 @@ def _encode(options: argparse.Namespace) -> int:
         raise ConfigError(f"--max-bad {options.max_bad}: is a share, from 0 to 1")
     _check_places(options.source, options.destination)
     device = _device(options.device)
+    if options.caption_seed is not None and options.captions != "random":
+        raise ConfigError(f"--caption-seed {options.caption_seed}: has no effect without --captions random")
+    captions = Captions(choice=options.captions, seed=options.caption_seed or 0)
     source = open_source(
         options.source, unit_samples=options.shard_samples, split=options.split, images=options.images,
-        columns=Columns(image=options.image_column, caption=options.caption_column),
+        columns=Columns(image=options.image_column, caption=options.caption_column, captions=captions),
     )  # fmt: skip
     image_encoder, text_encoder = _encoders(options, device)
     job = Job(
@@ -127,13 +136,14 @@ def _encode(options: argparse.Namespace) -> int:
         encoding=Encoding(
             image_encoder=image_encoder, text_encoder=text_encoder, sizes=_sizes(options, image_encoder),
             dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
-            has_text=not options.captions_only,
+            has_text=not options.captions_only, min_size=options.min_size or 0,
         ),
         image_facts=image_facts(image_encoder, options.vae and place_of(options.vae)),
         text_facts=text_facts(text_encoder, [place_of(name) for name in options.text]),
         settings={
             "shard_samples": options.shard_samples, "image_column": options.image_column,
-            "caption_column": options.caption_column,
+            "caption_column": options.caption_column, "min_size": options.min_size,
+            "captions": options.captions, "caption_seed": captions.seed or None,
         },
         task=task,
         tasks=tasks,
@@ -218,7 +228,8 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
         print(plain(f"  {facts['count']:>8}  {cause}: {shown}"))
     for name, count in report["converted"].items():
-        print(f"  {count:>8}  converted: {name}")
+        size = " x ".join(map(str, report["smallest_enlarged"])) if name == "enlarged" else ""
+        print(f"  {count:>8}  converted: {name}" + (f", the smallest from {size} (--min-size)" if size else ""))
     for suffix, count in report["ignored_files"].items():
         print(plain(f"  {count:>8}  files not looked at: {suffix}"))
 

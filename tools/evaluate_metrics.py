@@ -177,13 +177,8 @@ def _canvas(stored: StoredModel, options: argparse.Namespace) -> tuple[int, int]
 def fid(options: argparse.Namespace) -> None:
     """Frechet distance of pictures to real ones."""
     from ecdit_ds.evaluation.features import load_feature_model
-    from ecdit_ds.evaluation.fid import (
-        frechet_distance,
-        load_statistics,
-        picture_statistics,
-        save_statistics,
-        shortage,
-    )  # fmt: skip
+    from ecdit_ds.evaluation.fid import frechet_distance, load_statistics, picture_statistics, save_statistics, shortage
+    from ecdit_ds.evaluation.pretrained import revisions
 
     task = task_of(options, "prompts", "limit")
     jobs = _caption_jobs(task)
@@ -218,7 +213,8 @@ def fid(options: argparse.Namespace) -> None:
             if task.crew.is_first and (warning := shortage(name, each)):
                 print(f"warning: {warning}", file=sys.stderr)
         distance = frechet_distance(real, generated)
-        return {"fid": distance, "pictures": generated.count, "real_pictures": real.count, "features": real.features}
+        return {"fid": distance, "pictures": generated.count, "real_pictures": real.count, "features": real.features,
+                **revisions(features=options.features)}  # fmt: skip
 
     real = task.crew.world.on_first(partial(_real_identity, options.real))
     results = task.finish({"features": model.identity, "real": real} | _drawing(task, jobs), work)
@@ -230,7 +226,7 @@ def clip(options: argparse.Namespace) -> None:
     """CLIP score of pictures and their prompts."""
     from ecdit_ds.evaluation.clip import load_clip
     from ecdit_ds.evaluation.clip_score import clip_scores, is_score, mean_clip_score
-    from ecdit_ds.evaluation.pretrained import fingerprint
+    from ecdit_ds.evaluation.pretrained import fingerprint, revisions
 
     task = task_of(options, "prompts", "limit")
     jobs = _caption_jobs(task)
@@ -245,7 +241,8 @@ def clip(options: argparse.Namespace) -> None:
                 yield {"index": i, "prompt": pictures[i].prompt, "file": pictures[i].file, "score": score}
 
         rows = task.judge(len(pictures), verdicts, lambda row: is_score(row.get("score")))
-        return {"clip_score": mean_clip_score([row["score"] for row in rows.values()]), "pictures": len(rows)}
+        score = mean_clip_score([row["score"] for row in rows.values()])
+        return {"clip_score": score, "pictures": len(rows), **revisions(clip=options.clip)}
 
     judges = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}
     results = task.finish(judges | _drawing(task, jobs), work)
@@ -259,7 +256,7 @@ def geneval(options: argparse.Namespace) -> None:
     from ecdit_ds.evaluation.geneval import TASKS, JudgedPicture, Verdict, summarize
     from ecdit_ds.evaluation.geneval_models import ColourNamer, judge_pictures, load_detector
     from ecdit_ds.evaluation.geneval_prompts import as_metadata, draw_prompts, read_prompts
-    from ecdit_ds.evaluation.pretrained import fingerprint
+    from ecdit_ds.evaluation.pretrained import fingerprint, revisions
 
     count = options.images_per_prompt
     require_counts(("--images-per-prompt", count), ("--limit", options.limit))
@@ -291,7 +288,7 @@ def geneval(options: argparse.Namespace) -> None:
             JudgedPicture(prompt=wanted[i], verdict=Verdict(is_correct=row["correct"], reason=row["reason"]))
             for i, row in rows.items()
         ])  # fmt: skip
-        return dataclasses.asdict(summary)
+        return dataclasses.asdict(summary) | revisions(detector=options.detector, clip=options.clip)
 
     settings = {
         "detector": options.detector, "detector_identity": fingerprint(detector.model, detector.processor),

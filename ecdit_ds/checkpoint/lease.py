@@ -11,12 +11,12 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ecdit_ds.durable import private_file, put_on_disk
+from ecdit_ds.durable import is_still, private_file, put_on_disk
 from ecdit_ds.errors import CheckpointError, StaleAttemptError
 
 LEASE_NAME = ".attempt"
@@ -29,6 +29,18 @@ class Lease:
 
     folder: Path
     attempt: str
+    former: str = ""
+    """The attempt that had it before, dead or not; empty where there was none."""
+
+    def give_back(self) -> None:
+        """Leave the right to whom it was taken from, unless a newer attempt has it: for a start that is refused."""
+        with suppress(OSError, CheckpointError), _locked(self.folder) as file:
+            if file.read().strip() != self.attempt:
+                return
+            if self.former:
+                _write(file, self.former)
+            else:
+                (self.folder / LEASE_NAME).unlink()  # while it is locked: who waits for it sees that it is gone
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -66,15 +78,19 @@ def claim(folder: Path, attempt: str) -> Lease:
             held = file.read().strip()
             if is_successor(held, of=attempt):
                 raise StaleAttemptError(f"{folder}: attempt {held} has taken over from this one, {attempt}")
-            file.seek(0)
-            file.truncate()
-            file.write(f"{attempt}\n")
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, attempt)
             put_on_disk(folder)
     except OSError as error:
         raise CheckpointError(f"{folder / LEASE_NAME}: cannot be written: {error.strerror or error}") from None
-    return Lease(folder=folder, attempt=attempt)
+    return Lease(folder=folder, attempt=attempt, former=held)
+
+
+def _write(file: IO[str], attempt: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(f"{attempt}\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def is_successor(attempt: str, *, of: str) -> bool:
@@ -85,18 +101,25 @@ def is_successor(attempt: str, *, of: str) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[IO[str]]:
-    with open(folder / LEASE_NAME, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file) as file:
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"{file.name}: cannot be locked within {_PATIENCE_S:.0f} s ({error.strerror}); another process "
-                        "may be publishing"
-                    ) from None
-                time.sleep(0.05)
-        file.seek(0)
-        yield file
+    path, deadline = folder / LEASE_NAME, time.monotonic() + _PATIENCE_S
+    while True:
+        with open(path, "a+", encoding="utf-8", errors="backslashreplace", opener=private_file) as file:
+            _wait_for(file, deadline)
+            if is_still(file, path):
+                file.seek(0)
+                yield file
+                return
+
+
+def _wait_for(file: IO[str], deadline: float) -> None:
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{file.name}: cannot be locked within {_PATIENCE_S:.0f} s ({error.strerror}); another process "
+                    "may be publishing"
+                ) from None
+            time.sleep(0.05)

@@ -10,7 +10,7 @@ Cause = Literal[
     "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
     "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
     "damaged archive", "archive ends early", "unreadable archive", "not finite", "text without a token",
-    "several pictures", "several captions", "name given twice", "system file",
+    "several pictures", "several captions", "name given twice", "system file", "too small",
 ]  # fmt: skip
 AMBIGUOUS: tuple[Cause, ...] = ("several pictures", "several captions")
 """Of which the user must say which one is meant."""

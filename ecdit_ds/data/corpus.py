@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ecdit_ds.data.causes import UNCOUNTED, WAYS_OUT
 from ecdit_ds.data.columns import DTYPES, null_columns, total_of
-from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record
+from ecdit_ds.data.corpus_unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record, smallest_of
 from ecdit_ds.data.folder import (
     INDEX_FILE,
     REPORT_FILE,
@@ -236,6 +236,8 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
     if len(records) < len(found):
         return _published_report(job) if _is_published(job) else None
     report = _report_of(records, job.source.ignored)
+    if job.source.revision:
+        report["source_revision"] = job.source.revision
     _check_share(report, job)
     _check_archives(report, job)
     folder = job.partial / "set"
@@ -273,13 +275,14 @@ def _report_of(records: Sequence[UnitRecord], ignored: Mapping[str, int]) -> dic
     converted = sum((Counter(record.converted) for record in records), Counter())
     ignored = sum((Counter(record.ignored) for record in records), Counter(ignored))
     good = sum(record.count for record in records)
+    smallest = smallest_of(record.smallest for record in records)
     return {
         "samples": good,
         "left_out": sum(counts.values()),
         "causes": {cause: {"count": counts[cause], "names": names[cause]} for cause in sorted(counts)},
         "converted": dict(sorted(converted.items())),
         "ignored_files": dict(sorted(ignored.items())),
-    }
+    } | ({"smallest_enlarged": list(smallest)} if smallest else {})
 
 
 def _check_share(report: Mapping[str, Any], job: Job) -> None:

@@ -4,9 +4,10 @@ What comes out is a pure function of the unit and the settings: batches are form
 """
 
 import json
+import operator
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,8 @@ class Encoding:
     """That decode images."""
     has_text: bool = True
     """Whether text vectors are stored; otherwise captions are counted and no more."""
+    min_size: int = 0
+    """Pixels of the shorter side; pictures with fewer are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class UnitRecord:
     """Samples that are not as their files have them, by what was changed or chosen."""
     ignored: dict[str, int]
     """Files among the samples that are no part of any, by kind."""
+    smallest: Size | None = None
+    """Of the pictures that were enlarged to fill their bucket, the one with the shortest side."""
 
     @property
     def count(self) -> int:
@@ -87,6 +92,7 @@ class UnitRecord:
             "bad_names": self.bad_names,
             "converted": self.converted,
             "ignored": self.ignored,
+            "smallest": self.smallest,
         }
         return json.dumps(fields, indent=1).encode("ascii")
 
@@ -105,9 +111,15 @@ def read_record(path: Path) -> UnitRecord | None:
             bad_names=fields["bad_names"],
             converted=fields["converted"],
             ignored=fields["ignored"],
+            smallest=smallest_of([fields.get("smallest")]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def smallest_of(sizes: Iterable[Sequence[int] | None]) -> Size | None:
+    """Return the size with the shortest side, of those that are any; None without one."""
+    return min(((size[0], size[1]) for size in sizes if size), key=lambda size: (min(size), max(size)), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +130,7 @@ class _Ready:
     caption: str
     bucket: int
     image: Image.Image
+    enlarged_from: Size | None
     converted: list[str]
 
 
@@ -133,6 +146,7 @@ class _Output:
     names: dict[str, list[str]] = field(default_factory=dict)
     converted: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    smallest: Size | None = None
 
     def leave_out(self, bad: BadSample) -> None:
         self.counts[bad.cause] += bad.samples
@@ -207,10 +221,15 @@ def _prepared(samples: Iterable[RawSample | BadSample | SystemFile], encoding: E
         image = decode_image(sample.content, sample.key)
         if isinstance(image, BadSample):
             return image
-        bucket = nearest_bucket((image.height, image.width), encoding.sizes)
+        size = image.height, image.width
+        if min(size) < encoding.min_size:
+            return BadSample(cause="too small", name=sample.key)
+        bucket = nearest_bucket(size, encoding.sizes)
+        is_enlarged = any(map(operator.lt, size, encoding.sizes[bucket]))
         return _Ready(
             key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket]),
-            converted=[*sample.converted, *image.info["converted"]],
+            enlarged_from=size if is_enlarged else None,
+            converted=[*sample.converted, *image.info["converted"], *(["enlarged"] if is_enlarged else [])],
         )  # fmt: skip
 
     def checked(result: _Prepared) -> _Prepared:
@@ -278,6 +297,7 @@ def _write_batch(
         output.shapes[bucket] = tuple(latents_BCHW.shape[1:])
     dtype = DTYPES[encoding.dtype]
     output.converted.update(name for sample in batch for name in sample.converted)
+    output.smallest = smallest_of([output.smallest, *(sample.enlarged_from for sample in batch)])
     output.sums.append(LatentSums.of(latents_BCHW.to(dtype)))
     keys = [sample.key.encode("utf-8", "backslashreplace").decode() for sample in batch]
     table = table_of(
@@ -330,6 +350,7 @@ def _keep(
         bad_names=dict(sorted(output.names.items())),
         converted=dict(sorted(output.converted.items())),
         ignored=dict(sorted(output.ignored.items())),
+        smallest=output.smallest,
     )
     moment("record")
     draft = drafts / f"{uuid.uuid4().hex}.json"

@@ -32,7 +32,7 @@ def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any
         assert isinstance(encoder, PretrainedImageEncoder)
         return {
             "identity": encoder.identity, "kind": "AutoencoderKL", "name": name, "precision": encoder.precision
-        }  # fmt: skip
+        } | ({"revision": encoder.revision} if encoder.revision else {})  # fmt: skip
     if type(encoder) is PixelCodec:
         return {"identity": encoder.identity, "kind": "pixels", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -45,7 +45,7 @@ def text_facts(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any
         return {
             "identity": encoder.identity, "kind": "transformers", "names": list(names),
             "max_tokens": encoder.max_tokens, "precision": encoder.precision,
-        }  # fmt: skip
+        } | ({"revisions": encoder.revisions} if any(encoder.revisions) else {})  # fmt: skip
     if type(encoder) is WordEncoder:
         return {"identity": encoder.identity, "kind": "words", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -72,8 +72,9 @@ def open_image_encoder(
             )
         elif facts.get("kind") == "AutoencoderKL":
             encoder = load_image_encoder(
-                str(name or facts["name"]), device=device, precision=facts["precision"], may_fetch=bool(name)
-            )
+                str(name or facts["name"]), device=device, precision=facts["precision"], may_fetch=bool(name),
+                revision=_pinned(facts.get("revision")) if name in (None, facts.get("name")) else None,
+            )  # fmt: skip
         else:
             raise DataError(f"image encoder {facts.get('identity')}: the set does not say how it is opened")
     except (KeyError, TypeError, ValueError) as error:
@@ -97,6 +98,7 @@ def open_text_encoder(
                 device=device,
                 precision=facts["precision"],
                 may_fetch=bool(names),
+                revisions=_all_pinned(facts) if not names or list(names) == facts.get("names") else (),
             )
         else:
             raise DataError(f"text encoder {facts.get('identity')}: the set does not say how it is opened")
@@ -160,10 +162,22 @@ def _refuse_name(name: str | Sequence[str] | None, flag: str, facts: Mapping[str
         raise DataError(f"{flag}: has no effect, since {facts.get('identity')} needs no folder; leave it out")
 
 
+def _pinned(revision: Any) -> str | None:
+    return revision if isinstance(revision, str) else None
+
+
+def _all_pinned(facts: Mapping[str, Any]) -> list[str | None]:
+    pinned, names = facts.get("revisions"), facts["names"]
+    return list(map(_pinned, pinned)) if isinstance(pinned, list) and len(pinned) == len(names) else []
+
+
 def _same(encoder: Any, facts: Mapping[str, Any], what: str) -> Any:
     if encoder.identity != facts["identity"]:
+        former = facts.get("revision") or facts.get("revisions")
+        now = getattr(encoder, "revision", None) or getattr(encoder, "revisions", None)
+        told = f" (of the hub's revision {former}; here is {now})" if former and former != now else ""
         raise DataError(
-            f"{what}: the set was encoded with {facts['identity']}, but this is {encoder.identity}; name the former's "
-            "folder"
+            f"{what}: the set was encoded with {facts['identity']}, but this is {encoder.identity}{told}; name the "
+            "former's folder"
         )
     return encoder

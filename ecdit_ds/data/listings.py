@@ -16,6 +16,7 @@ from ecdit_ds.data.source import (
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     KEY_COLUMNS,
+    Captions,
     Columns,
     RawSample,
     Unit,
@@ -26,7 +27,6 @@ from ecdit_ds.data.source import (
     json_object,
     kind_of_other,
     plain_caption,
-    raw_sample,
     read_inside,
     stamps_of,
     telling,
@@ -66,7 +66,9 @@ class ListedSource:
     units: Sequence[Unit]
     fingerprint: str
     ignored: Mapping[str, int]
+    captions: Captions
     reads_singly: bool = True
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield the samples of a unit in order, or why they are none."""
@@ -78,15 +80,15 @@ class ListedSource:
             if isinstance(caption, BadSample):
                 yield caption
             else:
-                yield raw_sample(entry.key, read_inside(self.root, entry.image), caption)
+                yield from self.captions.samples(entry.key, read_inside(self.root, entry.image), caption)
 
-    def _read_caption(self, first: str, entry: Entry) -> str | BadSample:
-        found: dict[str, str] = {}
+    def _read_caption(self, first: str, entry: Entry) -> Any:
+        found: dict[str, Any] = {}
         for file in (first, *entry.rivals):
             content = read_inside(self.root, file, missing="no caption")
             if isinstance(content, str):
                 return BadSample(cause=content, name=file)
-            found[file] = content.decode("utf-8-sig", "surrogateescape")
+            found[file] = self.captions.in_file(content.decode("utf-8-sig", "surrogateescape"))
         found = telling(found)
         if len(set(map(plain_caption, found.values()))) > 1:
             return BadSample(cause="several captions", name=f"{entry.key} ({', '.join(found)})")
@@ -114,7 +116,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
             captions.setdefault(str(file.with_suffix("")), []).append(str(file))
     if not pictures:
         raise DataError(f"{root}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); name a folder that does")
-    if columns != Columns():
+    if columns != Columns(captions=columns.captions):
         raise DataError(f"{root}: has text files beside its pictures and no columns; leave the column flags out")
     entries: list[Entry | BadSample] = [BadSample(cause="no regular file", name=link) for link in links]
     seen: set[str] = set()
@@ -138,6 +140,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         units=cut(root.name, len(entries), unit_samples),
         fingerprint=fingerprint_of([*stamps_of(root, sorted(used)), *links]),
         ignored=system_files + _unused(file for file in files if str(file) not in used),
+        captions=columns.captions,
     )
 
 
@@ -169,8 +172,27 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     caption = choose_column(names, columns.caption, CAPTION_COLUMNS, str(path), "caption")
     key_column = next((name for name in KEY_COLUMNS if name in names), image)
     choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
+    entries = _entries(rows, path, image, caption, key_column, columns.captions)
+    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
+    return ListedSource(
+        kind=f"list {path.name}",
+        root=root,
+        entries=entries,
+        units=cut(path.name, len(entries), unit_samples),
+        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
+        ignored={},
+        captions=columns.captions,
+    )
+
+
+def _entries(
+    rows: Iterable[dict[str, Any] | BadSample], path: Path, image: str, caption: str, key_column: str,
+    captions: Captions,
+) -> list[Entry | BadSample]:  # fmt: skip
+    """Return what the rows of a list name; where captions are chosen, rows of one picture are an entry with several."""
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()
+    said: dict[str, list[Any]] = {}
     is_json = path.suffix.lower() == ".jsonl"
     for i, row in enumerate(rows):
         if isinstance(row, BadSample):
@@ -182,21 +204,21 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
         if not isinstance(place, str) or not place:
             entries.append(BadSample(cause="no image", name=f"{path.name} row {i + 1}"))
             continue
+        words = row.get(caption)
+        if captions.choice:
+            more = words if isinstance(words, list) else [words]
+            if place in said:
+                said[place] += more  # of an entry that is there
+                continue
+            words = said[place] = [*more]
         key = place if key_column == image or row.get(key_column) in (None, "") else str(row[key_column])
         if key in seen:
             entries.append(BadSample(cause="duplicate key", name=key))
+            said.pop(place, None)
         else:
             seen.add(key)
-            entries.append(Entry(key=key, image=place, caption=row.get(caption)))
-    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
-    return ListedSource(
-        kind=f"list {path.name}",
-        root=root,
-        entries=entries,
-        units=cut(path.name, len(entries), unit_samples),
-        fingerprint=fingerprint_of([*entries, *stamps_of(root, pictures)]),
-        ignored={},
-    )
+            entries.append(Entry(key=key, image=place, caption=words))
+    return entries
 
 
 def _why_none(path: Path, rows: Sequence[object]) -> str:

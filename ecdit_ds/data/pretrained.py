@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK_BYTES = 2**24
 _opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,6 +60,8 @@ class PretrainedImageEncoder:
     shift_C11: Tensor
     scale_C11: Tensor
     precision: Precision = "fp32"
+    revision: str | None = None
+    """The commit that it is of, where it came from the hub."""
 
     @property
     def downsampling(self) -> int:
@@ -93,6 +97,7 @@ class _Tower:
     identity: str
     needs_padding: bool = False
     """Whether it reads a batch without padding otherwise: for want of a mask, an AIMv2's tokens then see later ones."""
+    revision: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
 
@@ -142,6 +147,11 @@ class PretrainedTextEncoder:
         return "+".join(f"{tower.identity}x{tower.limit}" for tower in self.towers) + _suffix(self.precision)
 
     @property
+    def revisions(self) -> list[str | None]:
+        """The commits that its models are of; None of what did not come from the hub."""
+        return [tower.revision for tower in self.towers]
+
+    @property
     def embed_dim(self) -> int:
         """The widths of all models together."""
         return sum(tower.width for tower in self.towers)
@@ -179,18 +189,20 @@ class PretrainedTextEncoder:
 
 
 def load_image_encoder(
-    name: str, *, device: torch.device | None = None, precision: Precision = "fp32", may_fetch: bool = True
-) -> PretrainedImageEncoder:
+    name: str, *, device: torch.device | None = None, precision: Precision = "fp32", may_fetch: bool = True,
+    revision: str | None = None,
+) -> PretrainedImageEncoder:  # fmt: skip
     """Load a frozen AutoencoderKL; its config gives scaling, shift and number of channels.
 
     Args:
         name: a folder, or a name on the hub.
         may_fetch: whether a name that is not here may be asked of the hub: where a user gave it, and no file.
+        revision: the commit of the hub's to take if it can be had, and else what the name stands for now.
 
     Raises:
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
-    folder = _folder_of(name, "image encoder", may_fetch)
+    folder = _folder_of(name, "image encoder", may_fetch, revision)
     config = _read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
@@ -230,6 +242,7 @@ def load_image_encoder(
             shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
             scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
             precision=precision,
+            revision=commit_of(folder),
         )
         _try_out(encoder)
     return encoder
@@ -254,7 +267,7 @@ def _suffix(precision: Precision) -> str:
 
 def load_text_encoder(
     names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None,
-    precision: Precision = "fp32", may_fetch: bool = True,
+    precision: Precision = "fp32", may_fetch: bool = True, revisions: Sequence[str | None] = (),
 ) -> PretrainedTextEncoder:  # fmt: skip
     """Load frozen text models with their tokenizers, to be joined along the width.
 
@@ -262,6 +275,7 @@ def load_text_encoder(
         names: folders or hub names of T5 or CLIP models, or of any text tower that `AutoModel` loads.
         max_tokens: longest caption, where the model and its tokenizer allow it.
         may_fetch: as `load_image_encoder`.
+        revisions: likewise, one for each name, or none at all.
 
     Raises:
         DataError: one is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
@@ -269,15 +283,18 @@ def load_text_encoder(
     assert names
     device = device or torch.device("cpu")
     return PretrainedTextEncoder(
-        towers=tuple(_load_tower(name, max_tokens, device, precision, may_fetch) for name in names),
+        towers=tuple(
+            _load_tower(name, max_tokens, device, precision, may_fetch, revision)
+            for name, revision in zip(names, revisions or [None] * len(names), strict=True)
+        ),
         precision=precision,
     )
 
 
 def _load_tower(
-    name: str, max_tokens: int, device: torch.device, precision: Precision, may_fetch: bool
+    name: str, max_tokens: int, device: torch.device, precision: Precision, may_fetch: bool, revision: str | None
 ) -> _Tower:  # fmt: skip
-    folder = _folder_of(name, "text encoder", may_fetch)
+    folder = _folder_of(name, "text encoder", may_fetch, revision)
     who = f"text encoder {folder}"
     tokenizer = load_tokenizer(folder, who)
     with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
@@ -306,6 +323,7 @@ def _load_tower(
         width=0,
         has_pooler=not absent and has_pooler(model),
         identity=f"{type(model).__name__}-{_fingerprint(folder)}",
+        revision=commit_of(folder),
     )
     kind = type(model).__name__
     with _opening(f"{who}: is a {kind}, which cannot read a caption; name a model of text, such as a T5 or a CLIP"):
@@ -315,7 +333,7 @@ def _load_tower(
     return replace(tower, width=full.shape[2], needs_padding=differs)
 
 
-def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
+def _folder_of(name: str, what: str, may_fetch: bool, revision: str | None) -> Path:
     """Return the folder of an encoder, from the hub (or its cache) where there is none of that name.
 
     Raises:
@@ -323,7 +341,7 @@ def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = _from_hub(name, what, may_fetch)
+        folder = _from_hub(name, what, may_fetch, revision)
     if not (folder / "config.json").is_file():
         raise DataError(f"{what} {folder}: has no config.json; save_pretrained makes such a folder")
     if not any(folder.glob("*.safetensors")):
@@ -337,19 +355,28 @@ def _folder_of(name: str, what: str, may_fetch: bool) -> Path:
     return folder
 
 
-def _from_hub(name: str, what: str, may_fetch: bool) -> Path:
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of what lies in a snapshot of the hub's cache; None of what lies anywhere else."""
+    pairs = zip(folder.parts, folder.parts[1:], strict=False)
+    return next((name for around, name in pairs if around == "snapshots" and _COMMIT.fullmatch(name)), None)
+
+
+def _from_hub(name: str, what: str, may_fetch: bool, revision: str | None) -> Path:
     if Path(name).is_absolute() or not _HUB_NAME.fullmatch(name):
         raise DataError(f"{what} {name}: is no folder, nor can it be a name on the hub (owner/name, owner/name/folder)")
     owner, repository, *subfolder = name.split("/")
+    patterns = ["/".join([*subfolder, pattern]) for pattern in _HUB_FILES]
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["/".join([*subfolder, pattern]) for pattern in _HUB_FILES]
-        snapshot = snapshot_download(
-            f"{owner}/{repository}", allow_patterns=patterns, local_files_only=not may_fetch
-        )  # fmt: skip
-        return Path(snapshot, *subfolder)
-    except Exception as error:  # whatever the hub's client raises, of its own classes and of several libraries'
+        fetch = partial(
+            snapshot_download, f"{owner}/{repository}", allow_patterns=patterns, local_files_only=not may_fetch
+        )
+        if revision and _COMMIT.fullmatch(revision):
+            with suppress(Exception):  # whatever the hub's client raises; it may be gone
+                return Path(fetch(revision=revision), *subfolder)
+        return Path(fetch(), *subfolder)
+    except Exception as error:  # likewise, of its own classes and of several libraries'
         if not may_fetch:
             flag = "--vae" if what == "image encoder" else "--text"
             raise DataError(

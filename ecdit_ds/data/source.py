@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import xxhash
 
 from ecdit_ds.data.causes import BadSample, Cause, SystemFile
 from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.errors import DataError
+from ecdit_ds.seeding import stable_seed
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "file", "filepath", "img", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "captions", "txt")
@@ -55,12 +56,53 @@ class Unit:
     """Samples `start` to `stop`, without `stop`; -1 where only reading tells how many there are."""
 
 
+Choice = Literal["first", "random", "all"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Which of a picture's captions to take where a list, the lines of a text file or rows of a list hold several."""
+
+    choice: Choice | None = None
+    """None takes the first of a list, all lines of a text file as one, and a list's second row for a duplicate."""
+    seed: int = 0
+    """Of `random`; with the sample's key it fixes the caption, whoever reads it and whenever."""
+
+    def in_file(self, text: str) -> Any:
+        """Return what a text file says: a caption, or one a line."""
+        lines = [line for line in text.split("\n") if line.strip()] if self.choice else []
+        return lines or text
+
+    def samples(self, key: str, content: bytes | Cause, caption: Any) -> list[RawSample | BadSample]:
+        """Return the samples of a picture, one unless all captions are taken; captions that say nothing are passed over
+        where another one does."""
+        if self.choice is None or isinstance(content, str) or not isinstance(caption, list | tuple):
+            return [raw_sample(key, content, caption)]
+        said = (
+            plain for each in caption if isinstance(plain := plain_caption(each), str) and plain and _is_text(plain)
+        )
+        several = list(dict.fromkeys(said))
+        if self.choice == "all" and len(several) > 1:
+            told = ("each of several captions",)
+            return [
+                RawSample(key=f"{key}#{i}", content=content, caption=one, converted=told)
+                for i, one in enumerate(several)
+            ]
+        if self.choice == "random" and len(several) > 1:
+            one = several[stable_seed(self.seed, "caption", key) % len(several)]
+            return [RawSample(key=key, content=content, caption=one, converted=("one of several captions",))]
+        return [raw_sample(key, content, several or caption)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which columns of a table to read, or files of a tar's samples; None takes the only one of the usual names."""
 
     image: str | None = None
     caption: str | None = None
+    captions: Captions = Captions()
+    """Which of those that the column holds."""
 
 
 class Source(Protocol):
@@ -85,6 +127,10 @@ class Source(Protocol):
     @property
     def ignored(self) -> Mapping[str, int]:
         """How many files of each suffix are no part of it."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that it is of, where the hub gave it and says so."""
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         """Yield the samples of a unit in order, or why they are none, and what else lies between them."""

@@ -1,8 +1,9 @@
 """Sources that are tables: Parquet files, and Hugging Face datasets on disk or by name."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from ecdit_ds.data.images import MAX_FILE_BYTES
 from ecdit_ds.data.source import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    Captions,
     Columns,
     RawSample,
     Unit,
     choose_column,
     cut,
     fingerprint_of,
-    raw_sample,
     read_inside,
     stamps_of,
 )
@@ -45,6 +46,7 @@ class ParquetSource:
     columns: Columns
     kind: str = "Parquet files"
     reads_singly: bool = False
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows of a file in order, or why they are no samples; of a damaged part, how many are lost."""
@@ -62,7 +64,8 @@ class ParquetSource:
                     for row, size in enumerate(_sizes(pictures)):
                         is_small = size <= MAX_FILE_BYTES  # else no bytes of it are copied
                         content = _content(pictures[row].as_py(), self.root) if is_small else "too many bytes"
-                        yield raw_sample(f"{unit.name}#{done}", content, captions[row].as_py())
+                        said = captions[row].as_py()
+                        yield from self.columns.captions.samples(f"{unit.name}#{done}", content, said)
                         done += 1
         except _FAILURES:
             pass
@@ -178,11 +181,13 @@ class HuggingFaceSource:
     """Resolved; images given by their path lie within one of them."""
     image: str
     caption: str
+    captions: Captions
     units: Sequence[Unit]
     fingerprint: str
     ignored: Mapping[str, int]
     kind: str = "Hugging Face dataset"
     reads_singly: bool = True
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample]:
         """Yield rows in order, or why they are no samples."""
@@ -194,7 +199,7 @@ class HuggingFaceSource:
                 continue
             found = [_content(row[self.image], root) for root in self.roots]
             content = next((one for one in found if one != "outside the source"), found[0])
-            yield raw_sample(f"row-{i}", content, row[self.caption])
+            yield from self.captions.samples(f"row-{i}", content, row[self.caption])
 
 
 def open_saved(root: Path, split: str | None, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:
@@ -282,7 +287,10 @@ def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> H
     # Where the hub's clients put the files of this dataset, and what they unpacked of its archives.
     snapshots = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     roots = [snapshots.resolve(), Path(datasets.config.DOWNLOADED_DATASETS_PATH).resolve()]
-    return _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
+    source = _of_rows(rows, roots, name, [rows._fingerprint, len(rows)], unit_samples, columns)
+    # As in hf://datasets/owner/name@COMMIT/data/part.parquet.
+    commits = (re.search(r"@([0-9a-f]{40})/", file) for file in rows.info.download_checksums or ())
+    return replace(source, revision=next((commit[1] for commit in commits if commit), None))
 
 
 def _of_rows(
@@ -299,7 +307,8 @@ def _of_rows(
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(
         rows=rows.with_format("arrow"), roots=roots, image=image, caption=caption,
-        units=cut("rows", len(rows), unit_samples), fingerprint=fingerprint_of(facts), ignored={},
+        captions=columns.captions, units=cut("rows", len(rows), unit_samples), fingerprint=fingerprint_of(facts),
+        ignored={},
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from ecdit_ds.data.source import (
     kind_of_other,
     plain_caption,
     plain_name,
-    raw_sample,
     samples_of,
     stamps_of,
     telling,
@@ -83,6 +82,7 @@ class TarSource:
     columns: Columns
     kind: str = "WebDataset tars"
     reads_singly: bool = False
+    revision: str | None = None
 
     def read(self, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         """Yield the samples of a tar in order, or why they are none."""
@@ -141,7 +141,7 @@ class TarSource:
             yield BadSample(cause="several captions", name=with_names(name, captions))
         else:
             shown = with_names(name, group.parts) if asked and not images else name
-            yield raw_sample(shown, image, next(iter(captions.values()), None))
+            yield from self.columns.captions.samples(shown, image, next(iter(captions.values()), None))
 
     def _is_of_other_kinds(self, group: _Group) -> bool:
         """Return whether no member is a picture or a caption; JSON alone describes no sample, but the set perhaps."""
@@ -154,7 +154,10 @@ class TarSource:
         """Return what may be meant, by where it stands; of what was asked for, a file comes before a field of JSON."""
         asked = [self.columns.caption.removeprefix(".")] if self.columns.caption else list(CAPTION_COLUMNS)
         content = {name: group.parts[name.lower()] for name in asked if name.lower() in group.parts}
-        found: dict[str, object] = {name: text.decode("utf-8", "surrogateescape") for name, text in content.items()}
+        in_file = self.columns.captions.in_file
+        found: dict[str, object] = {
+            name: in_file(text.decode("utf-8", "surrogateescape")) for name, text in content.items()
+        }
         if "json" not in group.parts or (found and self.columns.caption):
             return found
         parsed = json_object(group.parts["json"])

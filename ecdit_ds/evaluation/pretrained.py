@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
+from ecdit_ds.data.pretrained import commit_of
 from ecdit_ds.data.stored_weights import LOCAL, TRANSFORMERS, left_over, opening, refuse_left_over, refuse_quantized
 from ecdit_ds.errors import EvaluationError
 
@@ -115,6 +116,16 @@ def fingerprint(model: nn.Module, processor: Any, *, without: frozenset[str] = f
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     digest.update(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode())
     return f"{type(model).__name__}-{digest.hexdigest()}"
+
+
+def revisions(**names: str) -> dict[str, str]:
+    """Return the commits of models that came from the hub, as `JUDGE_revision`, for a table of scores.
+
+    Args:
+        names: of each judge, as `load_model` has loaded it.
+    """
+    files = {judge: Path(str(cached_file(name, "config.json", local_files_only=True))) for judge, name in names.items()}
+    return {f"{judge}_revision": commit for judge, file in files.items() if (commit := commit_of(file))}
 
 
 def in_batches(

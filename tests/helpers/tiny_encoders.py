@@ -25,14 +25,14 @@ def save_vae(folder: Path, *, channels: int = 5, seed: int = 0) -> Path:
     return folder
 
 
-def save_t5(folder: Path) -> Path:
+def save_t5(folder: Path, *, seed: int = 0) -> Path:
     """Save a T5 encoder of width 12 that spells."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in _LETTERS)]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
     config = T5Config(
         vocab_size=len(pieces), d_model=12, d_kv=4, num_heads=2, d_ff=16, num_layers=1, decoder_start_token_id=0
     )
-    randomize(T5EncoderModel(config)).save_pretrained(folder)
+    randomize(T5EncoderModel(config), seed).save_pretrained(folder)
     return folder
 
 

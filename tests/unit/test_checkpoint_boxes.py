@@ -121,3 +121,35 @@ def test_a_slice_that_reaches_outside_is_named(box: Box) -> None:
 def test_a_tensor_of_absurdly_many_dimensions_is_refused_at_once() -> None:
     with pytest.raises(CheckpointError, match="64 dimensions"):
         check_cover((1,) * 64, [])
+
+
+ROWS = [Box((0, start, 0), (2, size, 5)) for start, size in ((0, 3), (3, 1), (4, 2))]
+
+
+def test_slices_along_one_axis_are_proven_without_their_corners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("itertools.product")
+    check_cover((2, 6, 5), ROWS)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_slices_along_one_axis_tile_in_any_order(order: tuple[int, ...]) -> None:
+    check_cover((2, 6, 5), [ROWS[i] for i in order])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "fault"),
+    [
+        (ROWS[:2], r"element \[0, 4, 0\] .* in no slice"),
+        (ROWS[1:], r"element \[0, 0, 0\] .* in no slice"),
+        ([*ROWS, ROWS[2]], r"element \[0, 4, 0\] .* in 2 slices"),
+        ([ROWS[0], Box((0, 2, 0), (2, 2, 5)), ROWS[2]], r"element \[0, 2, 0\] .* in 2 slices"),
+        ([*ROWS[:2], Box((0, 4, 0), (2, 2, 4))], r"element \[0, 4, 4\] .* in no slice"),
+        ([*ROWS[:2], Box((0, 4, 0), (1, 2, 5))], r"element \[1, 4, 0\] .* in no slice"),
+        ([*ROWS[:2], Box((0, 4, 0), (2, 3, 5))], "reaches outside"),
+        ([*ROWS[:2], Box((1, 4, 0), (2, 2, 5))], "reaches outside"),
+        ([*ROWS[:2], Box((0, 4), (2, 2))], "reaches outside"),
+    ],
+)
+def test_slices_along_one_axis_that_do_not_tile_are_found(boxes: list[Box], fault: str) -> None:
+    with pytest.raises(CheckpointError, match=fault):
+        check_cover((2, 6, 5), boxes)

@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.folders import list_checkpoints
-from ecdit_ds.checkpoint.manifest import Manifest, StoredFile, encode_manifest, read_manifest
+from ecdit_ds.checkpoint.manifest import (
+    Manifest,
+    StoredFile,
+    StoredSlice,
+    StoredTensor,
+    decode_manifest,
+    encode_manifest,
+    read_manifest,
+)
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.checkpoint.sources import open_source
@@ -276,6 +284,36 @@ def test_a_manifest_with_a_right_checksum_and_wrong_fields_is_refused(tmp_path: 
     (tmp_path / MANIFEST).write_text(canonical(content | {"xxh3": digest}))
     with pytest.raises(CheckpointError, match="does not describe a checkpoint"):
         read_manifest(tmp_path)
+
+
+def test_a_cut_that_many_tensors_share_is_proven_once_and_what_is_intact_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = tuple(
+        StoredSlice(file=SHARD, key=str(i), box=Box((i, 0), (2, 3)), xxh3="0123456789abcdef") for i in (0, 2)
+    )
+    tensor = StoredTensor(dtype="float32", shape=(4, 3), slices=halves)
+    names = [f"{kind}/{layer}" for kind in ("weight", "ema", "exp_avg") for layer in range(4)]
+    manifest = Manifest(
+        step=1, meta={}, files={SHARD: StoredFile(size_bytes=1, header_xxh3="")},
+        tensors=dict.fromkeys(names, tensor) | {"other": replace(tensor, slices=halves[::-1])},
+    )  # fmt: skip
+    text = encode_manifest(manifest)
+    proven: list[tuple[int, ...]] = []
+    monkeypatch.setattr("ecdit_ds.checkpoint.manifest.check_cover", lambda shape, boxes: proven.append(shape))
+    monkeypatch.setattr("ecdit_ds.checkpoint.manifest._canonical", None)
+    assert decode_manifest(text, tmp_path / MANIFEST) == manifest
+    assert proven == [(4, 3)] * 2
+
+
+@pytest.mark.parametrize("place", [0, 1, 12])
+def test_a_hole_is_found_in_any_of_many_tensors_of_one_shape(tmp_path: Path, place: int) -> None:
+    halves = tuple(StoredSlice(file=SHARD, key=str(i), box=Box((i,), (2,)), xxh3="") for i in (0, 2))
+    whole = StoredTensor(dtype="float32", shape=(4,), slices=halves)
+    tensors = {f"{i:02}": replace(whole, slices=halves[:1]) if i == place else whole for i in range(13)}
+    manifest = Manifest(step=1, meta={}, files={SHARD: StoredFile(size_bytes=1, header_xxh3="")}, tensors=tensors)
+    with pytest.raises(CheckpointError, match=rf"tensor {place:02}: element \[2\] .* in no slice"):
+        decode_manifest(encode_manifest(manifest), tmp_path / MANIFEST)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(root: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -56,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(pictures: Path, tmp_path: Path) -> MakeJob:
     """Return `make_job(**changes)`: a job with embedded encoders and units of four samples."""
 
-    def make(source: Path = pictures, *, sizes: Any = ((16, 16),), dtype: str = "float32", **changes: Any) -> Job:
+    def make(source: Path | str = pictures, *, sizes: Any = ((16, 16),), dtype: str = "float32", **changes: Any) -> Job:
         image, text = PixelCodec(), WordEncoder(embed_dim=6, max_tokens=8)
         encoding = Encoding(
             image_encoder=image, text_encoder=text, sizes=sizes, dtype=dtype, batch_size=3, threads=1
@@ -92,6 +93,16 @@ def test_a_set_holds_the_pictures_in_order(make_job: MakeJob, pictures: Path) ->
     assert dataset.texts("key", np.array([3, 12])) == ["03", "12"]
     assert torch.equal(dataset.null_text.embeds_BTD, job.encoding.text_encoder.null().embeds_BTD)
     assert not job.partial.exists()
+
+
+def test_a_set_of_the_hubs_says_of_which_revision_it_is(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"image": [encoded(crops(1)[0])], "text": ["a photograph"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert open_source("owner/photographs", unit_samples=4).revision is None
+    part = f"hf://datasets/owner/photographs@{'5' * 40}/data/train-0.parquet"
+    rows.info.download_checksums = {part: {"num_bytes": 3, "checksum": None}}
+    report = encode_corpus(make_job(source="owner/photographs"))
+    assert report is not None and report["source_revision"] == "5" * 40
 
 
 def test_half_the_bytes_hold_the_same_to_eight_bits(make_job: MakeJob, tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """The embedded encoders: words become fixed vectors, images stay what they are."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ecdit_ds.data.digit_scenes import draw_scene
-from ecdit_ds.data.encoder_facts import open_image_encoder, open_text_encoder
+from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, open_text_encoder, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
+from ecdit_ds.data.pretrained import load_image_encoder, load_text_encoder
+from tests.helpers.tiny_encoders import save_t5, save_vae
 
 
 @pytest.fixture
@@ -200,3 +205,70 @@ def test_a_set_does_not_choose_what_is_fetched_from_the_hub_and_its_user_does(
     assert f"give {flag} {named} to fetch it" in said and sought == []
     given = {"name": named} if flag == "--vae" else {"names": [named]}
     assert "the hub does not give it" in refusal_of(lambda: open_it(facts, **given)) and sought
+
+
+COMMITS = ("a" * 40, "b" * 40)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return `move(commit)`: the branch of every repository in the hub's cache here becomes that commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for kind, save in (("vae", save_vae), ("text", save_t5)):
+        for seed, commit in enumerate(COMMITS):
+            folder = tmp_path / "hub" / f"models--somebody--{kind}" / "snapshots" / commit
+            folder.mkdir(parents=True)
+            save(folder, seed=seed)
+
+    def move(commit: str) -> None:
+        for repository in (tmp_path / "hub").iterdir():
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / "main").write_text(commit)
+
+    move(COMMITS[0])
+    return move
+
+
+@pytest.mark.parametrize("kind", ["vae", "text"])
+def test_what_came_from_the_hub_is_stored_with_its_revision_and_opened_by_it_though_the_branch_has_moved(
+    hub: Callable[[str], None], tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str], kind: str
+) -> None:
+    name = f"somebody/{kind}"
+
+    def facts_now() -> dict[str, Any]:
+        if kind == "vae":
+            return image_facts(load_image_encoder(name, may_fetch=False), name)
+        return text_facts(load_text_encoder([name], max_tokens=8, may_fetch=False), [name])
+
+    def identity_of(facts: dict[str, Any]) -> str:
+        return (open_image_encoder if kind == "vae" else open_text_encoder)(facts).identity
+
+    facts = facts_now()
+    assert (facts["revision"] if kind == "vae" else facts["revisions"][0]) == COMMITS[0]
+    hub(COMMITS[1])
+    assert facts_now()["identity"] != facts["identity"]
+    assert identity_of(facts) == facts["identity"]
+    repository = tmp_path / "hub" / f"models--somebody--{kind}" / "snapshots"
+    shutil.rmtree(repository / COMMITS[0])
+    message = refusal_of(lambda: identity_of(facts))
+    assert f"revision {COMMITS[0]}; here is {COMMITS[1]}" in message.replace("[", "").replace("]", "").replace("'", "")
+    (repository / COMMITS[1]).rename(tmp_path / "folder")
+    name = str(tmp_path / "folder")
+    assert not facts_now().keys() & {"revision", "revisions"}, "a folder has none"
+
+
+@pytest.mark.parametrize("revision", ["../../evil", "main", "A" * 40, "a" * 39, "--help"])
+def test_a_stored_revision_that_is_no_commit_is_not_looked_for(
+    hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    asked: list[dict[str, Any]] = []
+    found = huggingface_hub.snapshot_download
+
+    def note(*names: str, **options: Any) -> str:
+        asked.append(options)
+        return found(*names, **options)
+
+    facts = image_facts(load_image_encoder("somebody/vae", may_fetch=False), "somebody/vae")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", note)
+    open_image_encoder(facts | {"revision": revision})
+    assert [options.get("revision") for options in asked] == [None]

@@ -74,6 +74,29 @@ def test_real_encoders_are_named_by_their_folders(
     assert run("inspect", tmp_path / "set", "--vae", tmp_path / "moved") == ExitCode.DONE
 
 
+def test_pictures_that_are_enlarged_are_told_with_the_smallest_and_left_out_below_a_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for i, size in enumerate([(32, 32), (40, 64), (31, 90), (8, 60), (12, 9), (32, 33), (64, 16)]):
+        (source / f"{i}.png").write_bytes(encoded(crops(1)[0].resize(size), "PNG"))
+        (source / f"{i}.txt").write_text(f"picture {i}")
+    arguments = ["--size", 32, "--shard-samples", 3, "--batch-size", 1]
+    assert run("encode", source, tmp_path / "all", *arguments) == ExitCode.DONE
+    assert "       4  converted: enlarged, the smallest from 60 x 8 (--min-size)\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert report["converted"] == {"enlarged": 4} and report["smallest_enlarged"] == [60, 8]
+
+    some = [*arguments, "--min-size", 16, "--max-bad", 1]
+    assert run("encode", source, tmp_path / "some", *some) == ExitCode.DONE
+    assert "       2  too small: 3, 4\n" in capsys.readouterr().out
+    report = json.loads((tmp_path / "some" / "report.json").read_text())
+    assert report["converted"] == {"enlarged": 2} and report["smallest_enlarged"] == [16, 64]
+    assert run("encode", source, tmp_path / "some", *arguments, "--max-bad", 1) == ExitCode.USER_ERROR
+    assert "min_size: 16, not None" in capsys.readouterr().err
+
+
 def test_captions_alone_are_checked_and_stored_without_vectors(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

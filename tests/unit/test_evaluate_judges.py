@@ -67,6 +67,33 @@ def test_the_distance_of_a_set_to_itself_is_zero_and_to_another_is_not(tool: Eva
     assert other["fid"] > 0.1
 
 
+def test_scores_name_the_revision_of_judges_that_came_from_the_hub_and_none_of_folders(
+    tool: EvaluateTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tool.folder / "hub"))
+    commits = {"vit": "1" * 40, "clip": "2" * 40, "yolos": "3" * 40}
+    for name, commit in commits.items():
+        repository = tool.folder / "hub" / f"models--somebody--{name}"
+        shutil.copytree(tool.folder / "judges" / name, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    folder = tool.draw(*WANTED)
+    commands: dict[str, tuple[object, ...]] = {
+        "clip": ("clip", "--pictures", folder, "--clip", "OWNER/clip"),
+        "fid": ("fid", "--pictures", folder, "--features", "OWNER/vit", "--real", folder),
+        "geneval": ("geneval", "--checkpoint", "run", "--detector", "OWNER/yolos", "--clip", "OWNER/clip",
+                    "--metadata", "prompts.jsonl", "--images-per-prompt", 1, "--steps", 1),
+    }  # fmt: skip
+    wanted = {"clip": {"clip_revision": "2" * 40}, "fid": {"features_revision": "1" * 40},
+              "geneval": {"detector_revision": "3" * 40, "clip_revision": "2" * 40}}  # fmt: skip
+    for owner in ("somebody", "judges"):
+        for metric, command in commands.items():
+            named = [str(word).replace("OWNER", owner) for word in command]
+            results = tool.score(*named, output=f"{owner}-{metric}")["results"]
+            told = {name: value for name, value in results.items() if name.endswith("_revision")}
+            assert told == (wanted[metric] if owner == "somebody" else {})
+
+
 def test_kept_statistics_of_real_scenes_give_the_distance_that_the_scenes_give(tool: EvaluateTool) -> None:
     drawn = ("--limit", 3, "--steps", 1)
     real = tool.score("fid", *FID, *drawn, "--real", "heldout")["results"]

@@ -1,17 +1,21 @@
 """A run's folder: one run at a time, one recipe, nothing overwritten, and logs that fit the step it goes on from."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
 from ecdit_ds import run_folder
+from ecdit_ds.build import _claim
 from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.config import Recipe
 from ecdit_ds.errors import CheckpointError, ConfigError
@@ -85,6 +89,71 @@ def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: 
         assert not handle.closed
 
 
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    """Return what is below a folder: content of files, None of folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("found", ["nothing", "nothing, two deep", "an empty folder", "a run", "a run without marks"])
+def test_a_start_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path, tiny_recipe: Recipe, found: str) -> None:
+    folder = RunFolder(path=tmp_path / "runs" / "mine" if found == "nothing, two deep" else tmp_path / "mine")
+    if "nothing" not in found:
+        folder.path.mkdir()
+    if "run" in found:
+        folder.begin(tiny_recipe, step=0)
+    if found == "a run":
+        (folder.path / ".lock").write_text("4000000 12.0.a")
+        (folder.path / ".attempt").write_text("12.0.a\n")
+    before = everything_in(tmp_path)
+    with ExitStack() as undo:
+        _claim(folder, tiny_recipe, "auto", "12.1.b", [], undo)
+        assert (folder.path / ".lock").read_text() == f"{os.getpid()} 12.1.b"
+        assert (folder.path / ".attempt").read_text() == "12.1.b\n"
+    assert everything_in(tmp_path) == before
+
+
+def test_a_refused_start_takes_no_folder_away_that_another_one_uses(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    folder = RunFolder(path=tmp_path / "runs" / "mine")
+    with ExitStack() as undo:
+        _claim(folder, tiny_recipe, "auto", "a", [], undo)
+        (tmp_path / "runs" / "another").mkdir()
+        (folder.path / "slurm").mkdir()
+    assert everything_in(tmp_path) == {"runs": None, "runs/another": None, "runs/mine": None, "runs/mine/slurm": None}
+
+
+def test_who_waited_for_a_lock_that_a_refused_start_took_away_has_the_one_that_others_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(path=tmp_path / "runs" / "mine")
+    refused, lockf = ExitStack(), fcntl.lockf
+    folder.lock("a", refused)
+
+    def lock_after_the_other_left(handle: IO[str], how: int) -> None:
+        refused.close()  # takes away file and folders, which are there again for the second try
+        lockf(handle, how)
+
+    monkeypatch.setattr("fcntl.lockf", lock_after_the_other_left)
+    with folder.lock("b") as handle:
+        assert os.path.samefile(handle.fileno(), folder.path / ".lock")
+        assert (folder.path / ".lock").read_text() == f"{os.getpid()} b"
+
+
+def test_a_folder_that_a_refused_start_takes_away_just_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, make, takes_away = RunFolder(path=tmp_path / "mine"), run_folder.make_folders, [True]
+
+    def make_and_lose(path: Path) -> None:
+        make(path)
+        if takes_away.pop():
+            path.rmdir()
+            takes_away.append(False)
+
+    monkeypatch.setattr(run_folder, "make_folders", make_and_lose)
+    folder.lock("a").close()
+    assert (folder.path / ".lock").is_file()
+
+
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, refusal_of: RefusalOf, place: str) -> None:
     (tmp_path / "file").write_text("mine", encoding="ascii")
@@ -147,6 +216,26 @@ def test_files_of_no_run_are_refused_and_one_is_named(
     assert message.startswith(f"--output {folder.path}: ")
     assert "2 files" in message
     assert "photo.png" in message
+
+
+def test_a_run_that_lost_its_recipe_goes_on_from_its_checkpoints(
+    folder: RunFolder, tiny_recipe: Recipe, save_model: Callable[..., Path]
+) -> None:
+    saved = save_model(folder.checkpoints, tiny_recipe, 3)
+    folder.metrics.write_text('{"step": 3}\n')
+    with ExitStack() as undo:
+        _, candidates = _claim(folder, tiny_recipe, "auto", "a", [], undo)
+    assert candidates == [saved]
+
+
+def test_a_run_that_lost_its_recipe_and_its_checkpoints_is_refused_as_what_it_is(
+    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf
+) -> None:
+    folder.metrics.write_text('{"step": 3}\n')
+    (folder.checkpoints / "step_3").mkdir(parents=True)
+    message = refusal_of(lambda: folder.check_recipe(tiny_recipe))
+    assert message.startswith(f"--output {folder.path}: recipe.yaml is lost, and no checkpoint")
+    assert "put either back, or choose another folder" in message
 
 
 @pytest.mark.parametrize("content", [b"a: [1, 2", b"\xff\xfe", b"name: a\nname: b\n"])

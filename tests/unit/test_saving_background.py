@@ -1,6 +1,7 @@
 """What makes saving in the background safe: copies, leases, ordered faults, and a last line that anyone can act on."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import psutil
 import pytest
@@ -129,6 +131,37 @@ def test_a_lease_that_was_tidied_away_is_no_takeover(tmp_path: Path) -> None:
     lease = claim(tmp_path, "12.0.a")
     (tmp_path / LEASE_NAME).unlink()
     assert save_checkpoint(tmp_path, 1, pieces(torch.ones(2)), {}, SoloPeers(), lease).is_dir()
+
+
+def test_an_attempt_that_is_refused_leaves_the_right_to_publish_to_the_former_unless_a_newer_one_has_it(
+    tmp_path: Path,
+) -> None:
+    old = claim(tmp_path, "12.0.a")
+    claim(tmp_path, "12.1.b").give_back()
+    assert (tmp_path / LEASE_NAME).read_text() == "12.0.a\n"
+    with old.held():
+        pass
+    refused = claim(tmp_path, "12.1.b")
+    newest = claim(tmp_path, "12.2.c")
+    refused.give_back()
+    with newest.held():
+        pass
+    old.give_back()
+    assert (tmp_path / LEASE_NAME).read_text() == "12.2.c\n"
+
+
+def test_who_waited_for_a_lease_that_was_given_back_has_the_one_that_others_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, lockf = [claim(tmp_path, "a")], fcntl.lockf
+
+    def lock_after_the_other_left(handle: IO[str], how: int) -> None:
+        monkeypatch.setattr("fcntl.lockf", lockf)
+        refused.pop().give_back()
+        lockf(handle, how)
+
+    monkeypatch.setattr("fcntl.lockf", lock_after_the_other_left)
+    assert claim(tmp_path, "b").attempt == (tmp_path / LEASE_NAME).read_text().strip() == "b"
 
 
 @pytest.mark.parametrize("held", [b"\xff\xfe\x00", b"12.7\xff.x\n", b"\xc3", b"\x00" * 4096])

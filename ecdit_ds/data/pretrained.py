@@ -8,20 +8,16 @@ a set encoded with it would look plausible; so it is refused, and so is what the
 Suffixes: B batch, C channels, H, W pixels (of the image or of the latents), T text tokens, D width.
 """
 
-import json
-import re
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import xxhash
 from torch import Tensor
 
+from ecdit_ds.data.encoder_folders import commit_of, fingerprint, folder_of, read_json
 from ecdit_ds.data.encoders import TextEmbeddings
 from ecdit_ds.data.stored_weights import (
     DIFFUSERS,
@@ -42,11 +38,6 @@ DEFAULT_TOKENS = 128
 Precision = Literal["fp32", "bf16"]
 """What an encoder computes in; what it returns is fp32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_CHUNK_BYTES = 2**24
 _opening = partial(opening, error=DataError)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -202,8 +193,8 @@ def load_image_encoder(
     Raises:
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
-    folder = _folder_of(name, "image encoder", may_fetch, revision)
-    config = _read_json(folder / "config.json")
+    folder = folder_of(name, "image encoder", may_fetch, revision)
+    config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")
@@ -238,7 +229,7 @@ def load_image_encoder(
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         encoder = PretrainedImageEncoder(
             model=model,
-            identity=f"AutoencoderKL-{_fingerprint(folder)}{_suffix(precision)}",
+            identity=f"AutoencoderKL-{fingerprint(folder)}{_suffix(precision)}",
             shift_C11=per_channel(mean if mean is not None else config.shift_factor or 0.0),
             scale_C11=config.scaling_factor / per_channel(std if std is not None else 1.0),
             precision=precision,
@@ -294,7 +285,7 @@ def load_text_encoder(
 def _load_tower(
     name: str, max_tokens: int, device: torch.device, precision: Precision, may_fetch: bool, revision: str | None
 ) -> _Tower:  # fmt: skip
-    folder = _folder_of(name, "text encoder", may_fetch, revision)
+    folder = folder_of(name, "text encoder", may_fetch, revision)
     who = f"text encoder {folder}"
     tokenizer = load_tokenizer(folder, who)
     with _opening(f"{who}: cannot be loaded as a text model from safetensors"):
@@ -322,7 +313,7 @@ def _load_tower(
         limit=int(min(limit for limit in limits if limit and limit > 0)),
         width=0,
         has_pooler=not absent and has_pooler(model),
-        identity=f"{type(model).__name__}-{_fingerprint(folder)}",
+        identity=f"{type(model).__name__}-{fingerprint(folder)}",
         revision=commit_of(folder),
     )
     kind = type(model).__name__
@@ -333,84 +324,9 @@ def _load_tower(
     return replace(tower, width=full.shape[2], needs_padding=differs)
 
 
-def _folder_of(name: str, what: str, may_fetch: bool, revision: str | None) -> Path:
-    """Return the folder of an encoder, from the hub (or its cache) where there is none of that name.
-
-    Raises:
-        DataError: there is none, or its weights are pickled.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _from_hub(name, what, may_fetch, revision)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"{what} {folder}: has no config.json; save_pretrained makes such a folder")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise DataError(
-                f"{what} {folder}: has pickled weights ({pickles[0]}), which are programs and are never loaded; "
-                "save it as safetensors"
-            )
-        raise DataError(f"{what} {folder}: has no weights (*.safetensors); save_pretrained writes them")
-    return folder
-
-
-def commit_of(folder: Path) -> str | None:
-    """Return the commit of what lies in a snapshot of the hub's cache; None of what lies anywhere else."""
-    pairs = zip(folder.parts, folder.parts[1:], strict=False)
-    return next((name for around, name in pairs if around == "snapshots" and _COMMIT.fullmatch(name)), None)
-
-
-def _from_hub(name: str, what: str, may_fetch: bool, revision: str | None) -> Path:
-    if Path(name).is_absolute() or not _HUB_NAME.fullmatch(name):
-        raise DataError(f"{what} {name}: is no folder, nor can it be a name on the hub (owner/name, owner/name/folder)")
-    owner, repository, *subfolder = name.split("/")
-    patterns = ["/".join([*subfolder, pattern]) for pattern in _HUB_FILES]
-    try:
-        from huggingface_hub import snapshot_download
-
-        fetch = partial(
-            snapshot_download, f"{owner}/{repository}", allow_patterns=patterns, local_files_only=not may_fetch
-        )
-        if revision and _COMMIT.fullmatch(revision):
-            with suppress(Exception):  # whatever the hub's client raises; it may be gone
-                return Path(fetch(revision=revision), *subfolder)
-        return Path(fetch(), *subfolder)
-    except Exception as error:  # likewise, of its own classes and of several libraries'
-        if not may_fetch:
-            flag = "--vae" if what == "image encoder" else "--text"
-            raise DataError(
-                f"{what} {name}: is neither a folder nor in the hub's cache here, and files choose nothing that is "
-                f"fetched; give {flag} {name} to fetch it, or {flag} FOLDER"
-            ) from None
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"{what} {name}: is no folder, and the hub does not give it ({cause})") from None
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a name of what an encoder's files hold, every byte of its weights included."""
-    digest = xxhash.xxh3_64()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.txt")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _refuse_missing(who: str, names: Sequence[str]) -> None:
     if names:
         raise DataError(
             f"{who}: {len(names)} weights are not in its files, or of another shape, such as {sorted(names)[0]}; they "
             "would be random"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
-    return fields if isinstance(fields, dict) else {}

@@ -23,9 +23,10 @@ from ecdit_ds.data.encoder_facts import (
     open_text_encoder,
     text_facts,
 )
+from ecdit_ds.data.encoder_folders import fingerprint
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
 from ecdit_ds.data.images import to_tensor
-from ecdit_ds.data.pretrained import PRECISIONS, Precision, _fingerprint, load_image_encoder, load_text_encoder
+from ecdit_ds.data.pretrained import PRECISIONS, Precision, load_image_encoder, load_text_encoder
 from tests.helpers.photographs import crops
 from tests.helpers.tiny_encoders import SCALING, SHIFT, save_clip_text, save_t5, save_vae
 
@@ -178,10 +179,10 @@ def test_one_bit_at_the_end_of_a_long_weight_makes_another_identity(
     monkeypatch.setattr(pretrained, "_CHUNK_BYTES", 4096)  # so that it is long
     weight = torch.zeros(5000)
     save_file({"weight": weight}, tmp_path / "model.safetensors")
-    identity = _fingerprint(tmp_path)
+    identity = fingerprint(tmp_path)
     weight[-1] = 1e-9
     save_file({"weight": weight}, tmp_path / "model.safetensors")
-    assert _fingerprint(tmp_path) != identity
+    assert fingerprint(tmp_path) != identity
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

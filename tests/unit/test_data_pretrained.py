@@ -176,7 +176,7 @@ def test_an_identity_is_that_of_the_weights_and_not_of_the_place(
 def test_one_bit_at_the_end_of_a_long_weight_makes_another_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "_CHUNK_BYTES", 4096)  # so that it is long
+    monkeypatch.setattr(encoder_folders, "_CHUNK_BYTES", 4096)  # so that it is long
     weight = torch.zeros(5000)
     save_file({"weight": weight}, tmp_path / "model.safetensors")
     identity = fingerprint(tmp_path)

@@ -63,7 +63,7 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     """
     import datasets  # takes seconds, and few prompts come from one
 
-    from ecdit_ds.data.tables import checked_rows, load_saved
+    from ecdit_ds.data.dataset_rows import checked_rows, load_saved
 
     path = Path(name)
     if path.is_file() and path.suffix not in _LOADERS:

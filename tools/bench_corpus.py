@@ -25,10 +25,8 @@ from ecdit_ds.data.folder import (
     TENSOR_COLUMNS,
     SetIndex,
     ShardInfo,
-    write_arrow_shard,
-    write_index,
-    write_null_text,
 )
+from ecdit_ds.data.shard_writer import write_arrow_shard, write_index, write_null_text
 
 ROWS_A_WRITE = 32
 """As many as an encoder's batch, so that shards are cut into record batches as encoded ones are."""

@@ -29,8 +29,8 @@ from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
 from ecdit_ds.data.encoder_facts import image_facts, text_facts
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
-from ecdit_ds.data.folder import write_arrow_shard
 from ecdit_ds.data.images import decode_image, fit_image, to_tensor
+from ecdit_ds.data.shard_writer import write_arrow_shard
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.durable import put_on_disk
 from ecdit_ds.errors import ConfigError

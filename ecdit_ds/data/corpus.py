@@ -33,12 +33,10 @@ from ecdit_ds.data.folder import (
     SCHEMA_VERSION,
     SetIndex,
     ShardInfo,
-    publish_set,
     read_index,
-    write_index,
-    write_null_text,
 )
 from ecdit_ds.data.images import DECODING
+from ecdit_ds.data.shard_writer import publish_set, write_index, write_null_text
 from ecdit_ds.data.source import Source
 from ecdit_ds.durable import make_folders, put_on_disk, write_durably
 from ecdit_ds.errors import DataError

@@ -21,8 +21,9 @@ from torch import Tensor
 from ecdit_ds.data.causes import BadSample, SystemFile
 from ecdit_ds.data.columns import DTYPES, LatentSums, table_of, total_of
 from ecdit_ds.data.encoders import ImageEncoder, TextEmbeddings, TextEncoder
-from ecdit_ds.data.folder import ShardInfo, ShardWriter
+from ecdit_ds.data.folder import ShardInfo
 from ecdit_ds.data.images import Size, decode_image, fit_image, nearest_bucket, to_tensor
+from ecdit_ds.data.shard_writer import ShardWriter
 from ecdit_ds.data.source import RawSample
 from ecdit_ds.durable import put_on_disk, write_durably
 

@@ -133,6 +133,19 @@ class DigitImages:
     """Their numbers in scikit-learn's set."""
 
 
+def check_canvas(height: int, width: int) -> None:
+    """Check that a canvas of so many pixels holds two rows and two columns of digits.
+
+    Raises:
+        DataError: it is smaller.
+    """
+    if min(height, width) < MIN_CANVAS_PIXELS:
+        raise DataError(
+            f"digit_scenes: a canvas of {height} x {width} pixels is smaller than {MIN_CANVAS_PIXELS} x "
+            f"{MIN_CANVAS_PIXELS}, which four digits need; raise model.latent_height and model.latent_width"
+        )
+
+
 def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canvas_width: int) -> Scene:
     """Draw scene `index` of a split, a pure function of its arguments.
 
@@ -149,11 +162,7 @@ def draw_scene(*, seed: int, split: Split, index: int, canvas_height: int, canva
     Raises:
         DataError: the canvas cannot hold two rows and two columns of digits.
     """
-    if min(canvas_height, canvas_width) < MIN_CANVAS_PIXELS:
-        raise DataError(
-            f"digit_scenes: a canvas of {canvas_height} x {canvas_width} pixels is smaller than {MIN_CANVAS_PIXELS} x "
-            f"{MIN_CANVAS_PIXELS}, which four digits need; raise model.latent_height and model.latent_width"
-        )
+    check_canvas(canvas_height, canvas_width)
     rng = sample_rng(seed, index, f"digit scene {split}")
     claim = _draw_claim(_KIND_DRAWS[_pick(rng, len(_KIND_DRAWS))], split, rng)
     scale = 1 + _pick(rng, min(canvas_height, canvas_width) // MIN_CANVAS_PIXELS)

@@ -18,20 +18,10 @@ from tqdm import tqdm
 from ecdit_ds.data.beside import check_encoders_fit
 from ecdit_ds.data.columns import LatentSums, null_columns, table_of, total_of
 from ecdit_ds.data.dataset import LatentDataset
-from ecdit_ds.data.digit_scenes import Split, draw_scene
+from ecdit_ds.data.digit_scenes import Split, check_canvas, draw_scene
 from ecdit_ds.data.encoder_facts import image_facts, text_facts
 from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
-from ecdit_ds.data.folder import (
-    SCHEMA_VERSION,
-    SetIndex,
-    ShardInfo,
-    new_draft,
-    publish_set,
-    read_index,
-    write_arrow_shard,
-    write_index,
-    write_null_text,
-)
+from ecdit_ds.data.folder import SCHEMA_VERSION, SetIndex, ShardInfo, read_index
 from ecdit_ds.data_config import DataConfig
 from ecdit_ds.errors import DataError
 from ecdit_ds.model_config import ModelConfig
@@ -94,6 +84,8 @@ def _write_scenes(
     text_encoder: TextEncoder,
 ) -> None:  # fmt: skip
     """Write a split beside its place, and publish it."""
+    from ecdit_ds.data.shard_writer import new_draft, publish_set, write_arrow_shard, write_index, write_null_text
+
     draft = new_draft(folder)
     try:
         parts: list[LatentSums] = []
@@ -122,8 +114,7 @@ def check_digit_scenes(model: ModelConfig, image_encoder: ImageEncoder, text_enc
         DataError: naming the fields to change.
     """
     check_encoders_fit(model, image_encoder, text_encoder)
-    height, width = (side * image_encoder.downsampling for side in (model.latent_height, model.latent_width))
-    draw_scene(seed=0, split="train", index=0, canvas_height=height, canvas_width=width)
+    check_canvas(*(side * image_encoder.downsampling for side in (model.latent_height, model.latent_width)))
 
 
 def require_digit_scenes(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ecdit_ds.data.listings import LIST_SUFFIXES, open_folder, open_list
 from ecdit_ds.data.source import IMAGE_SUFFIXES, Columns, Source, files_below, kind_of_other
-from ecdit_ds.data.tables import open_hub, open_parquet, open_saved
+from ecdit_ds.data.tables import open_parquet
 from ecdit_ds.data.tars import open_tars
 from ecdit_ds.errors import DataError
 
@@ -43,13 +43,9 @@ def open_source(
         raise DataError(f"{name}: has no splits, so --split {split} has no effect on it; leave it out")
     if path.is_file():
         return _open_file(path.resolve(), unit_samples, columns, images)
-    if not path.is_dir():
-        if not _HUB_NAME.fullmatch(name):
-            raise DataError(f"{name}: is no file or folder, nor can it be a dataset's name on the hub")
-        return open_hub(name, split or "train", unit_samples=unit_samples, columns=columns)
+    if is_saved or not path.is_dir():
+        return _open_dataset(path.resolve() if is_saved else None, name, split, unit_samples, columns)
     root = path.resolve()
-    if is_saved:
-        return open_saved(root, split, unit_samples=unit_samples, columns=columns)
 
     files, _links, system_files = files_below(root)
     packed = [file for file in files if file.name.lower().endswith(_COMPRESSED_TARS)]
@@ -71,6 +67,16 @@ def open_source(
     if kinds == ["Parquet files"]:
         return open_parquet(root, wanted, unit_samples=unit_samples, columns=columns, ignored=ignored)
     return open_folder(root, unit_samples=unit_samples, columns=columns)
+
+
+def _open_dataset(root: Path | None, name: str, split: str | None, unit_samples: int, columns: Columns) -> Source:
+    from ecdit_ds.data.dataset_rows import open_hub, open_saved
+
+    if root is not None:
+        return open_saved(root, split, unit_samples=unit_samples, columns=columns)
+    if not _HUB_NAME.fullmatch(name):
+        raise DataError(f"{name}: is no file or folder, nor can it be a dataset's name on the hub")
+    return open_hub(name, split or "train", unit_samples=unit_samples, columns=columns)
 
 
 def _open_file(path: Path, unit_samples: int, columns: Columns, images: Path | None) -> Source:

@@ -20,7 +20,7 @@ from ecdit_ds.data.corpus import Job, encode_corpus
 from ecdit_ds.data.corpus_unit import Encoding
 from ecdit_ds.data.encoder_facts import image_facts, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
-from ecdit_ds.data.folder import new_draft, publish_set
+from ecdit_ds.data.shard_writer import new_draft, publish_set
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.durable import make_folders, put_on_disk, replace_durably
 from ecdit_ds.evaluation.fid import FeatureStatistics, save_statistics

@@ -14,8 +14,9 @@ from PIL import Image
 from ecdit_ds.config import Recipe
 from ecdit_ds.data.encoder_facts import image_facts, null_text_facts, text_facts
 from ecdit_ds.data.encoders import PixelCodec, WordEncoder
-from ecdit_ds.data.folder import read_index, write_index
+from ecdit_ds.data.folder import read_index
 from ecdit_ds.data.scene_set import open_digit_scenes
+from ecdit_ds.data.shard_writer import write_index
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.drawing import encoders_of
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times

@@ -36,7 +36,6 @@ from ecdit_ds.monitoring import Monitor
 from ecdit_ds.parallel.layers import LayerFactory
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
-from ecdit_ds.pictures import save_grid
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.snapshot import (
@@ -294,6 +293,8 @@ class _SampleFiles(Callback):
         self._folder = folder
 
     def on_samples(self, step: int, images_BHWC: np.ndarray, captions: list[str]) -> None:
+        from ecdit_ds.figures import save_grid  # matplotlib takes a while, and one rank alone needs it
+
         save_grid(images_BHWC, captions, min(4, len(captions)), self._folder / f"step_{step}.png")
 
 

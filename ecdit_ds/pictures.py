@@ -1,21 +1,14 @@
-"""Pictures for people: captioned grids and single files, and what stands beside them."""
+"""Single pictures as files, and the texts that stand beside them; `figures.py` makes grids."""
 
 import io
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from ecdit_ds.durable import make_folders, replace_durably
-
-_INCHES_PER_PICTURE = 1.6
-_CAPTION_WIDTH = 22
 
 
 def to_uint8(images_B3HW: Tensor) -> np.ndarray:
@@ -26,35 +19,14 @@ def to_uint8(images_B3HW: Tensor) -> np.ndarray:
 
 def save_png(image_HWC: np.ndarray, path: Path) -> None:
     """Write one picture as it is, whole or not at all."""
-    _write(path, _png(Image.fromarray(image_HWC)))
-
-
-def save_grid(
-    images_BHWC: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int, path: Path
-) -> None:
-    """Write the pictures with their captions, `columns` a row."""
-    rows = -(-len(captions) // columns)
-    figure = Figure(figsize=(columns * _INCHES_PER_PICTURE, rows * _INCHES_PER_PICTURE * 1.35), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, image, caption in zip(axes.flat, images_BHWC, captions, strict=False):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(caption, _CAPTION_WIDTH)), fontsize=8, parse_math=False)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    _write(path, buffer.getvalue())
+    Image.fromarray(image_HWC).save(buffer, format="png")
+    save_bytes(buffer.getvalue(), path)
 
 
 def save_text(text: str, path: Path) -> None:
     """Write a text, such as a page or numbers, whole or not at all."""
-    _write(path, text.encode("utf-8"))
+    save_bytes(text.encode("utf-8"), path)
 
 
 def name_for_file(prompt: str) -> str:
@@ -63,12 +35,7 @@ def name_for_file(prompt: str) -> str:
     return "_".join(filter(None, words.split("_")))[:60]
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
+def save_bytes(data: bytes, path: Path) -> None:
+    """Write a file, whole or not at all, into a folder that may not exist yet."""
     make_folders(path.parent)
     replace_durably(path, data)

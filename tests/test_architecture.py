@@ -44,7 +44,7 @@ LAYERS = (
         "callbacks",
         "slurm",
     ),
-    ("engine", "batches", "drawing", "evaluation"),
+    ("engine", "batches", "drawing", "evaluation", "figures"),
     ("snapshot", "interpret", "loading", "crew"),
     ("saver", "pipeline", "ledger", "monitoring"),
     ("gallery",),

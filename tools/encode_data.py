@@ -38,7 +38,8 @@ from ecdit_ds.data.source import CHOICES, Captions, Columns
 from ecdit_ds.data.sources import open_source
 from ecdit_ds.drawing import place_of, require_finite
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
-from ecdit_ds.pictures import save_grid, to_uint8
+from ecdit_ds.figures import save_grid
+from ecdit_ds.pictures import to_uint8
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser

@@ -24,10 +24,10 @@ from ecdit_ds.evaluation.digit_detector import find_objects
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.evaluation.scene_checker import judge as judge_scene
 from ecdit_ds.evaluation.scenes import SceneScores, heldout_prompts, other_claims, scores_of
+from ecdit_ds.figures import save_grid
 from ecdit_ds.gallery import LINES_NAME, SETTINGS_NAME, Job, Picture, is_of_other_pictures, read_gallery, read_picture
 from ecdit_ds.ledger import Row
 from ecdit_ds.loading import StoredModel, open_encoders
-from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_prompt_file
 from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
 

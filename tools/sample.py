@@ -31,6 +31,7 @@ from ecdit_ds.crew import Crew, join_crew, leave
 from ecdit_ds.data.scene_set import is_of_digit_scenes
 from ecdit_ds.drawing import TextToImage
 from ecdit_ds.errors import ConfigError, DataError, EcditError, exit_code_of
+from ecdit_ds.figures import save_grid
 from ecdit_ds.gallery import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.loading import (
@@ -43,7 +44,6 @@ from ecdit_ds.loading import (
     open_model,
 )
 from ecdit_ds.parallel.sharding import Share
-from ecdit_ds.pictures import save_grid
 from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of

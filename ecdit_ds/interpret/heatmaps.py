@@ -13,9 +13,9 @@ from matplotlib.image import AxesImage
 
 from ecdit_ds.config import SampleConfig
 from ecdit_ds.drawing import TextToImage
+from ecdit_ds.figures import save_figure
 from ecdit_ds.interpret.concentration import gini, normalised_entropy
 from ecdit_ds.interpret.routing_trace import RoutingTrace, trace_routing
-from ecdit_ds.pictures import save_figure
 
 _MOMENTS = (("early", 0.1), ("middle", 0.5), ("late", 0.9))
 _TITLE_CHARACTERS = 90

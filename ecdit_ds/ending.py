@@ -13,7 +13,6 @@ from typing import IO
 import psutil
 
 from ecdit_ds.checkpoint.folders import list_checkpoints
-from ecdit_ds.checkpoint.tending import fault_of
 from ecdit_ds.errors import CheckpointError, ExitCode, plain
 
 _PATIENCE_S = 3.0
@@ -105,6 +104,8 @@ class RunStatus:
 
 def last_line(status: RunStatus, verdict: str, cause: str) -> str:
     """Return the summary, such as `end: crashed | cause: ... | rank 0 | step 7 | last valid checkpoint: ...`."""
+    from ecdit_ds.checkpoint.tending import fault_of  # with torch, which a recipe that is refused does not wait for
+
     newest = None
     with contextlib.suppress(CheckpointError):
         newest = next((folder for folder in list_checkpoints(status.checkpoints) if fault_of(folder) is None), None)

@@ -1,6 +1,8 @@
 """Train a recipe:  deepspeed ecdit_ds/train.py --deepspeed ds_configs/zero2.json
 
 With no other flag this trains the demo. Every rank runs this file; `build.run` says what is built, in which order.
+
+A recipe is checked before torch is imported: what is wrong with it is said at once.
 """
 
 import argparse
@@ -22,15 +24,12 @@ if __name__ == "__main__":
 
     die_with_launcher(ask_to_leave=_stop.launcher_died)
 
-from ecdit_ds.build import run, share_cores
+from ecdit_ds.config import Recipe
 from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
-from ecdit_ds.dry_run import dry_run
 from ecdit_ds.ending import RunStatus, last_line, let_go_of_closed_streams, say
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, StaleAttemptError, exit_code_of
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
-from ecdit_ds.run_folder import RunFolder
 from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_ended, training_to
 from ecdit_ds.stopping import StopRequest
 
@@ -78,26 +77,9 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
             if is_first:
                 print(dump_recipe(recipe), end="")
             return ExitCode.DONE
-        place = place_from_environment()
-        world_size = _world_size(options, place.world_size)
-        topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
-        deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
+        code = _start(recipe, options, stop, status)
         if options.dry_run:
-            stop.stand_down()
-            if is_first:
-                output = options.output or Path("runs") / recipe.name
-                told, is_ready = dry_run(
-                    recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),
-                    resume=options.resume,
-                )  # fmt: skip
-                print(told)
-                if not is_ready:
-                    return ExitCode.USER_ERROR
-            mark_complete(DRY_RUN)
-            return ExitCode.DONE
-        share_cores(place)
-        folder = RunFolder(path=options.output or Path("runs") / recipe.name)
-        code = run(recipe, topology, deepspeed_config, folder, options.resume, stop, status)
+            return code
         cause = status.asked_to_stop if code == ExitCode.SAVED else "all steps are done"
     except EcditError as error:
         if is_first or is_watched():
@@ -124,6 +106,35 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         mark_ended(code)
     status.has_left = True
     return code
+
+
+def _start(recipe: Recipe, options: argparse.Namespace, stop: StopRequest, status: RunStatus) -> ExitCode:
+    """Train, or say what training would do; what this imports takes seconds."""
+    from ecdit_ds.build import run, share_cores
+    from ecdit_ds.parallel.world import place_from_environment
+    from ecdit_ds.run_folder import RunFolder
+
+    place = place_from_environment()
+    world_size = _world_size(options, place.world_size)
+    topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
+    deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
+    output = options.output or Path("runs") / recipe.name
+    if not options.dry_run:
+        share_cores(place)
+        return run(recipe, topology, deepspeed_config, RunFolder(path=output), options.resume, stop, status)
+    stop.stand_down()
+    if place.rank == 0:
+        from ecdit_ds.dry_run import dry_run
+
+        told, is_ready = dry_run(
+            recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),
+            resume=options.resume,
+        )  # fmt: skip
+        print(told)
+        if not is_ready:
+            return ExitCode.USER_ERROR
+    mark_complete(DRY_RUN)
+    return ExitCode.DONE
 
 
 def _world_size(options: argparse.Namespace, started: int) -> int:

@@ -433,8 +433,8 @@ def test_training_reports_its_last_step_and_no_other_end(
     marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCode,
     expected: list[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(train, "run", lambda *_: code)
-    monkeypatch.setattr(train, "share_cores", lambda _: None)
+    monkeypatch.setattr("ecdit_ds.build.run", lambda *_: code)
+    monkeypatch.setattr("ecdit_ds.build.share_cores", lambda _: None)
     assert train.main(["--set", "train.max_steps=7", "--output", str(tmp_path)]) == code
     assert marked() == expected
     assert ends_told() == [code] * (code == ExitCode.GAVE_UP)
@@ -492,7 +492,7 @@ def test_a_dry_run_reports_itself_as_the_task_that_it_is_and_not_as_the_rank_tha
             monkeypatch.setenv(name, value)
         return "in order", is_ready
 
-    monkeypatch.setattr(train, "dry_run", play)
+    monkeypatch.setattr("ecdit_ds.dry_run.dry_run", play)
     is_ready = False
     assert train.main(["--dry-run", "--world-size=2", "--rank=1"]) == 2
     assert marked() == []

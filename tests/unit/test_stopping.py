@@ -71,7 +71,7 @@ def test_signals_end_a_dry_run(listening: StopRequest, monkeypatch: pytest.Monke
         handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1)))
         return "in order", True
 
-    monkeypatch.setattr(train, "dry_run", look)
+    monkeypatch.setattr("ecdit_ds.dry_run.dry_run", look)
     assert train.main(["--dry-run", "--world-size=1"], listening) == ExitCode.DONE
     assert handlers == [signal.SIG_DFL, signal.SIG_DFL]
 

@@ -240,6 +240,34 @@ def test_a_folder_that_is_not_this_runs_is_refused_and_left_as_it_was(folders: P
     assert not (folders / "new").exists()
 
 
-def test_without_tensor_parallelism_megatron_is_not_even_imported() -> None:
-    code = "import sys, ecdit_ds.train; sys.exit('megatron' in sys.modules or 'deepspeed' not in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=True)
+SLOW_LIBRARIES = ("megatron", "datasets", "matplotlib", "pandas", "scipy", "sklearn", "transformers", "diffusers")
+
+
+def test_a_rank_imports_no_library_that_its_run_may_not_need() -> None:
+    code = f"import sys, ecdit_ds.build; print([name for name in {SLOW_LIBRARIES} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ENTRY.parents[1], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n"
+
+
+REFUSED = """
+import sys
+from ecdit_ds.train import main
+
+for flags in (["--set", "model.num_heds=3"], ["--set", "model.num_heads=3"], ["--config", "none"], ["--print-config"]):
+    print(main(flags), "torch" in sys.modules, file=sys.stderr)
+try:
+    main(["--help"])
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_a_recipe_is_refused_or_printed_before_torch_is_imported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], cwd=ENTRY.parents[1], check=True, capture_output=True, text=True
+    )
+    told = [line for line in done.stderr.splitlines() if not line.startswith("error: ")]
+    assert told == ["2 False", "2 False", "2 False", "0 False", "False"]
+    assert done.stderr.count("error: ") == 3

@@ -15,7 +15,7 @@ from diffusers.models import modeling_utils
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
-from ecdit_ds.data import pretrained
+from ecdit_ds.data import encoder_folders
 from ecdit_ds.data.encoder_facts import (
     count_frozen,
     image_facts,

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ecdit_ds.drawing import TextToImage, require_finite
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.flow.samplers import NoiseFn
-from ecdit_ds.loading import EncoderFolders, Spread, load_drawer, load_spread_drawer
-from ecdit_ds.pictures import to_uint8
+from ecdit_ds.inference.images import to_uint8
+from ecdit_ds.inference.load import EncoderFolders, Spread, load_drawer, load_spread_drawer
+from ecdit_ds.inference.text_to_image import TextToImage, require_finite
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepEnd = Callable[["TextToImagePipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]

@@ -15,23 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
     sys.path[0] = str(ROOT)
-    from ecdit_ds.stopping import StopRequest
+    from ecdit_ds.runtime.signals import StopRequest
 
     # The imports below take seconds, in which a signal may come or a launcher may be killed.
     _stop = StopRequest()
     _stop.listen()
-    from ecdit_ds.lifeline import die_with_launcher
+    from ecdit_ds.runtime.launcher_watch import die_with_launcher
 
     die_with_launcher(ask_to_leave=_stop.launcher_died)
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
-from ecdit_ds.ending import RunStatus, last_line, let_go_of_closed_streams, say
+from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode, StaleAttemptError, exit_code_of
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.recipe_file import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
+from ecdit_ds.runtime.exit_report import RunStatus, last_line, let_go_of_closed_streams, say
+from ecdit_ds.runtime.signals import StopRequest
 from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_ended, training_to
-from ecdit_ds.stopping import StopRequest
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -110,9 +110,9 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
 
 def _start(recipe: Recipe, options: argparse.Namespace, stop: StopRequest, status: RunStatus) -> ExitCode:
     """Train, or say what training would do; what this imports takes seconds."""
-    from ecdit_ds.build import run, share_cores
     from ecdit_ds.parallel.world import place_from_environment
-    from ecdit_ds.run_folder import RunFolder
+    from ecdit_ds.training.run_dir import RunFolder
+    from ecdit_ds.training.setup import run, share_cores
 
     place = place_from_environment()
     world_size = _world_size(options, place.world_size)
@@ -124,7 +124,7 @@ def _start(recipe: Recipe, options: argparse.Namespace, stop: StopRequest, statu
         return run(recipe, topology, deepspeed_config, RunFolder(path=output), options.resume, stop, status)
     stop.stand_down()
     if place.rank == 0:
-        from ecdit_ds.dry_run import dry_run
+        from ecdit_ds.training.dry_run import dry_run
 
         told, is_ready = dry_run(
             recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),

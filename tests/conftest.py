@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from tests.helpers.random_model import save_random_model
 
 # Some tests fork, and a forked child hangs in a thread pool that its parent has used: use none.

@@ -67,7 +67,7 @@ IMPORTED_ONLY_BY = {
     "torch.load": ("checkpoint.torch_files",),
     "torch.save": ("checkpoint.torch_files",),
     "torch.serialization": ("checkpoint.torch_files",),
-    "deepspeed": ("engine", "parallel.deepspeed_moe", "tools/bench_layers.py"),
+    "deepspeed": ("engine", "parallel.deepspeed_moe", "tools/benchmarks/layers.py"),
     "megatron": ("parallel",),
     # Seconds to import, and of no use to training.
     "torchmetrics": ("evaluation",),
@@ -107,7 +107,7 @@ NEVER_ANYWHERE = (
     "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "eval", "exec", "os.system", "os.popen",
     "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
 )  # fmt: skip
-BESIDE_PEERS = {"tools/bench_checkpoint.py": ("torch.load", "torch.save")}
+BESIDE_PEERS = {"tools/benchmarks/checkpoint.py": ("torch.load", "torch.save")}
 """The benchmark may, since it measures torch's formats beside ours; what it reads it wrote itself."""
 NEVER_SET = {"shell": True, "allow_pickle": True, "weights_only": False}
 MAX_FILE_LINES = 400
@@ -324,7 +324,7 @@ def test_every_row_of_the_law_names_something_that_exists(sources: list[Source])
         ("model.moe", "from ecdit_ds.flow.rectified import interpolate", "model.moe:1 imports flow.rectified"),
         ("flow.guidance", "from ecdit_ds.parallel import topology", "flow.guidance:1 imports parallel.topology"),
         ("checkpoint.boxes", "def f():\n    import ecdit_ds.seeding", "checkpoint.boxes:2 imports seeding"),
-        ("config", "import ecdit_ds.trainer as t", "config:1 imports trainer"),
+        ("config", "import ecdit_ds.training.trainer as t", "config:1 imports trainer"),
         ("ema", "from ecdit_ds import optim", "ema:1 imports optim"),
         ("parallel.experts", "from .layers import LayerFactory", "parallel.experts:1 imports .layers"),
         ("novelty", "x = 1", "novelty: has no row"),

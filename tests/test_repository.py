@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.recipe_file import load_recipe, recipe_names
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.yaml_loader import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ecdit_ds"

@@ -31,19 +31,19 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.validation import divisors
+from ecdit_ds.config.yaml_loader import DEFAULT_RECIPE
 from ecdit_ds.errors import ConfigError, EcditError
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.recipe_file import DEFAULT_RECIPE
 from ecdit_ds.seeding import parameter_generator
-from ecdit_ds.validation import divisors
-from tools.bench_checkpoint import run_checkpoint
-from tools.bench_data import add_loader
-from tools.bench_dispatch import run_dispatch
-from tools.bench_encode import add_encode
-from tools.bench_flags import add_common, add_report, check_folder, positive, positive_number
-from tools.bench_layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
-from tools.bench_report import compare, describe_run, rotated, times_text
-from tools.bench_sample import check_sample, run_sample
+from tools.benchmarks.checkpoint import run_checkpoint
+from tools.benchmarks.data import add_loader
+from tools.benchmarks.dispatch import run_dispatch
+from tools.benchmarks.encode import add_encode
+from tools.benchmarks.flags import add_common, add_report, check_folder, positive, positive_number
+from tools.benchmarks.layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
+from tools.benchmarks.report import compare, describe_run, rotated, times_text
+from tools.benchmarks.sample import check_sample, run_sample
 from tools.command_line import OneLineParser
 
 _FULL: dict[str, Any] = {"tokens": [64, 256, 1024, 4096], "experts": [8, 16, 32, 64], "call_tokens": 8192, "rounds": 7}

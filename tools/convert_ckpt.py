@@ -29,19 +29,19 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from ecdit_ds.checkpoint.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
-from ecdit_ds.checkpoint.derived import WithAverage
+from ecdit_ds.checkpoint.convert.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
+from ecdit_ds.checkpoint.convert.file_plan import FilePlan, plan_files, plan_layout, plan_safetensors
+from ecdit_ds.checkpoint.convert.formats import lacks_recipe
+from ecdit_ds.checkpoint.convert.inspection import describe, differences, total_bytes, verify
+from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
+from ecdit_ds.checkpoint.convert.sources import SafetensorsSource, Source
+from ecdit_ds.checkpoint.convert.universal_writer import convert_to_universal, plan_universal
+from ecdit_ds.checkpoint.convert.upcycle import WithAverage
+from ecdit_ds.checkpoint.convert.workspace import partial_of
 from ecdit_ds.checkpoint.finite import tell_nonfinite
-from ecdit_ds.checkpoint.formats import lacks_recipe
-from ecdit_ds.checkpoint.inspection import describe, differences, total_bytes, verify
-from ecdit_ds.checkpoint.model_facts import ModelFacts
-from ecdit_ds.checkpoint.partial import partial_of
-from ecdit_ds.checkpoint.plans import FilePlan, plan_files, plan_layout, plan_safetensors
-from ecdit_ds.checkpoint.sources import SafetensorsSource, Source
-from ecdit_ds.checkpoint.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode, plain
-from ecdit_ds.optim import STATE_NAMES
-from ecdit_ds.parallel.cutting import cut_axes
+from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.training.optimizer import STATE_NAMES
 from tools.command_line import OneLineParser
 from tools.convert_sources import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 

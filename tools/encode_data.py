@@ -25,21 +25,21 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from ecdit_ds.data.corpus import Job, encode_corpus
-from ecdit_ds.data.corpus_unit import Encoding
-from ecdit_ds.data.dataset import LatentDataset
-from ecdit_ds.data.encoder_facts import image_facts, open_image_encoder, text_facts
-from ecdit_ds.data.encoders import RAW_PIXELS, ImageEncoder, TextEncoder, WordEncoder
-from ecdit_ds.data.folder import SetIndex, read_index
-from ecdit_ds.data.images import Size, buckets_of
+from ecdit_ds.data.encoders.base import RAW_PIXELS, ImageEncoder, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
+from ecdit_ds.data.encoders.spec import image_facts, open_image_encoder, text_facts
+from ecdit_ds.data.latents.dataset import LatentDataset
+from ecdit_ds.data.latents.index import SetIndex, read_index
 from ecdit_ds.data.normalization import warning_of
-from ecdit_ds.data.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
-from ecdit_ds.data.source import CHOICES, Captions, Columns
-from ecdit_ds.data.sources import open_source
-from ecdit_ds.drawing import place_of, require_finite
+from ecdit_ds.data.precompute.job import Job, encode_corpus
+from ecdit_ds.data.precompute.unit import Encoding
+from ecdit_ds.data.sources.base import CHOICES, Captions, Columns
+from ecdit_ds.data.sources.images import Size, buckets_of
+from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
-from ecdit_ds.figures import save_grid
-from ecdit_ds.pictures import to_uint8
+from ecdit_ds.inference.figures import save_grid
+from ecdit_ds.inference.images import to_uint8
+from ecdit_ds.inference.text_to_image import place_of, require_finite
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser

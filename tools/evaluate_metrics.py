@@ -13,22 +13,30 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from ecdit_ds.data.beside import encoders_beside
-from ecdit_ds.data.digit_scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.images import read_image
-from ecdit_ds.data.scene_set import require_digit_scenes
-from ecdit_ds.data.source import kind_of_ignored
+from ecdit_ds.data.digit_scenes.dataset import require_digit_scenes
+from ecdit_ds.data.digit_scenes.scenes import KINDS, Claim, Scene, draw_scene, parse_caption
+from ecdit_ds.data.encoders.online import encoders_beside
+from ecdit_ds.data.sources.base import kind_of_ignored
+from ecdit_ds.data.sources.images import read_image
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
-from ecdit_ds.evaluation.digit_detector import find_objects
+from ecdit_ds.evaluation.digit_scenes.checker import judge as judge_scene
+from ecdit_ds.evaluation.digit_scenes.detector import find_objects
+from ecdit_ds.evaluation.digit_scenes.score import SceneScores, heldout_prompts, other_claims, scores_of
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
-from ecdit_ds.evaluation.scene_checker import judge as judge_scene
-from ecdit_ds.evaluation.scenes import SceneScores, heldout_prompts, other_claims, scores_of
-from ecdit_ds.figures import save_grid
-from ecdit_ds.gallery import LINES_NAME, SETTINGS_NAME, Job, Picture, is_of_other_pictures, read_gallery, read_picture
-from ecdit_ds.ledger import Row
-from ecdit_ds.loading import StoredModel, open_encoders
-from ecdit_ds.prompts import read_prompt_file
+from ecdit_ds.inference.figures import save_grid
+from ecdit_ds.inference.image_folder import (
+    LINES_NAME,
+    SETTINGS_NAME,
+    Job,
+    Picture,
+    is_of_other_pictures,
+    read_gallery,
+    read_picture,
+)
+from ecdit_ds.inference.jsonl_shards import Row
+from ecdit_ds.inference.load import StoredModel, open_encoders
+from ecdit_ds.inference.prompts import read_prompt_file
 from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
 
 _COLUMNS = 6
@@ -253,9 +261,9 @@ def clip(options: argparse.Namespace) -> None:
 def geneval(options: argparse.Namespace) -> None:
     """GenEval by its published rules."""
     from ecdit_ds.evaluation.clip import load_clip
-    from ecdit_ds.evaluation.geneval import TASKS, JudgedPicture, Verdict, summarize
-    from ecdit_ds.evaluation.geneval_models import ColourNamer, judge_pictures, load_detector
-    from ecdit_ds.evaluation.geneval_prompts import as_metadata, draw_prompts, read_prompts
+    from ecdit_ds.evaluation.geneval.models import ColourNamer, judge_pictures, load_detector
+    from ecdit_ds.evaluation.geneval.prompts import as_metadata, draw_prompts, read_prompts
+    from ecdit_ds.evaluation.geneval.rules import TASKS, JudgedPicture, Verdict, summarize
     from ecdit_ds.evaluation.pretrained import fingerprint, revisions
 
     count = options.images_per_prompt

@@ -25,17 +25,17 @@ if __name__ == "__main__":
 from torch import Tensor
 from tqdm import tqdm
 
-from ecdit_ds.config import SampleConfig
-from ecdit_ds.data.scene_set import require_digit_scenes
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.config.recipe import SampleConfig
+from ecdit_ds.data.digit_scenes.dataset import require_digit_scenes
 from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.inference.images import name_for_file, save_text
+from ecdit_ds.inference.load import KINDS, load_drawer, open_model
+from ecdit_ds.inference.prompts import require_words
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmap_page import Drawing, trace_numbers, trace_page
 from ecdit_ds.interpret.heatmaps import maps_of, save_compute_maps, save_concentration, save_expert_maps
 from ecdit_ds.interpret.routing_trace import require_expert_choice, trace_routing
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
-from ecdit_ds.loading import KINDS, load_drawer, open_model
-from ecdit_ds.pictures import name_for_file, save_text
-from ecdit_ds.prompts import require_words
 from tools.command_line import OneLineParser
 from tools.sample import add_encoder_arguments, encoder_folders
 

@@ -18,8 +18,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import load_recipe, recipe_names
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, read_machine, reasons
@@ -39,7 +40,6 @@ from ecdit_ds.planner.search import (
     smallest_nodes,
 )
 from ecdit_ds.planner.zero import zero_settings
-from ecdit_ds.recipe_file import load_recipe, recipe_names
 from tools.command_line import OneLineParser
 
 STAGES = (1, 2, 3)

@@ -26,15 +26,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.crew import Crew, join_crew, leave
-from ecdit_ds.data.scene_set import is_of_digit_scenes
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.config.recipe import Recipe, SampleConfig
+from ecdit_ds.data.digit_scenes.dataset import is_of_digit_scenes
 from ecdit_ds.errors import ConfigError, DataError, EcditError, exit_code_of
-from ecdit_ds.figures import save_grid
-from ecdit_ds.gallery import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
-from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
-from ecdit_ds.loading import (
+from ecdit_ds.inference.figures import save_grid
+from ecdit_ds.inference.image_folder import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
+from ecdit_ds.inference.load import (
     KINDS,
     EncoderFolders,
     Spread,
@@ -43,8 +40,11 @@ from ecdit_ds.loading import (
     load_spread_drawer,
     open_model,
 )
-from ecdit_ds.parallel.sharding import Share
-from ecdit_ds.prompts import read_dataset_prompts, read_prompt_file
+from ecdit_ds.inference.prompts import read_dataset_prompts, read_prompt_file
+from ecdit_ds.inference.ranks import Crew, join_crew, leave
+from ecdit_ds.inference.text_to_image import TextToImage
+from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
+from ecdit_ds.model.sharding import Share
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ecdit_ds.durable import is_still, private_file, put_on_disk
 from ecdit_ds.errors import CheckpointError, StaleAttemptError
+from ecdit_ds.files.durable import is_still, private_file, put_on_disk
 
 LEASE_NAME = ".attempt"
 _PATIENCE_S = 10.0

@@ -19,9 +19,9 @@ import torch
 import xxhash
 
 from ecdit_ds.checkpoint.boxes import Box, check_cover
+from ecdit_ds.checkpoint.file_ranges import require_plain_file
 from ecdit_ds.checkpoint.finite import nonfinite_in_json
-from ecdit_ds.checkpoint.folders import MANIFEST_NAME, step_name, step_of
-from ecdit_ds.checkpoint.ranges import require_plain_file
+from ecdit_ds.checkpoint.naming import MANIFEST_NAME, step_name, step_of
 from ecdit_ds.errors import CheckpointError
 
 FORMAT = "ecdit_ds"

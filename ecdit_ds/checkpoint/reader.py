@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, shifted
 from ecdit_ds.checkpoint.finite import require_finite
-from ecdit_ds.checkpoint.folders import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.manifest import DTYPES, StoredTensor
+from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.slices import CheckedSlices
 from ecdit_ds.errors import CheckpointError
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.manifest import DTYPES, StoredSlice, StoredTensor, read_manifest
-from ecdit_ds.checkpoint.streams import TensorFile
+from ecdit_ds.checkpoint.safetensors_file import TensorFile
 from ecdit_ds.errors import CheckpointError
 
 

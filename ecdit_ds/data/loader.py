@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ecdit_ds.data.dataset import Samples
+from ecdit_ds.data.collate import in_one_block
+from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.mixture import Mixture, Part, SampleSet
-from ecdit_ds.data.packing import in_one_block
-from ecdit_ds.data.replacing import read_good
+from ecdit_ds.data.replacement import read_good
 from ecdit_ds.errors import DataError, EcditError
 from ecdit_ds.seeding import stable_seed
 

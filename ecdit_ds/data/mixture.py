@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.dataset import Samples
-from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.encoders.base import TextEmbeddings
+from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.order import MAX_SLOTS, interleave, replacement_order, sample_order
 from ecdit_ds.seeding import stable_seed
 

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecdit_ds.data.encoders import Factor, PixelCodec
-from ecdit_ds.data_config import DataConfig
+from ecdit_ds.config.data_config import DataConfig
+from ecdit_ds.data.encoders.base import Factor, PixelCodec
 
 MAX_MEAN = 1.0
 """A channel whose mean is farther from 0 is worth a warning."""

@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from ecdit_ds.config import Recipe, SampleConfig
-from ecdit_ds.data.dataset import LatentDataset
-from ecdit_ds.data.digit_scenes import Split
-from ecdit_ds.data.encoders import ImageEncoder, PixelCodec, TextEncoder
-from ecdit_ds.data.folder import Check, SetIndex, read_index
+from ecdit_ds.config.data_config import DataConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe, SampleConfig
+from ecdit_ds.data.digit_scenes.dataset import open_digit_scenes
+from ecdit_ds.data.digit_scenes.scenes import Split
+from ecdit_ds.data.encoders.base import ImageEncoder, PixelCodec, TextEncoder
+from ecdit_ds.data.latents.dataset import LatentDataset
+from ecdit_ds.data.latents.index import Check, SetIndex, read_index
 from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
 from ecdit_ds.data.normalization import Moments, codec_in, mixed, normalizing_codec, warning_of
-from ecdit_ds.data.raw_set import count_samples, measure_pixels, open_raw_set, open_raw_source
-from ecdit_ds.data.scene_set import open_digit_scenes
-from ecdit_ds.data_config import DataConfig
+from ecdit_ds.data.raw_dataset import count_samples, measure_pixels, open_raw_set, open_raw_source
 from ecdit_ds.errors import ConfigError, DataError
-from ecdit_ds.model_config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

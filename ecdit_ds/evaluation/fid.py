@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ecdit_ds.durable import make_folders, replace_durably
 from ecdit_ds.errors import EvaluationError
 from ecdit_ds.evaluation.features import FeatureModel
+from ecdit_ds.files.durable import make_folders, replace_durably
 
 _FORMAT = "ecdit_ds feature statistics 1"
 _FEWEST = 2

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.dataset import Samples
+from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_losses

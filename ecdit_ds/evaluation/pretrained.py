@@ -18,8 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
-from ecdit_ds.data.encoder_folders import commit_of
-from ecdit_ds.data.stored_weights import LOCAL, TRANSFORMERS, left_over, opening, refuse_left_over, refuse_quantized
+from ecdit_ds.data.encoders.folders import commit_of
+from ecdit_ds.data.encoders.stored_weights import (
+    LOCAL,
+    TRANSFORMERS,
+    left_over,
+    opening,
+    refuse_left_over,
+    refuse_quantized,
+)
 from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from ecdit_ds.config import FlowConfig
+from ecdit_ds.config.recipe import FlowConfig
 from ecdit_ds.flow.rectified import interpolate, timesteps_from_uniform, velocity_target
 from ecdit_ds.seeding import sample_rngs
 

@@ -9,7 +9,7 @@ Sampling therefore integrates from t = 1 down to t = 0. Source: arXiv 2410.02098
 import torch
 from torch import Tensor
 
-from ecdit_ds.config import FlowConfig
+from ecdit_ds.config.recipe import FlowConfig
 
 _UNIFORM_EDGE = 1e-6
 

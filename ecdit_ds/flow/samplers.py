@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ecdit_ds.config import SampleConfig
+from ecdit_ds.config.recipe import SampleConfig
 from ecdit_ds.flow.rectified import shift_timesteps
 
 VelocityFn = Callable[[Tensor, float], Tensor]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from einops import rearrange
 
-from ecdit_ds.data.digit_scenes import Scene
+from ecdit_ds.data.digit_scenes.scenes import Scene
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

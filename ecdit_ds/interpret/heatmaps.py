@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ecdit_ds.config import SampleConfig
-from ecdit_ds.drawing import TextToImage
-from ecdit_ds.figures import save_figure
+from ecdit_ds.config.recipe import SampleConfig
+from ecdit_ds.inference.figures import save_figure
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.concentration import gini, normalised_entropy
 from ecdit_ds.interpret.routing_trace import RoutingTrace, trace_routing
 

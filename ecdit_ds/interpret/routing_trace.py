@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.config import SampleConfig
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import SampleConfig
 from ecdit_ds.errors import ConfigError, NonFiniteError
 from ecdit_ds.flow.samplers import StepCallback, VelocityFn
+from ecdit_ds.inference.images import to_uint8
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, with_capacity_factor
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.pictures import to_uint8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ecdit_ds.drawing import TextToImage
-from ecdit_ds.figures import save_figure
+from ecdit_ds.inference.figures import save_figure
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmap_page import plain
 from ecdit_ds.interpret.heatmaps import plot_by_time
 from ecdit_ds.interpret.scene_study import Estimate, SceneCounts, control_estimates, count_scenes, estimates

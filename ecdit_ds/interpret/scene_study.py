@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from einops import rearrange
 
-from ecdit_ds.data.digit_scenes import draw_scene
-from ecdit_ds.drawing import TextToImage
+from ecdit_ds.data.digit_scenes.scenes import draw_scene
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.evaluation.heldout import heldout_times
 from ecdit_ds.flow.objective import draw_noise
 from ecdit_ds.flow.rectified import interpolate
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.concentration import (
     Bools,
     Floats,
@@ -33,7 +33,7 @@ from ecdit_ds.interpret.concentration import (
 from ecdit_ds.interpret.routing_trace import expert_layers, require_expert_choice, route_images
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
-from ecdit_ds.parallel.layers import SerialLayers
+from ecdit_ds.parallel.expert_parallel import SerialLayers
 
 _IMAGES_AT_ONCE = 64
 

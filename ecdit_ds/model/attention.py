@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.embedders import rotate
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.layers import LayerFactory
+from ecdit_ds.parallel.expert_parallel import LayerFactory
 
 
 class SelfAttention(nn.Module):

@@ -15,12 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.attention import TextMemory
 from ecdit_ds.model.block import DiTBlock, FinalLayer
 from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
-from ecdit_ds.model.recompute import Recompute
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.layers import LayerFactory
+from ecdit_ds.parallel.activation_checkpoint import Recompute
+from ecdit_ds.parallel.expert_parallel import LayerFactory
 
 
 class Prediction(NamedTuple):

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.recompute import Recompute
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.layers import LayerFactory
-from ecdit_ds.parallel.sharding import shard_of
+from ecdit_ds.model.sharding import shard_of
+from ecdit_ds.parallel.activation_checkpoint import Recompute
+from ecdit_ds.parallel.expert_parallel import LayerFactory
 from ecdit_ds.seeding import parameter_generator
 
 _ZERO = ("modulation", "final.linear", "cross_attention.out")

@@ -24,9 +24,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.model_config import ModelConfig
-from ecdit_ds.parallel.experts import activate
-from ecdit_ds.parallel.layers import LayerFactory
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.model.experts import activate
+from ecdit_ds.parallel.expert_parallel import LayerFactory
 
 
 class Routing(NamedTuple):

@@ -13,9 +13,9 @@ from deepspeed.utils import groups
 from einops import rearrange
 from torch import Tensor, nn
 
-from ecdit_ds.model_config import Activation, ModelConfig
-from ecdit_ds.parallel.experts import Experts
-from ecdit_ds.parallel.sharding import WHOLE, Share
+from ecdit_ds.config.model_config import Activation, ModelConfig
+from ecdit_ds.model.experts import Experts
+from ecdit_ds.model.sharding import WHOLE, Share
 
 
 def expert_group_name(ep_size: int) -> str:

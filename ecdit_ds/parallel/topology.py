@@ -10,8 +10,8 @@ megatron-core's "tp-cp-ep-dp-pp" and of DeepSpeed's expert groups. Pure Python: 
 from dataclasses import dataclass
 from typing import Literal
 
+from ecdit_ds.config.validation import divisors
 from ecdit_ds.errors import TopologyError
-from ecdit_ds.validation import divisors
 
 Axis = Literal["tp", "dp", "ep", "edp"]
 

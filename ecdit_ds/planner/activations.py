@@ -9,8 +9,8 @@ gets as many rows as it sends. w is 2 bytes for bf16 and 4 for fp32.
 import math
 from dataclasses import dataclass
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import is_recomputed
 from ecdit_ds.planner.parameters import NUMBER_BYTES

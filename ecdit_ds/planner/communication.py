@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.parallel.topology import Axis, Topology
 from ecdit_ds.planner.flops import is_recomputed
 from ecdit_ds.planner.parameters import NUMBER_BYTES, parameters

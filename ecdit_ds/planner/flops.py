@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.planner.parameters import TIMESTEP_WAVES
 
 

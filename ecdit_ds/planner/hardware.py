@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ecdit_ds.config.yaml_loader import parse_yaml
 from ecdit_ds.errors import ConfigError, shown
-from ecdit_ds.recipe_file import parse_yaml
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
 MOST_NODES, MOST_GPUS_PER_NODE = 100_000, 576

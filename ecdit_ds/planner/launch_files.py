@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ecdit_ds.config import Recipe, changed_fields
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.durable import make_folders, replace_durably
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe, changed_fields
+from ecdit_ds.config.yaml_loader import dump_recipe, parse_yaml
 from ecdit_ds.errors import ConfigError
+from ecdit_ds.files.durable import make_folders, replace_durably
 from ecdit_ds.planner.plan import Plan, with_micro_batch
-from ecdit_ds.recipe_file import dump_recipe, parse_yaml
 
 FILES = ("recipe.yaml", "deepspeed.json", "header.sh", "overrides.txt")
 SIGNAL_SECONDS_BEFORE_END = 300

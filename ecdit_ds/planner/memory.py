@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import live_activations, shapes_of
 from ecdit_ds.planner.parameters import NUMBER_BYTES, parameters

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ecdit_ds.config import Recipe
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.planner.parameters import count_parameters
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
 
 NUMBER_BYTES = {"fp32": 4, "bf16": 2}
 """Of weights, activations and gradients, by train.precision."""

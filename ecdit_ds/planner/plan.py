@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ecdit_ds.config import Recipe
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import Flops, recomputed_flops, training_flops

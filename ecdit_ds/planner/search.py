@@ -14,8 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.validation import divisors_of, require_divides
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.hardware import MOST_NODES, Machine
@@ -23,7 +24,6 @@ from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
 from ecdit_ds.planner.timing import step_time
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
-from ecdit_ds.validation import divisors_of, require_divides
 
 Mode = Literal["none", "block", "selective"]
 ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (

@@ -17,8 +17,8 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-from ecdit_ds.config import Recipe
-from ecdit_ds.model_config import ModelConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.communication import (
     LinkBytes,

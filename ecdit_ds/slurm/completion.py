@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecdit_ds.durable import replace_durably
 from ecdit_ds.errors import ConfigError, LostRankError
-from ecdit_ds.slurm.lives import FOR_GOOD
+from ecdit_ds.files.durable import replace_durably
+from ecdit_ds.slurm.job_history import FOR_GOOD
 
 VARIABLE = "ECDIT_COMPLETION"
 """Environment variable: how the path of a mark begins, to which each rank adds its number."""

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from ecdit_ds.durable import own_file
 from ecdit_ds.errors import ConfigError, plain
+from ecdit_ds.files.durable import own_file
 
 LOGS_FLAG = "--logs"
 """Argument of slurm/rank.sh: the folder where the rank opens its own log."""

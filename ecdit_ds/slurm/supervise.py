@@ -30,9 +30,7 @@ from ecdit_ds.slurm.completion import (
     tell_ranks,
     training_to,
 )
-from ecdit_ds.slurm.lives import Beginning, Ledger, Verdict, count_barren, judge, newest_step
-from ecdit_ds.slurm.rank_logs import flags_for_logs, last_words, remove_links
-from ecdit_ds.slurm.scheduler import (
+from ecdit_ds.slurm.controller import (
     AwayError,
     Job,
     JobState,
@@ -46,6 +44,8 @@ from ecdit_ds.slurm.scheduler import (
     requeues_after,
     seconds_of_warning,
 )
+from ecdit_ds.slurm.job_history import Beginning, Ledger, Verdict, count_barren, judge, newest_step
+from ecdit_ds.slurm.rank_logs import flags_for_logs, last_words, remove_links
 from ecdit_ds.slurm.signals import Ending
 
 CONTROLLER_PATIENCE_S = 600.0
@@ -176,7 +176,7 @@ class Life:
                 self._ledger.pass_check(self._job.life)
         if code == ExitCode.DONE:
             limit_flags = ["--limit-seconds", f"{limit:.0f}"] if limit else []
-            node_check = ["ecdit_ds/slurm/node_check.py", *limit_flags, "--", *self._program[1:]]
+            node_check = ["ecdit_ds/slurm/preflight.py", *limit_flags, "--", *self._program[1:]]
             code = self._run_check([], node_check, NODE_CHECK)
         if code:
             say(f"the check before training failed with exit code {code}; no rank was started")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ecdit_ds.checkpoint.folders import step_name
 from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.checkpoint.naming import step_name
 
 COUNTS = ("samples_seen", "num_updates", "skipped_in_a_row")
 

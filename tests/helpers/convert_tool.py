@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
+from ecdit_ds.checkpoint.convert.sources import CONFIG_NAME, INDEX_NAME
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.sources import CONFIG_NAME, INDEX_NAME
-from ecdit_ds.checkpoint.storage import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
 from tools import convert_ckpt
 
 Run = Callable[..., tuple[int, str, str]]

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ecdit_ds.build import build_model
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.engine import DeepSpeedEngine, create_grid
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.training.engine import DeepSpeedEngine, create_grid
+from ecdit_ds.training.setup import build_model
 
 STEPS_BEFORE = 2
 """ZeRO-3 learns in the first which weights will be wanted when."""

@@ -20,20 +20,20 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import groups
 
-from ecdit_ds.build import build_model
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.storage import save_checkpoint
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import load_deepspeed_config
-from ecdit_ds.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
+from ecdit_ds.checkpoint.writer import save_checkpoint
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.parallel.cutting import cut_axes
-from ecdit_ds.parallel.sharding import shard_of
+from ecdit_ds.model.sharding import shard_of
+from ecdit_ds.parallel.partition_rules import cut_axes
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
-from ecdit_ds.recipe_file import load_recipe
-from ecdit_ds.snapshot import Progress, load_snapshot, meta_of, pieces_of
-from ecdit_ds.stopping import StopRequest
+from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.training.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
+from ecdit_ds.training.setup import build_model
+from ecdit_ds.training.train_state import Progress, load_snapshot, meta_of, pieces_of
 from tests.helpers.random_model import random_values
 from tools import convert_ckpt
 

@@ -22,15 +22,15 @@ import torch.distributed as dist
 from deepspeed.moe import utils
 from torch import Tensor
 
-import ecdit_ds.engine
-from ecdit_ds.build import build_model
-from ecdit_ds.config import Recipe
-from ecdit_ds.deepspeed_config import DEFAULT_PATH, load_deepspeed_config
-from ecdit_ds.engine import DeepSpeedEngine, create_grid, initialize_distributed
+import ecdit_ds.training.engine
+from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
+from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.recipe_file import load_recipe
-from ecdit_ds.stopping import StopRequest
+from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.training.engine import DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.setup import build_model
 
 
 def run_job(arguments: list[str], stop: StopRequest | None = None) -> int:
@@ -40,7 +40,7 @@ def run_job(arguments: list[str], stop: StopRequest | None = None) -> int:
     device = initialize_distributed()
     topology = Topology(world_size=dist.get_world_size(), tp=recipe.parallel.tp, ep=recipe.parallel.ep)
     if "max_expert_group" in job:
-        ecdit_ds.engine.split_params_into_different_moe_groups_for_optimizer = partial(
+        ecdit_ds.training.engine.split_params_into_different_moe_groups_for_optimizer = partial(
             utils.split_params_into_different_moe_groups_for_optimizer, max_group_size=job["max_expert_group"]
         )
     config = load_deepspeed_config(DEFAULT_PATH, recipe, topology.dp) | {"zero_optimization": job["zero"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ecdit_ds.config import Recipe
+from ecdit_ds.config.recipe import Recipe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 MakeRecipe = Callable[..., Recipe]

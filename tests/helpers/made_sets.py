@@ -6,10 +6,10 @@ from types import MappingProxyType
 
 import torch
 
-from ecdit_ds.data.columns import DTYPES, table_of
-from ecdit_ds.data.encoders import TextEmbeddings
-from ecdit_ds.data.folder import SCHEMA_VERSION, SetIndex, ShardInfo
-from ecdit_ds.data.shard_writer import write_arrow_shard, write_index, write_null_text
+from ecdit_ds.data.encoders.base import TextEmbeddings
+from ecdit_ds.data.latents.columns import DTYPES, table_of
+from ecdit_ds.data.latents.index import SCHEMA_VERSION, SetIndex, ShardInfo
+from ecdit_ds.data.latents.shard_writer import write_arrow_shard, write_index, write_null_text
 
 Shape = tuple[int, int, int]
 

@@ -22,10 +22,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}  # a fork can
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # the engine's first use imports it, for seconds
 import torch.utils.tensorboard  # noqa: F401
 
-import ecdit_ds.build
-import ecdit_ds.trainer
+import ecdit_ds.training.setup
+import ecdit_ds.training.trainer
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
-from ecdit_ds.stopping import StopRequest
+from ecdit_ds.runtime.signals import StopRequest
 from ecdit_ds.train import main
 from tests.helpers.launch import free_port
 from tests.helpers.witness import SAMPLES_FILE, WitnessedDraw, WitnessedSaver, WitnessedTrainer
@@ -68,7 +68,7 @@ def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
         os.environ |= run["environment"]
         if SAMPLES_FILE in os.environ:
-            ecdit_ds.build.Draw = WitnessedDraw  # type: ignore[misc]
+            ecdit_ds.training.setup.Draw = WitnessedDraw  # type: ignore[misc]
         if run["tool"]:
             code = _run_tool(run["tool"], run["arguments"])
         else:
@@ -93,6 +93,6 @@ def _run_tool(name: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    ecdit_ds.build.Trainer = WitnessedTrainer  # type: ignore[misc]
-    ecdit_ds.trainer.Saver = WitnessedSaver  # type: ignore[misc]
+    ecdit_ds.training.setup.Trainer = WitnessedTrainer  # type: ignore[misc]
+    ecdit_ds.training.trainer.Saver = WitnessedSaver  # type: ignore[misc]
     sys.exit(run_waves(Path(sys.argv[1])))

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ecdit_ds.data.dataset import Samples
-from ecdit_ds.data.encoders import TextEmbeddings
+from ecdit_ds.data.encoders.base import TextEmbeddings
+from ecdit_ds.data.latents.dataset import Samples
 from tests.helpers.photographs import encoded
 
 TOKENS, WIDTH, LEVEL = 4, 6, 5

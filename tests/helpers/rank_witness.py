@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from ecdit_ds.errors import ExitCode
 from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete, training_to
-from ecdit_ds.slurm.lives import newest_step
+from ecdit_ds.slurm.job_history import newest_step
 
 KEPT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME",
         "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from ecdit_ds.slurm.lives import Ledger
+from ecdit_ds.slurm.job_history import Ledger
 from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, metrics_of
-from tools.slurm_lab import Lab
+from tools.local_slurm import Lab
 
 SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
 STEPS = 30

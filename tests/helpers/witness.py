@@ -15,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_64_hexdigest
 
 import ecdit_ds
-from ecdit_ds.batches import Draw, Unfinished
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.storage import save_checkpoint
-from ecdit_ds.data.dataset import Samples
-from ecdit_ds.engine import StepResult
+from ecdit_ds.checkpoint.writer import save_checkpoint
+from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.flow.objective import FlowBatch
-from ecdit_ds.saver import Saver
-from ecdit_ds.snapshot import Progress, load_snapshot, meta_of, pieces_of
-from ecdit_ds.trainer import Trainer
+from ecdit_ds.training.batches import Draw, Unfinished
+from ecdit_ds.training.checkpointer import Saver
+from ecdit_ds.training.engine import StepResult
+from ecdit_ds.training.train_state import Progress, load_snapshot, meta_of, pieces_of
+from ecdit_ds.training.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
 _ROOTS = {module.__name__: Path(module.__path__[0]) for module in (deepspeed, ecdit_ds)}

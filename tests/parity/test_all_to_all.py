@@ -11,15 +11,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ecdit_ds.config.model_config import Activation, ModelConfig
 from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import ExpertChoiceFFN
-from ecdit_ds.model.recompute import Recompute
-from ecdit_ds.model_config import Activation, ModelConfig
+from ecdit_ds.model.sharding import Share
+from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher, Dispatcher
-from ecdit_ds.parallel.experts import Experts
-from ecdit_ds.parallel.layers import SerialLayers
-from ecdit_ds.parallel.sharding import Share
+from ecdit_ds.parallel.expert_parallel import SerialLayers
 
 RANKS = 2
 BATCH = 8  # of all ranks

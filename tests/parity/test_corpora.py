@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from ecdit_ds.checkpoint.manifest import read_manifest
-from ecdit_ds.data.dataset import LatentDataset
-from ecdit_ds.data.encoder_facts import null_text_of
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.yaml_loader import load_recipe
+from ecdit_ds.data.encoders.spec import null_text_of
+from ecdit_ds.data.latents.dataset import LatentDataset
 from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.recipes import SMALL_MODEL, arguments

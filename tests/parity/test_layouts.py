@@ -13,7 +13,7 @@ import torch
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments

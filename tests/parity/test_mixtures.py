@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ecdit_ds.build import _Flops
-from ecdit_ds.data.dataset import LatentDataset
+from ecdit_ds.config.yaml_loader import load_recipe
+from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.training.setup import _Flops
 from tests.helpers.launch import Planned, metrics_of, train_many
 from tests.helpers.photographs import crops, encoded, photographs
 from tests.helpers.recipes import SMALL_MODEL, arguments

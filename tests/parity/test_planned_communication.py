@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_ds.deepspeed_config import load_deepspeed_config
+from ecdit_ds.config.deepspeed_json import load_deepspeed_config
+from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.communication import place, traffic_of_step
 from ecdit_ds.planner.zero import zero_settings
-from ecdit_ds.recipe_file import load_recipe
 from tests.helpers.launch import ROOT
 from tests.helpers.recipes import SMALL_MODEL
 

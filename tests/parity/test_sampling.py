@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecdit_ds.config import Recipe
+from ecdit_ds.config.recipe import Recipe
 from tests.helpers.launch import Planned, train_many
 
 MakeRecipe = Callable[..., Recipe]
@@ -35,7 +35,7 @@ SAME_PROCESSES = ("dp2", "dp3")
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw nine pictures under every layout, and score them where that is asked for; return the folder of all."""
-    from ecdit_ds.recipe_file import load_recipe
+    from ecdit_ds.config.yaml_loader import load_recipe
     from tests.conftest import TINY_RECIPE
     from tests.helpers.random_model import save_random_model
 

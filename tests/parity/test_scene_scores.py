@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from tests.helpers.launch import train_many
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments

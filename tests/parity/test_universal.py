@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.sources import EcditSource
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.checkpoint.convert.sources import EcditSource
+from ecdit_ds.config.yaml_loader import load_recipe
 from tests.helpers.launch import Planned, run_plan
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.yaml_loader import load_recipe
 from tests.helpers.launch import metrics_of, train_many
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments

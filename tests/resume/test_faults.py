@@ -1,6 +1,6 @@
 """Whatever breaks, at whatever moment of a save: the next life finds a whole checkpoint and ends as the unbroken run.
 
-Faults are ordered by name and moment (`ecdit_ds/faults.py`); all runs share one warm process.
+Faults are ordered by name and moment (`ecdit_ds/runtime/fault_injection.py`); all runs share one warm process.
 """
 
 import json
@@ -18,8 +18,8 @@ import numpy as np
 import psutil
 import pytest
 
-from ecdit_ds.checkpoint.folders import list_checkpoints
-from ecdit_ds.checkpoint.phases import PHASES
+from ecdit_ds.checkpoint.fault_points import PHASES
+from ecdit_ds.checkpoint.naming import list_checkpoints
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.data.order import sample_order
 from ecdit_ds.errors import ExitCode

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
 from ecdit_ds.checkpoint.manifest import read_manifest
+from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
 from ecdit_ds.errors import ExitCode
 from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, finish, finish_group, free_port, metrics_of, start, train, train_many

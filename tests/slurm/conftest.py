@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.launch import train_many
 from tests.helpers.slurm_jobs import PATIENCE_S, Submitter
-from tools.slurm_lab import Lab, why_not
+from tools.local_slurm import Lab, why_not
 
 NODES = 12
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_ds.data.dataset import LatentDataset
-from ecdit_ds.gallery import read_gallery
-from ecdit_ds.recipe_file import load_recipe
+from ecdit_ds.config.yaml_loader import load_recipe
+from ecdit_ds.data.latents.dataset import LatentDataset
+from ecdit_ds.inference.image_folder import read_gallery
 from tests.conftest import TINY_RECIPE
 from tests.helpers.launch import ROOT
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.random_model import save_random_model
+from tools.local_slurm import Lab, why_not
 from tools.sample import draw, parse_arguments
-from tools.slurm_lab import Lab, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.helpers.slurm_jobs import Submitter, check_equal, is_gone
-from tools.slurm_lab import Lab
+from tools.local_slurm import Lab
 
 
 def test_a_job_goes_on_elsewhere_when_a_node_is_lost_with_all_that_ran_on_it(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ecdit_ds.checkpoint.folders import list_checkpoints, step_of
-from ecdit_ds.checkpoint.tending import fault_of
+from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
+from ecdit_ds.checkpoint.retention import fault_of
 from ecdit_ds.errors import ExitCode
 from tests.helpers.slurm_jobs import STEPS, Submitter, check_equal
 

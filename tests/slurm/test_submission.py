@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from ecdit_ds.errors import ConfigError, ExitCode
-from ecdit_ds.slurm.lives import Beginning, Ledger
+from ecdit_ds.slurm.job_history import Beginning, Ledger
 from tests.helpers.launch import ROOT
 from tests.helpers.slurm_jobs import SCRIPT, Job, Submitter, seen, submit_witness, without_a_model
-from tools.slurm_lab import Lab
+from tools.local_slurm import Lab
 
 Witness = Callable[..., Job]
 
@@ -312,7 +312,7 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     script = "sbatch -N2 -n4 -o /dev/null --wrap 'srun sleep 321' >&2; sleep 2; squeue -h | wc -l; echo $SLURM_CONF"
     script += "; exec >&-; kill -KILL $PPID" if is_killed else ""
     ended = subprocess.run(
-        [sys.executable, "tools/slurm_lab.py", "--nodes", "2", "--", "bash", "-c", script], cwd=ROOT, text=True,
+        [sys.executable, "tools/local_slurm.py", "--nodes", "2", "--", "bash", "-c", script], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     assert ended.returncode == (-signal.SIGKILL if is_killed else 0)
@@ -332,7 +332,7 @@ HEARD = """
 import os, subprocess, time
 from pathlib import Path
 import psutil
-from tools.slurm_lab import _processes_of
+from tools.local_slurm import _processes_of
 subprocess.run(["sbatch", "-N1", "-n1", "-o", "/dev/null", "--wrap", "srun sleep 60"], check=True, stdout=2)
 heard, deadline = set(), time.monotonic() + 60
 while "srun" not in dict(heard) and time.monotonic() < deadline:
@@ -350,7 +350,7 @@ print(sorted(heard))
 @pytest.mark.parametrize("host", [None, "elsewhere.example.org"])
 def test_a_lab_listens_to_this_machine_only_whatever_its_name_stands_for(host: str | None) -> None:
     called = ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$0" "$@"'] if host else []
-    lab = [sys.executable, "tools/slurm_lab.py", "--nodes=1", "--", sys.executable, "-c", HEARD]
+    lab = [sys.executable, "tools/local_slurm.py", "--nodes=1", "--", sys.executable, "-c", HEARD]
     ended = subprocess.run([*called, *lab], cwd=ROOT, text=True, capture_output=True, check=False)
     assert ended.returncode == 0, ended.stderr
     heard = ended.stdout.splitlines()[-1]

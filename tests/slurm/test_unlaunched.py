@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.slurm.lives import Ledger
+from ecdit_ds.slurm.job_history import Ledger
 from tests.helpers.launch import ROOT
 from tests.helpers.slurm_jobs import ON_CPUS, Job, seen, submit_witness
-from tools.slurm_lab import Lab
+from tools.local_slurm import Lab
 
 PMI = {"ECDIT_SRUN_FLAGS": "--mpi=pmi2"}
 ARRAYS = {"sample.sh": ("--checkpoint", "RUN"), "evaluate.sh": ("RUN", "loss"), "encode.sh": ("SRC", "DST")}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecdit_ds.config import Recipe, TrainConfig
+from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.config.recipe import Recipe, TrainConfig
 from ecdit_ds.errors import EcditError
-from ecdit_ds.model_config import ModelConfig
 from ecdit_ds.seeding import parameter_generator
 
 SECONDS_AT_MOST = 600

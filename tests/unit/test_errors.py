@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds import errors
-from ecdit_ds.callbacks import Console
-from ecdit_ds.data.causes import Replaced
-from ecdit_ds.ending import say
+from ecdit_ds.data.sources.bad_sample import Replaced
 from ecdit_ds.errors import EcditError, plain, shown
-from ecdit_ds.metrics import bad_sample_lines
+from ecdit_ds.runtime.exit_report import say
 from ecdit_ds.slurm.rank_logs import last_words
+from ecdit_ds.training.callbacks import Console
+from ecdit_ds.training.metrics import bad_sample_lines
 
 NASTY = "a\x1b[2J\nerror: forged\r\x08\x9b31m\u202egnp.exe\u2028\udcff\x00b"
 """Clears the screen, forges a line, goes back over it, colours it by one byte, turns it round, and is no UTF-8."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecdit_ds.checkpoint.folders import MANIFEST_NAME
 from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
-from ecdit_ds.config import Recipe
+from ecdit_ds.checkpoint.naming import MANIFEST_NAME
+from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.flow.samplers import time_grid
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, with_capacity_factor
@@ -106,7 +106,7 @@ def test_a_recipe_that_claims_more_than_there_is_takes_no_memory(
 def test_numbers_that_a_type_cannot_hold_draw_nothing(
     checkpoint: Path, refusal_of: RefusalOf, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ecdit_ds.loading.count_nonfinite", lambda values: values.dtype == torch.bfloat16)
+    monkeypatch.setattr("ecdit_ds.inference.load.count_nonfinite", lambda values: values.dtype == torch.bfloat16)
     assert "are not finite as torch.bfloat16" in refusal_of(
         lambda: load(checkpoint, torch_dtype=torch.bfloat16, **options)
     )

@@ -18,7 +18,7 @@ from ecdit_ds.config.yaml_loader import load_recipe, recipe_from_dict
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_parameter
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.partition_rules import cut_axes
 from ecdit_ds.training.optimizer import STATE_NAMES
 
@@ -88,5 +88,5 @@ def _told_of_recipe() -> Iterator[None]:
 def parameter_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Return every parameter of the recipe's model with its global shape; makes no numbers."""
     with torch.device("meta"):
-        model = ECDiT(recipe.model, SerialLayers())
+        model = ECDiT(recipe.model, serial_layers())
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -24,8 +24,9 @@ from ecdit_ds.errors import CheckpointError, ConfigError, DataError, plain
 from ecdit_ds.inference.text_to_image import TextToImage, earlier_encoder_facts
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.sharding import shard_of
-from ecdit_ds.parallel.expert_parallel import LayerFactory, SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 
 KINDS = ("ema", "weight")
 """Averaged weights, and those of the last step."""
@@ -143,8 +144,8 @@ def load_drawer(
     encoders = open_encoders(stored, folders)  # before reading weights, which takes longer
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        stored.expect_all_of(ECDiT(stored.recipe.model, SerialLayers()))
-    model = empty_model(stored.recipe.model, layers or SerialLayers(), device, dtype=dtype).eval()
+        stored.expect_all_of(ECDiT(stored.recipe.model, serial_layers()))
+    model = empty_model(stored.recipe.model, layers or serial_layers(), device, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         stored.fill(name, Box(shard_of(parameter).offset, tuple(parameter.shape)), parameter.detach())
     return _drawer(model, stored.recipe, device, encoders)
@@ -169,7 +170,7 @@ def load_spread_drawer(
     stored = open_model(path, kind)
     encoders = open_encoders(stored, folders)
     with torch.device("meta"):
-        model = ECDiT(stored.recipe.model, SerialLayers()).eval().to(dtype)
+        model = ECDiT(stored.recipe.model, serial_layers()).eval().to(dtype)
     stored.expect_all_of(model)
     device_map = _device_map(model, spread, dtype)
     waiting = _Offloaded(spread.offload_folder)

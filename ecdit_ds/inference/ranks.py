@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.sharding import WHOLE, Share
-from ecdit_ds.parallel.expert_parallel import LayerFactory, SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World, place_from_environment
 from ecdit_ds.runtime.exit_report import let_go_of_closed_streams
@@ -70,7 +71,7 @@ def join_crew(tp: int = 1, ep: int = 1) -> Crew:
     topology = Topology(world_size=place.world_size, tp=tp, ep=ep)
     if place.world_size == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Crew(world=Alone(), device=device, layers=SerialLayers(), dp=WHOLE, is_speaker=True)
+        return Crew(world=Alone(), device=device, layers=serial_layers(), dp=WHOLE, is_speaker=True)
     # DeepSpeed takes seconds to import, and a single process does without.
     from ecdit_ds.training.engine import create_grid, initialize_distributed
 

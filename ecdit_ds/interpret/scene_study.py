@@ -33,7 +33,7 @@ from ecdit_ds.interpret.concentration import (
 from ecdit_ds.interpret.routing_trace import expert_layers, require_expert_choice, route_images
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 
 _IMAGES_AT_ONCE = 64
 
@@ -128,7 +128,7 @@ def _count(
 
 def with_random_weights(pipeline: TextToImage, seed: int) -> TextToImage:
     """Return the same architecture as training would begin with it."""
-    model = ECDiT(pipeline.recipe.model, SerialLayers()).eval()
+    model = ECDiT(pipeline.recipe.model, serial_layers()).eval()
     initialize_by_name(model, seed)
     return replace(pipeline, model=model.to(pipeline.device))
 

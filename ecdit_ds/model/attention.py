@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.embedders import rotate
-from ecdit_ds.parallel.expert_parallel import LayerFactory
+from ecdit_ds.model.layers import LayerFactory
 
 
 class SelfAttention(nn.Module):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.attention import CrossAttention, SelfAttention, TextMemory
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
-from ecdit_ds.parallel.expert_parallel import LayerFactory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ Suffixes: B micro-batch, C channels, H W latent height and width, S image tokens
 M modulation vectors, K head_dim.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from einops import rearrange
@@ -19,8 +19,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.attention import TextMemory
 from ecdit_ds.model.block import DiTBlock, FinalLayer
 from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
-from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.expert_parallel import LayerFactory
+from ecdit_ds.model.layers import LayerFactory
 
 
 class Prediction(NamedTuple):
@@ -32,13 +31,26 @@ class Prediction(NamedTuple):
     """fp32 scalar: the token-choice baseline's load-balance loss; zero otherwise."""
 
 
+class RunBlock(Protocol):
+    """How a block is run: at once, or so that its activations are computed again in backward."""
+
+    def __call__(self, layer: int, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Return `block(*inputs)` for block `layer` (from 0)."""
+        ...
+
+
+def run_block(layer: int, block: Callable[..., Any], *inputs: Any) -> Any:
+    """Return `block(*inputs)`."""
+    return block(*inputs)
+
+
 class ECDiT(nn.Module):
     """The transformer. It asks `layers` for what a layout may cut and knows nothing of ranks."""
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, recompute: Recompute | None = None) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, run_block: RunBlock = run_block) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute or Recompute()
+        self.run_block = run_block
         self.patches = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
         self.condition = ConditionEmbedder(config.text_embed_dim, config.hidden_size)
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
@@ -93,9 +105,7 @@ class ECDiT(nn.Module):
         for layer, block in enumerate([*self.blocks, *self.decoder]):
             if layer == len(self.blocks) and kept_BN is not None:
                 x_BSD, angles = self._put_back(x_BSD, kept_BN, height * width, places_SD), angles_SK
-            x_BSD, block_loss = self.recompute.run(
-                layer, block, x_BSD, modulation_BMD, angles, texts[layer], text_mask_BT
-            )
+            x_BSD, block_loss = self.run_block(layer, block, x_BSD, modulation_BMD, angles, texts[layer], text_mask_BT)
             auxiliary_loss = auxiliary_loss + block_loss.to(auxiliary_loss.device)  # a device map may spread blocks
         if self.mask_token is not None and kept_BN is None:
             # To a parameter that a step does not reach, DeepSpeed's ZeRO-3 would give the gradient of an earlier step.

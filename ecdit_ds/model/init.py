@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ecdit_ds.config.model_config import ModelConfig
-from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.ecdit import ECDiT, RunBlock, run_block
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.sharding import shard_of
-from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.expert_parallel import LayerFactory
 from ecdit_ds.seeding import parameter_generator
 
 _ZERO = ("modulation", "final.linear", "cross_attention.out")
@@ -25,12 +24,16 @@ _SMALL_STD = 0.02
 
 
 def empty_model(
-    config: ModelConfig, layers: LayerFactory, device: torch.device, *, recompute: Recompute | None = None,
+    config: ModelConfig,
+    layers: LayerFactory,
+    device: torch.device,
+    *,
+    run_block: RunBlock = run_block,
     dtype: torch.dtype = torch.float32,
-) -> ECDiT:  # fmt: skip
+) -> ECDiT:
     """Return the model on `device` with memory for its parameters, and nothing in it."""
     with torch.device("meta"):
-        model = ECDiT(config, layers, recompute).to(dtype)
+        model = ECDiT(config, layers, run_block).to(dtype)
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     model.to_empty(device=device)  # makes new parameters, without the marks that say what is an expert
     for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.experts import activate
-from ecdit_ds.parallel.expert_parallel import LayerFactory
+from ecdit_ds.model.layers import LayerFactory
 
 
 class Routing(NamedTuple):

@@ -22,7 +22,7 @@ class Recompute:
     mode: Literal["none", "block", "selective"] = "none"
     every: int = 1
 
-    def run(self, layer: int, block: Callable[..., Any], *inputs: Any) -> Any:
+    def __call__(self, layer: int, block: Callable[..., Any], *inputs: Any) -> Any:
         """Return `block(*inputs)` for block `layer` (from 0)."""
         is_chosen = self.mode != "none" and (layer + 1) % self.every == 0
         if not (is_chosen and torch.is_grad_enabled()):

@@ -18,11 +18,12 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from ecdit_ds.config.model_config import Activation
+from ecdit_ds.model.dispatch import Dispatcher
 from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.sharding import Share, set_shard
 from ecdit_ds.parallel.collectives import copy_in
 from ecdit_ds.parallel.deepspeed_moe import DeepSpeedExperts, mark_cut_by_tp
-from ecdit_ds.parallel.dispatch import Dispatcher, TensorParallelDispatcher
+from ecdit_ds.parallel.dispatch import TensorParallelDispatcher
 from ecdit_ds.parallel.expert_parallel import ExpertParallelLayers
 
 

@@ -30,9 +30,9 @@ from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.inference.text_to_image import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.deepspeed_moe import part_of
-from ecdit_ds.parallel.expert_parallel import LayerFactory
 from ecdit_ds.parallel.layout_table import MAX_RANKS, draw_layout
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import peak_activations, shapes_of

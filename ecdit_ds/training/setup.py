@@ -25,8 +25,8 @@ from ecdit_ds.errors import CheckpointError, ExitCode
 from ecdit_ds.inference.text_to_image import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
+from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.expert_parallel import LayerFactory
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.planner.flops import training_flops
@@ -114,7 +114,7 @@ def run(
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
     """Return the model on `device`, its weights a function of the seed and of their names."""
     recompute = Recompute(mode=recipe.train.recompute, every=recipe.train.recompute_every)
-    model = empty_model(recipe.model, layers, device, recompute=recompute)
+    model = empty_model(recipe.model, layers, device, run_block=recompute)
     initialize_by_name(model, recipe.train.seed)
     return model
 

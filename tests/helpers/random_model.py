@@ -15,7 +15,7 @@ from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.inference.text_to_image import TextToImage, encoders_of
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.seeding import parameter_generator
 
 

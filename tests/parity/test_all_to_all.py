@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecdit_ds.config.model_config import Activation, ModelConfig
+from ecdit_ds.model.dispatch import Dispatcher
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.moe import ExpertChoiceFFN
 from ecdit_ds.model.sharding import Share
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.dispatch import AllToAllDispatcher, Dispatcher
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 
 RANKS = 2
 BATCH = 8  # of all ranks

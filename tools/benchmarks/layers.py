@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecdit_ds.config.model_config import ModelConfig
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
-from ecdit_ds.parallel.expert_parallel import SerialLayers
 from ecdit_ds.seeding import parameter_generator
 
 CAPACITY_FACTOR = 2

@@ -21,7 +21,7 @@ from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.replacement import read_good
 from ecdit_ds.flow.objective import FlowBatch, draw_noise, flow_losses
 from ecdit_ds.model.init import empty_model, initialize_by_name
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.planner.hardware import bf16_peak_of
 from ecdit_ds.training.batches import Draw

@@ -13,7 +13,7 @@ from ecdit_ds.config.model_config import EXPERT_CHOICE_SWITCHES, EXPERT_FIELDS, 
 from ecdit_ds.config.recipe import Recipe, changed_fields, with_defaults
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from tools.benchmarks.twins import dense_twin
 
 OTHER_VALUES: dict[str, Any] = {

@@ -30,8 +30,8 @@ from ecdit_ds.inference.ranks import Alone, Crew
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.routing_trace import trace_routing
 from ecdit_ds.interpret.scene_study import count_scenes
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.sharding import WHOLE, Share
-from ecdit_ds.parallel.expert_parallel import SerialLayers
 from ecdit_ds.pipeline import TextToImagePipeline
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.random_model import random_pipeline, save_random_model

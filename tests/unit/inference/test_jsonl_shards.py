@@ -14,8 +14,8 @@ from ecdit_ds.errors import EvaluationError
 from ecdit_ds.inference import jsonl_shards as ledger_module
 from ecdit_ds.inference.jsonl_shards import Ledger, Row, work_through
 from ecdit_ds.inference.ranks import Alone, Crew
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.sharding import Share
-from ecdit_ds.parallel.expert_parallel import SerialLayers
 
 RefusalOf = Callable[[Callable[[], object]], str]
 

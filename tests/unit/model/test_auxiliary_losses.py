@@ -17,7 +17,7 @@ from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe, TrainConfig
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.training.engine import WEIGHT, DeepSpeedEngine, create_grid, initialize_distributed
 from ecdit_ds.training.trainer import Trainer
@@ -83,7 +83,7 @@ def test_the_gradient_of_a_micro_batch_is_that_of_flow_plus_each_weight_times_it
         model=replace(recipe.model, load_balance_weight=load_balance),
         train=replace(recipe.train, reconstruction_weight=reconstruction),
     )
-    model = ECDiT(recipe.model, SerialLayers())
+    model = ECDiT(recipe.model, serial_layers())
     randomize(model)
     flow, others = loss_of(recipe)(model, batches[0])
     assert flow.item() == pytest.approx(flow_losses(model, batches[0], 2).flow_B.mean().item(), rel=1e-6)
@@ -97,7 +97,7 @@ def test_both_losses_move_weights_that_the_flow_loss_moves_otherwise(
     recipe: Recipe, batches: list[FlowBatch], randomize: Randomize
 ) -> None:
     """Else no other test here could fail."""
-    model = ECDiT(recipe.model, SerialLayers())
+    model = ECDiT(recipe.model, serial_layers())
     randomize(model)
     names = [name for name, _ in model.named_parameters()]
     alone = gradients(by_hand(model, batches[0], 0.0, 0.0), model)
@@ -110,7 +110,7 @@ def test_both_losses_move_weights_that_the_flow_loss_moves_otherwise(
 def test_an_engine_minimises_the_mean_over_micro_batches_of_all_losses_and_tells_them_apart(
     recipe: Recipe, batches: list[FlowBatch], randomize: Randomize, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = ECDiT(recipe.model, SerialLayers())
+    model = ECDiT(recipe.model, serial_layers())
     randomize(model)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     parts = [gradients(by_hand(model, batch, LOAD_BALANCE, RECONSTRUCTION), model) for batch in batches]

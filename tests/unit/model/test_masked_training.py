@@ -12,7 +12,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig, TrainConfig
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
 from ecdit_ds.model.ecdit import ECDiT, Prediction
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from tests.helpers.random_model import random_pipeline
 
 Refusal = Callable[[Callable[[], object]], str]

@@ -21,7 +21,7 @@ from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import ExpertChoiceFFN
 from ecdit_ds.model.sharding import Share, shard_of
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 
 Draw = Callable[..., Tensor]
 Randomize = Callable[[nn.Module], None]
@@ -61,7 +61,7 @@ def config(request: pytest.FixtureRequest, tiny_config: ModelConfig) -> ModelCon
 @pytest.fixture
 def fresh(config: ModelConfig) -> ECDiT:
     """Return a model at its initial weights."""
-    model = ECDiT(config, SerialLayers())
+    model = ECDiT(config, serial_layers())
     initialize_by_name(model, seed=0)
     return model
 
@@ -69,7 +69,7 @@ def fresh(config: ModelConfig) -> ECDiT:
 @pytest.fixture
 def awake(config: ModelConfig, randomize: Randomize) -> ECDiT:
     """Return a model none of whose weights is zero."""
-    model = ECDiT(config, SerialLayers())
+    model = ECDiT(config, serial_layers())
     randomize(model)
     return model
 
@@ -116,7 +116,7 @@ def test_only_token_choice_has_an_auxiliary_loss(awake: ECDiT, inputs: Inputs) -
 def test_a_model_computes_the_same_in_training_and_out_of_it(
     config: ModelConfig, inputs: Inputs, randomize: Randomize
 ) -> None:
-    model = ECDiT(replace(config, capacity_factor=4.0), SerialLayers())
+    model = ECDiT(replace(config, capacity_factor=4.0), serial_layers())
     randomize(model)
     trained, drawn = inputs.through(model.train()), inputs.through(model.eval())
     assert torch.equal(trained.velocity_BCHW, drawn.velocity_BCHW)
@@ -140,7 +140,7 @@ def test_gradients_reach_every_real_text_token_and_no_masked_one(awake: ECDiT, i
 def test_each_input_changes_the_output_of_its_own_image_alone(
     field: str, tiny_config: ModelConfig, inputs: Inputs, randomize: Randomize, draw: Draw
 ) -> None:
-    model = ECDiT(tiny_config, SerialLayers())
+    model = ECDiT(tiny_config, serial_layers())
     randomize(model)
     value = getattr(inputs, field)
     other = value.clone()
@@ -155,7 +155,7 @@ def test_a_fresh_block_stack_sends_each_patch_to_its_own_place(
     tiny_config: ModelConfig, inputs: Inputs, draw: Draw
 ) -> None:
     """With identity blocks only the patch itself can change its velocity, so a wrong order of patches shows."""
-    model = ECDiT(tiny_config, SerialLayers())
+    model = ECDiT(tiny_config, serial_layers())
     initialize_by_name(model, seed=0)
     with torch.no_grad():
         model.final.linear.weight.copy_(draw("final", *model.final.linear.weight.shape))
@@ -178,7 +178,7 @@ def test_other_resolutions_than_the_trained_one_keep_their_shape(
 
 def test_a_bf16_model_is_close_to_its_fp32_twin(config: ModelConfig, inputs: Inputs, randomize: Randomize) -> None:
     # Every expert takes every token, so that rounding cannot turn a choice over; for token choice nobody is dropped.
-    model = ECDiT(replace(config, capacity_factor=4.0), SerialLayers())
+    model = ECDiT(replace(config, capacity_factor=4.0), serial_layers())
     randomize(model)
     model.bfloat16().float()
     expected = inputs.through(model).velocity_BCHW
@@ -189,18 +189,18 @@ def test_a_bf16_model_is_close_to_its_fp32_twin(config: ModelConfig, inputs: Inp
 
 def test_a_model_builds_and_runs_without_memory_on_the_meta_device(config: ModelConfig, inputs: Inputs) -> None:
     with torch.device("meta"):
-        model = ECDiT(config, SerialLayers())
+        model = ECDiT(config, serial_layers())
     assert all(parameter.is_meta for parameter in model.parameters())
-    shapes = {name: parameter.shape for name, parameter in ECDiT(config, SerialLayers()).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in ECDiT(config, serial_layers()).named_parameters()}
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
     meta = Inputs(**{name: value.to("meta") for name, value in vars(inputs).items()})
     assert meta.through(model).velocity_BCHW.shape == inputs.latents_BCHW.shape
 
 
 def test_every_second_block_from_the_second_holds_experts(tiny_config: ModelConfig) -> None:
-    blocks = ECDiT(tiny_config, SerialLayers()).blocks
+    blocks = ECDiT(tiny_config, serial_layers()).blocks
     assert [isinstance(block.ffn, ExpertChoiceFFN) for block in blocks] == [False, True, False, True]
-    dense = ECDiT(replace(tiny_config, ffn="dense"), SerialLayers())
+    dense = ECDiT(replace(tiny_config, ffn="dense"), serial_layers())
     assert not any("experts" in name or "router" in name for name, _ in dense.named_parameters())
 
 
@@ -228,7 +228,7 @@ def test_attention_logits_depend_on_relative_rows_and_columns_by_the_closed_form
 
 
 def test_attention_sees_relative_positions_only(tiny_config: ModelConfig, draw: Draw, randomize: Randomize) -> None:
-    attention = SelfAttention(SerialLayers(), tiny_config)
+    attention = SelfAttention(serial_layers(), tiny_config)
     randomize(attention)
     x_BSD, angles_SK = draw("x", 2, 12, 32), rotary_angles(3, 4, 8, torch.device("cpu"))
     moved, stretched = attention(x_BSD, angles_SK + draw("shift", 4)), attention(x_BSD, 2 * angles_SK)
@@ -239,9 +239,9 @@ def test_attention_sees_relative_positions_only(tiny_config: ModelConfig, draw: 
 def test_grouped_query_attention_is_full_attention_with_repeated_keys_and_values(
     tiny_config: ModelConfig, draw: Draw, randomize: Randomize
 ) -> None:
-    grouped = SelfAttention(SerialLayers(), tiny_config)
+    grouped = SelfAttention(serial_layers(), tiny_config)
     randomize(grouped)
-    full = SelfAttention(SerialLayers(), replace(tiny_config, num_kv_heads=4))
+    full = SelfAttention(serial_layers(), replace(tiny_config, num_kv_heads=4))
     weights = named_copies(grouped)
     for name in ("key.weight", "value.weight"):
         weights[name] = repeat(weights[name], "(h k) d -> (h r k) d", h=2, r=2)
@@ -261,7 +261,7 @@ def test_timestep_waves_are_the_sinusoids_they_say() -> None:
 
 
 def test_initial_weights_belong_to_seed_and_name_and_to_nothing_else(fresh: ECDiT) -> None:
-    smaller = ECDiT(replace(fresh.config, num_layers=2), SerialLayers())
+    smaller = ECDiT(replace(fresh.config, num_layers=2), serial_layers())
     before = torch.get_rng_state()
     initialize_by_name(smaller, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -321,7 +321,7 @@ def test_a_rank_knows_which_box_of_each_experts_matrix_it_holds_and_that_no_peer
 
 def test_initial_spread_is_that_of_the_table(tiny_config: ModelConfig) -> None:
     wide = replace(tiny_config, hidden_size=64, ffn_hidden_size=192, num_experts=16, decoder_layers=1)
-    model = ECDiT(wide, SerialLayers())
+    model = ECDiT(wide, serial_layers())
     initialize_by_name(model, seed=0)
     zero = ("bias", "modulation.weight", "modulation_table", "final.linear.weight", "cross_attention.out.weight")
     for name, value in named_copies(model).items():

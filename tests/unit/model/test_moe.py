@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.block import DiTBlock
 from ecdit_ds.model.ecdit import ECDiT
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.moe import ExpertChoiceFFN, Routing, choose_tokens, experts_per_token
-from ecdit_ds.parallel.expert_parallel import SerialLayers
 
 Draw = Callable[..., Tensor]
 Randomize = Callable[[nn.Module], None]

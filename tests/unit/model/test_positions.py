@@ -14,7 +14,7 @@ from ecdit_ds.errors import ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.embedders import absolute_positions
 from ecdit_ds.model.init import initialize_by_name
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 
 
 @pytest.mark.parametrize(("positions", "num_different"), [("rotary", 1), ("rotary_and_absolute", 16)])

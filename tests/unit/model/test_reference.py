@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import with_capacity_factor
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 
 Draw = Callable[..., Tensor]
 Weights = dict[str, Tensor]
@@ -270,7 +270,7 @@ def awake(tiny_config: ModelConfig, draw: Draw) -> Callable[..., ECDiT]:
     """Return a function that builds a model of random weights, none of which is special."""
 
     def build(**fields: Any) -> ECDiT:
-        model = ECDiT(replace(tiny_config, **fields), SerialLayers())
+        model = ECDiT(replace(tiny_config, **fields), serial_layers())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 centre, spread = float("norm" in name), 0.2 if "modulation" in name else 0.1

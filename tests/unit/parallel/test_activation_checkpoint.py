@@ -9,9 +9,9 @@ from torch import Tensor
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.collectives import Flight, land_all_to_all, launch_all_to_all
-from ecdit_ds.parallel.expert_parallel import SerialLayers
 
 Mode = Literal["none", "block", "selective"]
 
@@ -70,9 +70,9 @@ def test_nothing_is_recomputed_without_gradients(tiny_recipe: Recipe) -> None:
 
     x = torch.ones(2, requires_grad=True)
     with torch.no_grad():
-        Recompute(mode="block").run(0, block, x)
+        Recompute(mode="block")(0, block, x)
     assert len(calls) == 1
-    Recompute(mode="block").run(0, block, x).sum().backward()
+    Recompute(mode="block")(0, block, x).sum().backward()
     assert len(calls) == 2
 
 
@@ -104,7 +104,7 @@ def test_exchanges_that_were_kept_come_back_in_their_order_and_are_not_sent_agai
         x, weight = (torch.randn(4, 3, generator=generator, requires_grad=True) for _ in range(2))
         y = x
         for layer in range(2):
-            y = recompute.run(layer, block, y, weight)
+            y = recompute(layer, block, y, weight)
         y.square().sum().backward()
         assert x.grad is not None and weight.grad is not None
         return [x.grad, weight.grad], len(sent)

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ecdit_ds.config.model_config import Activation
+from ecdit_ds.model.dispatch import combine, gather
 from ecdit_ds.model.experts import Experts, activate
-from ecdit_ds.parallel.dispatch import combine, gather
 
 POOLS, TOKENS, HIDDEN, EXPERTS, CAPACITY = 2, 6, 5, 3, 2
 Draw = Callable[..., Tensor]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.errors import CheckpointError, EcditError, LostRankError
+from ecdit_ds.model.dispatch import LocalDispatcher
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.experts import Experts
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.sharding import WHOLE, Share, shard_of
 from ecdit_ds.parallel import deepspeed_moe, tensor_parallel
 from ecdit_ds.parallel.collectives import copy_in, land_all_to_all, launch_all_to_all, sum_out
-from ecdit_ds.parallel.dispatch import AllToAllDispatcher, LocalDispatcher
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
 from ecdit_ds.parallel.world import Place, World, place_from_environment
 from tests.helpers.forked_ranks import on_ranks

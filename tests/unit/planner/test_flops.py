@@ -16,7 +16,7 @@ from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.flow.objective import draw_kept_tokens
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.planner.flops import Flops, block_flops, forward_flops, recomputed_flops, training_flops
 from ecdit_ds.training.setup import _Flops
 
@@ -51,7 +51,7 @@ def inputs_of(config: ModelConfig, kept: int) -> tuple[Tensor, ...]:
 @sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused kernel
 def counted(config: ModelConfig, kept: int, recompute: Recompute | None = None) -> tuple[Flops, float]:
     """Return what torch counts an image: forward by part, and forward and backward together."""
-    model = ECDiT(config, SerialLayers(), recompute)
+    model = ECDiT(config, serial_layers(), recompute or Recompute())
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -13,7 +13,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner import zero_groups
 from ecdit_ds.planner.activations import (
@@ -78,7 +78,7 @@ def measured(recipe: Recipe, *, with_gradients: bool = False) -> tuple[int, int]
     """
     model_config, images = recipe.model, recipe.micro_batch_size(1)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    model = build_model(recipe, SerialLayers(), torch.device("cpu")).to(dtype)
+    model = build_model(recipe, serial_layers(), torch.device("cpu")).to(dtype)
     for parameter in model.parameters():
         parameter.grad = None if with_gradients else torch.zeros_like(parameter)
     size = (images, model_config.in_channels, model_config.latent_height, model_config.latent_width)
@@ -263,7 +263,7 @@ def test_selective_keeps_what_exchanges_brought(tiny_recipe: Recipe) -> None:
 
 
 def test_a_checkpoint_holds_four_numbers_a_parameter(tiny_recipe: Recipe) -> None:
-    model = build_model(tiny_recipe, SerialLayers(), torch.device("cpu"))
+    model = build_model(tiny_recipe, serial_layers(), torch.device("cpu"))
     assert checkpoint_bytes(tiny_recipe) == 16 * sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -9,7 +9,7 @@ import torch
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.yaml_loader import load_recipe, recipe_names
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.partition_rules import cut_axes
 from ecdit_ds.planner.parameters import (
     AUTOENCODER_PARAMETERS,
@@ -40,7 +40,7 @@ PAPER = {
 
 def assert_is_the_models(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = ECDiT(config, SerialLayers())
+        model = ECDiT(config, serial_layers())
     assert [(p.name, p.shape) for p in parameters(config)] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
 
 

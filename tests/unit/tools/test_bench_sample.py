@@ -24,7 +24,7 @@ from ecdit_ds.config.yaml_loader import find_recipe, load_recipe
 from ecdit_ds.data.encoders.base import PixelCodec
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from tools.bench import parse_arguments
 from tools.benchmarks.report import rotated
 from tools.benchmarks.sample import NumbersForText, RepeatingTextToImage, Side, summarize, to_rows

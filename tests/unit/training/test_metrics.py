@@ -20,7 +20,7 @@ from ecdit_ds.data.sources.bad_sample import Cause, Replaced
 from ecdit_ds.errors import GaveUpError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.world import World
 from ecdit_ds.training.metrics import (
     MAX_TOLD,
@@ -96,7 +96,7 @@ def test_a_uniform_router_has_the_entropy_of_a_fair_choice(config: ModelConfig) 
 
 
 def test_a_model_reports_one_number_a_sparse_layer(config: ModelConfig, randomize: Callable[[nn.Module], None]) -> None:
-    model = ECDiT(replace(config, capacity_factor=1.5), SerialLayers())
+    model = ECDiT(replace(config, capacity_factor=1.5), serial_layers())
     randomize(model)
     probe = RoutingProbe(model)
     assert probe.latest() == {}
@@ -110,7 +110,7 @@ def test_a_model_reports_one_number_a_sparse_layer(config: ModelConfig, randomiz
 
 def test_a_dense_model_reports_no_routing(make_recipe: MakeRecipe, randomize: Callable[[nn.Module], None]) -> None:
     config = make_recipe("model.ffn=dense").model
-    model = ECDiT(config, SerialLayers())
+    model = ECDiT(config, serial_layers())
     randomize(model)
     probe = RoutingProbe(model)
     model(*inputs_of(config, 1))
@@ -121,7 +121,7 @@ def test_token_choice_counts_the_tokens_that_found_no_place(
     make_recipe: MakeRecipe, randomize: Callable[[nn.Module], None]
 ) -> None:
     config = make_recipe("model.ffn=token_choice", "model.top_k=1", "model.capacity_factor=1.0").model
-    model = ECDiT(config, SerialLayers())
+    model = ECDiT(config, serial_layers())
     randomize(model)
     for name, parameter in model.named_parameters():
         if "gate.wg" in name:

@@ -17,7 +17,8 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.latents.index import Check
 from ecdit_ds.errors import CheckpointError
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
+from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.training import setup as build
@@ -191,7 +192,7 @@ def test_flops_are_those_of_the_mask_and_the_bucket_of_a_step(recipe: Recipe) ->
 def test_a_model_is_of_the_training_seed_and_recomputes_what_the_recipe_says(recipe: Recipe) -> None:
     train = replace(recipe.train, recompute="block", recompute_every=2)
     model = build_model(replace(recipe, train=train), SerialLayers(), CPU)
-    assert (model.recompute.mode, model.recompute.every) == ("block", 2)
+    assert model.run_block == Recompute(mode="block", every=2)
     weights = [
         build_model(replace(recipe, train=replace(recipe.train, seed=seed)), SerialLayers(), CPU).state_dict()
         for seed in (3, 4)

@@ -24,7 +24,7 @@ from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.model.init import empty_model
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.parallel.world import place_from_environment
 from ecdit_ds.training.engine import initialize_distributed
 from tests.conftest import TINY_RECIPE

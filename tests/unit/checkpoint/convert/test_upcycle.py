@@ -14,7 +14,7 @@ from ecdit_ds.config.yaml_loader import dump_recipe, load_recipe
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
-from ecdit_ds.parallel.expert_parallel import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.training.optimizer import STATE_NAMES
 from tests.helpers.random_model import random_values, save_random_model
 from tools import convert_ckpt
@@ -47,7 +47,7 @@ def start(dense: Recipe, tmp_path: Path) -> tuple[Path, Path]:
 
 def loaded(folder: Path, recipe: Recipe, kind: str) -> ECDiT:
     """Return the model with a checkpoint's weights, by the reader that training uses."""
-    model, reader = ECDiT(recipe.model, SerialLayers()), Reader(folder)
+    model, reader = ECDiT(recipe.model, serial_layers()), Reader(folder)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         reader.expect(f"{kind}/{name}", shape)
@@ -106,7 +106,7 @@ def test_what_is_new_is_the_seeds_and_what_was_learned_begins_anew(
     assert {name.split("/")[0] for name in made.tensors} == {"weight", "ema", *kept}
     assert (made.step, made.meta["samples_seen"], made.meta["num_updates"]) == (0, 0, 0)
     assert made.meta["recipe"] == sparse.to_dict()
-    fresh = ECDiT(sparse.model, SerialLayers())
+    fresh = ECDiT(sparse.model, serial_layers())
     initialize_by_name(fresh, sparse.train.seed)
     for name, parameter in fresh.named_parameters():
         whole = Box((0,) * parameter.dim(), tuple(parameter.shape))

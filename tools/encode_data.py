@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from ecdit_ds.data.encoders.base import RAW_PIXELS, ImageEncoder, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.from_recipe import place_of
 from ecdit_ds.data.encoders.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
 from ecdit_ds.data.encoders.spec import image_facts, open_image_encoder, text_facts
 from ecdit_ds.data.latents.dataset import LatentDataset
@@ -39,7 +40,7 @@ from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
 from ecdit_ds.inference.figures import save_grid
 from ecdit_ds.inference.images import to_uint8
-from ecdit_ds.inference.text_to_image import place_of, require_finite
+from ecdit_ds.inference.text_to_image import require_finite
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.array_task import task_of
 from tools.command_line import OneLineParser

@@ -19,9 +19,10 @@ from ecdit_ds.checkpoint.reader import Reader, newest_valid
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import recipe_from_dict
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEmbeddings, TextEncoder
+from ecdit_ds.data.encoders.from_recipe import earlier_encoder_facts
 from ecdit_ds.data.encoders.spec import null_text_of, open_image_encoder, open_text_encoder
 from ecdit_ds.errors import CheckpointError, ConfigError, DataError, plain
-from ecdit_ds.inference.text_to_image import TextToImage, earlier_encoder_facts
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.model.layers import LayerFactory

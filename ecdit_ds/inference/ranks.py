@@ -73,7 +73,7 @@ def join_crew(tp: int = 1, ep: int = 1) -> Crew:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return Crew(world=Alone(), device=device, layers=serial_layers(), dp=WHOLE, is_speaker=True)
     # DeepSpeed takes seconds to import, and a single process does without.
-    from ecdit_ds.training.engine import create_grid, initialize_distributed
+    from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 
     device = initialize_distributed()
     world = World()

@@ -23,17 +23,18 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.scenes import Split
 from ecdit_ds.data.encoders.base import Factor, PixelCodec
+from ecdit_ds.data.encoders.from_recipe import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.data.encoders.spec import count_frozen
 from ecdit_ds.data.mixture import Bucket
 from ecdit_ds.data.splits import SplitFacts, check_split, pixel_codec
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.inference.text_to_image import check_encodable, encoders_of, runs_encoders
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.deepspeed_moe import part_of
 from ecdit_ds.parallel.layout_table import MAX_RANKS, draw_layout
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import peak_activations, shapes_of
 from ecdit_ds.planner.flops import training_flops
@@ -41,7 +42,7 @@ from ecdit_ds.planner.memory import checkpoint_bytes, memory_of_rank
 from ecdit_ds.planner.parameters import NUMBER_BYTES, count_parameters
 from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
-from ecdit_ds.training.engine import create_grid, initialize_distributed, optimizer_groups
+from ecdit_ds.training.engine import optimizer_groups
 from ecdit_ds.training.memory_tracker import LiveBytes
 from ecdit_ds.training.optimizer import STATE_NAMES
 from ecdit_ds.training.run_dir import RunFolder

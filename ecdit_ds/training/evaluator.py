@@ -15,13 +15,14 @@ from torch import nn
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.scenes import Scene
 from ecdit_ds.data.encoders.base import TextEmbeddings
+from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.encoders.online import EncodersBeside
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.evaluation.digit_scenes.alignment import drawn_alignment
 from ecdit_ds.evaluation.digit_scenes.score import heldout_prompts
 from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.inference.images import to_uint8
-from ecdit_ds.inference.text_to_image import TextToImage, encoders_of
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.sharding import Share
 from ecdit_ds.parallel.topology import Topology

@@ -15,6 +15,7 @@ from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.retention import set_aside
 from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.data.encoders.from_recipe import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.data.encoders.online import EncodersBeside, encoders_beside
 from ecdit_ds.data.latents.index import Check
 from ecdit_ds.data.loader import training_batches
@@ -22,11 +23,11 @@ from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
 from ecdit_ds.data.prefetch import encoded_ahead
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.errors import CheckpointError, ExitCode
-from ecdit_ds.inference.text_to_image import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import Place, World
 from ecdit_ds.planner.flops import training_flops
@@ -35,7 +36,7 @@ from ecdit_ds.runtime.fault_injection import faults_from_environment
 from ecdit_ds.runtime.signals import StopRequest
 from ecdit_ds.training.batches import Draw, Finish
 from ecdit_ds.training.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
-from ecdit_ds.training.engine import DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.evaluator import Monitor
 from ecdit_ds.training.metrics import peak_flops_per_s, tally_of
 from ecdit_ds.training.run_dir import RunFolder

@@ -29,8 +29,9 @@ from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
+from ecdit_ds.parallel.setup import create_grid
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.training.engine import DeepSpeedEngine, create_grid
+from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
 
 STEPS_BEFORE = 2

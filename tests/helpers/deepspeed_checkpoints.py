@@ -28,10 +28,11 @@ from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.model.sharding import shard_of
 from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.parallel.setup import Grid, create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
 from ecdit_ds.runtime.signals import StopRequest
-from ecdit_ds.training.engine import DeepSpeedEngine, Grid, create_grid, initialize_distributed
+from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
 from ecdit_ds.training.train_state import Progress, load_snapshot, meta_of, pieces_of
 from tests.helpers.random_model import random_values

@@ -27,9 +27,10 @@ from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.runtime.signals import StopRequest
-from ecdit_ds.training.engine import DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
 
 

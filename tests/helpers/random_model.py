@@ -13,7 +13,8 @@ from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.inference.text_to_image import TextToImage, encoders_of
+from ecdit_ds.data.encoders.from_recipe import encoders_of
+from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.seeding import parameter_generator

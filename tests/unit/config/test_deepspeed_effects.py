@@ -17,8 +17,9 @@ from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.training.engine import DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
 from tests.conftest import TINY_RECIPE
 from tests.helpers.forked import in_a_copy

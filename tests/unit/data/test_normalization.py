@@ -17,6 +17,7 @@ from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.encoders.online import encoders_beside
 from ecdit_ds.data.encoders.spec import image_facts, text_facts
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
@@ -29,7 +30,6 @@ from ecdit_ds.data.sources.images import from_pixels
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.data.splits import check_split, open_split
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.inference.text_to_image import encoders_of
 from ecdit_ds.training.dry_run import _data
 from tests.helpers.made_sets import write_set
 from tests.helpers.own_pictures import SIDE, encode, write_pictures

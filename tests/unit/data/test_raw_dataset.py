@@ -20,6 +20,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data import raw_dataset as raw_set
 from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.from_recipe import check_encodable, encoders_of
 from ecdit_ds.data.encoders.spec import image_facts, text_facts
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.loader import evaluation_batches
@@ -32,7 +33,6 @@ from ecdit_ds.data.sources.bad_sample import BadSample, SystemFile
 from ecdit_ds.data.sources.base import RawSample, Source, Unit
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.data.splits import check_split, open_split
-from ecdit_ds.inference.text_to_image import check_encodable, encoders_of
 from tests.helpers.made_sets import write_set
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae

@@ -18,8 +18,9 @@ from ecdit_ds.config.recipe import OptimizerConfig, Recipe, TrainConfig
 from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.expert_parallel import serial_layers
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.training.engine import WEIGHT, DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.engine import WEIGHT, DeepSpeedEngine
 from ecdit_ds.training.trainer import Trainer
 from tests.helpers.forked import in_a_copy
 from tests.helpers.launch import free_port

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ecdit_ds.errors import EcditError, LostRankError, TopologyError
+from ecdit_ds.parallel.setup import initialize_distributed
 from ecdit_ds.slurm import preflight as node_check
 from ecdit_ds.training import engine
-from ecdit_ds.training.engine import initialize_distributed
 from tests.helpers.forked import in_a_copy
 
 

@@ -14,13 +14,13 @@ from PIL import Image
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.dataset import open_digit_scenes
 from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.encoders.spec import image_facts, null_text_facts, text_facts
 from ecdit_ds.data.latents.index import read_index
 from ecdit_ds.data.latents.shard_writer import write_index
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
 from ecdit_ds.inference.load import load_drawer
-from ecdit_ds.inference.text_to_image import encoders_of
 from tests.helpers.evaluate_tool import EvaluateTool, content
 from tests.helpers.made_sets import write_set
 from tools import convert_ckpt

@@ -14,12 +14,12 @@ from PIL import Image
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings, WordEncoder
+from ecdit_ds.data.encoders.from_recipe import describe_encoders
 from ecdit_ds.data.encoders.pretrained import load_text_encoder
 from ecdit_ds.data.encoders.spec import null_text_facts, null_text_of
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.inference.load import EncoderFolders, load_drawer, open_encoders, open_model
-from ecdit_ds.inference.text_to_image import describe_encoders
 from ecdit_ds.pipeline import TextToImagePipeline
 from ecdit_ds.training.optimizer import STATE_NAMES
 from ecdit_ds.training.train_state import Progress, check_same_data, check_same_encoders, check_same_recipe, meta_of

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from ecdit_ds import train
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.yaml_loader import load_recipe
+from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.splits import open_split
-from ecdit_ds.inference.text_to_image import encoders_of
 from ecdit_ds.training.dry_run import small_sizes
 from tests.helpers.forked import in_a_copy
 from tests.helpers.made_sets import write_set

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe
+from ecdit_ds.parallel.setup import Grid, create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import place_from_environment
-from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine, Grid, create_grid, initialize_distributed
+from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine
 from tests.helpers.forked import in_a_copy
 
 MakeRecipe = Callable[..., Recipe]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe
 from ecdit_ds.model.sharding import Share, set_shard, shard_of
+from ecdit_ds.parallel.setup import create_grid, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine, create_grid, initialize_distributed
+from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine
 from ecdit_ds.training.optimizer import parameter_groups
 from ecdit_ds.training.zero_partitions import Range
 from tests.helpers.forked_ranks import on_ranks

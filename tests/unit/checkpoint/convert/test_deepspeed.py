@@ -25,8 +25,8 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.model.layers import SerialLayers
+from ecdit_ds.parallel.setup import initialize_distributed
 from ecdit_ds.parallel.world import place_from_environment
-from ecdit_ds.training.engine import initialize_distributed
 from tests.conftest import TINY_RECIPE
 from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.forked import in_a_copy

@@ -35,6 +35,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.validation import divisors
 from ecdit_ds.config.yaml_loader import DEFAULT_RECIPE
 from ecdit_ds.errors import ConfigError, EcditError
+from ecdit_ds.files.provenance import describe_run
 from ecdit_ds.seeding import parameter_generator
 from tools.benchmarks.checkpoint import run_checkpoint
 from tools.benchmarks.data import add_loader
@@ -42,7 +43,7 @@ from tools.benchmarks.dispatch import run_dispatch
 from tools.benchmarks.encode import add_encode
 from tools.benchmarks.flags import add_common, add_report, check_folder, positive, positive_number
 from tools.benchmarks.layers import CAPACITY_FACTOR, PEERS, build_side, count_flops, forward_backward_ms
-from tools.benchmarks.report import compare, describe_run, rotated, times_text
+from tools.benchmarks.report import compare, rotated, times_text
 from tools.benchmarks.sample import check_sample, run_sample
 from tools.command_line import OneLineParser
 

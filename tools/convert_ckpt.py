@@ -34,16 +34,16 @@ from ecdit_ds.checkpoint.convert.file_plan import FilePlan, plan_files, plan_lay
 from ecdit_ds.checkpoint.convert.formats import lacks_recipe
 from ecdit_ds.checkpoint.convert.inspection import describe, differences, total_bytes, verify
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
+from ecdit_ds.checkpoint.convert.open import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 from ecdit_ds.checkpoint.convert.sources import SafetensorsSource, Source
 from ecdit_ds.checkpoint.convert.universal_writer import convert_to_universal, plan_universal
 from ecdit_ds.checkpoint.convert.upcycle import WithAverage
 from ecdit_ds.checkpoint.convert.workspace import partial_of
 from ecdit_ds.checkpoint.finite import tell_nonfinite
+from ecdit_ds.config.recipe import STATE_NAMES
 from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode, plain
 from ecdit_ds.parallel.partition_rules import cut_axes
-from ecdit_ds.training.optimizer import STATE_NAMES
 from tools.command_line import OneLineParser
-from tools.convert_sources import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"all": None, "weights": "weight", "ema": "ema"}

@@ -41,8 +41,8 @@ from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_c
 from ecdit_ds.inference.figures import save_grid
 from ecdit_ds.inference.images import to_uint8
 from ecdit_ds.inference.text_to_image import require_finite
+from ecdit_ds.slurm.array_task import task_of
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
-from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -85,7 +85,7 @@ def main() -> int:
     """Score, and turn what a user can get wrong into one line; return the exit code."""
     try:
         options = parse_arguments()
-        from tools.evaluate_metrics import METRICS  # takes seconds, which --help need not
+        from ecdit_ds.evaluation.metrics import METRICS  # takes seconds, which --help need not
 
         METRICS[options.metric](options)
     except EcditError as error:

@@ -30,6 +30,7 @@ from ecdit_ds.data.digit_scenes.dataset import require_digit_scenes
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.inference.images import name_for_file, save_text
 from ecdit_ds.inference.load import KINDS, load_drawer, open_model
+from ecdit_ds.inference.options import encoder_folders
 from ecdit_ds.inference.prompts import require_words
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmap_page import Drawing, trace_numbers, trace_page
@@ -37,7 +38,7 @@ from ecdit_ds.interpret.heatmaps import maps_of, save_compute_maps, save_concent
 from ecdit_ds.interpret.routing_trace import require_expert_choice, trace_routing
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
 from tools.command_line import OneLineParser
-from tools.sample import add_encoder_arguments, encoder_folders
+from tools.sample import add_encoder_arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -16,40 +16,33 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+
+from ecdit_ds.inference.options import DTYPES, brush_for, facts_of, load_for, origin_of, require_batch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ecdit_ds.config.recipe import Recipe, SampleConfig
-from ecdit_ds.data.digit_scenes.dataset import is_of_digit_scenes
 from ecdit_ds.errors import ConfigError, DataError, EcditError, exit_code_of
 from ecdit_ds.inference.figures import save_grid
-from ecdit_ds.inference.image_folder import OF_SCENES, Brush, Job, Picture, fill, parts_of, read_picture
+from ecdit_ds.inference.image_folder import Job, Picture, fill, parts_of, read_picture
 from ecdit_ds.inference.load import (
     KINDS,
-    EncoderFolders,
-    Spread,
-    StoredModel,
-    load_drawer,
-    load_spread_drawer,
     open_model,
 )
 from ecdit_ds.inference.prompts import read_dataset_prompts, read_prompt_file
-from ecdit_ds.inference.ranks import Crew, join_crew, leave
+from ecdit_ds.inference.ranks import join_crew, leave
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
 from ecdit_ds.model.sharding import Share
+from ecdit_ds.slurm.array_task import task_of
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
-from tools.array_task import task_of
 from tools.command_line import OneLineParser
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _COLUMNS = 4
 
 
@@ -122,11 +115,6 @@ def add_encoder_arguments(group: argparse._ActionsContainer) -> None:
     """Add where the frozen encoders of a checkpoint are now; others than it was trained through are refused."""
     group.add_argument("--vae", metavar="DIR", help="where the image autoencoder is now, if not where it was")
     group.add_argument("--text", nargs="+", metavar="DIR", help="the same of the text encoders, all of them")
-
-
-def encoder_folders(options: argparse.Namespace) -> EncoderFolders:
-    """Return what these flags say."""
-    return EncoderFolders(vae=options.vae, text=options.text or ())
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,77 +191,6 @@ def _tell_idle(count: int, batch_size: int, share: Share) -> None:
     )
 
 
-def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
-    """Return this process's model.
-
-    Raises:
-        CheckpointError: as `load_drawer`.
-        ConfigError: flags that exclude one another.
-    """
-    dtype = DTYPES[options.dtype]
-    if options.device_map is None:
-        if options.max_memory or options.offload_folder is not None:
-            raise ConfigError("--max-memory and --offload-folder have no effect without --device-map auto; add it")
-        return crew.world.together(
-            lambda: load_drawer(
-                options.checkpoint,
-                kind=options.weights,
-                dtype=dtype,
-                device=crew.device,
-                layers=crew.layers,
-                folders=encoder_folders(options),
-            )
-        )
-    if crew.world.size > 1:
-        raise ConfigError(f"--device-map: is for one process, but {crew.world.size} were started; use --tp and --ep")
-    spread = Spread(max_memory=_memory(options.max_memory), offload_folder=options.offload_folder)
-    return load_spread_drawer(
-        options.checkpoint, spread, kind=options.weights, dtype=dtype, folders=encoder_folders(options)
-    )
-
-
-def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
-    """Return how the command line wants pictures drawn.
-
-    Raises:
-        EcditError: a setting or size that cannot work.
-    """
-    require_batch(options)
-    sample = drawer.settings(
-        num_steps=options.steps, sampler=options.sampler, eta=options.eta, guidance_scale=options.guidance,
-        guidance_interval=options.guidance_interval, capacity_factor=options.capacity_factor,
-    )  # fmt: skip
-    if options.negative_prompt is not None and sample.guidance_scale == 1.0:
-        raise ConfigError("--negative-prompt: has no effect with a guidance of 1.0; leave it out or raise --guidance")
-    drawer.latent_shape(options.height, options.width)
-    return Brush(
-        drawer=drawer, sample=sample, batch_size=options.batch_size, negative_prompt=options.negative_prompt,
-        height=options.height, width=options.width,
-    )  # fmt: skip
-
-
-def require_batch(options: argparse.Namespace) -> None:
-    """Refuse to draw no pictures at a time."""
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size: {options.batch_size} pictures at a time are none; give 1 or more")
-
-
-def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
-    """Return what besides drawing settings decides how a picture looks."""
-    return {
-        "checkpoint": f"{stored.folder.resolve().name} {stored.identity}", "recipe": stored.recipe.name,
-        "step": stored.step, "weights": stored.kind, "dtype": options.dtype,
-    }  # fmt: skip
-
-
-def origin_of(stored: StoredModel) -> dict[str, object]:
-    """Return the note of a gallery that says what its model was trained on, where that is known."""
-    recipe, is_of = stored.recipe, None
-    with suppress(DataError):  # a set that is damaged now is of no concern to drawing
-        is_of = is_of_digit_scenes(recipe.data, recipe.model, stored.encoders)
-    return {} if is_of is None else {OF_SCENES: is_of}
-
-
 def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
     typed = [text for group in options.prompt for text in group]
     if sum(map(bool, (typed, options.prompts, options.dataset))) > 1:
@@ -299,16 +216,6 @@ def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
         first = options.seed + i * count if seed is None else seed
         jobs += [Job(prompt=prompt, seed=first + n) for n in range(count)]
     return jobs
-
-
-def _memory(given: Sequence[str]) -> dict[int | str, int | str] | None:
-    memory: dict[int | str, int | str] = {}
-    for text in given:
-        device, separator, size = text.partition("=")
-        if not (separator and device and size):
-            raise ConfigError(f"--max-memory {text}: write DEVICE=SIZE, such as 0=70GiB or cpu=100GiB")
-        memory[int(device) if device.isdecimal() else device] = int(size) if size.isdecimal() else size
-    return memory or None
 
 
 def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: TextToImage, sample: SampleConfig) -> None:

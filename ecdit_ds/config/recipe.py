@@ -24,6 +24,9 @@ from ecdit_ds.config.validation import (
 )
 from ecdit_ds.errors import ConfigError
 
+STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg", "momentum_buffer")}
+"""What each optimizer remembers about every weight; torch's own names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:

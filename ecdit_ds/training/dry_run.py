@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.data.digit_scenes.scenes import Split
 from ecdit_ds.data.encoders.base import Factor, PixelCodec
 from ecdit_ds.data.encoders.from_recipe import check_encodable, encoders_of, runs_encoders
@@ -44,7 +44,6 @@ from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.training.engine import optimizer_groups
 from ecdit_ds.training.memory_tracker import LiveBytes
-from ecdit_ds.training.optimizer import STATE_NAMES
 from ecdit_ds.training.run_dir import RunFolder
 from ecdit_ds.training.train_state import check_not_beyond, check_same_recipe, none_valid, rejection_of, schedule_jumps
 

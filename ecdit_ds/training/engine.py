@@ -19,10 +19,10 @@ from ecdit_ds.parallel.setup import Grid  # first: it names DeepSpeed's accelera
 import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from ecdit_ds.config.recipe import OptimizerConfig
+from ecdit_ds.config.recipe import STATE_NAMES, OptimizerConfig
 from ecdit_ds.model.sharding import ShardSpec, shard_of
 from ecdit_ds.training.ema import ShardedEMA
-from ecdit_ds.training.optimizer import STATE_NAMES, build_optimizer, parameter_groups
+from ecdit_ds.training.optimizer import build_optimizer, parameter_groups
 from ecdit_ds.training.zero_partitions import GroupPartitions, ParameterPartitions, Partitions, check_partitions
 
 WEIGHT = "weight"

@@ -8,9 +8,6 @@ from torch import nn
 
 from ecdit_ds.config.recipe import OptimizerConfig
 
-STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg", "momentum_buffer")}
-"""What each optimizer remembers about every weight; torch's own names."""
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return named groups: matrices are decayed, vectors and modulation tables are not.

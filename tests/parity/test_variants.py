@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.data.digit_scenes.scenes import Split
 from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.training.optimizer import STATE_NAMES
 from tests.helpers.launch import metrics_of, train, train_many
 from tests.helpers.random_model import save_random_model
 from tests.helpers.recipes import SMALL_MODEL, arguments

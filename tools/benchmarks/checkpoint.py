@@ -33,7 +33,7 @@ from ecdit_ds.checkpoint.staging import HostCopy
 from ecdit_ds.checkpoint.writer import Piece, Save, save_checkpoint
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.files.durable import put_on_disk
-from tools.benchmarks.report import describe_run
+from ecdit_ds.files.provenance import describe_run
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 HIDDEN, INNER = 256, 1024

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import ConfigError
+from ecdit_ds.files.provenance import describe_run
 from tools.benchmarks.corpus import Corpus, Indices, write_corpus
 from tools.benchmarks.flags import add_report, check_folder, positive, positive_number
-from tools.benchmarks.report import describe_run, rotated
+from tools.benchmarks.report import rotated
 from tools.benchmarks.step import step_time, way_lines, way_to_a_step, worker_row
 
 RAW, ONE_CALL, SEQUENTIAL, OURS, OURS_FP32, FORMATTER = (

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from ecdit_ds.files.provenance import describe_run
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 from ecdit_ds.seeding import parameter_generator
-from tools.benchmarks.report import compare, describe_run, times_text
+from tools.benchmarks.report import compare, times_text
 
 CAPACITY_FACTOR = 2
 

@@ -34,8 +34,8 @@ from ecdit_ds.data.sources.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.files.durable import put_on_disk
+from ecdit_ds.files.provenance import describe_run
 from tools.benchmarks.flags import add_report, check_folder, positive
-from tools.benchmarks.report import describe_run
 
 AIM = 0.1
 SIDE, QUALITY = (512, 640), 90

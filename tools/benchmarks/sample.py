@@ -24,13 +24,14 @@ from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings
 from ecdit_ds.errors import ConfigError
+from ecdit_ds.files.provenance import describe_run
 from ecdit_ds.flow.samplers import VelocityFn
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import Prediction
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.seeding import parameter_generator
-from tools.benchmarks.report import compare, describe_run, rotated, times_text
+from tools.benchmarks.report import compare, rotated, times_text
 from tools.benchmarks.twins import dense_twin, equal_flops_dense, image_flops, picture_flops
 
 AIM = 1.05

@@ -23,6 +23,7 @@ from ecdit_ds.evaluation.digit_scenes.alignment import drawn_alignment
 from ecdit_ds.evaluation.digit_scenes.score import heldout_prompts
 from ecdit_ds.evaluation.fid import FeatureStatistics, frechet_distance, save_statistics
 from ecdit_ds.evaluation.geneval.models import load_detector
+from ecdit_ds.evaluation.task import _require_finite
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.inference import image_folder as gallery
 from ecdit_ds.inference.image_folder import Brush, Job, fill
@@ -36,7 +37,6 @@ from ecdit_ds.pipeline import TextToImagePipeline
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.random_model import random_pipeline, save_random_model
 from tests.helpers.tiny_judges import pictures, save_clip, save_mask2former, save_yolos
-from tools.evaluate_task import _require_finite
 
 MakeRecipe = Callable[..., Recipe]
 RefusalOf = Callable[[Callable[[], object]], str]

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tools.array_task import task_of
+from ecdit_ds.slurm.array_task import task_of
 
 RefusalOf = Callable[[Callable[[], object]], str]
 

@@ -529,10 +529,10 @@ def _fail(*_: object) -> None:
 def test_drawing_and_scoring_report_a_task_that_ended_well_and_no_other(
     marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, work: Callable[..., None], code: int
 ) -> None:
-    from tools import evaluate_metrics
+    from ecdit_ds.evaluation import metrics
 
     monkeypatch.setattr(sample, "draw", work)
-    monkeypatch.setattr(evaluate_metrics, "METRICS", {"loss": work})
+    monkeypatch.setattr(metrics, "METRICS", {"loss": work})
     for tool, arguments in ((sample, ["--checkpoint", "x"]), (evaluate, ["loss", "--checkpoint", "x"])):
         monkeypatch.setattr(sys, "argv", ["tool", *arguments])
         assert tool.main() == code

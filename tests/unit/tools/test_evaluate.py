@@ -133,7 +133,7 @@ def test_run_again_it_tells_the_same_without_drawing_or_judging(
     told = tool.score("scenes", *SCENES)
     printed = tool.printed.removeprefix("drawing 12 pictures in o/drawn\n")
     before = content(tool.folder / "o")
-    forbid(monkeypatch, "tools.evaluate_metrics.find_objects", "tools.evaluate_task.fill")
+    forbid(monkeypatch, "ecdit_ds.evaluation.metrics.find_objects", "ecdit_ds.evaluation.task.fill")
     assert tool.score("scenes", *SCENES) == told
     assert (tool.printed, content(tool.folder / "o")) == (printed, before)
 
@@ -141,10 +141,10 @@ def test_run_again_it_tells_the_same_without_drawing_or_judging(
 def test_interrupted_between_verdicts_it_judges_only_what_is_missing(
     tool: EvaluateTool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tools import evaluate_metrics
+    from ecdit_ds.evaluation import metrics
 
     whole = tool.score("scenes", *SCENES, output="whole")
-    find = evaluate_metrics.find_objects
+    find = metrics.find_objects
     seen: list[int] = []
 
     def find_and_die(images: np.ndarray) -> Any:
@@ -153,7 +153,7 @@ def test_interrupted_between_verdicts_it_judges_only_what_is_missing(
             raise KeyboardInterrupt
         return find(images)
 
-    monkeypatch.setattr(evaluate_metrics, "find_objects", find_and_die)
+    monkeypatch.setattr(metrics, "find_objects", find_and_die)
     dies_at = 4  # each batch of 5 looks twice: at what was drawn, and at real scenes
     with pytest.raises(KeyboardInterrupt):
         tool.run("scenes", "--checkpoint", tool.checkpoint, *SCENES, "--output", "cut")
@@ -393,8 +393,8 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_the_verdicts(
 
     folder = tool.draw("a nine")
     with monkeypatch.context() as patch:
-        patch.setattr("tools.evaluate_metrics.save_grid", full)
+        patch.setattr("ecdit_ds.evaluation.metrics.save_grid", full)
         message = tool.refusal("scenes", "--pictures", folder, "--output", "o")
     assert "scenes.png: cannot be written: No space left" in message
-    forbid(monkeypatch, "tools.evaluate_metrics.find_objects")
+    forbid(monkeypatch, "ecdit_ds.evaluation.metrics.find_objects")
     assert tool.score("scenes", "--pictures", folder)["results"]["model"]["kinds"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings, WordEncoder
 from ecdit_ds.data.encoders.from_recipe import describe_encoders
 from ecdit_ds.data.encoders.pretrained import load_text_encoder
@@ -21,7 +21,6 @@ from ecdit_ds.data.splits import open_split
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.inference.load import EncoderFolders, load_drawer, open_encoders, open_model
 from ecdit_ds.pipeline import TextToImagePipeline
-from ecdit_ds.training.optimizer import STATE_NAMES
 from ecdit_ds.training.train_state import Progress, check_same_data, check_same_encoders, check_same_recipe, meta_of
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.own_pictures import encode, write_pictures

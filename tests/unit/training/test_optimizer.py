@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecdit_ds.config.recipe import OptimizerConfig, Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, OptimizerConfig, Recipe
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.layers import SerialLayers
-from ecdit_ds.training.optimizer import STATE_NAMES, build_optimizer, learning_rate, parameter_groups
+from ecdit_ds.training.optimizer import build_optimizer, learning_rate, parameter_groups
 
 Schedule = Literal["constant", "cosine", "linear"]
 

@@ -9,13 +9,12 @@ import torch
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert.sources import EcditSource
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.config.yaml_loader import dump_recipe, load_recipe
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
 from ecdit_ds.parallel.expert_parallel import serial_layers
-from ecdit_ds.training.optimizer import STATE_NAMES
 from tests.helpers.random_model import random_values, save_random_model
 from tools import convert_ckpt
 

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEncoder
 from ecdit_ds.errors import ConfigError, DataError, NonFiniteError
 from ecdit_ds.files.durable import replace_durably
+from ecdit_ds.files.provenance import describe_run
 from ecdit_ds.inference.image_folder import Job, Picture, do_compete, fill, gallery_identity, read_gallery
 from ecdit_ds.inference.jsonl_shards import Ledger, Row, work_through
 from ecdit_ds.inference.load import StoredModel, open_encoders, open_model
+from ecdit_ds.inference.options import brush_for, encoder_folders, facts_of, load_for, origin_of
 from ecdit_ds.inference.ranks import Crew, join_crew
 from ecdit_ds.inference.text_to_image import TextToImage
-from tools.benchmarks.report import describe_run
-from tools.sample import brush_for, encoder_folders, facts_of, load_for, origin_of
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "torchmetrics", "transformers")
 DRAWING = ("steps", "sampler", "eta", "guidance", "guidance_interval", "negative_prompt", "capacity_factor", "height",

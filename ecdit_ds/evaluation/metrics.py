@@ -24,6 +24,7 @@ from ecdit_ds.evaluation.digit_scenes.checker import judge as judge_scene
 from ecdit_ds.evaluation.digit_scenes.detector import find_objects
 from ecdit_ds.evaluation.digit_scenes.score import SceneScores, heldout_prompts, other_claims, scores_of
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
+from ecdit_ds.evaluation.task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
 from ecdit_ds.inference.figures import save_grid
 from ecdit_ds.inference.image_folder import (
     LINES_NAME,
@@ -37,7 +38,6 @@ from ecdit_ds.inference.image_folder import (
 from ecdit_ds.inference.jsonl_shards import Row
 from ecdit_ds.inference.load import StoredModel, open_encoders
 from ecdit_ds.inference.prompts import read_prompt_file
-from tools.evaluate_task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
 
 _COLUMNS = 6
 _SCENES_PER_KIND = 50

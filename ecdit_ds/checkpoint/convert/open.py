@@ -13,14 +13,13 @@ from ecdit_ds.checkpoint.convert.sources import INDEX_NAME, Source, open_source
 from ecdit_ds.checkpoint.convert.upcycle import UpcycledSource, Upcycling
 from ecdit_ds.checkpoint.file_ranges import reading
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints
-from ecdit_ds.config.recipe import Recipe
+from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.config.yaml_loader import load_recipe, recipe_from_dict
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_parameter
 from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.partition_rules import cut_axes
-from ecdit_ds.training.optimizer import STATE_NAMES
 
 
 def model_facts(name_or_path: str, overrides: Sequence[str]) -> ModelFacts:

@@ -14,7 +14,7 @@ from typing import Any
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import ConfigError, shown
 
-DEFAULT_PATH = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
+DEFAULT_PATH = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 _STAGES = (1, 2, 3)
 _FACTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _CLOSED = "DeepSpeed would tell it in a log that is closed here"

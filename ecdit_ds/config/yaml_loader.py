@@ -18,7 +18,7 @@ import yaml
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import ConfigError, shown
 
-RECIPE_FOLDER = Path(__file__).parent / "configs"
+RECIPE_FOLDER = Path(__file__).parents[1] / "configs"
 DEFAULT_RECIPE = "demo"
 _MOST_BASES = 8
 """Files that may stand upon each other; a recipe of more is hard to read, and a mistake is likelier."""

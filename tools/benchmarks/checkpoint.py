@@ -218,7 +218,7 @@ def convert_all(bench: Bench, turn: int) -> None:
 def peak_of_conversion(bench: Bench) -> int:
     """Return the resident bytes of tools/convert_ckpt.py at their highest."""
     root = save_checkpoint(bench.folder / "saved", 1, bench.pieces(), {}, SoloPeers())
-    tool = Path(__file__).with_name("convert_ckpt.py")
+    tool = Path(__file__).parents[1] / "convert_ckpt.py"
     watch = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     command = [sys.executable, str(tool), "convert", str(root), str(bench.folder / "converted"), "--to", "ecdit"]

@@ -151,9 +151,13 @@ class TextToImagePipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check_request(prompts, num_images_per_prompt, output_type)
         sample = self.drawer.settings(
-            num_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler, eta=eta,
-            guidance_interval=guidance_interval, capacity_factor=capacity_factor,
-        )  # fmt: skip
+            num_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            guidance_interval=guidance_interval,
+            capacity_factor=capacity_factor,
+        )
         negative = _negatives(negative_prompt, len(prompts))
         repeated = [text for text in prompts for _ in range(num_images_per_prompt)]
         shape = (len(repeated), *self.drawer.latent_shape(height, width))

@@ -37,28 +37,38 @@ from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_e
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed ecdit_ds/train.py", description="Train an expert-choice diffusion transformer with DeepSpeed.",
+        prog="deepspeed ecdit_ds/train.py",
+        description="Train an expert-choice diffusion transformer with DeepSpeed.",
         epilog=f"Recipes: {', '.join(recipe_names())}. Run again after a crash: it goes on from the newest checkpoint.",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", default=DEFAULT_RECIPE, metavar="NAME|PATH", help="recipe (default: %(default)s)")
     parser.add_argument(
-        "--deepspeed", type=Path, default=DEFAULT_PATH, metavar="JSON",
+        "--deepspeed",
+        type=Path,
+        default=DEFAULT_PATH,
+        metavar="JSON",
         help="DeepSpeed configuration; batch sizes, clipping and precision come from the recipe (default: zero2.json)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
         help="change a recipe field, such as train.max_steps=20; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH",
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
         help="auto: go on from the newest valid checkpoint in the folder; never: refuse a folder that holds a run; "
         "PATH: a folder without checkpoints starts from that checkpoint or run (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="check everything that needs no training, count a rank's memory, and stop; needs no GPU",
-    )  # fmt: skip
+    )
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: as one of N ranks, here alone")
     parser.add_argument("--rank", type=int, metavar="N", help="with --dry-run: whose memory is counted (default: 0)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe, and stop")
@@ -127,9 +137,14 @@ def _start(recipe: Recipe, options: argparse.Namespace, stop: StopRequest, statu
         from ecdit_ds.training.dry_run import dry_run
 
         told, is_ready = dry_run(
-            recipe, topology, deepspeed_config, options.rank or 0, output, is_named=bool(options.output),
+            recipe,
+            topology,
+            deepspeed_config,
+            options.rank or 0,
+            output,
+            is_named=bool(options.output),
             resume=options.resume,
-        )  # fmt: skip
+        )
         print(told)
         if not is_ready:
             return ExitCode.USER_ERROR

@@ -46,8 +46,11 @@ def test_all_that_is_installed_is_locked_by_hash() -> None:
     assert asked.items() <= locked.items(), "run make lock"
     if not (Path(sys.prefix) / "installed").exists():
         pytest.skip("this environment was not made by make")
-    installed = {canonicalize_name(found.name): f"=={Version(found.version).public}"
-                 for found in importlib.metadata.distributions() if found.name != "pip"}  # fmt: skip
+    installed = {
+        canonicalize_name(found.name): f"=={Version(found.version).public}"
+        for found in importlib.metadata.distributions()
+        if found.name != "pip"
+    }
     assert installed.items() <= locked.items()
 
 

@@ -145,12 +145,24 @@ def measure(options: argparse.Namespace, num_experts: int, tick: Callable[[], ob
 
 def _model_config(options: argparse.Namespace, num_experts: int, tokens: int) -> ModelConfig:
     return ModelConfig(
-        hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size, num_experts=num_experts,
-        capacity_factor=CAPACITY_FACTOR, latent_height=tokens, latent_width=1, patch_size=1,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=options.ffn_hidden_size,
+        num_experts=num_experts,
+        capacity_factor=CAPACITY_FACTOR,
+        latent_height=tokens,
+        latent_width=1,
+        patch_size=1,
         # What follows is required of an architecture but is no part of this layer.
-        num_layers=2, num_heads=1, num_kv_heads=1, head_dim=4, cross_num_heads=1, cross_head_dim=4, in_channels=1,
-        text_embed_dim=1, max_text_tokens=1,
-    )  # fmt: skip
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=4,
+        cross_num_heads=1,
+        cross_head_dim=4,
+        in_channels=1,
+        text_embed_dim=1,
+        max_text_tokens=1,
+    )
 
 
 def _draw(name: str, options: argparse.Namespace, tokens: int) -> Tensor:
@@ -273,9 +285,11 @@ def _add_moe(commands: Any) -> None:
 
 def _add_dispatch(commands: Any) -> None:
     dispatch = commands.add_parser(
-        "dispatch", help="the all-to-all of its tokens", description=_DISPATCH_HELP,
+        "dispatch",
+        help="the all-to-all of its tokens",
+        description=_DISPATCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_common(dispatch)
     dispatch.add_argument("--ranks", type=positive, default=2, help="expert-parallel processes (default 2)")
     dispatch.add_argument("--tokens", type=positive, nargs="+", help="tokens of an image (default 256 1024)")
@@ -290,24 +304,33 @@ def _add_dispatch(commands: Any) -> None:
 
 def _add_checkpoint(commands: Any) -> None:
     checkpoint = commands.add_parser(
-        "checkpoint", help="saving, loading, converting", description=_CHECKPOINT_HELP,
+        "checkpoint",
+        help="saving, loading, converting",
+        description=_CHECKPOINT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_report(checkpoint, "of everything (default 5)")
     checkpoint.add_argument("--gigabytes", type=positive_number, help="size of the checkpoint (default 4)")
     checkpoint.add_argument("--experts", type=positive, default=32, help="default 32")
     checkpoint.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
     checkpoint.set_defaults(
-        run=run_checkpoint, check=_check_checkpoint, full_sizes=_CHECKPOINT_FULL, quick_sizes=_CHECKPOINT_QUICK,
-        tokens=[], device="cpu", dtype="fp32",
-    )  # fmt: skip
+        run=run_checkpoint,
+        check=_check_checkpoint,
+        full_sizes=_CHECKPOINT_FULL,
+        quick_sizes=_CHECKPOINT_QUICK,
+        tokens=[],
+        device="cpu",
+        dtype="fp32",
+    )
 
 
 def _add_sample(commands: Any) -> None:
     sample = commands.add_parser(
-        "sample", help="drawing pictures", description=_SAMPLE_HELP,
+        "sample",
+        help="drawing pictures",
+        description=_SAMPLE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_common(sample, "of each side (default 7)")
     sample.add_argument("--config", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="recipe (default %(default)s)")
     sample.add_argument("--hidden-size", type=positive, help="default: the recipe's")

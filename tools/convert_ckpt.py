@@ -85,32 +85,39 @@ def _add_convert_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("source", type=_path, metavar="SRC")
     convert.add_argument("destination", type=_path, metavar="DST", help="must not exist; DST.partial until it is whole")
     convert.add_argument(
-        "--to", choices=("ecdit", "safetensors", "universal"), required=True,
+        "--to",
+        choices=("ecdit", "safetensors", "universal"),
+        required=True,
         help="ecdit: our format, to train on; safetensors: Hugging Face style, with index and config.json, to share; "
         "universal: for DeepSpeed's load_checkpoint with load_universal, any layout and ZeRO stage (3: Adam only, "
         "and a repair after loading; docs/conversion.md)",
-    )  # fmt: skip
+    )
     convert.add_argument(
         "--only", choices=KINDS, help="weights of the last step, or averaged ones (default: all, or ema)"
     )
     convert.add_argument(
-        "--dtype", choices=DTYPES,
+        "--dtype",
+        choices=DTYPES,
         help="cast (default: as it is, bitwise); refused if a finite number became infinite, as beyond 65504 in fp16",
-    )  # fmt: skip
+    )
     convert.add_argument("--files", type=_positive, metavar="N", help="ecdit: about N files of equal size (default: 1)")
     convert.add_argument(
-        "--tp", type=_positive, metavar="T",
+        "--tp",
+        type=_positive,
+        metavar="T",
         help="ecdit: a file a rank of this layout, and a shared one; universal: T files of counts (default: 1)",
-    )  # fmt: skip
+    )
     convert.add_argument("--ep", type=_positive, metavar="E", help="ecdit: as --tp")
     convert.add_argument(
-        "--unmarked-experts", action="store_true",
+        "--unmarked-experts",
+        action="store_true",
         help="universal: for a script whose model does not tell DeepSpeed which parameters are experts'",
-    )  # fmt: skip
+    )
     convert.add_argument(
-        "--upcycle", metavar="RECIPE",
+        "--upcycle",
+        metavar="RECIPE",
         help="ecdit: make a dense checkpoint into one of this recipe, its feed-forward networks into equal experts",
-    )  # fmt: skip
+    )
     convert.add_argument(
         "--ema-from-weights",
         action="store_true",

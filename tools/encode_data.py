@@ -63,33 +63,60 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     encode.add_argument("destination", type=Path, metavar="DST", help="must not exist; DST.partial until it is whole")
     add = encode.add_argument
     add("--vae", metavar="DIR", help="AutoencoderKL of diffusers: folder or hub name (default: pixels are latents)")
-    add("--text", nargs="+", default=[], metavar="DIR",
-        help="T5, CLIP or other text model of transformers; several are joined (default: embedded words)")  # fmt: skip
-    add("--text-tokens", type=_positive, metavar="N",
-        help=f"longest caption (default: {DEFAULT_TOKENS}, embedded: {WORD_TOKENS})")  # fmt: skip
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="T5, CLIP or other text model of transformers; several are joined (default: embedded words)",
+    )
+    add(
+        "--text-tokens",
+        type=_positive,
+        metavar="N",
+        help=f"longest caption (default: {DEFAULT_TOKENS}, embedded: {WORD_TOKENS})",
+    )
     add("--text-width", type=_positive, metavar="N", help=f"of embedded words (default: {WORD_WIDTH})")
     for flag in ("--vae-precision", "--text-precision"):
         add(flag, choices=PRECISIONS, default="fp32", help="what the encoder computes in (default: fp32)")
-    add("--captions-only", action="store_true",
-        help="store no text vectors: training encodes captions itself, beside each step")  # fmt: skip
+    add(
+        "--captions-only",
+        action="store_true",
+        help="store no text vectors: training encodes captions itself, beside each step",
+    )
     add("--image-column", metavar="NAME", help="of a table, or the suffix in a tar, such as depth.png")
     add("--caption-column", metavar="NAME", help="of a table, or the suffix or else the JSON field in a tar")
-    add("--captions", choices=CHOICES,
+    add(
+        "--captions",
+        choices=CHOICES,
         help="which of several: in a list, on lines of a text file, in rows of one picture in a list "
-        "(default: the first of a list, all lines as one)")  # fmt: skip
+        "(default: the first of a list, all lines as one)",
+    )
     add("--caption-seed", type=int, metavar="N", help="of --captions random (default: 0)")
     add("--split", help="of a Hugging Face dataset (default: train)")
     add("--images", type=Path, metavar="DIR", help="what paths in a list are relative to (default: its folder)")
     add("--size", type=_positive, default=256, metavar="PIXELS", help="side of the square (default: 256)")
-    add("--min-size", type=_positive, metavar="PIXELS",
-        help="leave out pictures with a side shorter than this (default: enlarge them)")  # fmt: skip
+    add(
+        "--min-size",
+        type=_positive,
+        metavar="PIXELS",
+        help="leave out pictures with a side shorter than this (default: enlarge them)",
+    )
     add("--buckets", action="store_true", help="keep proportions: several sizes of the square's area")
-    add("--patch", type=_positive, default=2, metavar="N",
-        help="the model's patch_size, which sides are multiples of (default: 2)")  # fmt: skip
+    add(
+        "--patch",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="the model's patch_size, which sides are multiples of (default: 2)",
+    )
     add("--dtype", choices=DTYPES, default="bf16", help="on disk (default: bf16)")
     add("--max-bad", type=float, default=0.05, metavar="SHARE", help="of samples left out (default: 0.05)")
-    add("--accept-cut-archives", action="store_true",
-        help="publish although tars end early or cannot be read: how much is lost is not known")  # fmt: skip
+    add(
+        "--accept-cut-archives",
+        action="store_true",
+        help="publish although tars end early or cannot be read: how much is lost is not known",
+    )
     add("--shard-samples", type=_positive, default=4096, metavar="N", help="of a unit of work (default: 4096)")
     add("--batch-size", type=_positive, default=32, metavar="N", help="of the encoders (default: 32)")
     add("--task", metavar="I/N", help="do every N-th unit from the I-th, from 0 (default: Slurm's array, or the rank)")
@@ -128,30 +155,41 @@ def _encode(options: argparse.Namespace) -> int:
         raise ConfigError(f"--caption-seed {options.caption_seed}: has no effect without --captions random")
     captions = Captions(choice=options.captions, seed=options.caption_seed or 0)
     source = open_source(
-        options.source, unit_samples=options.shard_samples, split=options.split, images=options.images,
+        options.source,
+        unit_samples=options.shard_samples,
+        split=options.split,
+        images=options.images,
         columns=Columns(image=options.image_column, caption=options.caption_column, captions=captions),
-    )  # fmt: skip
+    )
     image_encoder, text_encoder = _encoders(options, device)
     job = Job(
         source=source,
         destination=options.destination.absolute(),
         encoding=Encoding(
-            image_encoder=image_encoder, text_encoder=text_encoder, sizes=_sizes(options, image_encoder),
-            dtype=DTYPES[options.dtype], batch_size=options.batch_size, threads=len(os.sched_getaffinity(0)),
-            has_text=not options.captions_only, min_size=options.min_size or 0,
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+            sizes=_sizes(options, image_encoder),
+            dtype=DTYPES[options.dtype],
+            batch_size=options.batch_size,
+            threads=len(os.sched_getaffinity(0)),
+            has_text=not options.captions_only,
+            min_size=options.min_size or 0,
         ),
         image_facts=image_facts(image_encoder, options.vae and place_of(options.vae)),
         text_facts=text_facts(text_encoder, [place_of(name) for name in options.text]),
         settings={
-            "shard_samples": options.shard_samples, "image_column": options.image_column,
-            "caption_column": options.caption_column, "min_size": options.min_size,
-            "captions": options.captions, "caption_seed": captions.seed or None,
+            "shard_samples": options.shard_samples,
+            "image_column": options.image_column,
+            "caption_column": options.caption_column,
+            "min_size": options.min_size,
+            "captions": options.captions,
+            "caption_seed": captions.seed or None,
         },
         task=task,
         tasks=tasks,
         max_bad=options.max_bad,
         accepts_cut=options.accept_cut_archives,
-    )  # fmt: skip
+    )
     report = encode_corpus(job)
     if report is None:
         print(f"task {task}/{tasks} is done; other tasks have units left, and the last one publishes {job.destination}")
@@ -192,8 +230,9 @@ def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageE
     if options.text and options.text_width:
         raise ConfigError(f"--text-width {options.text_width}: is of embedded words, and --text has a width of its own")
     for flag, precision, name in (
-        ("--vae", options.vae_precision, options.vae), ("--text", options.text_precision, options.text),
-    ):  # fmt: skip
+        ("--vae", options.vae_precision, options.vae),
+        ("--text", options.text_precision, options.text),
+    ):
         if precision != "fp32" and not name:
             raise ConfigError(f"{flag}-precision {precision}: has no effect without {flag}; leave it out")
     image: ImageEncoder = RAW_PIXELS
@@ -201,12 +240,12 @@ def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageE
         image = load_image_encoder(options.vae, device=device, precision=options.vae_precision)
     if options.text:
         return image, load_text_encoder(
-            options.text, max_tokens=options.text_tokens or DEFAULT_TOKENS, device=device,
+            options.text,
+            max_tokens=options.text_tokens or DEFAULT_TOKENS,
+            device=device,
             precision=options.text_precision,
-        )  # fmt: skip
-    words = WordEncoder(
-        embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS
-    )  # fmt: skip
+        )
+    words = WordEncoder(embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS)
     return image, words
 
 
@@ -247,8 +286,10 @@ def _warn(folder: Path, index: SetIndex) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     """Print what a set holds, verify it whole, and draw some of its pictures."""
     index = read_index(options.folder)
-    print(f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
-          f"{len(index.shards)} shards, {index.latents_dtype}")  # fmt: skip
+    print(
+        f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
+        f"{len(index.shards)} shards, {index.latents_dtype}"
+    )
     print(plain(f"images  {index.image_encoder['identity']}"))
     stored = "" if index.has_text else ", not stored: captions are encoded beside training"
     texts = f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}{stored}"

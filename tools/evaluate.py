@@ -31,9 +31,10 @@ _PICTURES_HELP = "score this folder of tools/sample.py instead of drawing from a
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = OneLineParser(
-        prog="tools/evaluate.py", description="Score a checkpoint, or pictures.",
+        prog="tools/evaluate.py",
+        description="Score a checkpoint, or pictures.",
         epilog="`tools/evaluate.py METRIC --help` tells the flags of each.",
-    )  # fmt: skip
+    )
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
 
     loss = metrics.add_parser("loss", help="held-out flow loss at fixed, equidistant times")
@@ -54,9 +55,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_source(fid)
     fid.add_argument("--features", required=True, metavar="DIR|NAME", help="a transformers vision model")
     fid.add_argument(
-        "--real", required=True, metavar="DIR|FILE|heldout",
+        "--real",
+        required=True,
+        metavar="DIR|FILE|heldout",
         help="real pictures: a folder, statistics that an earlier run saved, or the recipe's held-out scenes",
-    )  # fmt: skip
+    )
     fid.add_argument(
         "--save-real", type=Path, metavar="FILE", help="keep the real pictures' statistics, as safetensors"
     )
@@ -112,9 +115,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output",
+        type=Path,
+        metavar="DIR",
         help="for results, pictures and verdicts (default: evaluation/RECIPE_step_N/METRIC)",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

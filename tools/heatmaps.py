@@ -44,9 +44,10 @@ from tools.sample import add_encoder_arguments
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = OneLineParser(
-        prog="tools/heatmaps.py", description="Show which experts take which patches while a picture is drawn.",
+        prog="tools/heatmaps.py",
+        description="Show which experts take which patches while a picture is drawn.",
         epilog="Steps and guidance not given are the recipe's (its section `sample`).",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint, or a run's folder for its newest"
     )

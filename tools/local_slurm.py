@@ -148,9 +148,16 @@ class Lab:
         )
         try:
             self._write_files()
-            self._start("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
-                        f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
-                        f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed")  # fmt: skip
+            self._start(
+                "munged",
+                "--foreground",
+                "--force",
+                f"--key-file={self.folder}/munge.key",
+                f"--socket={self.folder}/munge.socket",
+                f"--pid-file={self.folder}/munged.pid",
+                f"--log-file={self.folder}/munged.log",
+                f"--seed-file={self.folder}/munged.seed",
+            )
             self._wait_until(lambda: (self.folder / "munge.socket").exists(), "munged opens its socket")
             self.start_controller()
             for name in self.node_names:
@@ -175,9 +182,13 @@ class Lab:
             ConfigError: it fails; the message has its words.
         """
         ended = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=self.environment | dict(environment or {}),
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self.environment | dict(environment or {}),
             timeout=_PATIENCE_S,
-        )  # fmt: skip
+        )
         if ended.returncode:
             raise ConfigError(f"{' '.join(command)}: exit code {ended.returncode}: {ended.stderr.strip()}")
         return ended.stdout
@@ -206,9 +217,10 @@ class Lab:
         self.kill(name)
         log = f"{self.folder}/slurmd.{name}.log"  # a step's own daemon has it open, and no variable that tells
         _kill_all(
-            process for process in _processes_of(self.folder)
+            process
+            for process in _processes_of(self.folder)
             if f"SLURMD_NODENAME={name}" in _environment(process) or log in (f.path for f in process.open_files())
-        )  # fmt: skip
+        )
 
     def _wait_until(self, is_so: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE_S
@@ -256,11 +268,16 @@ class Lab:
         # The number of a job decides the port where its ranks meet: labs side by side have other numbers.
         first = _free_ports(self.nodes + 2)
         text = _CONF.format(
-            host=self._host, folder=self.folder, nodes=self.nodes, gpus=self.gpus,
-            controller_port=first, first_job=1 + first // 100 % 90 * 20,
-            ports=f"{first + 1}-{first + self.nodes}", cpu_port=first + self.nodes + 1,
+            host=self._host,
+            folder=self.folder,
+            nodes=self.nodes,
+            gpus=self.gpus,
+            controller_port=first,
+            first_job=1 + first // 100 % 90 * 20,
+            ports=f"{first + 1}-{first + self.nodes}",
+            cpu_port=first + self.nodes + 1,
             settings="\n".join(f"{k}={v}" for k, v in self._settings.items()),
-        )  # fmt: skip
+        )
         (self.folder / "slurm.conf").write_text(text)
 
 

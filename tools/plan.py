@@ -55,9 +55,11 @@ a peak, bytes a second. Far beyond any machine, and near enough that everything 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = OneLineParser(
-        prog="tools/plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Recipes: {', '.join(recipe_names())}.",
-    )  # fmt: skip
+    )
     parser.add_argument("--models", action=_Models, nargs=0, help="print the sizes of all recipes, and stop")
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
@@ -77,30 +79,43 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--network-gbps", type=_within(*SPEEDS), metavar="X", help="gigabits a second and GPU between nodes"
     )
     parser.add_argument(
-        "--storage-gbps", type=_within(*SPEEDS), default=160.0, metavar="X",
+        "--storage-gbps",
+        type=_within(*SPEEDS),
+        default=160.0,
+        metavar="X",
         help="gigabits a second to storage, of the whole job (default: %(default)s, which is 20 GB/s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--failures-per-1000-node-days", type=_within(*RATES), action="append", metavar="X",
+        "--failures-per-1000-node-days",
+        type=_within(*RATES),
+        action="append",
+        metavar="X",
         help=f"interruptions; may be repeated (default: {' and '.join(f'{r:g}' for r in FAILURE_RATES.values())})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--recovery-minutes", type=_within(*MINUTES), default=10.0, metavar="X",
+        "--recovery-minutes",
+        type=_within(*MINUTES),
+        default=10.0,
+        metavar="X",
         help="from an interruption to the next step (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--top", type=_positive, default=10, metavar="N", help="layouts to list (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print numbers for programs")
     parser.add_argument(
-        "--write", type=Path, metavar="DIR",
+        "--write",
+        type=Path,
+        metavar="DIR",
         help="write recipe.yaml, deepspeed.json, header.sh (Slurm) and overrides.txt of the plan",
-    )  # fmt: skip
+    )
     parser.add_argument("--overwrite", action="store_true", help="with --write: replace such files")
     for name, value in asdict(default_assumptions()).items():
         limits = HOST_SPEEDS if name == "host_bytes_per_s" else SHARES
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=_within(*limits), metavar="X",
+            f"--{name.replace('_', '-')}",
+            type=_within(*limits),
+            metavar="X",
             help=f"{reasons()[name]} (default: {value:g})".replace("%", "%%"),
-        )  # fmt: skip
+        )
     return parser.parse_args(arguments)
 
 
@@ -174,9 +189,12 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe with what the flags give; those of a search, which are free, at values that work alone."""
     overrides = list(options.set)
     given = {
-        "parallel.tp": options.tp, "parallel.ep": options.ep, "train.micro_batch_size": options.micro_batch,
-        "train.recompute": options.recompute, "train.recompute_every": options.recompute_every,
-    }  # fmt: skip
+        "parallel.tp": options.tp,
+        "parallel.ep": options.ep,
+        "train.micro_batch_size": options.micro_batch,
+        "train.recompute": options.recompute,
+        "train.recompute_every": options.recompute_every,
+    }
     for key, value in given.items():
         twice = next((override for override in options.set if override.split("=")[0].strip() == key), None)
         if value is not None and twice:

@@ -49,10 +49,11 @@ _COLUMNS = 4
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line; see --help."""
     parser = OneLineParser(
-        prog="tools/sample.py", description="Draw pictures from a checkpoint.",
+        prog="tools/sample.py",
+        description="Draw pictures from a checkpoint.",
         epilog="Prompts and settings that are not given are the recipe's (its section `sample`). "
         "Picture i has seed S + i, unless a prompt file says otherwise. Run again to go on after an interruption.",
-    )  # fmt: skip
+    )
     add_model_arguments(parser)
     what = parser.add_argument_group("what to draw (one of the first three)")
     what.add_argument("--prompt", action="append", nargs="+", default=[], metavar="TEXT", help="may be repeated")
@@ -73,9 +74,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("where to")
     out.add_argument("--output", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
     out.add_argument(
-        "--task", metavar="I/N",
+        "--task",
+        metavar="I/N",
         help="draw every N-th batch from the I-th, from 0, in DIR/task_I_of_N (default: Slurm's array, or all of them)",
-    )  # fmt: skip
+    )
     out.add_argument("--overwrite", action="store_true", help="remove the pictures that --output holds, and draw anew")
     out.add_argument("--grid", type=int, default=32, metavar="N", help="pictures in samples.png (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -87,9 +89,12 @@ def add_model_arguments(
     """Add what says which model draws, on what."""
     model = parser.add_argument_group("which model")
     model.add_argument(
-        "--checkpoint", type=Path, required=required, metavar="DIR",
+        "--checkpoint",
+        type=Path,
+        required=required,
+        metavar="DIR",
         help="a checkpoint, a run's folder for its newest, or exported safetensors",
-    )  # fmt: skip
+    )
     model.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
     model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: %(default)s)")
     model.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
@@ -105,9 +110,12 @@ def add_model_arguments(
         help="let accelerate spread a model that is larger than one device; 1 process",
     )
     model.add_argument(
-        "--max-memory", action="append", default=[], metavar="DEVICE=SIZE",
+        "--max-memory",
+        action="append",
+        default=[],
+        metavar="DEVICE=SIZE",
         help="with --device-map, such as 0=70GiB or cpu=100GiB; may be repeated",
-    )  # fmt: skip
+    )
     model.add_argument("--offload-folder", type=Path, metavar="DIR", help="with --device-map, for what fits nowhere")
 
 

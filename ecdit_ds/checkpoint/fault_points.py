@@ -3,8 +3,14 @@
 from collections.abc import Callable
 
 PHASES = (
-    "before-mkdir", "mid-shard", "before-manifest", "before-rename", "after-rename", "before-latest", "during-removal",
-)  # fmt: skip
+    "before-mkdir",
+    "mid-shard",
+    "before-manifest",
+    "before-rename",
+    "after-rename",
+    "before-latest",
+    "during-removal",
+)
 """In the order in which one save passes them: every writer `mid-shard`, the first writer the others."""
 
 Reached = Callable[[str], None]

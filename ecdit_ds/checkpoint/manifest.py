@@ -234,12 +234,14 @@ def _tensor_from_json(
     slices = tuple(
         [
             StoredSlice(
-                file=file if (file := _text(cut["file"])) in files else _shard(file), key=_text(cut["key"]),
-                xxh3=_text(cut["xxh3"]), box=box,
+                file=file if (file := _text(cut["file"])) in files else _shard(file),
+                key=_text(cut["key"]),
+                xxh3=_text(cut["xxh3"]),
+                box=box,
             )
             for cut, box in zip(cuts, boxes, strict=True)
         ]
-    )  # fmt: skip
+    )
     tensor = StoredTensor(dtype=data["dtype"], shape=shape, slices=slices)
     if tiling not in tilings:
         check_tensor_cover(name, tensor)

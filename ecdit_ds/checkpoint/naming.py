@@ -29,9 +29,7 @@ def misnamed_checkpoints(root: Path) -> dict[Path, str]:
     They are no checkpoints of the run: beside the right one, one would count twice.
     """
     padded = ((path, _PADDED.fullmatch(path.name)) for path in sorted(root.glob("step_0*")))
-    return {
-        path: step_name(int(match[1])) for path, match in padded if match and (path / MANIFEST_NAME).is_file()
-    }  # fmt: skip
+    return {path: step_name(int(match[1])) for path, match in padded if match and (path / MANIFEST_NAME).is_file()}
 
 
 def list_checkpoints(root: Path) -> list[Path]:

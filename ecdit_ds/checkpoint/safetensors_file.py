@@ -28,9 +28,17 @@ _HEADER_LIMIT_BYTES = 100_000_000  # what safetensors itself accepts
 _WRITE_OUT_BYTES = 64 * 2**20
 """After each, the disk is told to begin, so that it works while the next are read and little is left for the end."""
 _CODES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
 

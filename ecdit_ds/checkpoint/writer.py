@@ -85,9 +85,15 @@ class Save:
     """
 
     def __init__(
-        self, root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], peers: Peers,
-        lease: Lease | None = None, reached: Reached = go_on,
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        step: int,
+        pieces: Iterable[Piece],
+        meta: dict[str, Any],
+        peers: Peers,
+        lease: Lease | None = None,
+        reached: Reached = go_on,
+    ) -> None:
         self.step, self._meta, self._peers, self._lease, self._reached = step, meta, peers, lease, reached
         attempt = peers.broadcast((lease.attempt if lease else attempt_name()) if peers.rank == 0 else None)
         self.folder, self._writing = root / step_name(step), root / f"{step_name(step)}.tmp-{attempt}"
@@ -203,9 +209,16 @@ class Save:
 
 
 def save_checkpoint(
-    root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], peers: Peers, lease: Lease | None = None,
-    reached: Reached = go_on, *, read_back: bool = False,
-) -> Path:  # fmt: skip
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    meta: dict[str, Any],
+    peers: Peers,
+    lease: Lease | None = None,
+    reached: Reached = go_on,
+    *,
+    read_back: bool = False,
+) -> Path:
     """Write `root/step_N` together with all peers and return it; for arguments and errors see `Save`."""
     save = Save(root, step, pieces, meta, peers, lease, reached)
     save.write(read_back=read_back)

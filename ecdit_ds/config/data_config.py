@@ -77,8 +77,10 @@ class DataConfig:
     def _check_factors(self) -> None:
         shift, scale = self.shift_factor, self.scaling_factor
         if len(shift) != len(scale) or len(shift) not in (0, 1, 3):
-            raise ConfigError(f"data.shift_factor: {len(shift)} numbers, and data.scaling_factor: {len(scale)}; give "
-                              "one of each, or three, or leave both out")  # fmt: skip
+            raise ConfigError(
+                f"data.shift_factor: {len(shift)} numbers, and data.scaling_factor: {len(scale)}; give "
+                "one of each, or three, or leave both out"
+            )
         for name, values, is_usable in (
             ("shift_factor", shift, all(map(math.isfinite, shift))),
             ("scaling_factor", scale, all(math.isfinite(value) and value > 0 for value in scale)),
@@ -104,13 +106,17 @@ class DataConfig:
         if self.dataset != "encoded":
             self._refuse((*others, *_ONLINE), "data.dataset", self.dataset, "encoded")
             if self.encode != "offline":
-                raise ConfigError(f"data.encode: {self.encode} has no effect with data.dataset: {self.dataset}; set "
-                                  "data.dataset=encoded")  # fmt: skip
+                raise ConfigError(
+                    f"data.encode: {self.encode} has no effect with data.dataset: {self.dataset}; set "
+                    "data.dataset=encoded"
+                )
         elif self.encode != "online":
             self._refuse(_ONLINE, "data.encode", self.encode, "online")
         if self.vae and self.shift_factor:
-            raise ConfigError(f"data.shift_factor: {list(self.shift_factor)} has no effect with data.vae: {self.vae}, "
-                              "which has its own; leave it out")  # fmt: skip
+            raise ConfigError(
+                f"data.shift_factor: {list(self.shift_factor)} has no effect with data.vae: {self.vae}, "
+                "which has its own; leave it out"
+            )
 
     def _refuse(self, names: tuple[str, ...], key: str, value: str, wanted: str) -> None:
         for name in names:

@@ -57,9 +57,13 @@ _FIXED_FLAGS = {
 """Flags with one value that works, and why."""
 _ZERO_1_AND_2_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
 _ZERO_3_SIZES = (
-    "reduce_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "sub_group_size",
-)  # fmt: skip
+    "reduce_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)
 _MOST_ELEMENTS = 10**15
 """DeepSpeed 0.19.8 reads sizes as 64-bit whole numbers."""
 _MOST_IN_BUCKET = 2**31 - 1

@@ -121,10 +121,11 @@ class ModelConfig:
             require_multiple_of_4("model.hidden_size", self.hidden_size, "model.positions: rotary_and_absolute needs")
         require_divides("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
         require_divides(
-            "model.patch_size", self.patch_size,
+            "model.patch_size",
+            self.patch_size,
             f"gcd of model.latent_height({self.latent_height}) and model.latent_width({self.latent_width}), ",
             math.gcd(self.latent_height, self.latent_width),
-        )  # fmt: skip
+        )
         if self.is_sparse and self.num_experts < 2:
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
@@ -212,11 +213,28 @@ EXPERT_CHOICE_SWITCHES = tuple(name for name, kinds in EXPERT_FIELDS.items() if 
 """Fields that a model without expert choice leaves at their defaults."""
 
 _POSITIVE_MODEL_FIELDS = (
-    "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",
-    "ffn_hidden_size", "patch_size", "in_channels", "latent_height", "latent_width", "text_embed_dim",
-    "max_text_tokens", "num_experts", "routing_group", "top_k",
-)  # fmt: skip
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "cross_num_heads",
+    "cross_head_dim",
+    "ffn_hidden_size",
+    "patch_size",
+    "in_channels",
+    "latent_height",
+    "latent_width",
+    "text_embed_dim",
+    "max_text_tokens",
+    "num_experts",
+    "routing_group",
+    "top_k",
+)
 _LARGEST = dict.fromkeys(_POSITIVE_MODEL_FIELDS, 2**20) | {
-    "num_layers": 2**12, "decoder_layers": 2**12, "ffn_hidden_size": 2**22, "num_shared_experts": 2**10,
-}  # fmt: skip
+    "num_layers": 2**12,
+    "decoder_layers": 2**12,
+    "ffn_hidden_size": 2**22,
+    "num_shared_experts": 2**10,
+}
 """Largest size of each kind: far beyond any model there is, and small enough to plan and refuse at once."""

@@ -130,8 +130,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_in_range("train", self, at_most={"seed": 2**63 - 1, "global_batch_size": 2**42})
-        for name in ("max_steps", "global_batch_size", "checkpoint_every", "log_every", "evaluate_every",
-                     "sample_every", "max_skipped_steps", "recompute_every"):  # fmt: skip
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "checkpoint_every",
+            "log_every",
+            "evaluate_every",
+            "sample_every",
+            "max_skipped_steps",
+            "recompute_every",
+        ):
             require_positive("train", name, getattr(self, name))
         if self.keep_checkpoints < 2:
             raise ConfigError(f"train.keep_checkpoints: {self.keep_checkpoints}; keep 2 or more: one may prove damaged")
@@ -166,8 +174,9 @@ class TrainConfig:
         if self.unmasked_from_step is not None:
             require_positive("train", "unmasked_from_step", self.unmasked_from_step)
         for name, value in (
-            ("unmasked_from_step", self.unmasked_from_step), ("reconstruction_weight", self.reconstruction_weight),
-        ):  # fmt: skip
+            ("unmasked_from_step", self.unmasked_from_step),
+            ("reconstruction_weight", self.reconstruction_weight),
+        ):
             if value and not self.mask_ratio:
                 raise ConfigError(f"train.{name}: {value} has no effect with train.mask_ratio: 0.0; leave it out")
 
@@ -359,16 +368,37 @@ _SECTIONS: dict[str, type] = {
 }
 _CUT_BY_TP = ("num_heads", "num_kv_heads", "cross_num_heads", "ffn_hidden_size")
 
-MAY_CHANGE_ON_RESUME = frozenset({
-    "train.max_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
-    "train.async_save", "train.save_timeout_minutes", "train.log_every",
-    "train.evaluate_every", "train.sample_every", "train.max_skipped_steps", "data.num_workers", "data.cache_dir",
-    "data.path", "data.heldout_path", "data.verify", "data.num_heldout", "data.max_bad",
-    "data.shift_factor", "data.scaling_factor",
-    "parallel.tp", "parallel.ep", "parallel.dispatch_chunks", "train.recompute",
-    "train.recompute_every", "train.unmasked_from_step",
-    *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
-})  # fmt: skip
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "train.max_steps",
+        "train.micro_batch_size",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.keep_every",
+        "train.async_save",
+        "train.save_timeout_minutes",
+        "train.log_every",
+        "train.evaluate_every",
+        "train.sample_every",
+        "train.max_skipped_steps",
+        "data.num_workers",
+        "data.cache_dir",
+        "data.path",
+        "data.heldout_path",
+        "data.verify",
+        "data.num_heldout",
+        "data.max_bad",
+        "data.shift_factor",
+        "data.scaling_factor",
+        "parallel.tp",
+        "parallel.ep",
+        "parallel.dispatch_chunks",
+        "train.recompute",
+        "train.recompute_every",
+        "train.unmasked_from_step",
+        *(f"sample.{drawing.name}" for drawing in dataclasses.fields(SampleConfig)),
+    }
+)
 """Recipe fields that a run may change between its lives; any other change is another experiment. What a path names may
 move, and factors may be written down: that the samples and latents are the same, checkpoints know
 (`snapshot.check_same_data`, `check_same_encoders`)."""

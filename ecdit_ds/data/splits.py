@@ -59,14 +59,19 @@ def open_split(
     if recipe.data.is_online:
         latents = _own_bucket(recipe.model)
         return tuple(
-            open_raw_set(path, recipe.data, latents=latents, downsampling=image_encoder.downsampling,
-                         text_encoder=text_encoder)
+            open_raw_set(
+                path, recipe.data, latents=latents, downsampling=image_encoder.downsampling, text_encoder=text_encoder
+            )
             for path in _paths(recipe, split)
-        )  # fmt: skip
+        )
     scenes = open_digit_scenes(
-        recipe.model, recipe.data, split=split, seed=recipe.data.seed,
-        image_encoder=image_encoder, text_encoder=text_encoder,
-    )  # fmt: skip
+        recipe.model,
+        recipe.data,
+        split=split,
+        seed=recipe.data.seed,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+    )
     return (scenes,)
 
 
@@ -126,8 +131,10 @@ def _codec_of(recipe: Recipe, indexes: Mapping[str, SetIndex]) -> PixelCodec | N
     asked = codec_in(recipe.data)
     for path, index in indexes.items():
         if not index.holds_pixels and asked is not None:
-            raise DataError(f"data.shift_factor: {list(recipe.data.shift_factor)} has no effect on {path}, which holds "
-                            f"latents of {index.image_encoder.get('identity')}; leave it out")  # fmt: skip
+            raise DataError(
+                f"data.shift_factor: {list(recipe.data.shift_factor)} has no effect on {path}, which holds "
+                f"latents of {index.image_encoder.get('identity')}; leave it out"
+            )
     if asked is not None or not indexes or not all(index.holds_pixels for index in indexes.values()):
         return asked
     weights = recipe.data.weights if len(indexes) == len(recipe.data.paths) else ()
@@ -157,8 +164,10 @@ def _moments_of(indexes: Mapping[str, SetIndex], shares: Mapping[str, Fraction])
 
 
 def _held(indexes: Mapping[str, SetIndex]) -> dict[str, Mapping[Bucket, int]]:
-    return {path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
-            for path, index in indexes.items()}  # fmt: skip
+    return {
+        path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
+        for path, index in indexes.items()
+    }
 
 
 def _check_twice(key: str, paths: tuple[str, ...]) -> None:
@@ -227,8 +236,10 @@ def _check_encoders(heldout: SetIndex, path: str, recipe: Recipe) -> None:
         ("text encoder", heldout.text_encoder.get("identity"), index.text_encoder.get("identity")),
     ):
         if here != there:
-            raise DataError(f"data.heldout_path: {path} was encoded by {what} {here}, but {trained}, which is trained "
-                            f"on, by {there}; encode both alike")  # fmt: skip
+            raise DataError(
+                f"data.heldout_path: {path} was encoded by {what} {here}, but {trained}, which is trained "
+                f"on, by {there}; encode both alike"
+            )
 
 
 def _stored(index: SetIndex) -> str:
@@ -240,31 +251,43 @@ def _check_size(bucket: Bucket, recipe: Recipe, who: str, *, is_of_one_size: boo
     channels, height, width = bucket
     own = _own_bucket(model)
     if is_of_one_size and bucket != own:
-        raise DataError(f"{who}: holds latents {bucket}, but the model's are {own}; set "
-                        "model.in_channels, latent_height and latent_width to the former")  # fmt: skip
+        raise DataError(
+            f"{who}: holds latents {bucket}, but the model's are {own}; set "
+            "model.in_channels, latent_height and latent_width to the former"
+        )
     if channels != model.in_channels:
-        raise DataError(f"{who}: holds latents of {channels} channels, but the model's have {model.in_channels}; set "
-                        "model.in_channels to the former")  # fmt: skip
+        raise DataError(
+            f"{who}: holds latents of {channels} channels, but the model's have {model.in_channels}; set "
+            "model.in_channels to the former"
+        )
     try:
         # Of the whole recipe, since a mask must leave enough of small pictures too; drawing has sizes of its own.
         sized = replace(recipe, model=model.resized(height, width), sample=SampleConfig()).model
     except ConfigError as error:
-        raise DataError(f"{who}: holds latents {bucket}, which the model cannot take ({error}); encode with other "
-                        "--buckets, or without") from None  # fmt: skip
+        raise DataError(
+            f"{who}: holds latents {bucket}, which the model cannot take ({error}); encode with other "
+            "--buckets, or without"
+        ) from None
     if sized.num_tokens > model.num_tokens:
-        raise DataError(f"{who}: holds latents {bucket}, {sized.num_tokens} tokens, but memory is planned for the "
-                        f"model's {own}, {model.num_tokens} tokens; set model.latent_height and latent_width to the "
-                        "largest size")  # fmt: skip
+        raise DataError(
+            f"{who}: holds latents {bucket}, {sized.num_tokens} tokens, but memory is planned for the "
+            f"model's {own}, {model.num_tokens} tokens; set model.latent_height and latent_width to the "
+            "largest size"
+        )
 
 
 def _check_texts(index: SetIndex, model: ModelConfig, who: str) -> None:
     text_shape = (model.max_text_tokens, model.text_embed_dim)
     if index.text_shape != text_shape:
-        raise DataError(f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
-                        "set model.max_text_tokens and text_embed_dim to the former")  # fmt: skip
+        raise DataError(
+            f"{who}: holds texts {index.text_shape}, but the model's are {text_shape} (tokens, width); "
+            "set model.max_text_tokens and text_embed_dim to the former"
+        )
     if index.pooled_width != model.text_embed_dim:
-        raise DataError(f"{who}: holds pooled texts of width {index.pooled_width}, but the model reads them as it "
-                        f"reads texts, {model.text_embed_dim} wide; use encoders where they agree")  # fmt: skip
+        raise DataError(
+            f"{who}: holds pooled texts of width {index.pooled_width}, but the model reads them as it "
+            f"reads texts, {model.text_embed_dim} wide; use encoders where they agree"
+        )
 
 
 def sets_without_text(recipe: Recipe) -> dict[str, SetIndex]:

@@ -71,10 +71,16 @@ def loss(options: argparse.Namespace) -> None:
         (held_out,), device = task.crew.world.together(open_set), task.crew.device
         beside = None if held_out.is_whole else encoders_beside(*task.encoders(drawer), device)
         losses = heldout_loss(
-            drawer.model, held_out, batch_size=options.batch_size, dp_rank=task.crew.dp.index,
-            dp_size=task.crew.dp.count, device=device, total=task.crew.world.sum, num_times=options.times,
+            drawer.model,
+            held_out,
+            batch_size=options.batch_size,
+            dp_rank=task.crew.dp.index,
+            dp_size=task.crew.dp.count,
+            device=device,
+            total=task.crew.world.sum,
+            num_times=options.times,
             finish=beside.finish if beside else None,
-        )  # fmt: skip
+        )
         times = heldout_times(options.times).tolist()
         return {"mean": sum(losses) / len(losses), "by_time": [list(pair) for pair in zip(times, losses, strict=True)]}
 
@@ -116,8 +122,14 @@ def scenes(options: argparse.Namespace) -> None:
                 of = {"model": own, "chance": judge_scene(others[i], found[place])}
                 of |= {"ceiling": judge_scene(claims[i], ideals[place])} if ideals else {}
                 scores = {name: [verdict.is_correct, verdict.is_exact] for name, verdict in of.items()}
-                yield {"index": i, "kind": claims[i].kind, "prompt": pictures[i].prompt, "file": pictures[i].file,
-                       "reason": own.reason, "scores": scores}  # fmt: skip
+                yield {
+                    "index": i,
+                    "kind": claims[i].kind,
+                    "prompt": pictures[i].prompt,
+                    "file": pictures[i].file,
+                    "reason": own.reason,
+                    "scores": scores,
+                }
 
         names = ("model", "ceiling", "chance") if real else ("model", "chance")
         rows = task.judge(len(pictures), verdicts, partial(_is_scene_verdict, names)).values()
@@ -137,12 +149,19 @@ def scenes_table(results: Mapping[str, Any]) -> str:
     for kind, score in results["model"]["kinds"].items():
         counts = [(results[name]["kinds"][kind], what) for name, what in columns]
         shares = [each[what] / each["count"] for each, what in counts]
-        lines.append(f"{kind:>12}" + "".join(f"  {100 * x:6.1f}" for x in shares[:2])
-                     + "".join(f"  {100 * x:7.1f}" for x in shares[2:]) + f"   of {score['count']}")  # fmt: skip
+        lines.append(
+            f"{kind:>12}"
+            + "".join(f"  {100 * x:6.1f}" for x in shares[:2])
+            + "".join(f"  {100 * x:7.1f}" for x in shares[2:])
+            + f"   of {score['count']}"
+        )
     overall = [results["model"]["overall"], results["model"]["exact"], *(results[name]["overall"] for name in beside)]
-    lines.append(f"{'mean':>12}" + "".join(f"  {100 * x:6.1f}" for x in overall[:2])
-                 + "".join(f"  {100 * x:7.1f}" for x in overall[2:])
-                 + f"   +- {100 * results['model']['standard_error']:.1f} (standard error of shown)")  # fmt: skip
+    lines.append(
+        f"{'mean':>12}"
+        + "".join(f"  {100 * x:6.1f}" for x in overall[:2])
+        + "".join(f"  {100 * x:7.1f}" for x in overall[2:])
+        + f"   +- {100 * results['model']['standard_error']:.1f} (standard error of shown)"
+    )
     return "\n".join(lines)
 
 
@@ -221,8 +240,13 @@ def fid(options: argparse.Namespace) -> None:
             if task.crew.is_first and (warning := shortage(name, each)):
                 print(f"warning: {warning}", file=sys.stderr)
         distance = frechet_distance(real, generated)
-        return {"fid": distance, "pictures": generated.count, "real_pictures": real.count, "features": real.features,
-                **revisions(features=options.features)}  # fmt: skip
+        return {
+            "fid": distance,
+            "pictures": generated.count,
+            "real_pictures": real.count,
+            "features": real.features,
+            **revisions(features=options.features),
+        }
 
     real = task.crew.world.on_first(partial(_real_identity, options.real))
     results = task.finish({"features": model.identity, "real": real} | _drawing(task, jobs), work)
@@ -286,24 +310,37 @@ def geneval(options: argparse.Namespace) -> None:
             shown = ((read_picture(folder, pictures[i]), wanted[i]) for i in indices)
             judged = judge_pictures(shown, detector, namer, batch_size=options.batch_size)
             for i, one in zip(indices, judged, strict=True):
-                yield {"index": i, "tag": wanted[i].tag, "prompt": wanted[i].prompt, "file": pictures[i].file,
-                       "correct": one.verdict.is_correct, "reason": one.verdict.reason}  # fmt: skip
+                yield {
+                    "index": i,
+                    "tag": wanted[i].tag,
+                    "prompt": wanted[i].prompt,
+                    "file": pictures[i].file,
+                    "correct": one.verdict.is_correct,
+                    "reason": one.verdict.reason,
+                }
 
         rows = task.judge(
             len(jobs), verdicts, lambda row: type(row.get("correct")) is bool and type(row.get("reason")) is str
         )
-        summary = summarize([
-            JudgedPicture(prompt=wanted[i], verdict=Verdict(is_correct=row["correct"], reason=row["reason"]))
-            for i, row in rows.items()
-        ])  # fmt: skip
+        summary = summarize(
+            [
+                JudgedPicture(prompt=wanted[i], verdict=Verdict(is_correct=row["correct"], reason=row["reason"]))
+                for i, row in rows.items()
+            ]
+        )
         return dataclasses.asdict(summary) | revisions(detector=options.detector, clip=options.clip)
 
     settings = {
-        "detector": options.detector, "detector_identity": fingerprint(detector.model, detector.processor),
-        "clip": options.clip, "clip_identity": fingerprint(namer.clip.model, namer.clip.processor),
+        "detector": options.detector,
+        "detector_identity": fingerprint(detector.model, detector.processor),
+        "clip": options.clip,
+        "clip_identity": fingerprint(namer.clip.model, namer.clip.processor),
         "metadata": xxhash.xxh3_64_hexdigest("\n".join(map(as_metadata, prompts)).encode()),
-        "images_per_prompt": count, "limit": options.limit, "seed": options.seed, **_drawing(task, jobs),
-    }  # fmt: skip
+        "images_per_prompt": count,
+        "limit": options.limit,
+        "seed": options.seed,
+        **_drawing(task, jobs),
+    }
     results = task.finish(settings, work)
     if task.crew.is_first:
         for tag, score in results["tasks"].items():
@@ -314,8 +351,12 @@ def geneval(options: argparse.Namespace) -> None:
 
 
 METRICS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "loss": loss, "scenes": scenes, "fid": fid, "clip": clip, "geneval": geneval,
-}  # fmt: skip
+    "loss": loss,
+    "scenes": scenes,
+    "fid": fid,
+    "clip": clip,
+    "geneval": geneval,
+}
 
 
 def _drawing(task: Task, jobs: Sequence[Job]) -> dict[str, Any]:
@@ -383,9 +424,10 @@ def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
         pictures = read_gallery(root)
         return len(pictures), lambda i: read_picture(root, pictures[i])
     files = sorted(
-        path for path in root.rglob("*")
+        path
+        for path in root.rglob("*")
         if path.suffix.lower() in _PICTURE_ENDINGS and not kind_of_ignored(path.relative_to(root))
-    )  # fmt: skip
+    )
     if not files:
         raise EvaluationError(f"--real {root}: holds no pictures ({', '.join(_PICTURE_ENDINGS)})")
     return len(files), lambda i: read_image(files[i])

@@ -97,9 +97,13 @@ def load_model(
         folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
         refuse_quantized(f"{purpose} {name}", folder, TRANSFORMERS, EvaluationError)
         model, found = auto_class.from_pretrained(
-            name, **LOCAL, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            name,
+            **LOCAL,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
         unknown = left_over(model, read_config(name, purpose=purpose), found["unexpected_keys"], folder)
     absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
     missing = frozenset(absent & {name for name, _ in model.named_parameters()})

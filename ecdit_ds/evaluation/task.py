@@ -26,8 +26,17 @@ from ecdit_ds.inference.ranks import Crew, join_crew
 from ecdit_ds.inference.text_to_image import TextToImage
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "torchmetrics", "transformers")
-DRAWING = ("steps", "sampler", "eta", "guidance", "guidance_interval", "negative_prompt", "capacity_factor", "height",
-           "width")  # fmt: skip
+DRAWING = (
+    "steps",
+    "sampler",
+    "eta",
+    "guidance",
+    "guidance_interval",
+    "negative_prompt",
+    "capacity_factor",
+    "height",
+    "width",
+)
 """Flags that change pictures."""
 _OF_MODEL = ("weights", "vae", "text", "device_map", "offload_folder")
 _SETTINGS_NAME = "evaluation.json"
@@ -113,9 +122,9 @@ class Task:
             results = work()
             _require_finite(results, "nothing is written; the model overflows or is damaged")
             told = {"metric": metric, "results": results, "settings": settings}
-            world.on_first(lambda: _write(
-                self.folder / _RESULTS_NAME, told | describe_run(self.crew.device, _PACKAGES)
-            ))  # fmt: skip
+            world.on_first(
+                lambda: _write(self.folder / _RESULTS_NAME, told | describe_run(self.crew.device, _PACKAGES))
+            )
         if self.crew.is_first:
             print(f"results in {self.folder / _RESULTS_NAME}")
         return results

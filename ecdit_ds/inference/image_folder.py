@@ -93,9 +93,16 @@ class Brush:
 
 
 def fill(
-    folder: Path, jobs: Sequence[Job], brush: Brush, facts: dict[str, Any], crew: Crew,
-    advance: Callable[[int], object] = lambda _count: None, *, overwrite: bool = False, share: Share = WHOLE,
-) -> list[Picture]:  # fmt: skip
+    folder: Path,
+    jobs: Sequence[Job],
+    brush: Brush,
+    facts: dict[str, Any],
+    crew: Crew,
+    advance: Callable[[int], object] = lambda _count: None,
+    *,
+    overwrite: bool = False,
+    share: Share = WHOLE,
+) -> list[Picture]:
     """Draw what the folder lacks, and return all its pictures in the order of `jobs`; every process calls this.
 
     Args:
@@ -213,9 +220,15 @@ def do_compete(model: ModelConfig) -> bool:
 
 def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
     """Return all that decides how a picture looks, as JSON gives it back."""
-    told = facts | asdict(brush.sample) | {
-        "negative_prompt": brush.negative_prompt, "height": brush.height, "width": brush.width,
-    }  # fmt: skip
+    told = (
+        facts
+        | asdict(brush.sample)
+        | {
+            "negative_prompt": brush.negative_prompt,
+            "height": brush.height,
+            "width": brush.width,
+        }
+    )
     if do_compete(brush.drawer.recipe.model):
         told["batch_size"] = brush.batch_size
     settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name not in _NO_SETTINGS}))

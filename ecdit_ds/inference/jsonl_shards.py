@@ -100,9 +100,14 @@ class Ledger:
 
 
 def work_through(
-    ledger: Ledger, count: int, work: Callable[[Sequence[int]], Iterable[Row]], crew: Crew, *, batch_size: int,
+    ledger: Ledger,
+    count: int,
+    work: Callable[[Sequence[int]], Iterable[Row]],
+    crew: Crew,
+    *,
+    batch_size: int,
     advance: Callable[[int], object] = lambda _count: None,
-) -> dict[int, Row]:  # fmt: skip
+) -> dict[int, Row]:
     """Work out the rows 0 to `count` that the ledger lacks, shared over processes; return all. Each process calls this.
 
     Args:

@@ -113,9 +113,15 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
     recipe = _recipe_in(reader.manifest.meta, reader.folder)
     identity = xxhash.xxh3_64_hexdigest(encode_manifest(reader.manifest))  # it holds the checksums of all data
     return StoredModel(
-        folder=reader.folder, step=reader.manifest.step, kind=kind or "ema", identity=identity, recipe=recipe,
-        encoders=reader.manifest.meta.get("encoders"), expect=expect, read_into=read_into,
-    )  # fmt: skip
+        folder=reader.folder,
+        step=reader.manifest.step,
+        kind=kind or "ema",
+        identity=identity,
+        recipe=recipe,
+        encoders=reader.manifest.meta.get("encoders"),
+        expect=expect,
+        read_into=read_into,
+    )
 
 
 def load_drawer(
@@ -153,9 +159,13 @@ def load_drawer(
 
 
 def load_spread_drawer(
-    path: Path, spread: Spread, *, kind: str | None = None, dtype: torch.dtype = torch.float32,
+    path: Path,
+    spread: Spread,
+    *,
+    kind: str | None = None,
+    dtype: torch.dtype = torch.float32,
     folders: EncoderFolders | None = None,
-) -> TextToImage:  # fmt: skip
+) -> TextToImage:
     """Load a model that is larger than one device, its blocks placed by accelerate's device map.
 
     Weights that wait in host memory or on disk come to a device for their layer's forward and go again. No more than
@@ -273,9 +283,13 @@ def _elsewhere(flag: str | None, place: Any) -> Iterator[None]:
 def _drawer(model: ECDiT, recipe: Recipe, device: torch.device, encoders: Encoders) -> TextToImage:
     image_encoder, text_encoder, null_text = encoders
     return TextToImage(
-        model=model, recipe=recipe, image_encoder=image_encoder, text_encoder=text_encoder, device=device,
+        model=model,
+        recipe=recipe,
+        image_encoder=image_encoder,
+        text_encoder=text_encoder,
+        device=device,
         null_text=null_text,
-    )  # fmt: skip
+    )
 
 
 def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[str, Any]:
@@ -348,9 +362,15 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
     identity = xxhash.xxh3_64_hexdigest(" ".join(source.identity).encode())
     recipe = _recipe_in(source.meta, folder)
     return StoredModel(
-        folder=folder, step=source.step, kind=held[0], identity=identity, recipe=recipe,
-        encoders=source.meta.get("encoders"), expect=expect, read_into=read_into,
-    )  # fmt: skip
+        folder=folder,
+        step=source.step,
+        kind=held[0],
+        identity=identity,
+        recipe=recipe,
+        encoders=source.meta.get("encoders"),
+        expect=expect,
+        read_into=read_into,
+    )
 
 
 def _open_checkpoint(path: Path) -> Reader:

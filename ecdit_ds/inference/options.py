@@ -64,16 +64,24 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
     """
     require_batch(options)
     sample = drawer.settings(
-        num_steps=options.steps, sampler=options.sampler, eta=options.eta, guidance_scale=options.guidance,
-        guidance_interval=options.guidance_interval, capacity_factor=options.capacity_factor,
-    )  # fmt: skip
+        num_steps=options.steps,
+        sampler=options.sampler,
+        eta=options.eta,
+        guidance_scale=options.guidance,
+        guidance_interval=options.guidance_interval,
+        capacity_factor=options.capacity_factor,
+    )
     if options.negative_prompt is not None and sample.guidance_scale == 1.0:
         raise ConfigError("--negative-prompt: has no effect with a guidance of 1.0; leave it out or raise --guidance")
     drawer.latent_shape(options.height, options.width)
     return Brush(
-        drawer=drawer, sample=sample, batch_size=options.batch_size, negative_prompt=options.negative_prompt,
-        height=options.height, width=options.width,
-    )  # fmt: skip
+        drawer=drawer,
+        sample=sample,
+        batch_size=options.batch_size,
+        negative_prompt=options.negative_prompt,
+        height=options.height,
+        width=options.width,
+    )
 
 
 def require_batch(options: argparse.Namespace) -> None:
@@ -85,9 +93,12 @@ def require_batch(options: argparse.Namespace) -> None:
 def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
     """Return what besides drawing settings decides how a picture looks."""
     return {
-        "checkpoint": f"{stored.folder.resolve().name} {stored.identity}", "recipe": stored.recipe.name,
-        "step": stored.step, "weights": stored.kind, "dtype": options.dtype,
-    }  # fmt: skip
+        "checkpoint": f"{stored.folder.resolve().name} {stored.identity}",
+        "recipe": stored.recipe.name,
+        "step": stored.step,
+        "weights": stored.kind,
+        "dtype": options.dtype,
+    }
 
 
 def origin_of(stored: StoredModel) -> dict[str, object]:

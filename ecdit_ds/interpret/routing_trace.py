@@ -143,8 +143,10 @@ def route_images(
         if not bool(velocity(latents_BCHW, time).isfinite().all()):
             raise NonFiniteError(f"the velocity at t = {time:.4f} is not finite, so there is no routing to show")
 
-    taken = [rearrange(t, "b e (n h w) -> (b n) e h w", h=rows, n=t.shape[-1] // config.num_tokens)
-             for t in _taken_tokens(pipeline.model, forward)]  # fmt: skip
+    taken = [
+        rearrange(t, "b e (n h w) -> (b n) e h w", h=rows, n=t.shape[-1] // config.num_tokens)
+        for t in _taken_tokens(pipeline.model, forward)
+    ]
     return torch.stack(taken).cpu().numpy()
 
 

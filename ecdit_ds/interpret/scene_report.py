@@ -78,8 +78,10 @@ def scene_numbers(report: SceneReport) -> dict[str, Any]:
 
 def scene_summary(report: SceneReport) -> list[str]:
     """Return a line a measure, with its mean by layer, its mean by time from noise to data, and the control's."""
-    lines = [f"{report.num_scenes} held-out scenes; layers {_joined(report.layers)}; from t = {report.times[-1]:.2f} "
-             f"to {report.times[0]:.2f}"]  # fmt: skip
+    lines = [
+        f"{report.num_scenes} held-out scenes; layers {_joined(report.layers)}; from t = {report.times[-1]:.2f} "
+        f"to {report.times[0]:.2f}"
+    ]
     for name, label in _CHARTED.items():
         mean_TL = report.measured[name].mean_TL
         by_layer, by_time = (_joined(f"{value:.2f}" for value in mean_TL.mean(axis=axis)) for axis in (0, 1))
@@ -106,8 +108,9 @@ def save_scene_chart(report: SceneReport, path: Path) -> None:
         axis.legend(fontsize=7)
     figure.suptitle(
         f"{report.num_scenes} held-out scenes, two standard errors; grey: {_CONTROL_MODELS} models of random weights, "
-        "two deviations", fontsize=10,
-    )  # fmt: skip
+        "two deviations",
+        fontsize=10,
+    )
     save_figure(figure, path)
 
 
@@ -121,8 +124,15 @@ def _chart(by_time: Axes, by_layer: Axes, report: SceneReport, name: str) -> Non
     places = {"close to data": 0, "halfway": len(report.times) // 2, "close to noise": len(report.times) - 1}
     colours = colormaps["inferno"](np.linspace(0.8, 0.15, len(places)))
     for (moment, place), colour in zip(places.items(), colours, strict=True):
-        by_layer.errorbar(report.layers, measured.mean_TL[place], error_TL[place], marker="o", capsize=2,
-                          color=colour, label=f"{moment}, t = {report.times[place]:.2f}")  # fmt: skip
+        by_layer.errorbar(
+            report.layers,
+            measured.mean_TL[place],
+            error_TL[place],
+            marker="o",
+            capsize=2,
+            color=colour,
+            label=f"{moment}, t = {report.times[place]:.2f}",
+        )
     for axis, xs, over in ((by_time, report.times, 1), (by_layer, report.layers, 0)):
         mean, spread = chance.mean_TL.mean(axis=over), 2 * chance.deviation_TL.mean(axis=over)
         axis.plot(xs, mean, color="0.5", linestyle="--", label="random weights")

@@ -82,8 +82,10 @@ def count_scenes(pipeline: TextToImage, num_scenes: int, *, seed: int = 0) -> Sc
     if num_scenes < 1:
         raise ConfigError(f"--scenes {num_scenes}: is no number of scenes; give 1 or more")
     pixels = config.patch_size * encoder.downsampling
-    size = {"canvas_height": config.latent_height * encoder.downsampling,
-            "canvas_width": config.latent_width * encoder.downsampling}  # fmt: skip
+    size = {
+        "canvas_height": config.latent_height * encoder.downsampling,
+        "canvas_width": config.latent_width * encoder.downsampling,
+    }
     # A pool is full: of several images, or, where it is a micro-batch, of the one image that sampling has.
     at_once = {"image": _IMAGES_AT_ONCE, "group": config.routing_group, "batch": 1}[config.routing_pool]
     counts, cells, ink = [], [], []

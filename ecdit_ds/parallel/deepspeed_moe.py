@@ -67,10 +67,17 @@ class TokenChoice(nn.Module):
         super().__init__()
         places_per_choice = config.capacity_factor / config.top_k
         self.moe = MoE(
-            config.hidden_size, nn.Identity(), config.num_experts, ep.count, k=config.top_k,
-            capacity_factor=places_per_choice, eval_capacity_factor=places_per_choice, min_capacity=1,
-            use_rts=False, top2_2nd_expert_sampling=False,
-        )  # fmt: skip
+            config.hidden_size,
+            nn.Identity(),
+            config.num_experts,
+            ep.count,
+            k=config.top_k,
+            capacity_factor=places_per_choice,
+            eval_capacity_factor=places_per_choice,
+            min_capacity=1,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
         # DeepSpeed's own bank holds one module an expert; ours is one tensor, named and cut as under expert choice.
         experts = Experts(
             config.num_experts, config.hidden_size, config.ffn_hidden_size, activation=config.ffn_activation, ep=ep

@@ -1,9 +1,15 @@
 """Which axis of a parameter a layout cuts, by the parameter's name alone: no torch, no model."""
 
 _TP_AXES = {
-    "query.weight": 0, "key.weight": 0, "value.weight": 0, "up.weight": 0, "attention.out.weight": 1, "down.weight": 1,
-    "experts.w1": 2, "experts.w2": 1,
-}  # fmt: skip
+    "query.weight": 0,
+    "key.weight": 0,
+    "value.weight": 0,
+    "up.weight": 0,
+    "attention.out.weight": 1,
+    "down.weight": 1,
+    "experts.w1": 2,
+    "experts.w2": 1,
+}
 _EXPERTS = ("experts.w1", "experts.w2", "experts.bank.w1", "experts.bank.w2")
 """Ours, and those inside DeepSpeed's token-choice layer, which tensor parallelism never cuts."""
 

@@ -45,9 +45,10 @@ class MegatronMPU:
 def create_tensor_groups(tp_size: int, timeout_minutes: int) -> MegatronMPU:
     """Create megatron's tensor- and data-parallel groups over all ranks, and return DeepSpeed's view of them."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size, create_gloo_process_groups=False,
+        tensor_model_parallel_size=tp_size,
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
-    )  # fmt: skip
+    )
     return MegatronMPU()
 
 
@@ -103,9 +104,14 @@ class _Column(ColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, tp: Share) -> None:
         # The gradient of the input is summed once, by the entrance, for all layers that read it.
         super().__init__(
-            in_features, out_features, config=_linear_config(tp), init_method=_no_init, bias=False, gather_output=False,
+            in_features,
+            out_features,
+            config=_linear_config(tp),
+            init_method=_no_init,
+            bias=False,
+            gather_output=False,
             disable_grad_reduce=True,
-        )  # fmt: skip
+        )
         _mark_cut(self.weight, axis=0, tp=tp)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +121,14 @@ class _Column(ColumnParallelLinear):
 class _Row(RowParallelLinear):
     def __init__(self, in_features: int, out_features: int, tp: Share) -> None:
         super().__init__(
-            in_features, out_features, config=_linear_config(tp), init_method=_no_init, bias=False,
-            input_is_parallel=True, skip_bias_add=False,
-        )  # fmt: skip
+            in_features,
+            out_features,
+            config=_linear_config(tp),
+            init_method=_no_init,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
         _mark_cut(self.weight, axis=1, tp=tp)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -113,12 +113,20 @@ def traffic_of_step(recipe: Recipe, topology: Topology, zero: ZeroSettings, mask
     count = recipe.train.global_batch_size // (micro * topology.dp)
     kept = recipe.model.num_kept_tokens(mask_ratio)
     found = [
-        Traffic(purpose="tensor_parallel_sums", collective="all_reduce", axis="tp",
-                payload_bytes=count * tensor_parallel_bytes(recipe, micro, kept)),
-        Traffic(purpose="token_exchanges", collective="all_to_all", axis="ep",
-                payload_bytes=count * exchange_bytes(recipe, topology, micro, kept)),
+        Traffic(
+            purpose="tensor_parallel_sums",
+            collective="all_reduce",
+            axis="tp",
+            payload_bytes=count * tensor_parallel_bytes(recipe, micro, kept),
+        ),
+        Traffic(
+            purpose="token_exchanges",
+            collective="all_to_all",
+            axis="ep",
+            payload_bytes=count * exchange_bytes(recipe, topology, micro, kept),
+        ),
         *weight_traffic(recipe, topology, zero, count),
-    ]  # fmt: skip
+    ]
     sizes = {"tp": topology.tp, "dp": topology.dp, "ep": topology.ep, "edp": topology.edp}
     return [traffic for traffic in found if traffic.payload_bytes and sizes[traffic.axis] > 1]
 
@@ -184,8 +192,9 @@ def weight_traffic(recipe: Recipe, topology: Topology, zero: ZeroSettings, micro
     width = NUMBER_BYTES[recipe.train.precision]
     held = held_by_rank(recipe.model, topology.tp, topology.ep)
     for name, axis, ranks, is_expert in (
-        ("dense", "dp", topology.dp, False), ("expert", "edp", topology.edp, True),
-    ):  # fmt: skip
+        ("dense", "dp", topology.dp, False),
+        ("expert", "edp", topology.edp, True),
+    ):
         sizes = {one.name: one.size for one in held if one.is_expert == is_expert}
         if zero.stage == 3:
             sizes = {key: -(-size // ranks) * ranks for key, size in sizes.items()}  # padded to equal parts
@@ -194,13 +203,17 @@ def weight_traffic(recipe: Recipe, topology: Topology, zero: ZeroSettings, micro
             gathered = sum(sizes.values())
         reductions = 1 if zero.stage == 1 else micro_batches
         yield Traffic(
-            purpose=f"{name}_gradients", collective="reduce_scatter" if zero.stage == 3 else "all_reduce",
-            axis="dp" if axis == "dp" else "edp", payload_bytes=reductions * width * sum(sizes.values()),
-        )  # fmt: skip
+            purpose=f"{name}_gradients",
+            collective="reduce_scatter" if zero.stage == 3 else "all_reduce",
+            axis="dp" if axis == "dp" else "edp",
+            payload_bytes=reductions * width * sum(sizes.values()),
+        )
         yield Traffic(
-            purpose=f"{name}_weights", collective="all_gather", axis="dp" if axis == "dp" else "edp",
+            purpose=f"{name}_weights",
+            collective="all_gather",
+            axis="dp" if axis == "dp" else "edp",
             payload_bytes=width * gathered,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

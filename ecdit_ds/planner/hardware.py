@@ -75,8 +75,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         for flag, value, most in (
-            ("--nodes", self.nodes, MOST_NODES), ("--gpus-per-node", self.gpus_per_node, MOST_GPUS_PER_NODE),
-        ):  # fmt: skip
+            ("--nodes", self.nodes, MOST_NODES),
+            ("--gpus-per-node", self.gpus_per_node, MOST_GPUS_PER_NODE),
+        ):
             if not 1 <= value <= most:
                 raise ConfigError(f"{flag}: {value} is outside 1 to {most}")
 

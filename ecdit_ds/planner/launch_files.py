@@ -35,9 +35,11 @@ def write_launch_files(plan: Plan, named: Recipe, deepspeed_file: Path, folder: 
     recipe, notes = recipe_for_all_phases(plan), "".join(f"# {note}\n" for note in phase_notes(plan))
     load_deepspeed_config(deepspeed_file, recipe, plan.topology.dp)
     texts = (
-        notes + dump_recipe(recipe), deepspeed_file.read_text(encoding="utf-8"), slurm_header(plan),
+        notes + dump_recipe(recipe),
+        deepspeed_file.read_text(encoding="utf-8"),
+        slurm_header(plan),
         notes + overrides(named, recipe),
-    )  # fmt: skip
+    )
     there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
         raise ConfigError(f"--write {folder}: {there[0]} is there; choose another folder, or give --overwrite")
@@ -74,18 +76,20 @@ def slurm_header(plan: Plan) -> str:
     """Return the #SBATCH lines: one task a GPU, a warning signal in time for a save, and a second life after a loss."""
     machine = plan.machine
     signal_at = int(min(MOST_SIGNAL_SECONDS, SIGNAL_SECONDS_BEFORE_END + plan.checkpoint.save_seconds))
-    return "\n".join([
-        "#!/bin/bash",
-        f"#SBATCH --job-name={plan.recipe.name}",
-        f"#SBATCH --nodes={machine.nodes}",
-        f"#SBATCH --ntasks-per-node={machine.gpus_per_node}",
-        f"#SBATCH --gpus-per-node={machine.gpus_per_node}",
-        "#SBATCH --exclusive",
-        f"#SBATCH --signal=USR1@{signal_at}",
-        "#SBATCH --requeue",
-        "#SBATCH --open-mode=append",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"#SBATCH --job-name={plan.recipe.name}",
+            f"#SBATCH --nodes={machine.nodes}",
+            f"#SBATCH --ntasks-per-node={machine.gpus_per_node}",
+            f"#SBATCH --gpus-per-node={machine.gpus_per_node}",
+            "#SBATCH --exclusive",
+            f"#SBATCH --signal=USR1@{signal_at}",
+            "#SBATCH --requeue",
+            "#SBATCH --open-mode=append",
+            "",
+        ]
+    )
 
 
 def overrides(named: Recipe, recipe: Recipe) -> str:

@@ -17,10 +17,12 @@ def describe_models(recipes: Iterable[Recipe]) -> str:
     rows = [_HEADER, *(_row(recipe) for recipe in recipes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width)
-                  for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
-    )  # fmt: skip
+    )
 
 
 def _row(recipe: Recipe) -> tuple[str, ...]:

@@ -105,9 +105,13 @@ def with_micro_batch(recipe: Recipe, micro_batch: int) -> Recipe:
 
 
 def make_plan(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, surroundings: Surroundings,
+    recipe: Recipe,
+    topology: Topology,
+    zero: ZeroSettings,
+    machine: Machine,
+    surroundings: Surroundings,
     micro_batches: dict[str, int] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Predict a layout.
 
     Args:
@@ -122,22 +126,35 @@ def make_plan(
         phases.append(_phase(own, topology, zero, machine, name, steps, ratio))
     total = checkpoint_bytes(recipe)
     cost = checkpoint_cost(
-        total, ranks=topology.world_size, storage_bytes_per_s=surroundings.storage_bytes_per_s,
-        pcie_bytes_per_s=machine.gpu.pcie_bytes_per_s, is_async=recipe.train.async_save,
-    )  # fmt: skip
+        total,
+        ranks=topology.world_size,
+        storage_bytes_per_s=surroundings.storage_bytes_per_s,
+        pcie_bytes_per_s=machine.gpu.pcie_bytes_per_s,
+        is_async=recipe.train.async_save,
+    )
     seconds = sum(phase.steps * phase.time.with_overlap for phase in phases)
     outlooks = tuple(
         outlook(
-            rate, nodes=machine.nodes, training_seconds=seconds, cost=cost,
+            rate,
+            nodes=machine.nodes,
+            training_seconds=seconds,
+            cost=cost,
             set_interval=recipe.train.checkpoint_every * seconds / recipe.train.max_steps,
             recovery_seconds=surroundings.recovery_seconds,
         )
         for rate in surroundings.failure_rates
-    )  # fmt: skip
+    )
     return Plan(
-        recipe=recipe, topology=topology, zero=zero, machine=machine, parameters=count_parameters(recipe.model),
-        phases=tuple(phases), checkpoint=cost, training_seconds=seconds, outlooks=outlooks,
-    )  # fmt: skip
+        recipe=recipe,
+        topology=topology,
+        zero=zero,
+        machine=machine,
+        parameters=count_parameters(recipe.model),
+        phases=tuple(phases),
+        checkpoint=cost,
+        training_seconds=seconds,
+        outlooks=outlooks,
+    )
 
 
 def _phase(
@@ -147,7 +164,11 @@ def _phase(
     kept, pool = recipe.model.num_kept_tokens(ratio), recipe.model.pool_images(micro)
     time = step_time(recipe, topology, zero, machine, ratio)
     return Phase(
-        name=name, steps=steps, mask_ratio=ratio, micro_batch=micro, accumulated=batch // (micro * topology.dp),
+        name=name,
+        steps=steps,
+        mask_ratio=ratio,
+        micro_batch=micro,
+        accumulated=batch // (micro * topology.dp),
         memory=memory_of_rank(recipe, topology, zero, ratio),
         model_flops=training_flops(recipe.model, kept, pool).times(batch),
         recomputed_flops=recomputed_flops(recipe, kept, pool).times(batch),
@@ -156,7 +177,7 @@ def _phase(
         mfu_without_overlap=model_flops_utilization(recipe, machine, ratio, pool, time.without_overlap),
         images_per_s=batch / time.with_overlap,
         images_per_s_without_overlap=batch / time.without_overlap,
-    )  # fmt: skip
+    )
 
 
 def days(seconds: float) -> float:

@@ -80,9 +80,14 @@ def effective_share(interval: float, cost: CheckpointCost, mean_seconds: float, 
 
 
 def outlook(
-    rate: float, *, nodes: int, training_seconds: float, set_interval: float, cost: CheckpointCost,
+    rate: float,
+    *,
+    nodes: int,
+    training_seconds: float,
+    set_interval: float,
+    cost: CheckpointCost,
     recovery_seconds: float,
-) -> Outlook:  # fmt: skip
+) -> Outlook:
     """Return what a failure rate means for a run of `training_seconds` of steps.
 
     Args:
@@ -94,7 +99,10 @@ def outlook(
     share = effective_share(best, cost, mean, recovery_seconds)
     interruptions = training_seconds / share / mean if share else math.inf
     return Outlook(
-        failures_per_1000_node_days=rate, mean_seconds_between=mean, interruptions=interruptions,
-        best_interval_seconds=best, effective_share=share,
+        failures_per_1000_node_days=rate,
+        mean_seconds_between=mean,
+        interruptions=interruptions,
+        best_interval_seconds=best,
+        effective_share=share,
         effective_share_as_set=effective_share(max(set_interval, cost.save_seconds), cost, mean, recovery_seconds),
-    )  # fmt: skip
+    )

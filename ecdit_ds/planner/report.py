@@ -16,9 +16,20 @@ _PARTS = ("attention", "cross_attention", "dense_ffn", "experts", "router", "mod
 def describe(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
     return [
-        *_head(plan), "", *_memory(plan), "", *_compute(plan), "", *_communication(plan), "", *_speed(plan), "",
-        *_run(plan), "", *_assumed(plan),
-    ]  # fmt: skip
+        *_head(plan),
+        "",
+        *_memory(plan),
+        "",
+        *_compute(plan),
+        "",
+        *_communication(plan),
+        "",
+        *_speed(plan),
+        "",
+        *_run(plan),
+        "",
+        *_assumed(plan),
+    ]
 
 
 def describe_memory(plan: Plan) -> list[str]:
@@ -31,10 +42,15 @@ def describe_search(found: Found, top: int, usable_bytes: int) -> list[str]:
     """Return the fastest layouts, and why the others are not among them."""
     rows = [["", "layout", "GB of a GPU", "images/s", "days"]]
     for rank, candidate in enumerate(found.feasible[:top], start=1):
-        rows.append([
-            str(rank), candidate.layout, f"{candidate.needed_bytes / GB:.1f}", f"{candidate.images_per_s:,.0f}",
-            f"{days(candidate.seconds):.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(rank),
+                candidate.layout,
+                f"{candidate.needed_bytes / GB:.1f}",
+                f"{candidate.images_per_s:,.0f}",
+                f"{days(candidate.seconds):.1f}",
+            ]
+        )
     lines = [f"layouts that fit: {len(found.feasible)}, the fastest first"]
     return [*lines, *(_table(rows, left=(1,)) if found.feasible else []), *describe_refusals(found, usable_bytes)]
 
@@ -70,19 +86,26 @@ def to_json(plan: Plan, found: Found | None = None) -> dict[str, Any]:
     data: dict[str, Any] = {
         "fits": plan.fits,
         "parameters": {
-            "dit": plan.parameters.dit, "with_encoders": plan.parameters.with_encoders,
-            "activated": plan.parameters.activated, "in_experts": plan.parameters.in_experts,
+            "dit": plan.parameters.dit,
+            "with_encoders": plan.parameters.with_encoders,
+            "activated": plan.parameters.activated,
+            "in_experts": plan.parameters.in_experts,
         },
         "layout": {
-            "nodes": plan.machine.nodes, "gpus_per_node": plan.machine.gpus_per_node, "tp": plan.topology.tp,
-            "ep": plan.topology.ep, "dp": plan.topology.dp, "edp": plan.topology.edp, "zero": plan.zero.stage,
+            "nodes": plan.machine.nodes,
+            "gpus_per_node": plan.machine.gpus_per_node,
+            "tp": plan.topology.tp,
+            "ep": plan.topology.ep,
+            "dp": plan.topology.dp,
+            "edp": plan.topology.edp,
+            "zero": plan.zero.stage,
         },
         "per_gpu": _bytes_of(fullest) | {"limit": plan.machine.usable_bytes},
         "step": steps[plan.phases[0].name],
         "phases": steps,
         "checkpoint": asdict(plan.checkpoint),
         "run": _run_numbers(plan),
-    }  # fmt: skip
+    }
     if found is not None:
         data["search"] = {
             "feasible": [_candidate_numbers(candidate) for candidate in found.feasible],
@@ -137,11 +160,15 @@ def _run_numbers(plan: Plan) -> dict[str, Any]:
 def _candidate_numbers(candidate: Candidate) -> dict[str, Any]:
     train = candidate.recipe.train
     return {
-        "tp": candidate.topology.tp, "ep": candidate.topology.ep, "zero": candidate.zero.stage,
-        "micro_batch": candidate.micro_batches, "recompute": train.recompute,
-        "recompute_every": train.recompute_every, "bytes": candidate.needed_bytes,
+        "tp": candidate.topology.tp,
+        "ep": candidate.topology.ep,
+        "zero": candidate.zero.stage,
+        "micro_batch": candidate.micro_batches,
+        "recompute": train.recompute,
+        "recompute_every": train.recompute_every,
+        "bytes": candidate.needed_bytes,
         "images_per_second": candidate.images_per_s,
-    }  # fmt: skip
+    }
 
 
 def _head(plan: Plan) -> list[str]:
@@ -154,11 +181,12 @@ def _head(plan: Plan) -> list[str]:
         f"{machine.gpu.network_bytes_per_s * 8 / 1e9:.0f} Gb/s of network a GPU",
         f"layout      tp {top.tp} x dp {top.dp}; experts over ep {top.ep}, {top.edp} copies; ZeRO-{plan.zero.stage}; "
         f"recompute {train.recompute}{every}",
-        "batch       " + f"{train.global_batch_size} images = "
+        "batch       "
+        + f"{train.global_batch_size} images = "
         + "; ".join(
             f"{phase.name}: {top.dp} x {phase.micro_batch} x {phase.accumulated} accumulated" for phase in plan.phases
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -183,8 +211,10 @@ def _compute(plan: Plan) -> list[str]:
         rows.append([part, *cells])
     totals = []
     for phase in plan.phases:
-        totals += [f"{(phase.model_flops.total + phase.recomputed_flops.total) / 1e15:.2f}",
-                   f"{sum(phase.time.compute.values()) * 1e3:.1f}"]  # fmt: skip
+        totals += [
+            f"{(phase.model_flops.total + phase.recomputed_flops.total) / 1e15:.2f}",
+            f"{sum(phase.time.compute.values()) * 1e3:.1f}",
+        ]
     return _table([*rows, ["total", *totals]])
 
 
@@ -197,8 +227,12 @@ def _communication(plan: Plan) -> list[str]:
         cells = []
         for phase in plan.phases:
             line = next(line for line in phase.time.communication if line.traffic.purpose == purpose)
-            cells += [f"{line.bytes.link / GB:.2f}", f"{line.bytes.network / GB:.2f}", f"{line.seconds * 1e3:.1f}",
-                      f"{phase.time.hidden.get(purpose, 0.0) * 1e3:.1f}"]  # fmt: skip
+            cells += [
+                f"{line.bytes.link / GB:.2f}",
+                f"{line.bytes.network / GB:.2f}",
+                f"{line.seconds * 1e3:.1f}",
+                f"{phase.time.hidden.get(purpose, 0.0) * 1e3:.1f}",
+            ]
         rows.append([purpose, collective, *cells])
     return _table(rows, left=(0, 1)) if lines else ["sent in a step: nothing, one GPU does it all"]
 
@@ -223,15 +257,29 @@ def _run(plan: Plan) -> list[str]:
         f"checkpoint  {cost.bytes / GB:,.0f} GB ({cost.bytes / 2**40:.2f} TiB), on disk in {cost.save_seconds:.0f} s, "
         f"training waits {cost.stall_seconds:.2f} s",
     ]
-    rows = [["failures a 1000 node-days", "hours between", "in the run", "save every", "steps", "effective time",
-             f"at checkpoint_every {train.checkpoint_every}"]]  # fmt: skip
+    rows = [
+        [
+            "failures a 1000 node-days",
+            "hours between",
+            "in the run",
+            "save every",
+            "steps",
+            "effective time",
+            f"at checkpoint_every {train.checkpoint_every}",
+        ]
+    ]
     for one in plan.outlooks:
-        rows.append([
-            f"{one.failures_per_1000_node_days:g}", f"{one.mean_seconds_between / 3600:.1f}",
-            f"{one.interruptions:.1f}",
-            f"{one.best_interval_seconds:.0f} s", f"{max(1, round(one.best_interval_seconds / step)):,}",
-            f"{one.effective_share:.1%}", f"{one.effective_share_as_set:.1%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{one.failures_per_1000_node_days:g}",
+                f"{one.mean_seconds_between / 3600:.1f}",
+                f"{one.interruptions:.1f}",
+                f"{one.best_interval_seconds:.0f} s",
+                f"{max(1, round(one.best_interval_seconds / step)):,}",
+                f"{one.effective_share:.1%}",
+                f"{one.effective_share_as_set:.1%}",
+            ]
+        )
     return [*lines, *_table(rows)]
 
 

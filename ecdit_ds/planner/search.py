@@ -27,8 +27,12 @@ from ecdit_ds.planner.zero import ZeroSettings, zero_settings
 
 Mode = Literal["none", "block", "selective"]
 ALL_RECOMPUTATIONS: tuple[tuple[Mode, int], ...] = (
-    ("none", 1), ("selective", 2), ("selective", 1), ("block", 2), ("block", 1),
-)  # fmt: skip
+    ("none", 1),
+    ("selective", 2),
+    ("selective", 1),
+    ("block", 2),
+    ("block", 1),
+)
 """train.recompute and train.recompute_every; 2 means the blocks with experts."""
 DISPATCH_CHUNKS = (1, 2, 4)
 """k of them hide (k - 1) / k of an exchange at most, and make matrices k times smaller."""
@@ -105,9 +109,13 @@ def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, .
     experts = recipe.model.num_experts if recipe.model.is_sparse else 1
     is_cut = recipe.model.ffn == "expert_choice" and recipe.model.routing_pool != "batch"
     return Choices(
-        tp=divisors_of(machine.gpus_per_node), ep=divisors_of(experts), deepspeed_files=deepspeed_files,
-        recompute=ALL_RECOMPUTATIONS, dispatch_chunks=DISPATCH_CHUNKS if is_cut else (1,), micro_batch=None,
-    )  # fmt: skip
+        tp=divisors_of(machine.gpus_per_node),
+        ep=divisors_of(experts),
+        deepspeed_files=deepspeed_files,
+        recompute=ALL_RECOMPUTATIONS,
+        dispatch_chunks=DISPATCH_CHUNKS if is_cut else (1,),
+        micro_batch=None,
+    )
 
 
 def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
@@ -239,8 +247,11 @@ def _layouts(
                     require_experts_divide(recipe, machine.world_size // tp, ep)
                 topology = Topology(world_size=machine.world_size, tp=tp, ep=ep)
                 chunks = choices.dispatch_chunks[0]
-                placed = replace(recipe, train=replace(recipe.train, recompute="none", recompute_every=1),
-                                 parallel=replace(recipe.parallel, tp=tp, ep=ep, dispatch_chunks=chunks))  # fmt: skip
+                placed = replace(
+                    recipe,
+                    train=replace(recipe.train, recompute="none", recompute_every=1),
+                    parallel=replace(recipe.parallel, tp=tp, ep=ep, dispatch_chunks=chunks),
+                )
             except EcditError as error:
                 refusals[str(error)] += each
                 continue
@@ -294,9 +305,14 @@ def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine,
             seconds += steps * step_time(own, topology, zero, machine, ratio).with_overlap
     first = next(iter(chosen.values()))
     return Candidate(
-        recipe=with_micro_batch(recipe, first), topology=topology, zero=zero, deepspeed_file=path, micro_batches=chosen,
-        needed_bytes=needed, seconds=seconds,
-    )  # fmt: skip
+        recipe=with_micro_batch(recipe, first),
+        topology=topology,
+        zero=zero,
+        deepspeed_file=path,
+        micro_batches=chosen,
+        needed_bytes=needed,
+        seconds=seconds,
+    )
 
 
 def _largest(

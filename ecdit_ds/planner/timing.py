@@ -201,9 +201,13 @@ def _part_of(name: str, is_expert: bool) -> str:
     if is_expert:
         return "experts"
     marks = {
-        ".self_attention.": "attention", ".cross_attention.": "cross_attention", ".router.": "router",
-        ".gate.wg.": "router", ".ffn.": "dense_ffn", "modulation": "modulation",
-    }  # fmt: skip
+        ".self_attention.": "attention",
+        ".cross_attention.": "cross_attention",
+        ".router.": "router",
+        ".gate.wg.": "router",
+        ".ffn.": "dense_ffn",
+        "modulation": "modulation",
+    }
     return next((part for mark, part in marks.items() if mark in name), "other")
 
 
@@ -213,9 +217,13 @@ def _computed_once(recipe: Recipe) -> Recipe:
 
 
 def _hidden(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, compute: dict[str, float], once: dict[str, float],
+    recipe: Recipe,
+    topology: Topology,
+    zero: ZeroSettings,
+    compute: dict[str, float],
+    once: dict[str, float],
     communication: list[CollectiveTime],
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Return, by purpose, the seconds that overlap takes off; no second of computing hides two collectives.
 
     Of what is computed `once`, without recomputation, a third is forward; the rest and all recomputation is backward.

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 _DEFAULTS = {
-    "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8, "sub_group_size": 1e9,
-    "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5, "stage3_max_live_parameters": 1e9,
+    "reduce_bucket_size": 5e8,
+    "allgather_bucket_size": 5e8,
+    "sub_group_size": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_max_live_parameters": 1e9,
     "stage3_max_reuse_distance": 1e9,
-}  # fmt: skip
+}
 """Of DeepSpeed 0.19.8, deepspeed/runtime/zero/config.py; a test compares them."""
 
 

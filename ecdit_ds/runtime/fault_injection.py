@@ -18,9 +18,13 @@ from ecdit_ds.errors import ConfigError
 VARIABLE = "ECDIT_FAULTS"
 MOMENTS = ("step", *PHASES, "any")
 _SIGNALS = {
-    "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "abort": signal.SIGABRT, "segfault": signal.SIGSEGV,
-    "sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1,
-}  # fmt: skip
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "abort": signal.SIGABRT,
+    "segfault": signal.SIGSEGV,
+    "sigterm": signal.SIGTERM,
+    "sigusr1": signal.SIGUSR1,
+}
 _ACTIONS = (*_SIGNALS, "exit", "delay", "full")
 """exit=CODE ends the process at once, delay=SECONDS waits, full fails as a disk without room does."""
 

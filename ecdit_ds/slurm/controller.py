@@ -58,10 +58,12 @@ def own_job(environment: Mapping[str, str]) -> Job:
         number = environment["SLURM_JOB_ID"]
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         return Job(
-            name=f"{array}_{task}" if array else number, number=number,
+            name=f"{array}_{task}" if array else number,
+            number=number,
             restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),  # not there in the first life
-            num_ranks=int(environment["SLURM_NTASKS"]), nodes=environment["SLURM_JOB_NODELIST"],
-        )  # fmt: skip
+            num_ranks=int(environment["SLURM_NTASKS"]),
+            nodes=environment["SLURM_JOB_NODELIST"],
+        )
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{error}: no batch job; submit one, such as sbatch slurm/train_97b.sh") from None
 
@@ -97,17 +99,21 @@ def parse_state(told: str) -> JobState:
         ConfigError: it has not what is wanted.
     """
     wanted = {
-        "JobState": r"JobState=(\S+)", "Reason": r"JobState=\S+ Reason=(\S+)",
-        "Restarts": r"Requeue=\S+ Restarts=([0-9]+)", "TimeLimit": r"RunTime=\S+ TimeLimit=(\S+)",
-    }  # fmt: skip
+        "JobState": r"JobState=(\S+)",
+        "Reason": r"JobState=\S+ Reason=(\S+)",
+        "Restarts": r"Requeue=\S+ Restarts=([0-9]+)",
+        "TimeLimit": r"RunTime=\S+ TimeLimit=(\S+)",
+    }
     found = {key: re.search(rf"^ *{pattern}", told, re.MULTILINE) for key, pattern in wanted.items()}
     values = {key: match[1] for key, match in found.items() if match}
     if len(values) < len(found):
         raise ConfigError(f"scontrol show job: {told[:200]!r} tells no {', '.join(found.keys() - values)}")
     return JobState(
-        state=values["JobState"], reason=values["Reason"], restarts=int(values["Restarts"]),
+        state=values["JobState"],
+        reason=values["Reason"],
+        restarts=int(values["Restarts"]),
         limit_seconds=parse_limit(values["TimeLimit"]),
-    )  # fmt: skip
+    )
 
 
 def parse_limit(text: str) -> float | None:

@@ -121,8 +121,12 @@ class Ledger:
                 if not re.fullmatch(r"[0-9]+\.[0-9]+", record["life"], re.ASCII):
                     continue
                 if record["event"] == "begin":
-                    yield Beginning(life=str(record["life"]), step=int(record["step"]),
-                                    nodes=str(record["nodes"]), ranks=int(record["ranks"]))  # fmt: skip
+                    yield Beginning(
+                        life=str(record["life"]),
+                        step=int(record["step"]),
+                        nodes=str(record["nodes"]),
+                        ranks=int(record["ranks"]),
+                    )
                 elif record["event"] == "checked":
                     yield Passed(life=str(record["life"]))
 

@@ -160,8 +160,9 @@ class Life:
             self._logs.mkdir(exist_ok=True)
             remove_links(self._logs)
         except OSError as error:
-            raise ConfigError(f"{self._ledger.folder}: cannot be written: {error.strerror}; choose another ECDIT_OUTPUT"
-                              ) from None  # fmt: skip
+            raise ConfigError(
+                f"{self._ledger.folder}: cannot be written: {error.strerror}; choose another ECDIT_OUTPUT"
+            ) from None
         say(f"life {job.life} of {self.output}: {job.num_ranks} ranks on {job.nodes}, from step {step}")
 
     def _check(self, limit: float | None) -> int:
@@ -194,9 +195,13 @@ class Life:
         )
 
     def _srun(
-        self, flags: Sequence[str], program: Sequence[str], work: Callable[[], str],
-        may_leave: Callable[[float], bool], words: Sequence[str] = (),
-    ) -> int:  # fmt: skip
+        self,
+        flags: Sequence[str],
+        program: Sequence[str],
+        work: Callable[[], str],
+        may_leave: Callable[[float], bool],
+        words: Sequence[str] = (),
+    ) -> int:
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
 
         A rank that ended for good decides, and a 0 is TRY_AGAIN where not every rank says that the work is complete.

@@ -59,10 +59,18 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, recipe: Recipe, engine: DeepSpeedEngine, world: World, lease: Lease, faults: Faults,
-        verified: Path | None, note: Callable[[str], None], data: Mapping[str, Any],
+        self,
+        root: Path,
+        recipe: Recipe,
+        engine: DeepSpeedEngine,
+        world: World,
+        lease: Lease,
+        faults: Faults,
+        verified: Path | None,
+        note: Callable[[str], None],
+        data: Mapping[str, Any],
         encoders: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._root, self._recipe, self._engine, self._world, self._lease = root, recipe, engine, world, lease
         self._data, self._encoders = data, encoders
         self._faults, self._note = faults, note
@@ -126,9 +134,14 @@ class Saver:
         began = time.perf_counter()
         meta = meta_of(progress, self._recipe, self._data, self._encoders)
         save = Save(
-            self._root, progress.step, pieces_of(self._engine), meta, self._world, self._lease,
+            self._root,
+            progress.step,
+            pieces_of(self._engine),
+            meta,
+            self._world,
+            self._lease,
             lambda phase: self._faults.at(phase, progress.step),
-        )  # fmt: skip
+        )
         if host is not None:
             save.pieces = host.of(save.pieces)
         thread = threading.Thread(target=save.write, kwargs={"read_back": read_back}, name="checkpoint", daemon=True)
@@ -161,9 +174,12 @@ class Saver:
         train = self._recipe.train
         try:
             remove_old(
-                self._root, train.keep_checkpoints, keep_every=train.keep_every, verified=self._verified,
+                self._root,
+                train.keep_checkpoints,
+                keep_every=train.keep_every,
+                verified=self._verified,
                 reached=lambda phase: self._faults.at(phase, step_of(newest)),
-            )  # fmt: skip
+            )
         except (CheckpointError, OSError) as error:  # the new one is safe, which is what counts
             self._note(f"an old checkpoint stays: {error}")
 

@@ -135,8 +135,9 @@ def _data(recipe: Recipe) -> list[str]:
     if data.dataset == "digit_scenes":
         return [f"data         {data.num_train} digit scenes, {data.num_heldout} held out; encoded in {data.cache_dir}"]
     splits: list[tuple[Split, str, tuple[str, ...]]] = [
-        ("train", "path", data.paths), ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
-    ]  # fmt: skip
+        ("train", "path", data.paths),
+        ("heldout", "heldout_path", (data.heldout_path,) if data.heldout_path else ()),
+    ]
     lines = []
     for split, key, paths in splits:
         if not paths:
@@ -261,9 +262,12 @@ def _memory_table(recipe: Recipe, topology: Topology, deepspeed_config: dict[str
     planned_here = {"activations": peak_activations(recipe, shapes)}
     lines = [f"memory of rank {rank}                  counted       planner"]
     for kind, what in (
-        ("parameters", "weights"), ("gradients", "gradients"), ("optimizer", "optimizer, with fp32 weights"),
-        ("ema", "average"), ("activations", "activations, CPU kernels"),
-    ):  # fmt: skip
+        ("parameters", "weights"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer, with fp32 weights"),
+        ("ema", "average"),
+        ("activations", "activations, CPU kernels"),
+    ):
         value = planned_here.get(kind, getattr(planned, kind))
         lines.append(f"  {what:<30}{counted[kind] / _GB:>9.3f} GB {value / _GB:>9.3f} GB")
     lines.append(f"  {'activations, GPU kernels':<30}{'':>12} {planned.activations / _GB:>9.3f} GB")

@@ -80,16 +80,19 @@ class DeepSpeedEngine:
         zero = deepspeed_config["zero_optimization"]
         # Our RMSProp is not on DeepSpeed's list, nor is torch's AdamW for offloading; parity tests cover both.
         deepspeed_config = deepspeed_config | {
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        }  # fmt: skip
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
         groups = optimizer_groups(model, optimizer.weight_decay, zero["stage"])
         self._tp, self._optimizer_name = grid.tp, optimizer.name
         # Asked before ZeRO-3 takes the weights out of the parameters.
         self._places = {id(p): (name, shard_of(p), tuple(p.shape)) for name, p in model.named_parameters()}
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model, config=deepspeed_config, mpu=grid.mpu,
+            model=model,
+            config=deepspeed_config,
+            mpu=grid.mpu,
             optimizer=build_optimizer(groups, optimizer, is_offloaded="offload_optimizer" in zero),
-        )  # fmt: skip
+        )
         self._partitions: Partitions = (ParameterPartitions if zero["stage"] == 3 else GroupPartitions)(self._zero)
         if zero["stage"] == 3 and grid.tp.count > 1:
             _count_each_expert_slice_once(self._zero)

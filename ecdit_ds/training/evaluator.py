@@ -47,9 +47,15 @@ class Monitor:
         """Return the held-out loss at each fixed time."""
         dp = self._dp
         return heldout_loss(
-            model, self.heldout_set, batch_size=self._batch_size, dp_rank=dp.index, dp_size=dp.count,
-            device=self.device, total=self.world.sum, finish=self.encoders.finish if self.encoders else None,
-        )  # fmt: skip
+            model,
+            self.heldout_set,
+            batch_size=self._batch_size,
+            dp_rank=dp.index,
+            dp_size=dp.count,
+            device=self.device,
+            total=self.world.sum,
+            finish=self.encoders.finish if self.encoders else None,
+        )
 
     def draw(self, model: nn.Module) -> np.ndarray:
         """Return uint8 pictures (B, H, W, 3) of the recipe's prompts; the first one's seed is the run's.
@@ -68,25 +74,34 @@ class Monitor:
         """
         counts_here = self.topology.coordinates(self.world.rank).tp == 0  # ranks of one group draw the same
         return drawn_alignment(
-            lambda prompts, seeds: self._pictures(model, prompts, seeds), self._scenes, batch_size=self._batch_size,
-            dp=self._dp, total=lambda counts: self.world.sum(counts * counts_here),
-        ).summary()  # fmt: skip
+            lambda prompts, seeds: self._pictures(model, prompts, seeds),
+            self._scenes,
+            batch_size=self._batch_size,
+            dp=self._dp,
+            total=lambda counts: self.world.sum(counts * counts_here),
+        ).summary()
 
     def _pictures(self, model: nn.Module, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         image_encoder, text_encoder = encoders_of(self.recipe, self.device if self.encoders else None)
         drawer = TextToImage(
-            model=cast(ECDiT, model), recipe=self.recipe, image_encoder=image_encoder, text_encoder=text_encoder,
-            device=self.device, null_text=self.null_text,
-        )  # fmt: skip
+            model=cast(ECDiT, model),
+            recipe=self.recipe,
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+            device=self.device,
+            null_text=self.null_text,
+        )
         return to_uint8(drawer.draw(prompts, seeds=seeds, sample=self.recipe.sample))
 
     @cached_property
     def _scenes(self) -> list[Scene]:
         config, pixels = self.recipe.model, encoders_of(self.recipe)[0].downsampling
         return heldout_prompts(
-            seed=self.recipe.data.seed, per_kind=self.recipe.sample.scenes_per_kind,
-            canvas_height=config.latent_height * pixels, canvas_width=config.latent_width * pixels,
-        )  # fmt: skip
+            seed=self.recipe.data.seed,
+            per_kind=self.recipe.sample.scenes_per_kind,
+            canvas_height=config.latent_height * pixels,
+            canvas_width=config.latent_width * pixels,
+        )
 
     @property
     def _dp(self) -> Share:

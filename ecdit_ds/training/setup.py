@@ -55,9 +55,14 @@ from ecdit_ds.training.trainer import Surroundings, Trainer
 
 
 def run(
-    recipe: Recipe, topology: Topology, deepspeed_config: dict[str, Any], folder: RunFolder, resume: str,
-    stop: StopRequest, status: RunStatus,
-) -> ExitCode:  # fmt: skip
+    recipe: Recipe,
+    topology: Topology,
+    deepspeed_config: dict[str, Any],
+    folder: RunFolder,
+    resume: str,
+    stop: StopRequest,
+    status: RunStatus,
+) -> ExitCode:
     """Build everything and train; every rank calls this. Return DONE, or SAVED after a stop.
 
     Args:
@@ -97,10 +102,18 @@ def run(
         undo.pop_all()
 
     surroundings = Surroundings(
-        device=device, checkpoints=folder.checkpoints, lease=lease, resumed_from=resumed_from, faults=faults,
-        status=status, stop=stop, data=data, encoders=described, bad_before=bad_before,
+        device=device,
+        checkpoints=folder.checkpoints,
+        lease=lease,
+        resumed_from=resumed_from,
+        faults=faults,
+        status=status,
+        stop=stop,
+        data=data,
+        encoders=described,
+        bad_before=bad_before,
         **_work(recipe, topology, device, world, mixture, heldout_set, encoders),
-    )  # fmt: skip
+    )
     callbacks = _callbacks(folder, recipe, progress) if world.rank == 0 else []
     try:
         was_stopped = Trainer(recipe, engine, world, surroundings, callbacks).fit(progress)
@@ -159,9 +172,11 @@ def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> t
 
     def open_both(check: Check) -> tuple[Mixture, SampleSet]:
         mixture = Mixture(
-            open_split(recipe, "train", encoders, check=check), weights=recipe.data.weights, seed=recipe.train.seed,
+            open_split(recipe, "train", encoders, check=check),
+            weights=recipe.data.weights,
+            seed=recipe.train.seed,
             global_batch_size=recipe.train.global_batch_size,
-        )  # fmt: skip
+        )
         (heldout_set,) = open_split(recipe, "heldout", encoders, check=check)
         return mixture, heldout_set
 
@@ -179,9 +194,13 @@ def _data_facts(recipe: Recipe, mixture: Mixture, encoders: EncodersBeside | Non
 
 
 def _restore(
-    candidates: list[Path], own: Path, engine: DeepSpeedEngine, recipe: Recipe, world: World,
+    candidates: list[Path],
+    own: Path,
+    engine: DeepSpeedEngine,
+    recipe: Recipe,
+    world: World,
     check_same: Callable[[Mapping[str, Any], Path], None],
-) -> tuple[Progress, Path | None]:  # fmt: skip
+) -> tuple[Progress, Path | None]:
     """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
 
     Return how far it is, and where from; (the beginning, None) without candidates.
@@ -236,29 +255,43 @@ def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, s
 
 
 def _work(
-    recipe: Recipe, topology: Topology, device: torch.device, world: World, mixture: Mixture,
-    heldout_set: SampleSet, encoders: EncodersBeside | None,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    topology: Topology,
+    device: torch.device,
+    world: World,
+    mixture: Mixture,
+    heldout_set: SampleSet,
+    encoders: EncodersBeside | None,
+) -> dict[str, Any]:
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
     transform = Draw(recipe, mixture.null_text)
 
     def batches(start_sample: int) -> Any:
         steps = training_batches(
-            mixture, micro_batch_size=micro,
-            dp_rank=topology.coordinates(world.rank).dp, dp_size=topology.dp, start_sample=start_sample,
-            end_sample=recipe.train.max_steps * recipe.train.global_batch_size, num_workers=recipe.data.num_workers,
+            mixture,
+            micro_batch_size=micro,
+            dp_rank=topology.coordinates(world.rank).dp,
+            dp_size=topology.dp,
+            start_sample=start_sample,
+            end_sample=recipe.train.max_steps * recipe.train.global_batch_size,
+            num_workers=recipe.data.num_workers,
             transform=transform,
-        )  # fmt: skip
+        )
         if mixture.is_whole:
             return steps
         assert encoders is not None
         return encoded_ahead(steps, Finish(encoders=encoders, mixture=mixture))
 
     monitor = Monitor(
-        recipe=recipe, topology=topology, world=world, device=device, heldout_set=heldout_set, encoders=encoders,
+        recipe=recipe,
+        topology=topology,
+        world=world,
+        device=device,
+        heldout_set=heldout_set,
+        encoders=encoders,
         null_text=mixture.null_text,
-    )  # fmt: skip
+    )
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,

@@ -36,9 +36,11 @@ class Progress:
 
 
 def meta_of(
-    progress: Progress, recipe: Recipe, data: Mapping[str, Any] | None = None,
+    progress: Progress,
+    recipe: Recipe,
+    data: Mapping[str, Any] | None = None,
     encoders: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return what a checkpoint keeps beside the tensors.
 
     Args:
@@ -162,8 +164,10 @@ def schedule_jumps(written: Mapping[str, Any], recipe: Recipe, step: int) -> lis
         before, now = number_of(former, step), number_of(recipe, step)
         if before != now and step < recipe.train.max_steps:
             old, new = getattr(former.train, field), getattr(recipe.train, field)
-            lines.append(f"{what} jumps at step {step + 1}: {before:.6g} as it was begun, {now:.6g} from here, for "
-                         f"train.{field} was {old} and is {new}")  # fmt: skip
+            lines.append(
+                f"{what} jumps at step {step + 1}: {before:.6g} as it was begun, {now:.6g} from here, for "
+                f"train.{field} was {old} and is {new}"
+            )
     return lines
 
 

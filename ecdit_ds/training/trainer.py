@@ -88,9 +88,17 @@ class Trainer:
         self._bad = BadSamples(recipe.data.max_bad)  # `fit` knows what earlier lives met
         given = surroundings
         self._saver = Saver(
-            given.checkpoints, recipe, engine, world, given.lease, given.faults, given.resumed_from, self._note,
-            given.data, given.encoders,
-        )  # fmt: skip
+            given.checkpoints,
+            recipe,
+            engine,
+            world,
+            given.lease,
+            given.faults,
+            given.resumed_from,
+            self._note,
+            given.data,
+            given.encoders,
+        )
         self._mute: set[str] = set()
         self._heldout: float | None = None
         """Mean held-out loss of weights and average as last looked at in this life: finite only where both are."""

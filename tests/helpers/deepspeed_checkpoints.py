@@ -98,9 +98,14 @@ def save_natively(engine: DeepSpeedEngine, folder: Path) -> None:
 def convert_as_deepspeed_does(source: Path, destination: Path) -> int:
     """Let DeepSpeed's own tool convert a tag's folder."""
     options = argparse.Namespace(
-        input_folder=str(source), output_folder=str(destination), num_extract_workers=1, num_merge_workers=1,
-        keep_temp_folder=False, strict=True, inject_missing_state=True,
-    )  # fmt: skip
+        input_folder=str(source),
+        output_folder=str(destination),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
     ds_to_universal.main(options)
     return 0
 
@@ -116,9 +121,11 @@ def load_universal(engine: DeepSpeedEngine, folder: Path, grid: Grid) -> dict[st
             if axis is not None:
                 whole[axis] = shard_of(parameter).global_shape[axis]
             parameter.ds_autotp_universal_checkpoint_meta = {
-                "partition_dim": axis, "logical_shape": tuple(whole), "replicated": axis is None,
+                "partition_dim": axis,
+                "logical_shape": tuple(whole),
+                "replicated": axis is None,
                 "universal_checkpoint_version": 0.4,
-            }  # fmt: skip
+            }
     _, counts = engine._engine.load_checkpoint(str(folder))
     if is_zero_3:  # all groups were given one tensor as their step count, which each would then advance
         for flat in zero.fp32_partitioned_groups_flat:

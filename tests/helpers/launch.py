@@ -29,9 +29,14 @@ def start(ranks: int, script: Path, arguments: list[str]) -> subprocess.Popen[st
 def _start(command: list[str]) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = SECONDS_AT_MOST) -> tuple[int, str]:

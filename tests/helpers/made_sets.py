@@ -15,10 +15,18 @@ Shape = tuple[int, int, int]
 
 
 def write_set(
-    folder: Path, runs: Sequence[tuple[Shape, int]], *, dtype: str = "float32", tokens: int = 4, width: int = 6,
-    pooled: int | None = None, image: str = "made pictures", text: str = "made words", has_text: bool = True,
+    folder: Path,
+    runs: Sequence[tuple[Shape, int]],
+    *,
+    dtype: str = "float32",
+    tokens: int = 4,
+    width: int = 6,
+    pooled: int | None = None,
+    image: str = "made pictures",
+    text: str = "made words",
+    has_text: bool = True,
     broken: Mapping[int, str] = MappingProxyType({}),
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a set and return its folder; all numbers of sample i are i, and its caption is `<folder> <i>`.
 
     Args:
@@ -68,10 +76,20 @@ def write_set(
         "text_pooled": torch.zeros(1, pooled or width),
     }
     index = SetIndex(
-        schema=SCHEMA_VERSION, count=first, image_encoder={"identity": image}, text_encoder={"identity": text},
-        latents_dtype=dtype, text_shape=(tokens, width), pooled_width=pooled or width, has_text=has_text,
-        buckets=buckets, shards=tuple(shards), latents_mean=(0.0,) * buckets[0][0], latents_std=(1.0,) * buckets[0][0],
-        settings={}, **write_null_text(folder, null_text),
-    )  # fmt: skip
+        schema=SCHEMA_VERSION,
+        count=first,
+        image_encoder={"identity": image},
+        text_encoder={"identity": text},
+        latents_dtype=dtype,
+        text_shape=(tokens, width),
+        pooled_width=pooled or width,
+        has_text=has_text,
+        buckets=buckets,
+        shards=tuple(shards),
+        latents_mean=(0.0,) * buckets[0][0],
+        latents_std=(1.0,) * buckets[0][0],
+        settings={},
+        **write_null_text(folder, null_text),
+    )
     write_index(folder, index)
     return folder

@@ -19,8 +19,19 @@ from ecdit_ds.errors import ExitCode
 from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete, training_to
 from ecdit_ds.slurm.job_history import newest_step
 
-KEPT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME",
-        "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip
+KEPT = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURMD_NODENAME",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 
 def main() -> int:

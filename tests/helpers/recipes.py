@@ -3,10 +3,20 @@
 from pathlib import Path
 
 SMALL_MODEL = (
-    "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.head_dim=16",
-    "model.cross_num_heads=2", "model.cross_head_dim=16", "model.ffn_hidden_size=64", "train.global_batch_size=8",
-    "data.num_train=256", "data.num_heldout=16", "data.num_workers=0", "sample.prompts=[]",
-)  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=16",
+    "model.cross_num_heads=2",
+    "model.cross_head_dim=16",
+    "model.ffn_hidden_size=64",
+    "train.global_batch_size=8",
+    "data.num_train=256",
+    "data.num_heldout=16",
+    "data.num_workers=0",
+    "sample.prompts=[]",
+)
 
 
 def arguments(output: Path, cache: Path, *overrides: str, zero: int | str = 2, resume: str = "auto") -> list[str]:

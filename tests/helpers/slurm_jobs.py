@@ -19,10 +19,17 @@ from tools.local_slurm import Lab
 SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
 STEPS = 30
 RECIPE = (
-    "parallel.tp=1", f"train.max_steps={STEPS}", "train.checkpoint_every=6", "train.log_every=1",
-    "train.evaluate_every=1000", "train.sample_every=1000", "train.unmasked_from_step=24", "data.num_workers=0",
-    "data.num_train=64", "sample.prompts=[]",
-)  # fmt: skip
+    "parallel.tp=1",
+    f"train.max_steps={STEPS}",
+    "train.checkpoint_every=6",
+    "train.log_every=1",
+    "train.evaluate_every=1000",
+    "train.sample_every=1000",
+    "train.unmasked_from_step=24",
+    "data.num_workers=0",
+    "data.num_train=64",
+    "sample.prompts=[]",
+)
 """The rehearsal on two ranks with a half of the experts each."""
 ON_CPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 PATIENCE_S = 900.0
@@ -81,8 +88,9 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         """Wait until that step was trained and written down."""
         log = self.output / "metrics.jsonl"
-        self.wait_until(lambda: log.exists() and any(m["step"] >= step for m in metrics_of(self.output)[-1:]),
-                        f"step {step}")  # fmt: skip
+        self.wait_until(
+            lambda: log.exists() and any(m["step"] >= step for m in metrics_of(self.output)[-1:]), f"step {step}"
+        )
 
     def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
         """Wait for something that this job does, or fail with all that it said."""
@@ -136,22 +144,42 @@ class Submitter:
         return [part for change in changes for part in ("--set", change)]
 
     def __call__(
-        self, name: str, *flags: str, faults: str = "delay=0.2@step", changes: tuple[str, ...] = (),
-        nodes: int = 2, environment: dict[str, str] | None = None,
-    ) -> Job:  # fmt: skip
+        self,
+        name: str,
+        *flags: str,
+        faults: str = "delay=0.2@step",
+        changes: tuple[str, ...] = (),
+        nodes: int = 2,
+        environment: dict[str, str] | None = None,
+    ) -> Job:
         """Submit slurm/train_97b.sh as a rehearsal with sbatch's `flags`; preflight is off unless asked for."""
         output, log = self.root / name, self.root / f"{name}.log"
         given = {
-            "ECDIT_REHEARSAL": "1", "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(output), "ECDIT_PREFLIGHT": "0",
-            "ECDIT_MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "ECDIT_FAULTS": faults,
-            "ECDIT_SIGNAL_SECONDS": "0", "PYTHONDONTWRITEBYTECODE": "",
-        }  # fmt: skip
+            "ECDIT_REHEARSAL": "1",
+            "ECDIT_PYTHON": sys.executable,
+            "ECDIT_OUTPUT": str(output),
+            "ECDIT_PREFLIGHT": "0",
+            "ECDIT_MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "ECDIT_FAULTS": faults,
+            "ECDIT_SIGNAL_SECONDS": "0",
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
         settings = [part for change in changes for part in ("--set", change)]
         number = self.lab.ask(
-            "sbatch", "--parsable", f"--nodes={nodes}", *ON_CPUS, "--time=60", f"--output={log}", *flags,
-            f"--chdir={ROOT}", SCRIPT, *self.recipe, *settings,
+            "sbatch",
+            "--parsable",
+            f"--nodes={nodes}",
+            *ON_CPUS,
+            "--time=60",
+            f"--output={log}",
+            *flags,
+            f"--chdir={ROOT}",
+            SCRIPT,
+            *self.recipe,
+            *settings,
             environment=given | {"ECDIT_ROOT": str(ROOT)} | (environment or {}),
-        ).strip()  # fmt: skip
+        ).strip()
         return Job(lab=self.lab, number=number, output=output, log=log)
 
 
@@ -193,9 +221,13 @@ def without_a_model(folder: Path, name: str, codes: str) -> dict[str, str]:
     )
     wrapper.chmod(0o755)
     return {
-        "ECDIT_ROOT": str(ROOT), "ECDIT_PYTHON": sys.executable, "ECDIT_OUTPUT": str(folder / name),
-        "ECDIT_WRAPPER": str(wrapper), "WITNESS": str(folder), "WITNESS_CODES": codes,
-    }  # fmt: skip
+        "ECDIT_ROOT": str(ROOT),
+        "ECDIT_PYTHON": sys.executable,
+        "ECDIT_OUTPUT": str(folder / name),
+        "ECDIT_WRAPPER": str(wrapper),
+        "WITNESS": str(folder),
+        "WITNESS_CODES": codes,
+    }
 
 
 def seen(folder: Path, job: Job, life: int, what: str) -> list[dict[str, Any]]:

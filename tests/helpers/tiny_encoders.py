@@ -17,10 +17,15 @@ SCALING, SHIFT = 1.5, 0.1
 def save_vae(folder: Path, *, channels: int = 5, seed: int = 0) -> Path:
     """Save an autoencoder of four pixels a latent pixel along each side, with its own scaling and shift."""
     model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=channels,
-        scaling_factor=SCALING, shift_factor=SHIFT,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=channels,
+        scaling_factor=SCALING,
+        shift_factor=SHIFT,
+    )
     randomize(model, seed).save_pretrained(folder)
     return folder
 
@@ -43,9 +48,16 @@ def save_clip_text(folder: Path) -> Path:
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=20)
     tokenizer.save_pretrained(folder)
     config = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=20, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     randomize(CLIPTextModel(config)).save_pretrained(folder)
     return folder
 

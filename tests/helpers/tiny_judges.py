@@ -75,9 +75,13 @@ def save_clip(folder: Path) -> Path:
 def save_yolos(folder: Path) -> Path:
     """Save a detector of boxes that finds up to 12 objects of LABELS; it keeps the picture's proportions."""
     config = YolosConfig(
-        **_SMALL, image_size=[32, 48], patch_size=16, num_detection_tokens=12, id2label=LABELS,
+        **_SMALL,
+        image_size=[32, 48],
+        patch_size=16,
+        num_detection_tokens=12,
+        id2label=LABELS,
         use_mid_position_embeddings=False,
-    )  # fmt: skip
+    )
     _randomize(YolosForObjectDetection(config)).save_pretrained(folder)
     YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folder)
     return folder
@@ -86,13 +90,26 @@ def save_yolos(folder: Path) -> Path:
 def save_mask2former(folder: Path) -> Path:
     """Save a detector of masks, the paper's kind."""
     swin = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
         out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    )
     config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6, id2label=LABELS,
-    )  # fmt: skip
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        num_queries=6,
+        id2label=LABELS,
+    )
     _randomize(Mask2FormerForUniversalSegmentation(config)).save_pretrained(folder)
     Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder

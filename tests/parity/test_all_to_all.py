@@ -59,10 +59,23 @@ class _Trace(TorchDispatchMode):
 
 def _config() -> ModelConfig:
     return ModelConfig(
-        hidden_size=16, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=16, cross_num_heads=1, cross_head_dim=16,
-        ffn_hidden_size=24, patch_size=2, in_channels=1, latent_height=8, latent_width=8, text_embed_dim=8,
-        max_text_tokens=2, num_experts=4, capacity_factor=1.5,
-    )  # fmt: skip
+        hidden_size=16,
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        cross_num_heads=1,
+        cross_head_dim=16,
+        ffn_hidden_size=24,
+        patch_size=2,
+        in_channels=1,
+        latent_height=8,
+        latent_width=8,
+        text_embed_dim=8,
+        max_text_tokens=2,
+        num_experts=4,
+        capacity_factor=1.5,
+    )
 
 
 def _batch() -> tuple[Tensor, Tensor]:
@@ -168,8 +181,10 @@ def test_a_layer_exchanges_twice_forward_and_twice_backward_and_selective_recomp
     folder: Path,
 ) -> None:
     for rank in range(RANKS):
-        begun = {mode: json.loads((folder / f"rank{rank}_{mode}.json").read_text()).count("begin") for mode in
-                 RECOMPUTE_MODES}  # fmt: skip
+        begun = {
+            mode: json.loads((folder / f"rank{rank}_{mode}.json").read_text()).count("begin")
+            for mode in RECOMPUTE_MODES
+        }
         assert begun == {"none": 4, "block": 6, "selective": 4}  # the model has one layer of experts
         products = {m: json.loads((folder / f"rank{rank}_{m}.json").read_text()).count("product") for m in begun}
         assert products["none"] < products["block"] == products["selective"]

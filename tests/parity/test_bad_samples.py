@@ -15,9 +15,14 @@ from tests.helpers.recipes import SMALL_MODEL, arguments
 
 STEPS, HALFWAY, BATCH, COUNT = 8, 3, 8, 40
 BROKEN = {
-    1: "latents nan", 7: "latents inf", 12: "text_embeds nan", 19: "text_pooled -inf", 23: "mask", 31: "mask",
+    1: "latents nan",
+    7: "latents inf",
+    12: "text_embeds nan",
+    19: "text_pooled -inf",
+    23: "mask",
+    31: "mask",
     38: "latents nan",
-}  # fmt: skip
+}
 GAVE_UP = (ExitCode.GAVE_UP,)
 
 
@@ -28,13 +33,22 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     shape = (3, 16, 16)
     write_set(root / "train", [(shape, COUNT)], tokens=12, width=128, broken=BROKEN)
     write_set(root / "whole", [(shape, COUNT)], tokens=12, width=128)
-    write_set(root / "hopeless_set", [(shape, COUNT)], tokens=12, width=128,
-              broken=dict.fromkeys(range(COUNT), "latents nan"))  # fmt: skip
+    write_set(
+        root / "hopeless_set", [(shape, COUNT)], tokens=12, width=128, broken=dict.fromkeys(range(COUNT), "latents nan")
+    )
     common = (
-        *SMALL_MODEL, "data.num_train=16384", "data.num_heldout=256", "data.dataset=encoded",
-        f"data.path={root / 'train'}", f"data.heldout_path={root / 'whole'}", f"train.checkpoint_every={HALFWAY}",
-        "train.log_every=2", f"train.max_steps={STEPS}", "data.max_bad=0.5", "optimizer.learning_rate=1e-5",
-    )  # fmt: skip
+        *SMALL_MODEL,
+        "data.num_train=16384",
+        "data.num_heldout=256",
+        "data.dataset=encoded",
+        f"data.path={root / 'train'}",
+        f"data.heldout_path={root / 'whole'}",
+        f"train.checkpoint_every={HALFWAY}",
+        "train.log_every=2",
+        f"train.max_steps={STEPS}",
+        "data.max_bad=0.5",
+        "optimizer.learning_rate=1e-5",
+    )
 
     def planned(name: str, ranks: int, *overrides: str, codes: tuple[int, ...] = (0,)) -> Planned:
         return Planned(ranks, arguments(root / name, root / "unused", *common, *overrides), codes=codes)
@@ -48,13 +62,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             planned("lives", 1, f"train.max_steps={HALFWAY}", "data.num_workers=2"),
             planned("none", 1, f"data.path={root / 'whole'}", "data.max_bad=0"),
             planned("strict", 2, "data.max_bad=0.008", codes=GAVE_UP),
-            planned("hopeless", 1, f"data.path={root / 'hopeless_set'}", "data.num_workers=1",
-                    codes=(ExitCode.USER_ERROR,)),
+            planned(
+                "hopeless", 1, f"data.path={root / 'hopeless_set'}", "data.num_workers=1", codes=(ExitCode.USER_ERROR,)
+            ),
         ],
         [
             planned("lives", 1, "data.max_bad=0.6"),
         ],
-    )  # fmt: skip
+    )
     return root, said
 
 

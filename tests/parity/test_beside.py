@@ -48,13 +48,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def run(name: str, kind: str, *changes: str, ranks: int = 1, steps: int = STEPS) -> Planned:
         given = [
-            *SMALL_MODEL, "data.num_train=16384", "data.num_heldout=256", "data.dataset=encoded",
-            f"data.path={root / f'train_{kind}'}", f"data.heldout_path={root / f'heldout_{kind}'}",
-            "model.in_channels=5", "model.latent_height=8", "model.latent_width=8", "model.patch_size=2",
-            "model.text_embed_dim=28", "model.max_text_tokens=24", f"sample.prompts=[{PROMPT}]", "sample.num_steps=2",
-            "flow.text_dropout_prob=0.3", "train.micro_batch_size=2", f"train.checkpoint_every={HALFWAY}",
-            f"train.max_steps={steps}", *changes,
-        ]  # fmt: skip
+            *SMALL_MODEL,
+            "data.num_train=16384",
+            "data.num_heldout=256",
+            "data.dataset=encoded",
+            f"data.path={root / f'train_{kind}'}",
+            f"data.heldout_path={root / f'heldout_{kind}'}",
+            "model.in_channels=5",
+            "model.latent_height=8",
+            "model.latent_width=8",
+            "model.patch_size=2",
+            "model.text_embed_dim=28",
+            "model.max_text_tokens=24",
+            f"sample.prompts=[{PROMPT}]",
+            "sample.num_steps=2",
+            "flow.text_dropout_prob=0.3",
+            "train.micro_batch_size=2",
+            f"train.checkpoint_every={HALFWAY}",
+            f"train.max_steps={steps}",
+            *changes,
+        ]
         if kind == "pictures":
             given += ["data.encode=online", f"data.vae={vae}", f"data.text=[{','.join(map(str, texts))}]"]
         seen = {SAMPLES_FILE: str(root / f"{name}.samples")}
@@ -72,10 +85,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         [
             run("lives", "pictures"),
-            Planned(1, ["--checkpoint", str(root / "online"), "--prompt", PROMPT, "--output", str(root / "drawn")],
-                    tool="sample.py"),
+            Planned(
+                1,
+                ["--checkpoint", str(root / "online"), "--prompt", PROMPT, "--output", str(root / "drawn")],
+                tool="sample.py",
+            ),
         ],
-    )  # fmt: skip
+    )
     return root
 
 

@@ -40,16 +40,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         both = ["--text", str(t5), str(clip), "--dtype", "bf16"]
         assert encode_data.main(["encode", source, str(root / f"{name}_joined"), *tools, *both]) == 0
     common = (
-        *SMALL_MODEL, "data.num_train=16384", "data.num_heldout=256", "data.dataset=encoded",
-        f"data.path={root / 'train_set'}", f"data.heldout_path={root / 'heldout_set'}", "model.in_channels=5",
-        "model.latent_height=8", "model.latent_width=8", "model.patch_size=2", "model.text_embed_dim=12",
-        "model.max_text_tokens=24", f"sample.prompts=[{PROMPT}]", "sample.num_steps=2", "data.num_workers=1",
+        *SMALL_MODEL,
+        "data.num_train=16384",
+        "data.num_heldout=256",
+        "data.dataset=encoded",
+        f"data.path={root / 'train_set'}",
+        f"data.heldout_path={root / 'heldout_set'}",
+        "model.in_channels=5",
+        "model.latent_height=8",
+        "model.latent_width=8",
+        "model.patch_size=2",
+        "model.text_embed_dim=12",
+        "model.max_text_tokens=24",
+        f"sample.prompts=[{PROMPT}]",
+        "sample.num_steps=2",
+        "data.num_workers=1",
         f"train.checkpoint_every={HALFWAY}",
-    )  # fmt: skip
+    )
     joined = (
-        *common, f"data.path={root / 'train_joined'}", f"data.heldout_path={root / 'heldout_joined'}",
+        *common,
+        f"data.path={root / 'train_joined'}",
+        f"data.heldout_path={root / 'heldout_joined'}",
         "model.text_embed_dim=28",
-    )  # fmt: skip
+    )
     shutil.copytree(root / "train_set", root / "damaged_set")
     shard = root / "damaged_set" / "shard-00001.arrow"
     content = bytearray(shard.read_bytes())
@@ -72,14 +85,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             (1, arguments(root / "lives", root / "unused", *common, whole)),
             (1, arguments(root / "joined_lives", root / "unused", *joined, whole, f"data.path={root / 'moved'}")),
-            Planned(1, arguments(root / "two", root / "unused", *common, "train.max_steps=9",
-                                 f"data.path={root / 'heldout_set'}"), codes=(2,)),
-            Planned(1, ["--checkpoint", str(root / "one"), "--prompt", PROMPT, "--output", str(root / "drawn")],
-                    tool="sample.py"),
-            Planned(1, ["--checkpoint", str(root / "joined"), "--prompt", PROMPT, "--output",
-                        str(root / "drawn_joined")], tool="sample.py"),
+            Planned(
+                1,
+                arguments(
+                    root / "two", root / "unused", *common, "train.max_steps=9", f"data.path={root / 'heldout_set'}"
+                ),
+                codes=(2,),
+            ),
+            Planned(
+                1,
+                ["--checkpoint", str(root / "one"), "--prompt", PROMPT, "--output", str(root / "drawn")],
+                tool="sample.py",
+            ),
+            Planned(
+                1,
+                ["--checkpoint", str(root / "joined"), "--prompt", PROMPT, "--output", str(root / "drawn_joined")],
+                tool="sample.py",
+            ),
         ],
-    )  # fmt: skip
+    )
     (root / "output.txt").write_text(output)
     return root
 
@@ -116,8 +140,10 @@ def test_a_corpus_trains_the_same_on_one_rank_and_on_two(runs: Path) -> None:
 def test_a_corpus_goes_on_after_a_stop_as_if_there_had_been_none(runs: Path, unbroken: str, stopped: str) -> None:
     whole, lives = metrics_of(runs / unbroken), metrics_of(runs / stopped)
     assert [m["loss"] for m in lives] == [m["loss"] for m in whole]
-    losses = [[json.loads(line)["heldout_loss"] for line in (runs / run / "evaluations.jsonl").read_text().splitlines()]
-              for run in (unbroken, stopped)]  # fmt: skip
+    losses = [
+        [json.loads(line)["heldout_loss"] for line in (runs / run / "evaluations.jsonl").read_text().splitlines()]
+        for run in (unbroken, stopped)
+    ]
     assert losses[0][-1] == losses[1][-1]
 
 

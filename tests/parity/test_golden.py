@@ -23,11 +23,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Go on with the run on two ranks, and train on the set on one."""
     root = tmp_path_factory.mktemp("golden")
     shutil.copytree(GOLDEN / "run", root / "run")
-    own = (f"data.path={GOLDEN / 'set'}", f"data.heldout_path={GOLDEN / 'set'}", "data.dataset=encoded",
-           "parallel.ep=1", "train.max_steps=3", "train.global_batch_size=8", "train.micro_batch_size=8")  # fmt: skip
+    own = (
+        f"data.path={GOLDEN / 'set'}",
+        f"data.heldout_path={GOLDEN / 'set'}",
+        "data.dataset=encoded",
+        "parallel.ep=1",
+        "train.max_steps=3",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+    )
     overrides = [part for override in own for part in ("--set", override)]
-    train_many(root, [(2, [*RECIPE, "--output", str(root / "run")]),
-                      (1, [*RECIPE, *overrides, "--output", str(root / "on the set")])])  # fmt: skip
+    train_many(
+        root,
+        [
+            (2, [*RECIPE, "--output", str(root / "run")]),
+            (1, [*RECIPE, *overrides, "--output", str(root / "on the set")]),
+        ],
+    )
     return root
 
 
@@ -56,11 +68,23 @@ def test_a_checkpoint_of_an_earlier_version_is_exported_as_it_was(tmp_path: Path
 
 
 def test_an_export_of_an_earlier_version_draws_what_it_drew(tmp_path: Path) -> None:
-    _run("sample.py", "--checkpoint", str(GOLDEN / "export"), "--prompt", "a red seven", "--seed", "3",
-         "--images-per-prompt", "2", "--output", str(tmp_path))  # fmt: skip
+    _run(
+        "sample.py",
+        "--checkpoint",
+        str(GOLDEN / "export"),
+        "--prompt",
+        "a red seven",
+        "--seed",
+        "3",
+        "--images-per-prompt",
+        "2",
+        "--output",
+        str(tmp_path),
+    )
     before = sorted((GOLDEN / "pictures").glob("*.png"))
     assert len(before) == 2
     for path in before:
-        now, then = (np.asarray(Image.open(folder / path.name), dtype=int)
-                     for folder in (tmp_path / "pictures", path.parent))  # fmt: skip
+        now, then = (
+            np.asarray(Image.open(folder / path.name), dtype=int) for folder in (tmp_path / "pictures", path.parent)
+        )
         assert np.abs(now - then).max() <= 1

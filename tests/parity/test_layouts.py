@@ -32,27 +32,39 @@ DEMO_CASES = [(name, stage) for name in DEMO_LAYOUTS for stage in (1, 2) if (nam
 STEPS = 6
 HALFWAY = 3
 LAYOUTS = {
-    "serial": (1, 1, 1), "tp2": (2, 2, 1), "ep2": (2, 1, 2), "dp2": (2, 1, 1), "tp2xep2": (4, 2, 2), "ep4": (4, 1, 4),
+    "serial": (1, 1, 1),
+    "tp2": (2, 2, 1),
+    "ep2": (2, 1, 2),
+    "dp2": (2, 1, 1),
+    "tp2xep2": (4, 2, 2),
+    "ep4": (4, 1, 4),
     "tp2xep2xdp2": (8, 2, 2),
-}  # fmt: skip
+}
 """Name -> (ranks, tp, ep); the rest is data parallel."""
 CASES = [
-    (name, stage) for name in LAYOUTS for stage in (1, 2, 3)
-    if (name, stage) not in (("serial", 2), ("tp2xep2xdp2", 1))
-]  # fmt: skip
+    (name, stage) for name in LAYOUTS for stage in (1, 2, 3) if (name, stage) not in (("serial", 2), ("tp2xep2xdp2", 1))
+]
 # The norm, and Adam's step count, which is on the host where Adam is not fused. ZeRO-3 compares its record of the order
 # of modules once after that has changed, which it does where the mask goes.
 LOOKS_OF_DEEPSPEED = {
     "deepspeed: runtime/zero/utils.py:assert_lst_len_same_as_other_ranks",
-    "deepspeed: runtime/utils.py:is_invalid_grad_norm", "deepspeed: runtime/zero/stage_1_and_2.py:_optimizer_step",
+    "deepspeed: runtime/utils.py:is_invalid_grad_norm",
+    "deepspeed: runtime/zero/stage_1_and_2.py:_optimizer_step",
     "deepspeed: runtime/zero/stage3.py:step_with_gradscaler",
-}  # fmt: skip
+}
 BF16_CASES = [("tp2", 1), ("ep2", 2), ("tp2xep2", 2), ("tp2xep2", 3), ("dp2", 3)]
 CLIPPED = (
-    *SMALL_MODEL, f"train.max_steps={STEPS}", f"train.checkpoint_every={HALFWAY}",
-    "optimizer.gradient_clipping=0.2", "optimizer.learning_rate=3e-3", "data.num_heldout=8",
-    "model.decoder_layers=1", "train.mask_ratio=0.5", "train.unmasked_from_step=4", "train.reconstruction_weight=0.5",
-)  # fmt: skip
+    *SMALL_MODEL,
+    f"train.max_steps={STEPS}",
+    f"train.checkpoint_every={HALFWAY}",
+    "optimizer.gradient_clipping=0.2",
+    "optimizer.learning_rate=3e-3",
+    "data.num_heldout=8",
+    "model.decoder_layers=1",
+    "train.mask_ratio=0.5",
+    "train.unmasked_from_step=4",
+    "train.reconstruction_weight=0.5",
+)
 """Every gradient norm is above 0.2, so clipping acts in each step; the first four are masked, the others are not."""
 
 WRITTEN_UNDER = {"serial": 1, "tp2": 3, "ep2": 2, "dp2": 1, "tp2xep2": 3, "ep4": 2, "tp2xep2xdp2": 2}
@@ -103,10 +115,17 @@ def _moved(root: Path, to: str) -> Planned:
 def _demo(root: Path, name: str, stage: int) -> tuple[int, list[str]]:
     ranks, ep = DEMO_LAYOUTS[name]
     return ranks, arguments(
-        root / f"demo_{name}_{stage}", root / "cache", f"train.max_steps={DEMO_STEPS}", "train.global_batch_size=16",
-        f"parallel.ep={ep}", "data.num_train=1024", "data.num_heldout=16", "data.num_workers=0", "sample.prompts=[]",
+        root / f"demo_{name}_{stage}",
+        root / "cache",
+        f"train.max_steps={DEMO_STEPS}",
+        "train.global_batch_size=16",
+        f"parallel.ep={ep}",
+        "data.num_train=1024",
+        "data.num_heldout=16",
+        "data.num_workers=0",
+        "sample.prompts=[]",
         zero=stage,
-    )  # fmt: skip
+    )
 
 
 def _small(

@@ -34,12 +34,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert encode_data.main(["encode", str(pictures), str(root / name), *tools, "--dtype", dtype]) == 0
     width = json.loads((root / "a" / "index.json").read_text())["text_shape"][1]
     common = (
-        *SMALL_MODEL, "data.num_train=16384", "data.num_heldout=256", "data.dataset=encoded",
-        f"data.path=[{root / 'a'}, {root / 'b'}]", f"data.weights={list(WEIGHTS)}",
-        f"data.heldout_path={root / 'heldout'}", "model.patch_size=4", f"model.text_embed_dim={width}",
-        "model.max_text_tokens=12", "model.capacity_factor=2.0", f"train.checkpoint_every={HALFWAY}",
+        *SMALL_MODEL,
+        "data.num_train=16384",
+        "data.num_heldout=256",
+        "data.dataset=encoded",
+        f"data.path=[{root / 'a'}, {root / 'b'}]",
+        f"data.weights={list(WEIGHTS)}",
+        f"data.heldout_path={root / 'heldout'}",
+        "model.patch_size=4",
+        f"model.text_embed_dim={width}",
+        "model.max_text_tokens=12",
+        "model.capacity_factor=2.0",
+        f"train.checkpoint_every={HALFWAY}",
         f"train.max_steps={STEPS}",
-    )  # fmt: skip
+    )
     masked = ("model.decoder_layers=1", "train.mask_ratio=0.5", "train.unmasked_from_step=6")
 
     def planned(name: str, ranks: int, *overrides: str) -> tuple[int, list[str]]:
@@ -56,10 +64,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         [
             planned("lives", 1, "data.num_workers=2"),
-            Planned(1, ["loss", "--checkpoint", str(root / "one"), "--output", str(root / "judged")],
-                    tool="evaluate.py"),
+            Planned(
+                1, ["loss", "--checkpoint", str(root / "one"), "--output", str(root / "judged")], tool="evaluate.py"
+            ),
         ],
-    )  # fmt: skip
+    )
     return root
 
 
@@ -69,8 +78,10 @@ def test_a_mixture_trains_the_same_on_one_rank_and_on_two(runs: Path, one: str, 
     assert len(first) == STEPS
     for key in ("loss", "grad_norm"):
         assert [m[key] for m in second] == pytest.approx([m[key] for m in first], rel=1e-5), key
-    by_time = [json.loads((runs / name / "evaluations.jsonl").read_text().splitlines()[-1])["heldout_loss_by_time"]
-               for name in (one, two)]  # fmt: skip
+    by_time = [
+        json.loads((runs / name / "evaluations.jsonl").read_text().splitlines()[-1])["heldout_loss_by_time"]
+        for name in (one, two)
+    ]
     assert by_time[1] == pytest.approx(by_time[0], rel=1e-4)
 
 
@@ -87,9 +98,11 @@ def test_a_mixture_goes_on_after_a_stop_as_if_there_had_been_none(runs: Path) ->
 def test_steps_had_several_sizes_both_sets_in_their_shares_and_work_counted_by_size(runs: Path, name: str) -> None:
     recipe = load_recipe(str(runs / name / "recipe.yaml"))
     mixture = Mixture(
-        [LatentDataset(Path(path)) for path in recipe.data.paths], weights=WEIGHTS, seed=recipe.train.seed,
+        [LatentDataset(Path(path)) for path in recipe.data.paths],
+        weights=WEIGHTS,
+        seed=recipe.train.seed,
         global_batch_size=8,
-    )  # fmt: skip
+    )
     sizes = [mixture.bucket_at(step) for step in range(STEPS)]
     assert set(sizes) == {(3, 16, 16), (3, 12, 20)}
     flops = _Flops(recipe, mixture, 8)

@@ -33,8 +33,15 @@ CASES = {
         8, 2, ("parallel.tp=2", "parallel.ep=2", "train.precision=bf16", "train.micro_batch_size=1")
     ),
     "EP 2, ZeRO-1, masked, selective, 2 micro-batches": Case(
-        4, 1, ("parallel.ep=2", "train.recompute=selective", "model.decoder_layers=1", "train.mask_ratio=0.5",
-               "train.micro_batch_size=1")
+        4,
+        1,
+        (
+            "parallel.ep=2",
+            "train.recompute=selective",
+            "model.decoder_layers=1",
+            "train.mask_ratio=0.5",
+            "train.micro_batch_size=1",
+        ),
     ),
     "TP 2, ZeRO-2, block, shared expert": Case(
         4, 2, ("parallel.tp=2", "train.recompute=block", "model.num_shared_experts=1")
@@ -47,7 +54,7 @@ CASES = {
     ),
     "TP 2 x EP 2, ZeRO-3, block": Case(8, 3, ("parallel.tp=2", "parallel.ep=2", "train.recompute=block")),
     "token choice, EP 2, ZeRO-2": Case(4, 2, ("model.ffn=token_choice", "parallel.ep=2")),
-}  # fmt: skip
+}
 
 
 def _deepspeed(case: Case, folder: Path) -> Path:

@@ -24,15 +24,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Train one step of every layout from one random model, and return what its evaluations say of scenes."""
     root = tmp_path_factory.mktemp("scenes")
     common = (
-        *SMALL_MODEL, "model.latent_height=16", "model.latent_width=16", "train.max_steps=2", "train.evaluate_every=1",
-        f"sample.scenes_per_kind={PER_KIND}", "sample.num_steps=2", "optimizer.learning_rate=1e-6",
-    )  # fmt: skip
+        *SMALL_MODEL,
+        "model.latent_height=16",
+        "model.latent_width=16",
+        "train.max_steps=2",
+        "train.evaluate_every=1",
+        f"sample.scenes_per_kind={PER_KIND}",
+        "sample.num_steps=2",
+        "optimizer.learning_rate=1e-6",
+    )
     recipe = load_recipe("demo", common)
     start = save_random_model(root / "start", recipe, kinds=("weight", "ema", "exp_avg", "exp_avg_sq"))
-    train_many(root, [
-        (ranks, arguments(root / name, root / "cache", *common, zero=zero, resume=str(start)))
-        for name, (ranks, zero) in RUNS.items()
-    ])  # fmt: skip
+    train_many(
+        root,
+        [
+            (ranks, arguments(root / name, root / "cache", *common, zero=zero, resume=str(start)))
+            for name, (ranks, zero) in RUNS.items()
+        ],
+    )
     return {name: [json.loads(line) for line in (root / name / "evaluations.jsonl").open()] for name in RUNS}
 
 

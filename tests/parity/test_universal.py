@@ -35,9 +35,17 @@ LAYOUTS = {
 }
 """Name -> (ranks, tp, ep)."""
 CASES = [
-    ("serial", 1, 2), ("serial", 2, 1), ("serial", 3, 2), ("dp2", 1, 1), ("ep2", 2, 1), ("ep2", 3, 1), ("tp2", 2, 2),
-    ("tp2xep2", 1, 1), ("tp2xep2", 3, 2), ("ep2xdp2", 2, 1),
-]  # fmt: skip
+    ("serial", 1, 2),
+    ("serial", 2, 1),
+    ("serial", 3, 2),
+    ("dp2", 1, 1),
+    ("ep2", 2, 1),
+    ("ep2", 3, 1),
+    ("tp2", 2, 2),
+    ("tp2xep2", 1, 1),
+    ("tp2xep2", 3, 2),
+    ("ep2xdp2", 2, 1),
+]
 """Layout, ZeRO stage, and for how many tensor-parallel ranks the folder was written, which does not matter."""
 SAVED = [(name, stage) for name, stage, _ in CASES if stage < 3]
 
@@ -70,9 +78,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _job(
-    root: Path, folder: str, name: str, stage: int, start: Path, universal: Path | None = None,
+    root: Path,
+    folder: str,
+    name: str,
+    stage: int,
+    start: Path,
+    universal: Path | None = None,
     more: Sequence[str] = (),
-) -> Planned:  # fmt: skip
+) -> Planned:
     (ranks, tp, ep), output = LAYOUTS[name], root / folder
     output.mkdir()
     sets = [*SETS, f"parallel.tp={tp}", f"parallel.ep={ep}", *more]

@@ -42,10 +42,17 @@ SAME_AS_BASE: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name -> (DeepSpeed configuration, overrides); trained on two ranks, experts spread over both."""
 TENSOR_PARALLEL = {
-    "rmsprop": VARIANTS["rmsprop"], "group": VARIANTS["group"], "dense": VARIANTS["dense"],
-    "switches": ("model.ffn_activation=swiglu", "model.num_shared_experts=2", "model.gate_normalization=token",
-                 "model.router_input=unmodulated", "model.router_scores=sigmoid"),
-}  # fmt: skip
+    "rmsprop": VARIANTS["rmsprop"],
+    "group": VARIANTS["group"],
+    "dense": VARIANTS["dense"],
+    "switches": (
+        "model.ffn_activation=swiglu",
+        "model.num_shared_experts=2",
+        "model.gate_normalization=token",
+        "model.router_input=unmodulated",
+        "model.router_scores=sigmoid",
+    ),
+}
 """Trained on one rank, and on two that share each layer."""
 
 
@@ -56,8 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = (*SMALL_MODEL, f"train.max_steps={STEPS}", "train.checkpoint_every=5", "optimizer.warmup_steps=5")
     runs = [
         (world, arguments(root / f"{name}_{world}", root / "cache", *common, *_layout(name, world), *overrides))
-        for world in (1, 2) for name, overrides in VARIANTS.items()
-    ]  # fmt: skip
+        for world in (1, 2)
+        for name, overrides in VARIANTS.items()
+    ]
     runs += [
         (2, arguments(root / name, root / "cache", *common, "parallel.ep=2", *overrides, zero=zero))
         for name, (zero, overrides) in SAME_AS_BASE.items()
@@ -70,8 +78,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             output = root / f"{name}_{run}"
             runs.append((ranks, arguments(output, root / "cache", *common, *overrides, *more, zero=3, resume=start)))
     sets = [
-        f"data.path={_encoded(root, 'train', common)}", f"data.heldout_path={_encoded(root, 'heldout', common)}",
-    ]  # fmt: skip
+        f"data.path={_encoded(root, 'train', common)}",
+        f"data.heldout_path={_encoded(root, 'heldout', common)}",
+    ]
     encoded = (*common, "data.dataset=encoded", *sets)
     runs.append((1, arguments(root / "encoded", root / "elsewhere", *encoded)))
     halfway = str(root / "base_1" / "checkpoints" / "step_5")
@@ -186,10 +195,19 @@ def test_held_out_losses_do_not_depend_on_the_layout(runs: Path) -> None:
 
 def test_gradients_that_stay_non_finite_skip_every_step_on_every_rank_and_end_the_run(tmp_path: Path) -> None:
     # After one step at this rate the weights are so large that every later gradient overflows.
-    code, text = train(2, arguments(
-        tmp_path / "run", tmp_path / "cache", *SMALL_MODEL, "parallel.ep=2", "optimizer.learning_rate=9e29",
-        "optimizer.warmup_steps=0", "train.max_steps=20", "train.max_skipped_steps=3",
-    ))  # fmt: skip
+    code, text = train(
+        2,
+        arguments(
+            tmp_path / "run",
+            tmp_path / "cache",
+            *SMALL_MODEL,
+            "parallel.ep=2",
+            "optimizer.learning_rate=9e29",
+            "optimizer.warmup_steps=0",
+            "train.max_steps=20",
+            "train.max_skipped_steps=3",
+        ),
+    )
     assert code == ExitCode.GAVE_UP
     steps = metrics_of(tmp_path / "run")
     assert [m["is_skipped"] for m in steps] == [False, True, True, True]

@@ -35,9 +35,13 @@ from tests.helpers.recipes import SMALL_MODEL, arguments
 
 RANKS, STEPS = 2, 60
 SMALL = (
-    *SMALL_MODEL, "parallel.ep=2", f"train.max_steps={STEPS}", "train.checkpoint_every=2", "train.log_every=1",
+    *SMALL_MODEL,
+    "parallel.ep=2",
+    f"train.max_steps={STEPS}",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
     "data.num_workers=1",
-)  # fmt: skip
+)
 REAL_EVERY = 10
 PATIENCE_S = 300.0
 

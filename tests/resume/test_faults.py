@@ -30,17 +30,23 @@ from tests.helpers.witness import SAMPLES_FILE
 
 STEPS, EVERY, BATCH, NUM_TRAIN = 12, 3, 8, 24
 SMALL = (
-    *SMALL_MODEL, f"train.max_steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.log_every=1",
+    *SMALL_MODEL,
+    f"train.max_steps={STEPS}",
+    f"train.checkpoint_every={EVERY}",
+    "train.log_every=1",
     f"data.num_train={NUM_TRAIN}",
-)  # fmt: skip
+)
 KILLED_OR_ALONE = (-signal.SIGKILL, ExitCode.TRY_AGAIN)
 STOPS = sorted(random.Random(9).sample(range(1, STEPS), 5))
 RESIZED = ((4, 4), (2, 4), (1, 4), (4, 2))
 """(ranks, ranks that wrote the checkpoint)"""
 LONG = 100
 LOSSES = (
-    ("kill", -signal.SIGKILL), ("segfault", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("exit=137", 137),
-)  # fmt: skip
+    ("kill", -signal.SIGKILL),
+    ("segfault", -signal.SIGSEGV),
+    ("abort", -signal.SIGABRT),
+    ("exit=137", 137),
+)
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint_v1"
 GOLDEN_LOSSES = [1.8126648664474487, 1.8873213529586792]
 """Of steps 4 and 5, as the release that wrote it trained them."""
@@ -50,19 +56,32 @@ SAME = ("step", "samples_seen", "loss", "grad_norm", "learning_rate")
 def golden_arguments(root: Path) -> list[str]:
     """Return train.py's arguments to go on from the stored checkpoint."""
     changes = (
-        *SMALL_MODEL, "model.hidden_size=16", "model.num_heads=1", "model.num_kv_heads=1", "model.cross_num_heads=1",
-        "model.ffn_hidden_size=16", "model.num_experts=2", "train.max_steps=5", "train.checkpoint_every=3",
-        "train.log_every=1", "parallel.ep=2", "data.num_heldout=8",
-    )  # fmt: skip
+        *SMALL_MODEL,
+        "model.hidden_size=16",
+        "model.num_heads=1",
+        "model.num_kv_heads=1",
+        "model.cross_num_heads=1",
+        "model.ffn_hidden_size=16",
+        "model.num_experts=2",
+        "train.max_steps=5",
+        "train.checkpoint_every=3",
+        "train.log_every=1",
+        "parallel.ep=2",
+        "data.num_heldout=8",
+    )
     return arguments(root / "golden", root / "cache", *changes, resume=str(GOLDEN))
 
 
 def elastic(root: Path, name: str, ranks: int, steps: int, source: str = "auto") -> Planned:
     """Return a data-parallel run of so many ranks that starts afresh or from another run."""
     changes = (
-        *SMALL_MODEL, f"train.max_steps={steps}", "train.checkpoint_every=1000", "optimizer.schedule=constant",
-        "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-3",
-    )  # fmt: skip
+        *SMALL_MODEL,
+        f"train.max_steps={steps}",
+        "train.checkpoint_every=1000",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_steps=0",
+        "optimizer.learning_rate=1e-3",
+    )
     resume = source if source == "auto" else str(root / source)
     return Planned(ranks, arguments(root / name, root / "cache", *changes, resume=resume))
 
@@ -74,9 +93,13 @@ class Lives:
         self.root = root
 
     def life(
-        self, name: str, faults: str = "", codes: tuple[int, ...] = (0,), *overrides: str,
+        self,
+        name: str,
+        faults: str = "",
+        codes: tuple[int, ...] = (0,),
+        *overrides: str,
         environment: dict[str, str] | None = None,
-    ) -> Planned:  # fmt: skip
+    ) -> Planned:
         """Return one life of run `name`; the next one of that name goes on from what it leaves."""
         changes = (*SMALL, "parallel.ep=2", *overrides)
         return Planned(
@@ -104,18 +127,26 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         *(lives.life(phase, f"kill@{phase},step=9", KILLED_OR_ALONE) for phase in PHASES),
         lives.life("slow writer", "delay=3@mid-shard,rank=1,step=6", (0,), "train.keep_every=6"),
         lives.life("full disk", "full@mid-shard,rank=1,step=6"),
-        lives.life("hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,),
-                   "train.save_timeout_minutes=0.03"),
-        lives.life("hanging at once", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,),
-                   "train.save_timeout_minutes=0.03", "train.async_save=false"),
+        lives.life(
+            "hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,), "train.save_timeout_minutes=0.03"
+        ),
+        lives.life(
+            "hanging at once",
+            "delay=60@mid-shard,rank=1,step=6",
+            (ExitCode.TRY_AGAIN,),
+            "train.save_timeout_minutes=0.03",
+            "train.async_save=false",
+        ),
         lives.life("stuck removal", "full@during-removal,step=9; full@after-rename,step=6"),
         lives.life("back to back", "delay=0.1@mid-shard", (0,), "train.checkpoint_every=1"),
         Planned(2, golden_arguments(root)),
         lives.life("anchored", "", (0,), "train.keep_every=6"),
         lives.life("thrice", "kill@step,step=4", KILLED_OR_ALONE, environment=samples["thrice"]),
-        *(lives.life(f"loser {fault}", f"{fault}@step,step=8,rank=1", (code, ExitCode.TRY_AGAIN))
-          for fault, code in LOSSES),
-    ]  # fmt: skip
+        *(
+            lives.life(f"loser {fault}", f"{fault}@step,step=8,rank=1", (code, ExitCode.TRY_AGAIN))
+            for fault, code in LOSSES
+        ),
+    ]
     second = [
         *elastic_second,
         *(lives.life(phase) for phase in PHASES),
@@ -124,10 +155,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     ]
     third = [lives.life("thrice", "kill@step,step=11", KILLED_OR_ALONE, environment=samples["thrice"])]
     stops = [
-        [lives.life(f"stopped, {n} workers", f"sigusr1@step,step={step},rank={step % 2}", (ExitCode.SAVED,),
-                    f"data.num_workers={n}") for n in (0, 2)]
+        [
+            lives.life(
+                f"stopped, {n} workers",
+                f"sigusr1@step,step={step},rank={step % 2}",
+                (ExitCode.SAVED,),
+                f"data.num_workers={n}",
+            )
+            for n in (0, 2)
+        ]
         for step in STOPS
-    ]  # fmt: skip
+    ]
     last = [
         lives.life("thrice", environment=samples["thrice"]),
         *(lives.life(f"stopped, {n} workers", "", (0,), f"data.num_workers={n}") for n in (0, 2)),
@@ -200,8 +238,10 @@ def test_saves_back_to_back_are_in_flight_one_at_a_time(story: tuple[Path, str])
 def test_anchors_outlive_newer_checkpoints(story: tuple[Path, str]) -> None:
     root, _ = story
     assert [folder.name for folder in list_checkpoints(root / "anchored" / "checkpoints")] == [
-        "step_12", "step_9", "step_6",
-    ]  # fmt: skip
+        "step_12",
+        "step_9",
+        "step_6",
+    ]
     assert [folder.name for folder in list_checkpoints(root / "reference" / "checkpoints")] == ["step_12", "step_9"]
     assert (root / "reference" / "checkpoints" / "latest").read_text() == "step_12\n"
 

@@ -24,9 +24,13 @@ from tests.helpers.recipes import SMALL_MODEL, arguments
 STEPS = 30
 RANKS = 2
 SMALL = (
-    *SMALL_MODEL, "parallel.ep=2", f"train.max_steps={STEPS}", "train.checkpoint_every=6", "train.log_every=1",
+    *SMALL_MODEL,
+    "parallel.ep=2",
+    f"train.max_steps={STEPS}",
+    "train.checkpoint_every=6",
+    "train.log_every=1",
     "data.num_workers=1",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +127,14 @@ def test_a_rank_killed_under_a_launcher_leaves_one_line_and_nothing_behind(
     }[launcher]
     command = [sys.executable, str(Path(sys.executable).with_name(command[0])), *command[1:], "ecdit_ds/train.py"]
     ended = subprocess.run(
-        [*command, *arguments(output, cache, *SMALL)], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"ECDIT_FAULTS": "kill@step,step=14,rank=1"}, timeout=300,
-    )  # fmt: skip
+        [*command, *arguments(output, cache, *SMALL)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"ECDIT_FAULTS": "kill@step,step=14,rank=1"},
+        timeout=300,
+    )
     said = ended.stdout + ended.stderr
     assert ended.returncode != 0
     [line] = [line for line in said.splitlines() if line.startswith("end: ")]
@@ -200,9 +209,13 @@ def test_a_port_that_is_taken_is_one_line(cache: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         environment = os.environ | {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(taken.getsockname()[1]),
-        }  # fmt: skip
+        }
         command = [sys.executable, "ecdit_ds/train.py", *arguments(tmp_path / "run", cache, *SMALL)]
         done = subprocess.run(
             [*command, "--set", "parallel.ep=1"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

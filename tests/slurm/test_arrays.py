@@ -23,8 +23,11 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ON_CPUS = ("--gpus-per-node=0", "--cpus-per-task=1", "--nodes=1", "--ntasks-per-node=1", "--mem-per-cpu=30")
 ENVIRONMENT = {
-    "ECDIT_REHEARSAL": "1", "ECDIT_MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "ECDIT_STEPS_PER_INDEX": "1",
-}  # fmt: skip
+    "ECDIT_REHEARSAL": "1",
+    "ECDIT_MASTER_ADDR": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",
+    "ECDIT_STEPS_PER_INDEX": "1",
+}
 PROMPTS = ("a nine", "a six", "a two", "a four", "two ones")
 DRAWING = ("--prompt", *PROMPTS, "--seed", "7", "--batch-size", "1", "--steps", "2", "--height", "16")
 STEPS = (1, 2)
@@ -75,9 +78,12 @@ class Arrays:
     def _ended(self, name: str, job: Mapping[str, str]) -> Ended:
         log = Path(job["StdOut"]).read_text()
         return Ended(
-            state=job["JobState"], code=int(job["ExitCode"].split(":")[0]), restarts=int(job["Restarts"]), log=log,
+            state=job["JobState"],
+            code=int(job["ExitCode"].split(":")[0]),
+            restarts=int(job["Restarts"]),
+            log=log,
             errors=[line for line in log.splitlines() if line.startswith("error: ")],
-        )  # fmt: skip
+        )
 
 
 def wait_for(path: Path) -> None:
@@ -110,25 +116,45 @@ def arrays(folder: Path) -> Iterator[Arrays]:
     with Lab(nodes=1, gpus=1) as lab:
         arrays = Arrays(lab, folder)
         drawing = arrays.submit(
-            "sample", "sample.sh", "--checkpoint", checkpoint, "--output", folder / "drawn", *DRAWING,
+            "sample",
+            "sample.sh",
+            "--checkpoint",
+            checkpoint,
+            "--output",
+            folder / "drawn",
+            *DRAWING,
             flags=("--array=0-1",),
-        )  # fmt: skip
+        )
         arrays.submit("nothing", "evaluate.sh", folder / "run", "loss", flags=("--array=3",))
         arrays.submit("same", "sample.sh", "--task", "1/2", "--checkpoint", checkpoint, flags=("--array=0-1",))
         arrays.submit("no_array", "evaluate.sh", folder / "run", "loss")
         wait_for(folder / "drawn" / "task_0_of_2" / "settings.json")
         lab.ask("scontrol", "requeue", f"{drawing}_0")
         arrays.submit(
-            "encode", "encode.sh", folder / "pictures", folder / "set", "--size", 32, "--shard-samples", 2,
+            "encode",
+            "encode.sh",
+            folder / "pictures",
+            folder / "set",
+            "--size",
+            32,
+            "--shard-samples",
+            2,
             flags=("--array=4-5",),
-        )  # fmt: skip
+        )
         arrays.submit(
-            "evaluate", "evaluate.sh", folder / "run", "loss", "--samples", 8, "--times", 2, "--ep", 2,
+            "evaluate",
+            "evaluate.sh",
+            folder / "run",
+            "loss",
+            "--samples",
+            8,
+            "--times",
+            2,
+            "--ep",
+            2,
             flags=("--array=1,2", "--ntasks-per-node=2"),
-        )  # fmt: skip
-        arrays.submit(
-            "gaps", "encode.sh", folder / "pictures", folder / "gaps", "--size", 32, flags=("--array=0,3",)
-        )  # fmt: skip
+        )
+        arrays.submit("gaps", "encode.sh", folder / "pictures", folder / "gaps", "--size", 32, flags=("--array=0,3",))
         yield arrays
 
 

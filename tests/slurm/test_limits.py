@@ -33,15 +33,20 @@ def story(submit: Submitter, uninterrupted: Path) -> Story:
     slow_once.chmod(0o755)
     return Story(
         time_limit=submit(
-            "time limit", "--time=3", "--signal=USR1@60", faults="delay=4.5@step",
+            "time limit",
+            "--time=3",
+            "--signal=USR1@60",
+            faults="delay=4.5@step",
             environment={"ECDIT_WRAPPER": str(slow_once)},
         ),
         crashes_with_progress=submit(
-            "crashes", faults="exit=7@after-rename; delay=0.2@step", environment={"ECDIT_MAX_LIVES": "1"},
+            "crashes",
+            faults="exit=7@after-rename; delay=0.2@step",
+            environment={"ECDIT_MAX_LIVES": "1"},
             changes=("train.checkpoint_every=15",),
         ),
         to_be_mended=submit("to be mended", changes=("train.max_steps=many",)),
-    )  # fmt: skip
+    )
 
 
 def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_as_the_uninterrupted_run(

@@ -296,8 +296,13 @@ def test_a_user_error_of_one_rank_is_told_and_not_tried_again_although_its_peer_
 
 
 def test_a_rehearsal_of_both_parallel_axes_passes_its_checks_and_trains(submit: Submitter) -> None:
-    job = submit("rehearsal", nodes=4, faults="", changes=("parallel.tp=2", "train.max_steps=2"),
-                 environment={"ECDIT_PREFLIGHT": "1"})  # fmt: skip
+    job = submit(
+        "rehearsal",
+        nodes=4,
+        faults="",
+        changes=("parallel.tp=2", "train.max_steps=2"),
+        environment={"ECDIT_PREFLIGHT": "1"},
+    )
     assert job.wait() == "COMPLETED", job.text
     assert "layout       4 ranks = data 2 x tensor 2; experts over 2" in job.text
     assert "nodes        4 with the same" in job.text
@@ -312,9 +317,13 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     script = "sbatch -N2 -n4 -o /dev/null --wrap 'srun sleep 321' >&2; sleep 2; squeue -h | wc -l; echo $SLURM_CONF"
     script += "; exec >&-; kill -KILL $PPID" if is_killed else ""
     ended = subprocess.run(
-        [sys.executable, "tools/local_slurm.py", "--nodes", "2", "--", "bash", "-c", script], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+        [sys.executable, "tools/local_slurm.py", "--nodes", "2", "--", "bash", "-c", script],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
     assert ended.returncode == (-signal.SIGKILL if is_killed else 0)
     num_jobs, conf = ended.stdout.splitlines()[-2:]
     assert num_jobs == "1"
@@ -323,8 +332,11 @@ def test_a_lab_is_up_and_down_in_seconds_and_leaves_nothing(is_killed: bool) -> 
     while folder.exists() and time.monotonic() < began + 30:  # nobody is left to wait for
         time.sleep(0.1)
     assert time.monotonic() - began < 30
-    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])
-            if str(folder) in " ".join(p.info["cmdline"] or ()) or "321" in (p.info["cmdline"] or ())]  # fmt: skip
+    left = [
+        p.info["cmdline"]
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or ()) or "321" in (p.info["cmdline"] or ())
+    ]
     assert left == []
 
 

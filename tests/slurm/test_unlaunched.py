@@ -48,15 +48,25 @@ def story(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]
 
     def array(script: str) -> Job:
         environment = PMI | {
-            "ECDIT_REHEARSAL": "1", "ECDIT_ROOT": str(ROOT), "ECDIT_STEPS_PER_INDEX": "1",
+            "ECDIT_REHEARSAL": "1",
+            "ECDIT_ROOT": str(ROOT),
+            "ECDIT_STEPS_PER_INDEX": "1",
             "ECDIT_COMPLETION_DIR": str(folder / "marks"),
-        }  # fmt: skip
+        }
         arguments = [str(folder / word) if word.isupper() else word for word in ARRAYS[script]]
         log = folder / f"{script}.log"
         number = lab.ask(
-            "sbatch", "--parsable", "--hold", "--array=1", f"--output={log}", *ON_CPUS, "--mem-per-cpu=30",
-            f"slurm/{script}", *arguments, environment=environment,
-        ).strip()  # fmt: skip
+            "sbatch",
+            "--parsable",
+            "--hold",
+            "--array=1",
+            f"--output={log}",
+            *ON_CPUS,
+            "--mem-per-cpu=30",
+            f"slurm/{script}",
+            *arguments,
+            environment=environment,
+        ).strip()
         job = Job(lab=lab, number=number, output=folder, log=log)
         job.break_launch(0, *lab.node_names)
         return job
@@ -69,8 +79,13 @@ def story(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]
     }
     one_node, obstacles = train("one_node", 7, step=0, num_broken=1, ECDIT_PREFLIGHT="0")
     arrays = {script: array(script) for script in ARRAYS}
-    after = lab.ask("sbatch", "--parsable", f"--dependency=afterok:{trainings['dry_run'].number}",
-                    "--output=/dev/null", "--wrap=true").strip()  # fmt: skip
+    after = lab.ask(
+        "sbatch",
+        "--parsable",
+        f"--dependency=afterok:{trainings['dry_run'].number}",
+        "--output=/dev/null",
+        "--wrap=true",
+    ).strip()
     for job in (*trainings.values(), one_node, *arrays.values()):
         lab.ask("scontrol", "release", job.number)
     one_node.wait_until(lambda: len(one_node.ends()) == 1, "the end of its first life")

@@ -31,10 +31,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_config() -> ModelConfig:
     """Return an architecture of four layers and four experts that runs in milliseconds; tests `replace` its fields."""
     return ModelConfig(
-        hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, cross_num_heads=2, cross_head_dim=16,
-        ffn_hidden_size=48, patch_size=2, in_channels=3, latent_height=8, latent_width=8, text_embed_dim=24,
-        max_text_tokens=6, num_experts=4,
-    )  # fmt: skip
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        cross_num_heads=2,
+        cross_head_dim=16,
+        ffn_hidden_size=48,
+        patch_size=2,
+        in_channels=3,
+        latent_height=8,
+        latent_width=8,
+        text_embed_dim=24,
+        max_text_tokens=6,
+        num_experts=4,
+    )
 
 
 @pytest.fixture

@@ -307,9 +307,13 @@ def test_settings_left_out_are_the_recipes_and_what_only_its_sampler_reads_goes_
     own = ("sample.sampler=euler_ancestral", "sample.eta=0.5", "sample.guidance_interval=[0.2,0.8]")
     pipeline = load(save_model(tmp_path / "own", make_recipe(*own, "sample.capacity_factor=1.0")))
     spelled: dict[str, Any] = {
-        "sampler": "euler_ancestral", "eta": 0.5, "guidance_interval": (0.2, 0.8), "capacity_factor": 1.0,
-        "num_inference_steps": 2, "guidance_scale": 2.0,
-    }  # fmt: skip
+        "sampler": "euler_ancestral",
+        "eta": 0.5,
+        "guidance_interval": (0.2, 0.8),
+        "capacity_factor": 1.0,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+    }
     assert torch.equal(draw(pipeline), draw(pipeline, **spelled))
     assert pipeline.drawer.settings(sampler="heun").eta == 1.0
     assert pipeline.drawer.settings(guidance_scale=1.0).guidance_interval == (0.0, 1.0)
@@ -319,10 +323,20 @@ def test_settings_left_out_are_the_recipes_and_what_only_its_sampler_reads_goes_
 def test_every_setting_that_is_given_reaches_the_picture(pipeline: TextToImagePipeline) -> None:
     renewing: dict[str, Any] = {"sampler": "euler_ancestral"}
     given: list[dict[str, Any]] = [
-        {}, {"num_inference_steps": 3}, {"guidance_scale": 4.0}, {"negative_prompt": "a two"}, {"sampler": "heun"},
-        renewing, renewing | {"eta": 0.5}, {"guidance_interval": (0.6, 1.0)}, {"guidance_interval": (0.0, 0.6)},
-        {"capacity_factor": 0.5}, {"height": 32}, {"width": 32}, {"height": 32, "capacity_factor": 0.5},
-    ]  # fmt: skip
+        {},
+        {"num_inference_steps": 3},
+        {"guidance_scale": 4.0},
+        {"negative_prompt": "a two"},
+        {"sampler": "heun"},
+        renewing,
+        renewing | {"eta": 0.5},
+        {"guidance_interval": (0.6, 1.0)},
+        {"guidance_interval": (0.0, 0.6)},
+        {"capacity_factor": 0.5},
+        {"height": 32},
+        {"width": 32},
+        {"height": 32, "capacity_factor": 0.5},
+    ]
     drawn = [draw(pipeline, **settings).numpy() for settings in given]
     assert len({(images.shape, images.tobytes()) for images in drawn}) == len(given)
 

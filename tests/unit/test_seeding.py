@@ -65,8 +65,13 @@ def test_a_parameter_draws_by_its_seed_name_and_index() -> None:
         return tuple(torch.rand(4, generator=parameter_generator(seed, name, *index)).tolist())
 
     addresses: list[tuple[int, str, tuple[int, ...]]] = [
-        (0, "w1", ()), (1, "w1", ()), (0, "w2", ()), (0, "w1", (0,)), (0, "w1", (1,)), (0, "w1", (1, 0)),
-    ]  # fmt: skip
+        (0, "w1", ()),
+        (1, "w1", ()),
+        (0, "w2", ()),
+        (0, "w1", (0,)),
+        (0, "w1", (1,)),
+        (0, "w1", (1, 0)),
+    ]
     drawn = [numbers(seed, name, *index) for seed, name, index in addresses]
     assert drawn == [numbers(seed, name, *index) for seed, name, index in addresses]
     assert len(set(drawn)) == len(addresses)

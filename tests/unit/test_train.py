@@ -95,8 +95,14 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
         environment.setenv(name, value)
     code, out, err = run("--dry-run", "--set", "parallel.ep=2", "--set", "train.micro_batch_size=1")
     assert (code, err) == (0, "")
-    for told in ("4 in every second layer, 2 a rank", "each takes 8 of 16 tokens", "4 ranks = data 4",
-                 "8 images a step = 4 ranks x 1 x 2 accumulated", "ZeRO-2", "nothing was trained"):  # fmt: skip
+    for told in (
+        "4 in every second layer, 2 a rank",
+        "each takes 8 of 16 tokens",
+        "4 ranks = data 4",
+        "8 images a step = 4 ranks x 1 x 2 accumulated",
+        "ZeRO-2",
+        "nothing was trained",
+    ):
         assert told in out
     assert contents(tmp_path / "here") == {}
 
@@ -225,9 +231,13 @@ def test_a_folder_that_is_not_this_runs_is_refused_and_left_as_it_was(folders: P
     before = contents(folders)
     fixed = ["--config", str(tiny_recipe_file), "--set", f"data.cache_dir={folders / 'cache'}"]
     done = subprocess.run(
-        [sys.executable, "-c", SEVERAL_RUNS], input=json.dumps([[*fixed, *flags] for flags in cases]), cwd=folders,
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ENTRY.parents[1])},
-    )  # fmt: skip
+        [sys.executable, "-c", SEVERAL_RUNS],
+        input=json.dumps([[*fixed, *flags] for flags in cases]),
+        cwd=folders,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ENTRY.parents[1])},
+    )
     assert done.returncode == 0, done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(outcomes) == len(cases)

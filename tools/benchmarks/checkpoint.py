@@ -278,11 +278,17 @@ def to_rows(case: str, sides: dict[str, list[float]], nbytes: int) -> list[dict[
     rows = []
     for side, seconds in sides.items():
         shares = [raw / own for raw, own in zip(sides[RAW], seconds, strict=True)]
-        rows.append({
-            "case": case, "side": side, "seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)],
-            "bytes_per_second": nbytes / statistics.median(seconds), "of_raw": statistics.median(shares),
-            "of_raw_spread": [min(shares), max(shares)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": case,
+                "side": side,
+                "seconds": statistics.median(seconds),
+                "spread": [min(seconds), max(seconds)],
+                "bytes_per_second": nbytes / statistics.median(seconds),
+                "of_raw": statistics.median(shares),
+                "of_raw_spread": [min(shares), max(shares)],
+            }
+        )
     return rows
 
 

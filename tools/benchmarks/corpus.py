@@ -60,8 +60,12 @@ def write_corpus(folder: Path, recipe: Recipe, batch_size: int, gigabytes: float
     sizes = [model.in_channels * model.latent_height * model.latent_width, model.text_embed_dim]
     sample_bytes = (sum(sizes) + model.max_text_tokens * model.text_embed_dim) * DTYPES[dtype].itemsize
     writes = int(gigabytes * 1e9 / sample_bytes) // (SHARDS * ROWS_A_WRITE)
-    writer = _Writer(folder, (model.in_channels, model.latent_height, model.latent_width),
-                     (model.max_text_tokens, model.text_embed_dim), dtype)  # fmt: skip
+    writer = _Writer(
+        folder,
+        (model.in_channels, model.latent_height, model.latent_width),
+        (model.max_text_tokens, model.text_embed_dim),
+        dtype,
+    )
     with writer.flat, writer.peer:
         shards = [writer.shard(number, max(1, writes)) for number in range(SHARDS)]
         writer.peer.finalize()
@@ -69,8 +73,15 @@ def write_corpus(folder: Path, recipe: Recipe, batch_size: int, gigabytes: float
     ours = LatentDataset(folder / "set")
     flat = np.memmap(folder / "flat", dtype=np.uint8, mode="r").view(np.ndarray).reshape(len(ours), -1)
     peer = datasets.Dataset.from_file(str(folder / "peer.arrow")).with_format("torch")
-    return Corpus(recipe=recipe, dtype=dtype, batch_size=batch_size, ours=ours, flat=flat, flat_file=folder / "flat",
-                  formatted=peer)  # fmt: skip
+    return Corpus(
+        recipe=recipe,
+        dtype=dtype,
+        batch_size=batch_size,
+        ours=ours,
+        flat=flat,
+        flat_file=folder / "flat",
+        formatted=peer,
+    )
 
 
 class _Writer:
@@ -83,12 +94,18 @@ class _Writer:
         self._folder.mkdir()
         self._generator = torch.Generator().manual_seed(0)
         self.flat = (folder / "flat").open("wb")
-        self.peer = ArrowWriter(path=str(folder / "peer.arrow"), features=datasets.Features({
-            "latents": datasets.Array3D(shape, self._half), "text_embeds": datasets.Array2D(text_shape, self._half),
-            "text_mask": datasets.Sequence(datasets.Value("bool"), length=text_shape[0]),
-            "text_pooled": datasets.Sequence(datasets.Value(self._half), length=text_shape[1]),
-            "caption": datasets.Value("string"),
-        }))  # fmt: skip
+        self.peer = ArrowWriter(
+            path=str(folder / "peer.arrow"),
+            features=datasets.Features(
+                {
+                    "latents": datasets.Array3D(shape, self._half),
+                    "text_embeds": datasets.Array2D(text_shape, self._half),
+                    "text_mask": datasets.Sequence(datasets.Value("bool"), length=text_shape[0]),
+                    "text_pooled": datasets.Sequence(datasets.Value(self._half), length=text_shape[1]),
+                    "caption": datasets.Value("string"),
+                }
+            ),
+        )
 
     def shard(self, number: int, writes: int) -> ShardInfo:
         """Write a shard, and the same samples behind the others of the flat file and the peer's."""
@@ -100,14 +117,18 @@ class _Writer:
         for part in range(writes):
             latents_BCHW, text = self._draw()
             captions = [f"picture {row} of part {part} of shard {number}" for row in range(ROWS_A_WRITE)]
-            table = table_of(keys=captions, captions=captions, kinds=[""] * ROWS_A_WRITE, latents_BCHW=latents_BCHW,
-                             text=text, dtype=self._dtype)  # fmt: skip
+            table = table_of(
+                keys=captions,
+                captions=captions,
+                kinds=[""] * ROWS_A_WRITE,
+                latents_BCHW=latents_BCHW,
+                text=text,
+                dtype=self._dtype,
+            )
             for row in table.select(list(TENSOR_COLUMNS)).to_pylist():
                 self.flat.write(b"".join(row.values()))
             floats = {"latents": latents_BCHW, "text_embeds": text.embeds_BTD, "text_pooled": text.pooled_BD}
-            columns: dict[str, Any] = {
-                name: list(values.numpy().astype(self._half)) for name, values in floats.items()
-            }  # fmt: skip
+            columns: dict[str, Any] = {name: list(values.numpy().astype(self._half)) for name, values in floats.items()}
             self.peer.write_batch(columns | {"text_mask": list(text.mask_BT.numpy()), "caption": captions})
             yield table
 
@@ -127,13 +148,26 @@ def _write_index(
     folder: Path, shards: tuple[ShardInfo, ...], dtype: str, shape: tuple[int, int, int], text_shape: tuple[int, int]
 ) -> None:
     null_text = {
-        "text_embeds": torch.zeros(1, *text_shape), "text_mask": torch.ones(1, text_shape[0], dtype=torch.bool),
+        "text_embeds": torch.zeros(1, *text_shape),
+        "text_mask": torch.ones(1, text_shape[0], dtype=torch.bool),
         "text_pooled": torch.zeros(1, text_shape[1]),
-    }  # fmt: skip
-    write_index(folder, SetIndex(
-        schema=SCHEMA_VERSION, has_text=True, count=sum(shard.count for shard in shards),
-        image_encoder={"identity": "random"},
-        text_encoder={"identity": "random"}, latents_dtype=dtype, text_shape=text_shape, pooled_width=text_shape[1],
-        buckets=(shape,), shards=shards, latents_mean=(0.0,) * shape[0], latents_std=(1.0,) * shape[0], settings={},
-        **write_null_text(folder, null_text),
-    ))  # fmt: skip
+    }
+    write_index(
+        folder,
+        SetIndex(
+            schema=SCHEMA_VERSION,
+            has_text=True,
+            count=sum(shard.count for shard in shards),
+            image_encoder={"identity": "random"},
+            text_encoder={"identity": "random"},
+            latents_dtype=dtype,
+            text_shape=text_shape,
+            pooled_width=text_shape[1],
+            buckets=(shape,),
+            shards=shards,
+            latents_mean=(0.0,) * shape[0],
+            latents_std=(1.0,) * shape[0],
+            settings={},
+            **write_null_text(folder, null_text),
+        ),
+    )

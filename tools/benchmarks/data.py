@@ -33,8 +33,13 @@ from tools.benchmarks.report import rotated
 from tools.benchmarks.step import step_time, way_lines, way_to_a_step, worker_row
 
 RAW, ONE_CALL, SEQUENTIAL, OURS, OURS_FP32, FORMATTER = (
-    "raw, a copy a row", "raw, one call", "raw, sequential", "ours", "ours, as fp32", "datasets, torch"
-)  # fmt: skip
+    "raw, a copy a row",
+    "raw, one call",
+    "raw, sequential",
+    "ours",
+    "ours, as fp32",
+    "datasets, torch",
+)
 CHUNK_BYTES = 2**20
 """Of reading one after the other."""
 
@@ -76,10 +81,19 @@ def add_loader(commands: Any) -> None:
         "loader", help="reading encoded samples", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_report(loader, "of each side (default 7)")
-    loader.add_argument("--configs", nargs="+", default=["demo", "ecdit_xl_8e"], metavar="NAME|FILE",
-                        help="recipes whose shapes are read (default demo ecdit_xl_8e)")  # fmt: skip
-    loader.add_argument("--micro-batch", type=positive, default=32, help="samples a batch, unless a recipe says so; of "
-                        "recipes that are measured here, the recipe's (default 32)")  # fmt: skip
+    loader.add_argument(
+        "--configs",
+        nargs="+",
+        default=["demo", "ecdit_xl_8e"],
+        metavar="NAME|FILE",
+        help="recipes whose shapes are read (default demo ecdit_xl_8e)",
+    )
+    loader.add_argument(
+        "--micro-batch",
+        type=positive,
+        default=32,
+        help="samples a batch, unless a recipe says so; of recipes that are measured here, the recipe's (default 32)",
+    )
     loader.add_argument("--gigabytes", type=positive_number, help="size of each set (default 0.4)")
     loader.add_argument("--workers", type=positive, nargs="+", default=[1, 2], help="worker processes (default 1 2)")
     loader.add_argument("--utilization", type=positive_number, default=0.4, help="of the estimate's H100 (default 0.4)")
@@ -117,8 +131,10 @@ def run_loader(options: argparse.Namespace) -> None:
             check_alike(corpus)
             fresh = to_rows(name, measure(corpus, options.rounds))
             fresh += [worker_row(name, corpus, workers, fresh) for workers in options.workers]
-            print(f"{name}: {len(corpus.ours)} samples of {corpus.flat.shape[1]:,} bytes, {corpus.dtype}, batches of "
-                  f"{corpus.batch_size}")  # fmt: skip
+            print(
+                f"{name}: {len(corpus.ours)} samples of {corpus.flat.shape[1]:,} bytes, {corpus.dtype}, batches of "
+                f"{corpus.batch_size}"
+            )
             print("\n".join(map(row_text, fresh)), flush=True)
             way = way_to_a_step(corpus, step, options.workers, options.rounds, threads) | {"case": name}
             print("\n".join(way_lines(way)), flush=True)
@@ -202,14 +218,21 @@ def to_rows(case: str, result: Result) -> list[dict[str, Any]]:
     for side, seconds in result.seconds.items():
         of_raw = [raw / own for raw, own in zip(result.seconds[RAW], seconds, strict=True)]
         over = [peer / own for peer, own in zip(result.seconds[FORMATTER], seconds, strict=True)]
-        rows.append({
-            "case": case, "side": side, "workers": 0, "samples_per_second": result.samples / statistics.median(seconds),
-            "samples_per_second_per_core": result.samples / statistics.median(seconds),
-            "samples_per_second_spread": [result.samples / max(seconds), result.samples / min(seconds)],
-            "bytes_per_second": result.samples * result.bytes_a_sample / statistics.median(seconds),
-            "of_raw": statistics.median(of_raw), "of_raw_spread": [min(of_raw), max(of_raw)],
-            "over_formatter": statistics.median(over), "over_formatter_spread": [min(over), max(over)],
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": case,
+                "side": side,
+                "workers": 0,
+                "samples_per_second": result.samples / statistics.median(seconds),
+                "samples_per_second_per_core": result.samples / statistics.median(seconds),
+                "samples_per_second_spread": [result.samples / max(seconds), result.samples / min(seconds)],
+                "bytes_per_second": result.samples * result.bytes_a_sample / statistics.median(seconds),
+                "of_raw": statistics.median(of_raw),
+                "of_raw_spread": [min(of_raw), max(of_raw)],
+                "over_formatter": statistics.median(over),
+                "over_formatter_spread": [min(over), max(over)],
+            }
+        )
     return rows
 
 

@@ -61,11 +61,16 @@ def run_dispatch(options: argparse.Namespace) -> None:
     """Measure every case on `--ranks` processes, print the rows, and write them as JSON when asked."""
     cases = [
         Case(
-            tokens=tokens, experts=options.experts, chunks=chunks, call_tokens=options.call_tokens,
-            hidden_size=options.hidden_size, dtype=options.dtype,
+            tokens=tokens,
+            experts=options.experts,
+            chunks=chunks,
+            call_tokens=options.call_tokens,
+            hidden_size=options.hidden_size,
+            dtype=options.dtype,
         )
-        for tokens in options.tokens for chunks in options.chunks
-    ]  # fmt: skip
+        for tokens in options.tokens
+        for chunks in options.chunks
+    ]
     with tempfile.TemporaryDirectory() as folder:
         spawn = multiprocessing.get_context("spawn")
         ranks = [
@@ -86,10 +91,14 @@ def run_dispatch(options: argparse.Namespace) -> None:
         )
     if options.json:
         meta = describe_run(options.device, ("torch",)) | {
-            "ranks": options.ranks, "dtype": str(options.dtype).removeprefix("torch."), "rounds": options.rounds,
-            "clock": "wall, forward and backward", "hidden_size": options.hidden_size,
-            "tokens_a_call": options.call_tokens, "capacity_factor": CAPACITY_FACTOR,
-        }  # fmt: skip
+            "ranks": options.ranks,
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "rounds": options.rounds,
+            "clock": "wall, forward and backward",
+            "hidden_size": options.hidden_size,
+            "tokens_a_call": options.call_tokens,
+            "capacity_factor": CAPACITY_FACTOR,
+        }
         options.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
 
@@ -111,9 +120,11 @@ def _rank(rank: int, options: argparse.Namespace, cases: list[Case], folder: Pat
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank,
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
         world_size=options.ranks,
-    )  # fmt: skip
+    )
     with tqdm(total=options.rounds * len(cases) * 2, unit="timing", disable=None if rank == 0 else True) as bar:
         measured = _measure(cases, options.rounds, device, bar.update)
     if rank == 0:

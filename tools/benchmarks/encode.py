@@ -145,9 +145,14 @@ def add_encode(commands: Any) -> None:
     encode.add_argument("--threads", type=positive, help="that decode images (default: as many as cores)")
     encode.add_argument("--folder", type=Path, default=Path(), help="where all is written (default: here)")
     encode.set_defaults(
-        run=run_encode, check=_check, full_sizes=_FULL, quick_sizes=_QUICK, tokens=[], device="cpu",
+        run=run_encode,
+        check=_check,
+        full_sizes=_FULL,
+        quick_sizes=_QUICK,
+        tokens=[],
+        device="cpu",
         dtype="fp32",
-    )  # fmt: skip
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -202,15 +207,25 @@ def make_encoders(folder: Path, width: int) -> tuple[ImageEncoder, TextEncoder]:
 
     torch.manual_seed(0)
     AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(width, 2 * width, 4 * width, 4 * width), norm_num_groups=8, layers_per_block=2,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+        norm_num_groups=8,
+        layers_per_block=2,
+    ).save_pretrained(folder / "vae")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in _LETTERS)]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "t5")
-    T5EncoderModel(T5Config(
-        vocab_size=len(pieces), d_model=TEXT_WIDTH, d_kv=64, num_heads=TEXT_WIDTH // 64, d_ff=4 * TEXT_WIDTH,
-        num_layers=TEXT_LAYERS, decoder_start_token_id=0,
-    )).save_pretrained(folder / "t5")  # fmt: skip
+    T5EncoderModel(
+        T5Config(
+            vocab_size=len(pieces),
+            d_model=TEXT_WIDTH,
+            d_kv=64,
+            num_heads=TEXT_WIDTH // 64,
+            d_ff=4 * TEXT_WIDTH,
+            num_layers=TEXT_LAYERS,
+            decoder_start_token_id=0,
+        )
+    ).save_pretrained(folder / "t5")
     return load_image_encoder(str(folder / "vae")), load_text_encoder([str(folder / "t5")], max_tokens=TOKENS)
 
 
@@ -221,12 +236,20 @@ def measure(
     clock = Clock()
     images, texts = TimedImages(inner=encoders[0], clock=clock), TimedTexts(inner=encoders[1], clock=clock)
     job = Job(
-        source=open_source(str(folder / "photographs"), unit_samples=options.images), destination=folder / name,
-        encoding=Encoding(image_encoder=images, text_encoder=texts, sizes=((options.size, options.size),),
-                          dtype="bfloat16", batch_size=options.batch_size, threads=threads),
+        source=open_source(str(folder / "photographs"), unit_samples=options.images),
+        destination=folder / name,
+        encoding=Encoding(
+            image_encoder=images,
+            text_encoder=texts,
+            sizes=((options.size, options.size),),
+            dtype="bfloat16",
+            batch_size=options.batch_size,
+            threads=threads,
+        ),
         image_facts=image_facts(encoders[0], str(folder / "vae")),
-        text_facts=text_facts(encoders[1], [str(folder / "t5")]), settings={},
-    )  # fmt: skip
+        text_facts=text_facts(encoders[1], [str(folder / "t5")]),
+        settings={},
+    )
     began = time.perf_counter()
     report = encode_corpus(job)
     whole = time.perf_counter() - began
@@ -252,8 +275,14 @@ def parts_outside(
 
     def rows() -> Any:
         LatentSums.of(latents_BCHW)
-        return table_of(keys=captions, captions=captions, kinds=[""] * count, latents_BCHW=latents_BCHW, text=text,
-                        dtype=DTYPES["bfloat16"])  # fmt: skip
+        return table_of(
+            keys=captions,
+            captions=captions,
+            kinds=[""] * count,
+            latents_BCHW=latents_BCHW,
+            text=text,
+            dtype=DTYPES["bfloat16"],
+        )
 
     table = clock.time("to rows", rows)
     clock.time("write, checksum, fsync", lambda: write_arrow_shard(folder / "shard.arrow", [table]))
@@ -266,11 +295,15 @@ def to_row(rounds: list[dict[str, float]], images: int) -> dict[str, Any]:
     shares = [1 - (one["image encoder"] + one["text encoder"]) / one["all"] for one in rounds]
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     return {
-        "case": "encode", "images": images, "seconds": median["all"], "images_per_second": images / median["all"],
+        "case": "encode",
+        "images": images,
+        "seconds": median["all"],
+        "images_per_second": images / median["all"],
         "image_encoder_ms_an_image": 1e3 * median["image encoder"] / images,
         "text_encoder_ms_an_image": 1e3 * median["text encoder"] / images,
-        "outside": statistics.median(shares), "outside_spread": [min(shares), max(shares)],
-    }  # fmt: skip
+        "outside": statistics.median(shares),
+        "outside_spread": [min(shares), max(shares)],
+    }
 
 
 def row_lines(row: dict[str, Any], threads: int) -> list[str]:

@@ -63,9 +63,16 @@ def _deepspeed_layer(config: ModelConfig) -> nn.Module:
     from deepspeed.moe.layer import MoE
 
     return MoE(
-        config.hidden_size, DenseFFN(SerialLayers(), config), config.num_experts, ep_size=1, k=CAPACITY_FACTOR,
-        capacity_factor=1.0, min_capacity=1, use_rts=False, top2_2nd_expert_sampling=False,
-    )  # fmt: skip
+        config.hidden_size,
+        DenseFFN(SerialLayers(), config),
+        config.num_experts,
+        ep_size=1,
+        k=CAPACITY_FACTOR,
+        capacity_factor=1.0,
+        min_capacity=1,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
 
 
 def _nucleus_layer(config: ModelConfig, *, use_grouped_mm: bool) -> nn.Module:
@@ -74,9 +81,14 @@ def _nucleus_layer(config: ModelConfig, *, use_grouped_mm: bool) -> nn.Module:
     # Equal work a token: three matrices of width w for f routed experts and a shared one, two of width F for f of ours.
     exact = 2 * CAPACITY_FACTOR * config.ffn_hidden_size / (3 * (CAPACITY_FACTOR + 1))
     return NucleusMoELayer(
-        config.hidden_size, moe_intermediate_dim=8 * round(exact / 8), num_experts=config.num_experts,
-        capacity_factor=CAPACITY_FACTOR, use_sigmoid=False, route_scale=1.0, use_grouped_mm=use_grouped_mm,
-    )  # fmt: skip
+        config.hidden_size,
+        moe_intermediate_dim=8 * round(exact / 8),
+        num_experts=config.num_experts,
+        capacity_factor=CAPACITY_FACTOR,
+        use_sigmoid=False,
+        route_scale=1.0,
+        use_grouped_mm=use_grouped_mm,
+    )
 
 
 def forward_backward_ms(side: Side, x_BSD: Tensor, grad_BSD: Tensor) -> float:

@@ -201,13 +201,19 @@ def _build_sides(case: Case) -> list[Side]:
         text_encoder = NumbersForText(embed_dim=config.text_embed_dim, max_tokens=config.max_text_tokens)
         for reuses_text, kind in ((True, TextToImage), (False, RepeatingTextToImage)):
             drawer = kind(
-                model=model, recipe=replace(case.recipe, model=config), image_encoder=PixelCodec(),
-                text_encoder=text_encoder, device=case.device,
-            )  # fmt: skip
+                model=model,
+                recipe=replace(case.recipe, model=config),
+                image_encoder=PixelCodec(),
+                text_encoder=text_encoder,
+                device=case.device,
+            )
             flops = picture_flops(
-                config, batch_size=case.batch_size, num_steps=case.sample.num_steps,
-                is_guided=case.sample.guidance_scale != 1.0, reuses_text=reuses_text,
-            )  # fmt: skip
+                config,
+                batch_size=case.batch_size,
+                num_steps=case.sample.num_steps,
+                is_guided=case.sample.guidance_scale != 1.0,
+                reuses_text=reuses_text,
+            )
             sides.append(Side(model=name, reuses_text=reuses_text, drawer=drawer, flops=flops))
     return sides
 

@@ -49,16 +49,18 @@ def step_time(recipe: Recipe, micro_batch_size: int, utilization: float) -> Step
     """
     model = recipe.model
     if recipe.data.dataset != "encoded":
-        return StepTime(micro_batch_size=recipe.micro_batch_size(1), seconds=None,
-                        source="forward and backward, measured here")  # fmt: skip
+        return StepTime(
+            micro_batch_size=recipe.micro_batch_size(1), seconds=None, source="forward and backward, measured here"
+        )
     kept = model.num_kept_tokens(recipe.train.mask_ratio_at(0))
     flops = micro_batch_size * training_flops(model, kept, model.pool_images(micro_batch_size)).total
     peak = bf16_peak_of(GPU)
     assert peak is not None
     return StepTime(
-        micro_batch_size=micro_batch_size, seconds=flops / (peak * utilization),
+        micro_batch_size=micro_batch_size,
+        seconds=flops / (peak * utilization),
         source=f"estimate: {flops:.3g} FLOPs at {utilization:.0%} of {peak:.3g} FLOP/s, one {GPU}",
-    )  # fmt: skip
+    )
 
 
 def worker_row(case: str, corpus: Corpus, workers: int, alone: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,12 +74,18 @@ def worker_row(case: str, corpus: Corpus, workers: int, alone: list[dict[str, An
     speed = samples / (time.perf_counter() - began)
     raw = next(row for row in alone if row["side"].startswith("raw"))
     return {
-        "case": case, "side": f"ours, {workers} worker{'s'[: workers - 1]}", "workers": workers,
-        "samples_per_second": speed, "samples_per_second_per_core": speed / workers,
+        "case": case,
+        "side": f"ours, {workers} worker{'s'[: workers - 1]}",
+        "workers": workers,
+        "samples_per_second": speed,
+        "samples_per_second_per_core": speed / workers,
         "samples_per_second_spread": [speed, speed],
         "bytes_per_second": speed * raw["bytes_per_second"] / raw["samples_per_second"],
-        "of_raw": None, "of_raw_spread": None, "over_formatter": None, "over_formatter_spread": None,
-    }  # fmt: skip
+        "of_raw": None,
+        "of_raw_spread": None,
+        "over_formatter": None,
+        "over_formatter_spread": None,
+    }
 
 
 def _as_read(samples: Samples) -> Samples:
@@ -91,9 +99,15 @@ def _mixture(corpus: Corpus) -> Mixture:
 def _batches(corpus: Corpus, count: int, workers: int, transform: Callable[[Samples], Any]) -> Any:
     size = corpus.batch_size
     return training_batches(
-        _mixture(corpus), micro_batch_size=size, dp_rank=0, dp_size=1,
-        start_sample=0, end_sample=count * size, num_workers=workers, transform=transform,
-    )  # fmt: skip
+        _mixture(corpus),
+        micro_batch_size=size,
+        dp_rank=0,
+        dp_size=1,
+        start_sample=0,
+        end_sample=count * size,
+        num_workers=workers,
+        transform=transform,
+    )
 
 
 def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: int, threads: int) -> dict[str, Any]:
@@ -122,15 +136,20 @@ def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: in
         timed("noise", partial(draw_noise, shape, index_B, recipe.train.seed))
     parts = {name: statistics.median(values) for name, values in seconds.items()}
     split = {
-        "gather": parts["gather"], "order and check": max(0.0, parts["read"] - parts["gather"]),
-        "noise": parts["noise"], "rest": max(0.0, parts["transform"] - parts["noise"]),
-    }  # fmt: skip
+        "gather": parts["gather"],
+        "order and check": max(0.0, parts["read"] - parts["gather"]),
+        "noise": parts["noise"],
+        "rest": max(0.0, parts["transform"] - parts["noise"]),
+    }
     step_seconds = step.seconds or _measure_step(recipe, batch, threads)
     return {
-        "micro_batch_size": corpus.batch_size, "step_seconds": step_seconds, "step_source": step.source,
-        "worker_seconds": parts["read"] + parts["transform"], "parts_seconds": split,
+        "micro_batch_size": corpus.batch_size,
+        "step_seconds": step_seconds,
+        "step_source": step.source,
+        "worker_seconds": parts["read"] + parts["transform"],
+        "parts_seconds": split,
         "waits_seconds": {count: _wait(corpus, transform, step_seconds, count) for count in (0, *workers)},
-    }  # fmt: skip
+    }
 
 
 def _measure_step(recipe: Recipe, batch: FlowBatch, threads: int) -> float:

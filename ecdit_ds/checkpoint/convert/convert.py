@@ -86,9 +86,12 @@ def bytes_to_move(files: list[FilePlan]) -> int:
 
 
 def convert(
-    source: Source, destination: Path, files: list[FilePlan], texts: Callable[[Sequence[Held]], dict[str, bytes]],
+    source: Source,
+    destination: Path,
+    files: list[FilePlan],
+    texts: Callable[[Sequence[Held]], dict[str, bytes]],
     tick: Tick,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Write all files, then the texts about them, and publish; return the numbers that are not finite, by tensor.
 
     Args:
@@ -131,9 +134,7 @@ def _write_file(
         nonfinite[index] += count_nonfinite(data)
         tick(len(values))
     xxh3 = tuple(checksum.hexdigest() for checksum in checksums)
-    held = Held(
-        xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close(), nonfinite=tuple(nonfinite)
-    )  # fmt: skip
+    held = Held(xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close(), nonfinite=tuple(nonfinite))
     if held != _read_back(file, path):
         raise CheckpointError(f"{path}: reads back other than written; the disk may be failing, use another")
     write_durably(space.note(file.name), json.dumps(asdict(_Note(plan=plan, held=held))).encode())
@@ -211,10 +212,13 @@ def _encoded_manifest(source: Source, destination: Path, files: list[FilePlan], 
     }
     encoded = encode_manifest(
         Manifest(
-            step=source.step, meta=source.meta, files=stored_files, tensors=tensors,
+            step=source.step,
+            meta=source.meta,
+            files=stored_files,
+            tensors=tensors,
             nonfinite=nonfinite_of(files, held),
         )
-    )  # fmt: skip
+    )
     decode_manifest(encoded, destination / MANIFEST_NAME)
     return encoded
 

@@ -97,9 +97,13 @@ def plan_files(source: Source, names: Sequence[str], num_files: int, dtype: torc
 
 
 def plan_layout(
-    source: Source, names: Sequence[str], cuts: Callable[[str], dict[int, int]], tp: int, ep: int,
+    source: Source,
+    names: Sequence[str],
+    cuts: Callable[[str], dict[int, int]],
+    tp: int,
+    ep: int,
     dtype: torch.dtype | None,
-) -> list[FilePlan]:  # fmt: skip
+) -> list[FilePlan]:
     """Give each rank (tp + TP * ep) of a layout a file with its own slices, and one more to what all share.
 
     Args:

@@ -223,9 +223,12 @@ class TorchFile(RangedFile):
         if is_contiguous and (tensor.storage_offset() + tensor.numel()) * size > self._records[record][0].file_size:
             raise self._damaged(f"{fault} of shape {list(tensor.shape)} reaches beyond its record")
         return StoredTensor(
-            dtype=tensor.dtype, shape=tuple(tensor.shape), record=record,
-            begin=begin + tensor.storage_offset() * size, is_contiguous=is_contiguous,
-        )  # fmt: skip
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            record=record,
+            begin=begin + tensor.storage_offset() * size,
+            is_contiguous=is_contiguous,
+        )
 
     def _damaged(self, fault: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {fault}: damaged, or not a checkpoint; use another")

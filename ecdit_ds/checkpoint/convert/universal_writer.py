@@ -114,9 +114,11 @@ def convert_to_universal(
         folders = sorted({file.name.rsplit("/", 1)[0] for file in files})
         step = torch_bytes(_step(source))
         content = {
-            "step": source.step, "meta": dict(source.meta), "tensors": sorted(source.tensors),
+            "step": source.step,
+            "meta": dict(source.meta),
+            "tensors": sorted(source.tensors),
             "nonfinite": nonfinite_of(files, held),
-        }  # fmt: skip
+        }
         text = json.dumps(content | {"xxh3": checksum(content)}, indent=1, sort_keys=True, allow_nan=False)
         return (
             {f"{folder}/{STEP}.pt": step for folder in folders}

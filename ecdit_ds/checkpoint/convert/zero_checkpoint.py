@@ -42,8 +42,9 @@ class FragmentAddress:
 
 
 _STAND_INS: dict[str, type] = {
-    **universal.STAND_INS, "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
-}  # fmt: skip
+    **universal.STAND_INS,
+    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
+}
 
 
 def is_zero_folder(folder: Path) -> bool:
@@ -235,10 +236,12 @@ def _groups_of(file: TorchFile) -> list[_Group]:
         return [
             _group(file, flat, base["state"].get(group["params"][0], {}), group, places)
             for flat, group, places in zip(
-                state["single_partition_of_fp32_groups"], base["param_groups"], state["param_slice_mappings"],
+                state["single_partition_of_fp32_groups"],
+                base["param_groups"],
+                state["param_slice_mappings"],
                 strict=True,
             )
-        ]  # fmt: skip
+        ]
 
 
 def _group(
@@ -252,9 +255,12 @@ def _group(
     }
     expert_group = _EXPERT_GROUP.fullmatch(str(group.get("name", ""))) if group.get("moe") else None
     return _Group(
-        file=file, flats=flats, places=places, ep=int(expert_group[1]) if expert_group else 1,
+        file=file,
+        flats=flats,
+        places=places,
+        ep=int(expert_group[1]) if expert_group else 1,
         num_updates=file.whole_number(kept.get("step", 0)),
-    )  # fmt: skip
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -80,9 +80,12 @@ def open_digit_scenes(
 
 
 def _write_scenes(
-    folder: Path, model: ModelConfig, settings: dict[str, str | int], image_encoder: ImageEncoder,
+    folder: Path,
+    model: ModelConfig,
+    settings: dict[str, str | int],
+    image_encoder: ImageEncoder,
     text_encoder: TextEncoder,
-) -> None:  # fmt: skip
+) -> None:
     """Write a split beside its place, and publish it."""
     from ecdit_ds.data.latents.shard_writer import (
         new_draft,
@@ -101,12 +104,21 @@ def _write_scenes(
         null_text = null_columns(text_encoder, torch.float32)
         mean, std = total_of(parts).statistics()
         index = SetIndex(
-            schema=SCHEMA_VERSION, count=count, image_encoder=image_facts(image_encoder),
-            text_encoder=text_facts(text_encoder), latents_dtype="float32",
-            text_shape=(model.max_text_tokens, model.text_embed_dim), pooled_width=null_text["text_pooled"].shape[1],
-            has_text=True, buckets=((model.in_channels, model.latent_height, model.latent_width),), shards=(shard,),
-            latents_mean=mean, latents_std=std, settings=settings, **write_null_text(draft, null_text),
-        )  # fmt: skip
+            schema=SCHEMA_VERSION,
+            count=count,
+            image_encoder=image_facts(image_encoder),
+            text_encoder=text_facts(text_encoder),
+            latents_dtype="float32",
+            text_shape=(model.max_text_tokens, model.text_embed_dim),
+            pooled_width=null_text["text_pooled"].shape[1],
+            has_text=True,
+            buckets=((model.in_channels, model.latent_height, model.latent_width),),
+            shards=(shard,),
+            latents_mean=mean,
+            latents_std=std,
+            settings=settings,
+            **write_null_text(draft, null_text),
+        )
         write_index(draft, index)
         publish_set(draft, folder)
     finally:
@@ -194,7 +206,11 @@ def _encode_scenes(
                 latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
             parts.append(LatentSums.of(latents_BCHW))
             yield table_of(
-                keys=[f"{split}-{i}" for i in indices], captions=captions, kinds=[scene.kind for scene in scenes],
-                latents_BCHW=latents_BCHW, text=text, dtype=torch.float32,
-            )  # fmt: skip
+                keys=[f"{split}-{i}" for i in indices],
+                captions=captions,
+                kinds=[scene.kind for scene in scenes],
+                latents_BCHW=latents_BCHW,
+                text=text,
+                dtype=torch.float32,
+            )
             progress.update(len(scenes))

@@ -29,14 +29,16 @@ _KIND_DRAWS: tuple[Kind, ...] = (*KINDS, "position", "position", "position")
 """What a scene's kind is drawn from. Which side an object is on is the hardest word of a caption to learn."""
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PALETTE: Mapping[str, tuple[int, int, int]] = types.MappingProxyType({
-    "red": (255, 32, 32),
-    "green": (32, 224, 32),
-    "blue": (48, 64, 255),
-    "yellow": (255, 224, 0),
-    "cyan": (0, 224, 255),
-    "white": (255, 255, 255),
-})  # fmt: skip
+PALETTE: Mapping[str, tuple[int, int, int]] = types.MappingProxyType(
+    {
+        "red": (255, 32, 32),
+        "green": (32, 224, 32),
+        "blue": (48, 64, 255),
+        "yellow": (255, 224, 0),
+        "cyan": (0, 224, 255),
+        "white": (255, 255, 255),
+    }
+)
 """RGB of full ink; paler ink is the same colour, darker."""
 DIGIT_PIXELS = 8
 """Side of a digit image at scale 1."""
@@ -46,10 +48,12 @@ MIN_CANVAS_PIXELS = 2 * DIGIT_PIXELS
 
 _COUNTS = (2, 3, 4)
 _EXAMPLES = ("a seven", "an eight and a two", "two red sevens", "a red seven", "a red seven above a blue two")
-_MIRRORED: Mapping[str | None, Relation] = types.MappingProxyType({
-    "to the right of": "to the left of",
-    "below": "above",
-})  # fmt: skip
+_MIRRORED: Mapping[str | None, Relation] = types.MappingProxyType(
+    {
+        "to the right of": "to the left of",
+        "below": "above",
+    }
+)
 """Relations that say, of things named the other way round, what another relation says."""
 
 

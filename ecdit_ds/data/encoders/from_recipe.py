@@ -138,7 +138,9 @@ def check_encodable(recipe: Recipe, device: torch.device | None = None) -> None:
     for path, index in sets_without_text(recipe).items():
         given, wanted = encoders_of(recipe, device)[1].identity, index.text_encoder["identity"]
         if given != wanted:
-            raise DataError(f"{path}: its captions are for the text encoder {wanted}, but those of data.path go "
-                            f"through {given}; encode it with the latter")  # fmt: skip
+            raise DataError(
+                f"{path}: its captions are for the text encoder {wanted}, but those of data.path go "
+                f"through {given}; encode it with the latter"
+            )
     if recipe.sample.prompts:
         encoders_of(recipe, device)[1].encode(recipe.sample.prompts)

@@ -98,13 +98,17 @@ def check_encoders_fit(model: ModelConfig, image_encoder: ImageEncoder, text_enc
         ("max_text_tokens", model.max_text_tokens, text_encoder.max_tokens),
     ):
         if wanted != given:
-            raise DataError(f"text encoder {text_encoder.identity} gives {given}, but model.{field} is {wanted}; "
-                            f"set model.{field}={given} or take another encoder")  # fmt: skip
+            raise DataError(
+                f"text encoder {text_encoder.identity} gives {given}, but model.{field} is {wanted}; "
+                f"set model.{field}={given} or take another encoder"
+            )
     latents_shape = (model.in_channels, model.latent_height, model.latent_width)
     height, width = (side * image_encoder.downsampling for side in latents_shape[1:])
     with torch.no_grad():
         given_shape = tuple(image_encoder.encode(torch.zeros(1, 3, height, width)).shape[1:])
     if given_shape != latents_shape:
-        raise DataError(f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
-                        f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
-                        "latent_height and latent_width to the former")  # fmt: skip
+        raise DataError(
+            f"image encoder {image_encoder.identity} turns {height} x {width} pixels into latents "
+            f"{given_shape}, but the model's are {latents_shape}; set model.in_channels, "
+            "latent_height and latent_width to the former"
+        )

@@ -103,9 +103,13 @@ class _Tower:
         device = self.model.device
         with self.lock:
             read = self.tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.limit, return_tensors="pt",
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=self.limit,
+                return_tensors="pt",
                 return_attention_mask=True,
-            )  # fmt: skip
+            )
         tokens = read.to(device)
         mask = tokens["attention_mask"].bool()
         mask[:, 0] |= ~mask.any(dim=1)  # a tokenizer without marks has no token for no text; cross-attention needs one
@@ -180,9 +184,13 @@ class PretrainedTextEncoder:
 
 
 def load_image_encoder(
-    name: str, *, device: torch.device | None = None, precision: Precision = "fp32", may_fetch: bool = True,
+    name: str,
+    *,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    may_fetch: bool = True,
     revision: str | None = None,
-) -> PretrainedImageEncoder:  # fmt: skip
+) -> PretrainedImageEncoder:
     """Load a frozen AutoencoderKL; its config gives scaling, shift and number of channels.
 
     Args:
@@ -210,9 +218,14 @@ def load_image_encoder(
             build = partial(AutoencoderKL.from_config, config)
             refuse_larger(f"image encoder {folder}", folder, DIFFUSERS, DataError, depth=depth, build=build)
             model, found = AutoencoderKL.from_pretrained(
-                str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
-                output_loading_info=True, low_cpu_mem_usage=False, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                ignore_mismatched_sizes=True,
+            )
         finally:
             logging.set_verbosity(verbosity)
         unindexed = not_in_index(folder, DIFFUSERS)  # which diffusers does not see
@@ -257,9 +270,14 @@ def _suffix(precision: Precision) -> str:
 
 
 def load_text_encoder(
-    names: Sequence[str], *, max_tokens: int = DEFAULT_TOKENS, device: torch.device | None = None,
-    precision: Precision = "fp32", may_fetch: bool = True, revisions: Sequence[str | None] = (),
-) -> PretrainedTextEncoder:  # fmt: skip
+    names: Sequence[str],
+    *,
+    max_tokens: int = DEFAULT_TOKENS,
+    device: torch.device | None = None,
+    precision: Precision = "fp32",
+    may_fetch: bool = True,
+    revisions: Sequence[str | None] = (),
+) -> PretrainedTextEncoder:
     """Load frozen text models with their tokenizers, to be joined along the width.
 
     Args:
@@ -284,7 +302,7 @@ def load_text_encoder(
 
 def _load_tower(
     name: str, max_tokens: int, device: torch.device, precision: Precision, may_fetch: bool, revision: str | None
-) -> _Tower:  # fmt: skip
+) -> _Tower:
     folder = folder_of(name, "text encoder", may_fetch, revision)
     who = f"text encoder {folder}"
     tokenizer = load_tokenizer(folder, who)
@@ -294,9 +312,13 @@ def _load_tower(
 
         config = AutoConfig.from_pretrained(str(folder), **LOCAL)
         whole, found = text_class(config).from_pretrained(
-            str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, **LOCAL,
-        )  # fmt: skip
+            str(folder),
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **LOCAL,
+        )
         unknown = left_over(whole, config, found["unexpected_keys"], folder)
     model = encoder_of(whole, who)
     own = {id(parameter) for parameter in model.parameters()}

@@ -30,9 +30,9 @@ def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any
     """
     if name is not None:
         assert isinstance(encoder, PretrainedImageEncoder)
-        return {
-            "identity": encoder.identity, "kind": "AutoencoderKL", "name": name, "precision": encoder.precision
-        } | ({"revision": encoder.revision} if encoder.revision else {})  # fmt: skip
+        return {"identity": encoder.identity, "kind": "AutoencoderKL", "name": name, "precision": encoder.precision} | (
+            {"revision": encoder.revision} if encoder.revision else {}
+        )
     if type(encoder) is PixelCodec:
         return {"identity": encoder.identity, "kind": "pixels", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -43,9 +43,12 @@ def text_facts(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any
     if names:
         assert isinstance(encoder, PretrainedTextEncoder)
         return {
-            "identity": encoder.identity, "kind": "transformers", "names": list(names),
-            "max_tokens": encoder.max_tokens, "precision": encoder.precision,
-        } | ({"revisions": encoder.revisions} if any(encoder.revisions) else {})  # fmt: skip
+            "identity": encoder.identity,
+            "kind": "transformers",
+            "names": list(names),
+            "max_tokens": encoder.max_tokens,
+            "precision": encoder.precision,
+        } | ({"revisions": encoder.revisions} if any(encoder.revisions) else {})
     if type(encoder) is WordEncoder:
         return {"identity": encoder.identity, "kind": "words", **asdict(encoder)}
     return {"identity": encoder.identity}
@@ -72,9 +75,12 @@ def open_image_encoder(
             )
         elif facts.get("kind") == "AutoencoderKL":
             encoder = load_image_encoder(
-                str(name or facts["name"]), device=device, precision=facts["precision"], may_fetch=bool(name),
+                str(name or facts["name"]),
+                device=device,
+                precision=facts["precision"],
+                may_fetch=bool(name),
                 revision=_pinned(facts.get("revision")) if name in (None, facts.get("name")) else None,
-            )  # fmt: skip
+            )
         else:
             raise DataError(f"image encoder {facts.get('identity')}: the set does not say how it is opened")
     except (KeyError, TypeError, ValueError) as error:

@@ -47,8 +47,10 @@ def opening(message: str, error: type[EcditError]) -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, has_bars, is_offline = (
-        logging.get_verbosity(), logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE,
-    )  # fmt: skip
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        constants.HF_HUB_OFFLINE,
+    )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     constants.HF_HUB_OFFLINE = True

@@ -69,8 +69,9 @@ class LatentSums:
         """Return the sums of a batch, in fp64."""
         values_CN = latents_BCHW.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)
         squares_C = (values_CN**2).sum(dim=1)
-        return cls(numbers=values_CN.shape[1], sums_C=tuple(values_CN.sum(dim=1).tolist()),
-                   squares_C=tuple(squares_C.tolist()))  # fmt: skip
+        return cls(
+            numbers=values_CN.shape[1], sums_C=tuple(values_CN.sum(dim=1).tolist()), squares_C=tuple(squares_C.tolist())
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `LatentSums(**...)` reads again, exactly."""

@@ -160,8 +160,14 @@ def verify_set(folder: Path, index: SetIndex, check: Check) -> None:
     _verify(folder / NULL_TEXT_FILE, index.null_text_bytes, index.null_text_xxh3)
     shards = index.shards[check.shards]
     # disable=None shows the bar on terminals only.
-    with tqdm(total=sum(shard.bytes for shard in shards), desc=f"checking {folder.name}", unit="B", unit_scale=True,
-              disable=None, leave=False) as progress:  # fmt: skip
+    with tqdm(
+        total=sum(shard.bytes for shard in shards),
+        desc=f"checking {folder.name}",
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    ) as progress:
         for shard in shards:
             _verify(folder / shard.file, shard.bytes, shard.xxh3 if check.checksums else None)
             progress.update(shard.bytes)

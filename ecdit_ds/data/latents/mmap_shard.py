@@ -100,11 +100,9 @@ class Shard:
             for batch in found:  # of the others, `_block` sees that they are in the map
                 batch.select([name for name in batch.schema.names if name not in self.row_bytes]).validate(full=True)
             batches = [
-                Rows(
-                    tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch
-                )
+                Rows(tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch)
                 for batch in found
-            ]  # fmt: skip
+            ]
             ends = np.cumsum([len(batch) for batch in found]).tolist()
             if not ends or ends[-1] != self.count:
                 raise ValueError(f"{ends[-1] if ends else 0} rows, but its index says {self.count}")

@@ -197,9 +197,15 @@ def _do_units(job: Job, moment: Callable[[str], None]) -> None:
             if record is None:
                 moment("unit")
                 encode_unit(
-                    i, job.source.read(job.source.units[i]), job.encoding, shards=job.partial / "set",
-                    drafts=job.partial / "drafts", records=job.partial / "records", moment=moment, tell=progress.update,
-                )  # fmt: skip
+                    i,
+                    job.source.read(job.source.units[i]),
+                    job.encoding,
+                    shards=job.partial / "set",
+                    drafts=job.partial / "drafts",
+                    records=job.partial / "records",
+                    moment=moment,
+                    tell=progress.update,
+                )
                 record = _whole_record(job, i)
             else:
                 progress.update(record.count + record.num_bad)

@@ -228,10 +228,13 @@ def _prepared(samples: Iterable[RawSample | BadSample | SystemFile], encoding: E
         bucket = nearest_bucket(size, encoding.sizes)
         is_enlarged = any(map(operator.lt, size, encoding.sizes[bucket]))
         return _Ready(
-            key=sample.key, caption=sample.caption, bucket=bucket, image=fit_image(image, encoding.sizes[bucket]),
+            key=sample.key,
+            caption=sample.caption,
+            bucket=bucket,
+            image=fit_image(image, encoding.sizes[bucket]),
             enlarged_from=size if is_enlarged else None,
             converted=[*sample.converted, *image.info["converted"], *(["enlarged"] if is_enlarged else [])],
-        )  # fmt: skip
+        )
 
     def checked(result: _Prepared) -> _Prepared:
         # Here and not in the threads: tokenizers are not made for several at once.
@@ -285,9 +288,13 @@ def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, draf
 
 
 def _write_batch(
-    batch: list[_Ready], latents_BCHW: Tensor, text: TextEmbeddings | None, encoding: Encoding, output: _Output,
+    batch: list[_Ready],
+    latents_BCHW: Tensor,
+    text: TextEmbeddings | None,
+    encoding: Encoding,
+    output: _Output,
     drafts: Path,
-) -> None:  # fmt: skip
+) -> None:
     bucket = batch[0].bucket
     latents_BCHW, text, batch = _finite(latents_BCHW, text, batch, output)
     if not batch:
@@ -330,9 +337,15 @@ def _finite(
 
 
 def _keep(
-    unit: int, encoding: Encoding, output: _Output, *, shards: Path, drafts: Path, records: Path,
+    unit: int,
+    encoding: Encoding,
+    output: _Output,
+    *,
+    shards: Path,
+    drafts: Path,
+    records: Path,
     moment: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Finish the shards, rename them to where they belong, and after them the record."""
     infos = []
     for bucket in sorted(output.writers):

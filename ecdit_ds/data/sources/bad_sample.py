@@ -6,19 +6,42 @@ from types import MappingProxyType
 from typing import Literal
 
 Cause = Literal[
-    "empty image file", "web page instead of an image", "not an image", "truncated image", "damaged image",
-    "too many pixels", "too many bytes", "no image", "no caption", "empty caption", "caption is not text",
-    "caption too long", "duplicate key", "outside the source", "no regular file", "damaged row",
-    "damaged archive", "archive ends early", "unreadable archive", "not finite", "text without a token",
-    "several pictures", "several captions", "name given twice", "system file", "too small",
-]  # fmt: skip
+    "empty image file",
+    "web page instead of an image",
+    "not an image",
+    "truncated image",
+    "damaged image",
+    "too many pixels",
+    "too many bytes",
+    "no image",
+    "no caption",
+    "empty caption",
+    "caption is not text",
+    "caption too long",
+    "duplicate key",
+    "outside the source",
+    "no regular file",
+    "damaged row",
+    "damaged archive",
+    "archive ends early",
+    "unreadable archive",
+    "not finite",
+    "text without a token",
+    "several pictures",
+    "several captions",
+    "name given twice",
+    "system file",
+    "too small",
+]
 AMBIGUOUS: tuple[Cause, ...] = ("several pictures", "several captions")
 """Of which the user must say which one is meant."""
-WAYS_OUT: Mapping[Cause, str] = MappingProxyType({
-    "several pictures": "in tars, choose by --image-column, such as --image-column png",
-    "several captions": "in tars, choose by --caption-column, such as --caption-column txt",
-    "duplicate key": "in tars, members of a sample must stand together",
-})  # fmt: skip
+WAYS_OUT: Mapping[Cause, str] = MappingProxyType(
+    {
+        "several pictures": "in tars, choose by --image-column, such as --image-column png",
+        "several captions": "in tars, choose by --caption-column, such as --caption-column txt",
+        "duplicate key": "in tars, members of a sample must stand together",
+    }
+)
 """What to do about a cause, where that is not plain from its name."""
 UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
 """Of which nobody knows how many samples are lost by it."""

@@ -26,8 +26,20 @@ IMAGE_COLUMNS = ("image", "image_path", "path", "file_name", "filename", "file",
 CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "captions", "txt")
 KEY_COLUMNS = ("key", "__key__", "id")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
-_SYSTEM_FILES = ("._*", ".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir", "PaxHeader",
-                 "PaxHeaders.*", "$RECYCLE.BIN", "System Volume Information", "Icon\r")  # fmt: skip
+_SYSTEM_FILES = (
+    "._*",
+    ".DS_Store",
+    "__MACOSX",
+    "Thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "@eaDir",
+    "PaxHeader",
+    "PaxHeaders.*",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "Icon\r",
+)
 """What macOS, Windows, network drives and unpackers leave beside files: names of files or of folders around them."""
 HIDDEN = ".*"
 _STAMP_THREADS = 16
@@ -314,9 +326,13 @@ def fingerprint_of(facts: Iterable[object]) -> str:
 
 
 def choose_column(
-    names: Sequence[str], asked: str | None, usual: Sequence[str], where: str, what: str,
+    names: Sequence[str],
+    asked: str | None,
+    usual: Sequence[str],
+    where: str,
+    what: str,
     held: Collection[str] = (),
-) -> str:  # fmt: skip
+) -> str:
     """Return which column to read: what was asked for, or the only one of the usual names.
 
     Args:

@@ -156,7 +156,12 @@ def _of_rows(
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     return HuggingFaceSource(
-        rows=rows.with_format("arrow"), roots=roots, image=image, caption=caption,
-        captions=columns.captions, units=cut("rows", len(rows), unit_samples), fingerprint=fingerprint_of(facts),
+        rows=rows.with_format("arrow"),
+        roots=roots,
+        image=image,
+        caption=caption,
+        captions=columns.captions,
+        units=cut("rows", len(rows), unit_samples),
+        fingerprint=fingerprint_of(facts),
         ignored={},
-    )  # fmt: skip
+    )

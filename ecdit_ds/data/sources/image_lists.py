@@ -186,9 +186,13 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
 
 
 def _entries(
-    rows: Iterable[dict[str, Any] | BadSample], path: Path, image: str, caption: str, key_column: str,
+    rows: Iterable[dict[str, Any] | BadSample],
+    path: Path,
+    image: str,
+    caption: str,
+    key_column: str,
     captions: Captions,
-) -> list[Entry | BadSample]:  # fmt: skip
+) -> list[Entry | BadSample]:
     """Return what the rows of a list name; where captions are chosen, rows of one picture are an entry with several."""
     entries: list[Entry | BadSample] = []
     seen: set[str] = set()

@@ -31,8 +31,20 @@ RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """Read by Pillow itself; others start programs (EPS) or are no photographs."""
 _PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<script")
-_FAILURES = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error, zlib.error,
-             OverflowError, MemoryError, ImageCms.PyCMSError)  # fmt: skip
+_FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+    MemoryError,
+    ImageCms.PyCMSError,
+)
 """What Pillow's readers raise for files that are damaged."""
 _SAME_LEVELS = 2
 """Of 255: two descriptions of sRGB differ by no more, since curves are sampled and numbers rounded."""

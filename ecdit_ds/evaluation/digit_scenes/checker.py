@@ -87,8 +87,11 @@ def relations_of(first: FoundObject, second: FoundObject) -> set[Relation]:
     down = (first.top + first.side / 2) - (second.top + second.side / 2)
     least = tolerance + _MIN_DIRECTION * math.hypot(across, down)
     signed: tuple[tuple[Relation, float], ...] = (
-        ("to the left of", -across), ("to the right of", across), ("above", -down), ("below", down),
-    )  # fmt: skip
+        ("to the left of", -across),
+        ("to the right of", across),
+        ("above", -down),
+        ("below", down),
+    )
     return {relation for relation, distance in signed if distance > least}
 
 

@@ -178,11 +178,13 @@ def _non_digits(ink_NHW: Floats, digit_N: npt.NDArray[np.int64]) -> Sequence[Flo
         np.concatenate([sometimes()[:, :, half:], some()[:, :, :half]], axis=2),
         np.concatenate([some()[:, half:], sometimes()[:, :half]], axis=1),
         np.concatenate([sometimes()[:, half:], some()[:, :half]], axis=1),
-        np.stack([
-            quarter[top : top + DIGIT_PIXELS, left : left + DIGIT_PIXELS]
-            for quarter, (top, left) in zip(quarters_NHW, corners.tolist(), strict=True)
-        ]),
-    ]  # fmt: skip
+        np.stack(
+            [
+                quarter[top : top + DIGIT_PIXELS, left : left + DIGIT_PIXELS]
+                for quarter, (top, left) in zip(quarters_NHW, corners.tolist(), strict=True)
+            ]
+        ),
+    ]
 
 
 def _blur(ink_NHW: Floats) -> Floats:

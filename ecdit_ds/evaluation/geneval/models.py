@@ -92,12 +92,14 @@ class Detector:
         for one in results:
             infos = one["segments_info"]
             masks = one["segmentation"].cpu().numpy().astype(bool) if infos else []  # a map of -1 where there are none
-            found.append([
-                DetectedObject(
-                    class_name=self._name(info["label_id"]), score=info["score"], box=box_of(mask), mask=mask
-                )
-                for info, mask in zip(infos, masks, strict=True)
-            ])  # fmt: skip
+            found.append(
+                [
+                    DetectedObject(
+                        class_name=self._name(info["label_id"]), score=info["score"], box=box_of(mask), mask=mask
+                    )
+                    for info, mask in zip(infos, masks, strict=True)
+                ]
+            )
         return found
 
     def _ask(self, inputs: dict[str, Tensor]) -> Any:

@@ -109,9 +109,7 @@ def test_the_newest_that_is_finite_is_opened_and_the_others_are_told(tmp_path: P
     good, bad = save(tmp_path, 1, 2.0), save(tmp_path, 2, math.inf)
     reader, rejections = newest_valid(tmp_path)
     assert reader is not None and reader.folder == good
-    assert rejections == [
-        f"{bad}: 1 numbers of 1 tensors are not finite (weight/a); use a checkpoint from before"
-    ]  # fmt: skip
+    assert rejections == [f"{bad}: 1 numbers of 1 tensors are not finite (weight/a); use a checkpoint from before"]
 
 
 def test_a_step_whose_checkpoint_is_not_finite_can_be_saved_again_and_the_old_one_is_kept_aside(tmp_path: Path) -> None:

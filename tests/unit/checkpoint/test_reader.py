@@ -295,9 +295,11 @@ def test_a_cut_that_many_tensors_share_is_proven_once_and_what_is_intact_is_not_
     tensor = StoredTensor(dtype="float32", shape=(4, 3), slices=halves)
     names = [f"{kind}/{layer}" for kind in ("weight", "ema", "exp_avg") for layer in range(4)]
     manifest = Manifest(
-        step=1, meta={}, files={SHARD: StoredFile(size_bytes=1, header_xxh3="")},
+        step=1,
+        meta={},
+        files={SHARD: StoredFile(size_bytes=1, header_xxh3="")},
         tensors=dict.fromkeys(names, tensor) | {"other": replace(tensor, slices=halves[::-1])},
-    )  # fmt: skip
+    )
     text = encode_manifest(manifest)
     proven: list[tuple[int, ...]] = []
     monkeypatch.setattr("ecdit_ds.checkpoint.manifest.check_cover", lambda shape, boxes: proven.append(shape))

@@ -297,9 +297,10 @@ def test_damage_is_found_in_whichever_writers_file_it_is(tmp_path: Path, writer:
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     reads = [
-        lambda reader: reader.verify(), lambda reader: reader.read_into("w", Box((0,), (9,)), torch.empty(9)),
+        lambda reader: reader.verify(),
+        lambda reader: reader.read_into("w", Box((0,), (9,)), torch.empty(9)),
         lambda reader: reader.read_into("w", Box((1,), (7,)), torch.empty(7)),
-    ]  # fmt: skip
+    ]
     for read in reads:
         with pytest.raises(CheckpointError, match=rf"{shard.name}: w#0 has checksum"):
             read(Reader(folder))

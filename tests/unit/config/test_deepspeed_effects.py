@@ -41,7 +41,8 @@ OF_ALL_STAGES: dict[str, tuple[Any, Read]] = {
     "reduce_scatter": (True, lambda engine: engine._zero.reduce_scatter),
 }
 OF_STAGE: dict[int, dict[str, tuple[Any, Read]]] = {
-    2: OF_ALL_STAGES | {
+    2: OF_ALL_STAGES
+    | {
         "stage": (2, lambda engine: 2 if engine._zero.partition_gradients else 1),
         "allgather_bucket_size": (23_456, lambda engine: engine._zero.allgather_bucket_size),
         "overlap_comm": (True, lambda engine: engine._zero.overlap_comm),
@@ -49,22 +50,27 @@ OF_STAGE: dict[int, dict[str, tuple[Any, Read]]] = {
         "offload_optimizer": (
             {"device": "cpu", "pin_memory": True},
             lambda engine: {
-                "device": engine._zero.cpu_offload and "cpu", "pin_memory": engine._zero.cpu_offload_pin_memory
+                "device": engine._zero.cpu_offload and "cpu",
+                "pin_memory": engine._zero.cpu_offload_pin_memory,
             },
         ),
     },
-    3: OF_ALL_STAGES | {
+    3: OF_ALL_STAGES
+    | {
         "stage": (3, lambda engine: engine._engine.zero_optimization_stage()),
         "overlap_comm": (False, lambda engine: engine._engine.zero_overlap_comm()),
         "round_robin_gradients": (False, lambda engine: False),
         "stage3_param_persistence_threshold": (
-            77, lambda engine: engine._zero.parameter_offload.param_numel_persistence_threshold
+            77,
+            lambda engine: engine._zero.parameter_offload.param_numel_persistence_threshold,
         ),
         "stage3_max_live_parameters": (
-            34_567, lambda engine: engine._zero.parameter_offload._max_available_parameters_in_numel
+            34_567,
+            lambda engine: engine._zero.parameter_offload._max_available_parameters_in_numel,
         ),
         "stage3_max_reuse_distance": (
-            45_678, lambda engine: engine._zero.parameter_offload._max_reuse_distance_in_numel
+            45_678,
+            lambda engine: engine._zero.parameter_offload._max_reuse_distance_in_numel,
         ),
         "stage3_prefetch_bucket_size": (5_678, lambda engine: engine._zero.parameter_offload._prefetch_bucket_sz),
         "sub_group_size": (6_789, lambda engine: engine._zero.sub_group_size),
@@ -76,7 +82,7 @@ OF_STAGE: dict[int, dict[str, tuple[Any, Read]]] = {
             },
         ),
     },
-}  # fmt: skip
+}
 
 
 RATES = [1e-3, 0.0, 4e-3, 2e-3]
@@ -122,9 +128,13 @@ def _moves(engine: DeepSpeedEngine, recipe: Recipe) -> list[float]:
     texts = torch.ones(2, recipe.model.max_text_tokens, recipe.model.text_embed_dim)
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = FlowBatch(
-        latents_BCHW=latents, noise_BCHW=latents.flip(0), timesteps_B=torch.full((2,), 0.5), text_embeds_BTD=texts,
-        text_mask_BT=torch.ones(texts.shape[:2], dtype=torch.bool), text_pooled_BD=texts[:, 0],
-    )  # fmt: skip
+        latents_BCHW=latents,
+        noise_BCHW=latents.flip(0),
+        timesteps_B=torch.full((2,), 0.5),
+        text_embeds_BTD=texts,
+        text_mask_BT=torch.ones(texts.shape[:2], dtype=torch.bool),
+        text_pooled_BD=texts[:, 0],
+    )
 
     def loss_of(model: torch.nn.Module, given: FlowBatch) -> tuple[Tensor, Tensor]:
         return flow_losses(model, given).flow_B.mean(), torch.zeros(())
@@ -160,9 +170,14 @@ def test_a_step_is_taken_at_the_rate_that_it_is_given_and_not_at_its_neighbours(
 
 def test_times_and_profile_that_the_file_asks_for_are_told(tiny_recipe_file: Path, tmp_path: Path) -> None:
     profiler = {
-        "enabled": True, "profile_step": 1, "recompute_fwd_factor": 1.0, "module_depth": 3, "top_modules": 3,
-        "detailed": True, "output_file": str(tmp_path / "profile.txt"),
-    }  # fmt: skip
+        "enabled": True,
+        "profile_step": 1,
+        "recompute_fwd_factor": 1.0,
+        "module_depth": 3,
+        "top_modules": 3,
+        "detailed": True,
+        "output_file": str(tmp_path / "profile.txt"),
+    }
     assert profiler.keys() == deepspeed_config._PROFILER.keys()
     path = tmp_path / "told.json"
     asked = {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True, "flops_profiler": profiler}

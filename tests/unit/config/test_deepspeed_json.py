@@ -77,10 +77,15 @@ def test_a_key_without_an_effect_is_refused_with_what_to_use(
 
 
 def test_a_file_that_only_says_what_holds_anyway_still_works(load: Load) -> None:
-    load({
-        "zero_allow_untested_optimizer": True, "steps_per_print": 1000000000, "dump_state": False,
-        "comms_logger": {"enabled": False}, "flops_profiler": {"enabled": False, "profile_step": 99},
-    })  # fmt: skip
+    load(
+        {
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1000000000,
+            "dump_state": False,
+            "comms_logger": {"enabled": False},
+            "flops_profiler": {"enabled": False, "profile_step": 99},
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,10 +112,13 @@ def test_a_profile_that_would_not_be_made_is_refused(
 @pytest.mark.parametrize(
     ("key", "way_out"),
     [
-        ("activation_checkpointing", "train.recompute"), ("memory_breakdown", "memory_bytes"),
-        ("tensorboard", "metrics.jsonl"), ("wandb", "metrics.jsonl"), ("csv_monitor", "metrics.jsonl"),
+        ("activation_checkpointing", "train.recompute"),
+        ("memory_breakdown", "memory_bytes"),
+        ("tensorboard", "metrics.jsonl"),
+        ("wandb", "metrics.jsonl"),
+        ("csv_monitor", "metrics.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_what_is_done_here_in_another_way_is_refused_with_that_way(
     load: Load, refusal_of: RefusalOf, path: Path, key: str, way_out: str
 ) -> None:
@@ -174,11 +182,16 @@ def test_a_setting_of_zero_that_would_not_work_is_refused_here_and_not_by_a_trac
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("wall_clock_breakdown", "x"), ("dump_state", 1), ("zero_allow_untested_optimizer", "x"), ("comms_logger", 3),
-        ("flops_profiler", [3]), ("steps_per_print", "x"), ("steps_per_print", 0),
+        ("wall_clock_breakdown", "x"),
+        ("dump_state", 1),
+        ("zero_allow_untested_optimizer", "x"),
+        ("comms_logger", 3),
+        ("flops_profiler", [3]),
+        ("steps_per_print", "x"),
+        ("steps_per_print", 0),
         ("bf16", {"enabled": "auto", "x": 1}),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_deepspeed_would_stumble_over_is_refused(
     load: Load, refusal_of: RefusalOf, path: Path, key: str, value: Any
 ) -> None:
@@ -219,10 +232,11 @@ def test_the_optimizer_may_live_on_the_host(load: Load, stage: int, offload: dic
 @pytest.mark.parametrize(
     ("key", "offload"),
     [
-        ("offload_optimizer", {"device": "nvme"}), ("offload_optimizer", {"device": "cpu", "ratio": 0.5}),
+        ("offload_optimizer", {"device": "nvme"}),
+        ("offload_optimizer", {"device": "cpu", "ratio": 0.5}),
         ("offload_param", {"device": "cpu"}),
     ],
-)  # fmt: skip
+)
 def test_any_other_offloading_is_refused(
     load: Load, refusal_of: RefusalOf, path: Path, key: str, offload: dict[str, Any]
 ) -> None:

@@ -17,14 +17,35 @@ from ecdit_ds.model.layers import SerialLayers
 from tools.benchmarks.twins import dense_twin
 
 OTHER_VALUES: dict[str, Any] = {
-    "hidden_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 16, "cross_num_heads": 4,
-    "cross_head_dim": 8, "ffn_hidden_size": 40, "patch_size": 4, "in_channels": 4, "latent_height": 16,
-    "latent_width": 16, "text_embed_dim": 16, "max_text_tokens": 5, "decoder_layers": 1,
-    "positions": "rotary_and_absolute", "ffn_activation": "swiglu",
-    "num_experts": 2, "capacity_factor": 1.5, "capacity_rounding": "floor", "routing_pool": "batch",
-    "routing_group": 2, "router_scores": "sigmoid", "router_input": "unmodulated", "gate_normalization": "token",
-    "num_shared_experts": 1, "top_k": 1, "load_balance_weight": 0.5,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 16,
+    "cross_num_heads": 4,
+    "cross_head_dim": 8,
+    "ffn_hidden_size": 40,
+    "patch_size": 4,
+    "in_channels": 4,
+    "latent_height": 16,
+    "latent_width": 16,
+    "text_embed_dim": 16,
+    "max_text_tokens": 5,
+    "decoder_layers": 1,
+    "positions": "rotary_and_absolute",
+    "ffn_activation": "swiglu",
+    "num_experts": 2,
+    "capacity_factor": 1.5,
+    "capacity_rounding": "floor",
+    "routing_pool": "batch",
+    "routing_group": 2,
+    "router_scores": "sigmoid",
+    "router_input": "unmodulated",
+    "gate_normalization": "token",
+    "num_shared_experts": 1,
+    "top_k": 1,
+    "load_balance_weight": 0.5,
+}
 """A value for each field but `ffn` that is not the tiny model's."""
 Randomize = Callable[[nn.Module], None]
 
@@ -95,9 +116,17 @@ class Written:
 def dense_of_an_older_release(recipe: Recipe) -> dict[str, Any]:
     """Return a dense recipe as a release wrote it that knew no field with a default."""
     written = replace(recipe, model=replace(recipe.model, ffn="dense")).to_dict()
-    has_default = {spec.name for spec in fields(ModelConfig) if spec.name in EXPERT_FIELDS or spec.name in (
-        "decoder_layers", "positions", "ffn_activation",
-    )}  # fmt: skip
+    has_default = {
+        spec.name
+        for spec in fields(ModelConfig)
+        if spec.name in EXPERT_FIELDS
+        or spec.name
+        in (
+            "decoder_layers",
+            "positions",
+            "ffn_activation",
+        )
+    }
     written["model"] = {name: value for name, value in written["model"].items() if name not in has_default}
     return written
 

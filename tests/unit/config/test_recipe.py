@@ -45,19 +45,50 @@ def suggestions(message: str) -> list[int]:
 
 
 POSITIVE = [
-    *(("model", name) for name in (
-        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "cross_num_heads", "cross_head_dim",
-        "ffn_hidden_size", "patch_size", "in_channels", "latent_height", "latent_width", "text_embed_dim",
-        "max_text_tokens", "num_experts", "routing_group", "top_k",
-    )),
-    ("data", "num_train"), ("data", "num_heldout"), ("flow", "logit_std"), ("flow", "timestep_shift"),
-    ("optimizer", "learning_rate"), ("optimizer", "eps"),
-    *(("train", name) for name in (
-        "max_steps", "global_batch_size", "micro_batch_size", "checkpoint_every", "log_every", "evaluate_every",
-        "sample_every", "max_skipped_steps",
-    )),
-    ("parallel", "ep"), ("sample", "num_steps"),
-]  # fmt: skip
+    *(
+        ("model", name)
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "cross_num_heads",
+            "cross_head_dim",
+            "ffn_hidden_size",
+            "patch_size",
+            "in_channels",
+            "latent_height",
+            "latent_width",
+            "text_embed_dim",
+            "max_text_tokens",
+            "num_experts",
+            "routing_group",
+            "top_k",
+        )
+    ),
+    ("data", "num_train"),
+    ("data", "num_heldout"),
+    ("flow", "logit_std"),
+    ("flow", "timestep_shift"),
+    ("optimizer", "learning_rate"),
+    ("optimizer", "eps"),
+    *(
+        ("train", name)
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "checkpoint_every",
+            "log_every",
+            "evaluate_every",
+            "sample_every",
+            "max_skipped_steps",
+        )
+    ),
+    ("parallel", "ep"),
+    ("sample", "num_steps"),
+]
 
 
 @pytest.mark.parametrize("value", [0, -3])
@@ -73,19 +104,26 @@ def test_a_size_that_is_not_positive_is_refused(
 @pytest.mark.parametrize("value", [-0.1, 1.5])
 @pytest.mark.parametrize(
     "key",
-    ["flow.text_dropout_prob", *(f"optimizer.{n}" for n in (
-        "final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay"))],
-)  # fmt: skip
+    [
+        "flow.text_dropout_prob",
+        *(f"optimizer.{n}" for n in ("final_lr_fraction", "beta1", "beta2", "momentum", "smoothing", "ema_decay")),
+    ],
+)
 def test_a_share_outside_0_and_1_is_refused(key: str, value: float, tiny_recipe: Recipe, refusal_of: RefusalOf) -> None:
     assert f"{key}: {value} is outside [0, 1]" in refusal_of(lambda: edited(tiny_recipe, {key: value}))
 
 
 FLOAT_FIELDS = [
     f"{section}.{spec.name}"
-    for section, cls in (("model", ModelConfig), ("flow", FlowConfig), ("optimizer", OptimizerConfig),
-                         ("sample", SampleConfig))
-    for spec in fields(cls) if spec.type is float
-]  # fmt: skip
+    for section, cls in (
+        ("model", ModelConfig),
+        ("flow", FlowConfig),
+        ("optimizer", OptimizerConfig),
+        ("sample", SampleConfig),
+    )
+    for spec in fields(cls)
+    if spec.type is float
+]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -180,10 +218,14 @@ def test_every_value_that_a_refusal_offers_is_accepted(
         {"flow.text_dropout_prob": 1.0},
         {"parallel.ep": 4},
         # One image has half a token for each expert, but a pool of two images has a whole one.
-        {"model.capacity_factor": 0.125, "model.capacity_rounding": "floor", "model.routing_pool": "group",
-         "model.routing_group": 2},
+        {
+            "model.capacity_factor": 0.125,
+            "model.capacity_rounding": "floor",
+            "model.routing_pool": "group",
+            "model.routing_group": 2,
+        },
     ],
-)  # fmt: skip
+)
 def test_settings_at_the_edge_of_the_possible_are_accepted(changes: dict[str, Any], tiny_recipe: Recipe) -> None:
     recipe = edited(tiny_recipe, changes).to_dict()
     assert all(recipe[key.split(".")[0]][key.split(".")[1]] == value for key, value in changes.items())
@@ -192,18 +234,33 @@ def test_settings_at_the_edge_of_the_possible_are_accepted(changes: dict[str, An
 @pytest.mark.parametrize(
     ("rounding", "capacity_factor", "num_experts", "pool_tokens", "capacity"),
     [
-        ("floor", 1.5, 4, 9, 3), ("nearest", 1.5, 4, 9, 3), ("ceil", 1.5, 4, 9, 4),
-        ("floor", 1.5, 4, 18, 6), ("nearest", 1.5, 4, 18, 7), ("ceil", 1.5, 4, 18, 7),
-        ("floor", 2.0, 4, 16, 8), ("nearest", 2.0, 4, 16, 8), ("ceil", 2.0, 4, 16, 8),
-        ("ceil", 4.0, 4, 16, 16), ("ceil", 0.01, 4, 16, 1), ("ceil", 2.0, 3, 1, 1), ("nearest", 2.0, 2, 5, 5),
+        ("floor", 1.5, 4, 9, 3),
+        ("nearest", 1.5, 4, 9, 3),
+        ("ceil", 1.5, 4, 9, 4),
+        ("floor", 1.5, 4, 18, 6),
+        ("nearest", 1.5, 4, 18, 7),
+        ("ceil", 1.5, 4, 18, 7),
+        ("floor", 2.0, 4, 16, 8),
+        ("nearest", 2.0, 4, 16, 8),
+        ("ceil", 2.0, 4, 16, 8),
+        ("ceil", 4.0, 4, 16, 16),
+        ("ceil", 0.01, 4, 16, 1),
+        ("ceil", 2.0, 3, 1, 1),
+        ("nearest", 2.0, 2, 5, 5),
         # 1.1 x 100 / 10 is 11, though not in binary floating point; 0.29 x 100 / 4 is 7.25, 0.58 x 100 / 2 is 29.
-        ("ceil", 1.1, 10, 100, 11), ("floor", 0.58, 2, 100, 29), ("floor", 0.29, 4, 100, 7),
+        ("ceil", 1.1, 10, 100, 11),
+        ("floor", 0.58, 2, 100, 29),
+        ("floor", 0.29, 4, 100, 7),
     ],
-)  # fmt: skip
+)
 def test_expert_capacity_is_f_s_over_e_rounded_as_asked(
-    rounding: Rounding, capacity_factor: float, num_experts: int, pool_tokens: int, capacity: int,
+    rounding: Rounding,
+    capacity_factor: float,
+    num_experts: int,
+    pool_tokens: int,
+    capacity: int,
     tiny_config: ModelConfig,
-) -> None:  # fmt: skip
+) -> None:
     config = replace(tiny_config, capacity_rounding=rounding, capacity_factor=capacity_factor, num_experts=num_experts)
     assert config.expert_capacity(pool_tokens) == capacity
 
@@ -255,14 +312,22 @@ def test_micro_batch_size_is_asked_or_what_the_ranks_leave(
         ({}, 5, ["data-parallel ranks(5)", "train.global_batch_size(24)"], [1, 2, 3, 4, 6, 8, 12, 24]),
         ({}, 0, ["data-parallel ranks(0)", "train.global_batch_size(24)"], [1, 2, 3, 4, 6, 8, 12, 24]),
         ({"train.micro_batch_size": 8}, 4, ["train.global_batch_size", "24", "(8)", "(4)"], [1, 2, 3, 6]),
-        ({"model.routing_pool": "group", "model.routing_group": 4}, 4,
-         ["model.routing_group(4)", "micro_batch_size(6)"], [1, 2, 3, 6]),
+        (
+            {"model.routing_pool": "group", "model.routing_group": 4},
+            4,
+            ["model.routing_group(4)", "micro_batch_size(6)"],
+            [1, 2, 3, 6],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_batch_that_does_not_split_is_refused_with_what_does(
-    changes: dict[str, Any], dp_size: int, said: list[str], offered: list[int], tiny_recipe: Recipe,
+    changes: dict[str, Any],
+    dp_size: int,
+    said: list[str],
+    offered: list[int],
+    tiny_recipe: Recipe,
     refusal_of: RefusalOf,
-) -> None:  # fmt: skip
+) -> None:
     recipe = edited(tiny_recipe, {"train.global_batch_size": 24, **changes})
     message = refusal_of(lambda: recipe.micro_batch_size(dp_size))
     assert all(part in message for part in said), message
@@ -272,12 +337,17 @@ def test_a_batch_that_does_not_split_is_refused_with_what_does(
 @pytest.mark.parametrize(
     ("ffn", "switch", "value"),
     [
-        ("dense", "routing_pool", "batch"), ("dense", "num_shared_experts", 1), ("dense", "top_k", 1),
-        ("token_choice", "router_scores", "sigmoid"), ("token_choice", "gate_normalization", "token"),
-        ("token_choice", "router_input", "unmodulated"), ("token_choice", "capacity_rounding", "floor"),
-        ("expert_choice", "load_balance_weight", 0.5), ("expert_choice", "top_k", 1),
+        ("dense", "routing_pool", "batch"),
+        ("dense", "num_shared_experts", 1),
+        ("dense", "top_k", 1),
+        ("token_choice", "router_scores", "sigmoid"),
+        ("token_choice", "gate_normalization", "token"),
+        ("token_choice", "router_input", "unmodulated"),
+        ("token_choice", "capacity_rounding", "floor"),
+        ("expert_choice", "load_balance_weight", 0.5),
+        ("expert_choice", "top_k", 1),
     ],
-)  # fmt: skip
+)
 def test_a_switch_that_the_kind_of_layer_does_not_read_is_refused(
     ffn: str, switch: str, value: Any, tiny_recipe: Recipe, refusal_of: RefusalOf
 ) -> None:
@@ -307,8 +377,10 @@ def test_a_name_that_is_no_folders_name_is_refused(name: str, tiny_recipe: Recip
 def test_changed_fields_names_every_leaf_that_differs_and_no_other(tiny_recipe: Recipe) -> None:
     new = edited(tiny_recipe, {"train.max_steps": 9, "sample.prompts": ["a red seven"], "optimizer.beta1": 0.5})
     assert changed_fields(tiny_recipe.to_dict(), new.to_dict()) == {
-        "optimizer.beta1": (0.9, 0.5), "sample.prompts": ([], ["a red seven"]), "train.max_steps": (4, 9),
-    }  # fmt: skip
+        "optimizer.beta1": (0.9, 0.5),
+        "sample.prompts": ([], ["a red seven"]),
+        "train.max_steps": (4, 9),
+    }
     assert changed_fields(new.to_dict(), new.to_dict()) == {}
 
 
@@ -317,16 +389,34 @@ def test_changed_fields_sees_keys_that_only_one_side_has() -> None:
 
 
 def test_fields_that_may_change_on_resume_exist_and_leave_the_mathematics_alone() -> None:
-    sections = {"model": ModelConfig, "data": DataConfig, "flow": FlowConfig, "optimizer": OptimizerConfig,
-                "train": TrainConfig, "parallel": ParallelConfig, "sample": SampleConfig}  # fmt: skip
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "flow": FlowConfig,
+        "optimizer": OptimizerConfig,
+        "train": TrainConfig,
+        "parallel": ParallelConfig,
+        "sample": SampleConfig,
+    }
     known = {f"{section}.{spec.name}" for section, cls in sections.items() for spec in fields(cls)}
     assert not MAY_CHANGE_ON_RESUME - known
     assert not any(key.startswith(("model.", "flow.", "optimizer.")) for key in MAY_CHANGE_ON_RESUME)
     assert {key for key in known - MAY_CHANGE_ON_RESUME if not key.startswith(("model.", "flow.", "optimizer."))} == {
-        "train.seed", "train.global_batch_size", "train.precision", "train.mask_ratio", "train.reconstruction_weight",
-        "data.dataset", "data.seed", "data.num_train", "data.weights", "data.encode", "data.vae", "data.text",
-        "data.image_column", "data.caption_column",
-    }, "which samples are seen, in which order, and what is learned of them"  # fmt: skip
+        "train.seed",
+        "train.global_batch_size",
+        "train.precision",
+        "train.mask_ratio",
+        "train.reconstruction_weight",
+        "data.dataset",
+        "data.seed",
+        "data.num_train",
+        "data.weights",
+        "data.encode",
+        "data.vae",
+        "data.text",
+        "data.image_column",
+        "data.caption_column",
+    }, "which samples are seen, in which order, and what is learned of them"
 
 
 def _numeric_fields() -> list[tuple[str, str, type]]:

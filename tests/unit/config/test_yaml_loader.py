@@ -83,9 +83,22 @@ def test_any_number_reads_back_as_the_same_number(number: float, tiny_recipe: Re
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.e-4", 1e-4), ("+2e3", 2e3), ("-.5e1", -5.0), ("1.5e-3", 1.5e-3), ("2e0", 2.0),
-     ("3", 3), ("0.5", 0.5), ("e4", "e4"), ("1e", "1e"), ("'1e-4'", "1e-4"), ("1e-4x", "1e-4x")],
-)  # fmt: skip
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        ("1.e-4", 1e-4),
+        ("+2e3", 2e3),
+        ("-.5e1", -5.0),
+        ("1.5e-3", 1.5e-3),
+        ("2e0", 2.0),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("e4", "e4"),
+        ("1e", "1e"),
+        ("'1e-4'", "1e-4"),
+        ("1e-4x", "1e-4x"),
+    ],
+)
 def test_exponents_are_numbers_with_or_without_a_point(text: str, value: object) -> None:
     parsed = parse_yaml(f"key: {text}")["key"]
     assert parsed == value
@@ -179,7 +192,7 @@ def test_a_missing_key_without_a_default_is_named(key: str, recipe_path: Path, r
         (b"name: " + b"[" * 5000, ["not valid YAML"]),
         (b"name: \xff\xfe\n", ["cannot be read as text", "utf-8"]),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(
     content: bytes, said: list[str], tmp_path: Path, refusal_of: RefusalOf
 ) -> None:
@@ -208,8 +221,15 @@ def test_a_folder_is_refused_as_a_recipe(tmp_path: Path, refusal_of: RefusalOf) 
 
 
 def test_overrides_reach_every_depth_and_the_last_one_wins(recipe_path: Path) -> None:
-    overrides = ["train.max_steps=7", "name=other", "sample.prompts=[a red seven, two blue ones]", "train.max_steps=9",
-                 "model.ffn=dense", "flow={text_dropout_prob: 0.5}", "train.micro_batch_size=4"]  # fmt: skip
+    overrides = [
+        "train.max_steps=7",
+        "name=other",
+        "sample.prompts=[a red seven, two blue ones]",
+        "train.max_steps=9",
+        "model.ffn=dense",
+        "flow={text_dropout_prob: 0.5}",
+        "train.micro_batch_size=4",
+    ]
     recipe = load_recipe(str(recipe_path), overrides)
     assert (recipe.name, recipe.train.max_steps, recipe.train.micro_batch_size) == ("other", 9, 4)
     assert recipe.sample.prompts == ("a red seven", "two blue ones")
@@ -257,11 +277,28 @@ def test_a_mistake_in_an_override_is_reported_with_key_and_value(
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("017", 17), ("-017", -17), ("0", 0), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("1:30", "1:30"),
-        ("190:20:30", "190:20:30"), ("1:30.5", "1:30.5"), ("0b11", "0b11"), ("1e-4", 1e-4), ("1_0.5", 10.5),
-        (".5", 0.5), ("5.", 5.0), ("08.5", 8.5), ("08", 8), ("-.inf", -math.inf), ("+1", 1), ("0x", "0x"), ("_1", "_1"),
+        ("017", 17),
+        ("-017", -17),
+        ("0", 0),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1_000", 1000),
+        ("1:30", "1:30"),
+        ("190:20:30", "190:20:30"),
+        ("1:30.5", "1:30.5"),
+        ("0b11", "0b11"),
+        ("1e-4", 1e-4),
+        ("1_0.5", 10.5),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("08.5", 8.5),
+        ("08", 8),
+        ("-.inf", -math.inf),
+        ("+1", 1),
+        ("0x", "0x"),
+        ("_1", "_1"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
     read = parse_yaml(text)
     assert read == value
@@ -307,9 +344,19 @@ def _bomb(levels: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "key", ["bomb", "train", "train.bomb", "train.max_steps", "train.micro_batch_size", "model.ffn", "sample.prompts",
-            "name", "base"],
-)  # fmt: skip
+    "key",
+    [
+        "bomb",
+        "train",
+        "train.bomb",
+        "train.max_steps",
+        "train.micro_batch_size",
+        "model.ffn",
+        "sample.prompts",
+        "name",
+        "base",
+    ],
+)
 def test_a_value_that_would_take_years_to_write_out_is_refused_in_a_short_line(
     key: str, tmp_path: Path, refusal_of: RefusalOf
 ) -> None:

@@ -68,9 +68,15 @@ def test_a_batch_from_a_worker_is_in_one_block(tmp_path: Path) -> None:
     read: list[list[Samples]] = []
     for workers in (0, 1):
         steps = training_batches(
-            mixture, micro_batch_size=4, dp_rank=0, dp_size=1, start_sample=0, end_sample=8, num_workers=workers,
+            mixture,
+            micro_batch_size=4,
+            dp_rank=0,
+            dp_size=1,
+            start_sample=0,
+            end_sample=8,
+            num_workers=workers,
             transform=as_read,
-        )  # fmt: skip
+        )
         read.append([batch for step in steps for batch in step])
     for alone, travelled in zip(*read, strict=True):
         for name, values in vars(alone).items():

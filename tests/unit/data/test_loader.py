@@ -170,9 +170,15 @@ def test_a_signal_to_the_whole_job_does_not_stop_the_batches(
 ) -> None:
     """A scheduler signals workers too; the training process must still be able to finish its step and save."""
     batches = training_batches(
-        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH), micro_batch_size=2, dp_rank=0, dp_size=1,
-        start_sample=0, end_sample=6 * GLOBAL_BATCH, num_workers=1, transform=as_read,
-    )  # fmt: skip
+        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH),
+        micro_batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        start_sample=0,
+        end_sample=6 * GLOBAL_BATCH,
+        num_workers=1,
+        transform=as_read,
+    )
     first = next(batches)
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
@@ -183,9 +189,15 @@ def test_a_signal_to_the_whole_job_does_not_stop_the_batches(
 
 def test_workers_end_with_the_iteration(dataset: LatentDataset) -> None:
     batches = training_batches(
-        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH), micro_batch_size=2, dp_rank=0, dp_size=1,
-        start_sample=0, end_sample=100 * GLOBAL_BATCH, num_workers=1, transform=as_read,
-    )  # fmt: skip
+        Mixture([dataset], seed=0, global_batch_size=GLOBAL_BATCH),
+        micro_batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        start_sample=0,
+        end_sample=100 * GLOBAL_BATCH,
+        num_workers=1,
+        transform=as_read,
+    )
     next(batches)
     assert len(multiprocessing.active_children()) == 1
     del batches
@@ -252,8 +264,14 @@ def read_what_shrank(samples: Samples) -> Samples:
 
 def test_a_worker_that_a_bus_error_ends_is_answered_with_one_line_about_its_causes(dataset: LatentDataset) -> None:
     steps = training_batches(
-        Mixture([dataset], seed=0, global_batch_size=8), micro_batch_size=8, dp_rank=0, dp_size=1, start_sample=0,
-        end_sample=8, num_workers=1, transform=read_what_shrank,
-    )  # fmt: skip
+        Mixture([dataset], seed=0, global_batch_size=8),
+        micro_batch_size=8,
+        dp_rank=0,
+        dp_size=1,
+        start_sample=0,
+        end_sample=8,
+        num_workers=1,
+        transform=read_what_shrank,
+    )
     with pytest.raises(DataError, match=r"^a loader worker was ended by a bus error: .* shrank .* /dev/shm is full.*$"):
         list(steps)

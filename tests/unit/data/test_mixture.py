@@ -218,11 +218,9 @@ def test_asking_for_a_step_costs_no_more_memory_of_a_corpus_of_a_trillion() -> N
 def stored(tmp_path: Path) -> list[LatentDataset]:
     """Return A and B on a disk, the latter in half the bytes."""
     return [
-        LatentDataset(
-            write_set(tmp_path / name, [(claimed.buckets[b], n) for b, n in claimed.runs], dtype=dtype)
-        )
+        LatentDataset(write_set(tmp_path / name, [(claimed.buckets[b], n) for b, n in claimed.runs], dtype=dtype))
         for name, claimed, dtype in (("a", A, "float32"), ("b", B, "bfloat16"))
-    ]  # fmt: skip
+    ]
 
 
 def test_what_is_read_is_what_the_order_says_in_its_order(stored: list[LatentDataset]) -> None:
@@ -273,10 +271,18 @@ def read(stored: list[LatentDataset]) -> Callable[..., Steps]:
     """Return `read(**changes)`: the first twelve steps of a rank."""
 
     def read_changed(*, dp_rank: int = 0, dp_size: int = 1, start: int = 0, num_workers: int = 0) -> Steps:
-        return list(training_batches(
-            mix(stored, (2.0, 1.0)), micro_batch_size=2, dp_rank=dp_rank, dp_size=dp_size, start_sample=start * BATCH,
-            end_sample=12 * BATCH, num_workers=num_workers, transform=lambda samples: samples,
-        ))  # fmt: skip
+        return list(
+            training_batches(
+                mix(stored, (2.0, 1.0)),
+                micro_batch_size=2,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                start_sample=start * BATCH,
+                end_sample=12 * BATCH,
+                num_workers=num_workers,
+                transform=lambda samples: samples,
+            )
+        )
 
     return read_changed
 

@@ -45,9 +45,10 @@ def recipe(tiny_recipe: Recipe, tiny_config: ModelConfig, tmp_path: Path) -> Rec
     write_pictures(tmp_path / "pictures", COUNT)
     write_pictures(tmp_path / "more", 4, grounds=("night", "white"), seed=1)
     data = DataConfig(
-        dataset="encoded", path=str(encode(tmp_path / "pictures", tmp_path / "train")),
+        dataset="encoded",
+        path=str(encode(tmp_path / "pictures", tmp_path / "train")),
         heldout_path=str(encode(tmp_path / "more", tmp_path / "heldout")),
-    )  # fmt: skip
+    )
     model = replace(tiny_config, patch_size=4, latent_height=SIDE, latent_width=SIDE, max_text_tokens=12)
     return replace(tiny_recipe, model=model, data=data)
 
@@ -97,8 +98,9 @@ def test_several_sets_are_normalised_together_by_how_often_each_is_read(recipe: 
     paths = (str(tmp_path / "train"), str(tmp_path / "heldout"))
     both = with_data(recipe, path=paths, weights=(1.0, 3.0), heldout_path=None)
     sets = [latents_of(of_set) for of_set in open_split(both, "train", None)]
-    mean, square = (0.25 * (sets[0] ** power).mean((0, 2, 3)) + 0.75 * (sets[1] ** power).mean((0, 2, 3))
-                    for power in (1, 2))  # fmt: skip
+    mean, square = (
+        0.25 * (sets[0] ** power).mean((0, 2, 3)) + 0.75 * (sets[1] ** power).mean((0, 2, 3)) for power in (1, 2)
+    )
     assert [*mean.tolist(), *square.tolist()] == pytest.approx([0, 0, 0, 1, 1, 1], abs=1e-4)
     assert encoders_of(both)[0].identity != encoders_of(recipe)[0].identity
 
@@ -234,10 +236,16 @@ def encode_as_before(pictures: Path, folder: Path) -> Path:
     encoding = Encoding(
         image_encoder=image, text_encoder=text, sizes=((SIDE, SIDE),), dtype="float32", batch_size=4, threads=1
     )
-    encode_corpus(Job(
-        source=open_source(str(pictures), unit_samples=8), destination=folder, encoding=encoding,
-        image_facts=image_facts(image), text_facts=text_facts(text), settings={},
-    ))  # fmt: skip
+    encode_corpus(
+        Job(
+            source=open_source(str(pictures), unit_samples=8),
+            destination=folder,
+            encoding=encoding,
+            image_facts=image_facts(image),
+            text_facts=text_facts(text),
+            settings={},
+        )
+    )
     return folder
 
 
@@ -275,10 +283,14 @@ def test_pixels_that_training_normalises_are_not_warned_of(
 @pytest.mark.parametrize(
     ("mean", "std", "is_well"),
     [
-        ((0.9, -0.9), (0.6, 1.9), True), ((0.0, 1.1), (1.0, 1.0), False), ((-1.1, 0.0), (1.0, 1.0), False),
-        ((0.0, 0.0), (1.0, 2.1), False), ((0.0, 0.0), (0.4, 1.0), False), ((0.0, math.nan), (1.0, 1.0), False),
+        ((0.9, -0.9), (0.6, 1.9), True),
+        ((0.0, 1.1), (1.0, 1.0), False),
+        ((-1.1, 0.0), (1.0, 1.0), False),
+        ((0.0, 0.0), (1.0, 2.1), False),
+        ((0.0, 0.0), (0.4, 1.0), False),
+        ((0.0, math.nan), (1.0, 1.0), False),
     ],
-)  # fmt: skip
+)
 def test_latents_of_an_autoencoder_are_warned_of_where_a_channel_is_far(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mean: tuple[float, ...], std: tuple[float, ...], is_well: bool
 ) -> None:

@@ -183,9 +183,12 @@ def position_of(stream: int, place: int, counts: tuple[int, ...], seed: int, pur
     for earlier in reversed(range(stream)):
         rest += counts[earlier]
         # The slot that is left over as number `slot` when the earlier stream has taken its own.
-        slot = next(s for s in range(slot * rest // (rest - counts[earlier]), total + 1)
-                    if s - s * counts[earlier] // rest == slot
-                    and (s + 1) * counts[earlier] // rest == s * counts[earlier] // rest)  # fmt: skip
+        slot = next(
+            s
+            for s in range(slot * rest // (rest - counts[earlier]), total + 1)
+            if s - s * counts[earlier] // rest == slot
+            and (s + 1) * counts[earlier] // rest == s * counts[earlier] // rest
+        )
     shuffled = block * total + (slot - start) % total
     first = max(shuffled // window * window, block * total)
     end = min(shuffled // window * window + window, (block + 1) * total)
@@ -200,8 +203,10 @@ def test_of_every_place_of_a_stream_the_one_position_in_a_huge_mixture_can_be_to
     total, seed, window = sum(counts), 9, 4096
     positions = 4 * total + some_below(total, "positions")
     streams, places = interleave(positions, counts, seed, "sets", window)
-    found = [position_of(stream, place, counts, seed, "sets", window)
-             for stream, place in zip(streams.tolist(), places.tolist(), strict=True)]  # fmt: skip
+    found = [
+        position_of(stream, place, counts, seed, "sets", window)
+        for stream, place in zip(streams.tolist(), places.tolist(), strict=True)
+    ]
     assert found == positions.tolist()
 
 

@@ -30,20 +30,37 @@ ENCODERS = NumberedImages(OVERFLOWS), NumberedTexts(BROKEN_EMBEDS, BROKEN_POOLED
 
 
 def encode(
-    source: Path, destination: Path, *, dtype: str = "float32", batch_size: int = 3, has_text: bool = True,
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str = "float32",
+    batch_size: int = 3,
+    has_text: bool = True,
     encoders: tuple[NumberedImages, NumberedTexts] = ENCODERS,
-) -> tuple[LatentDataset, dict[str, list[str]]]:  # fmt: skip
+) -> tuple[LatentDataset, dict[str, list[str]]]:
     """Encode pictures in units of five; return the set, and the names of what was left out by cause."""
     image, text = encoders
     encoding = Encoding(
-        image_encoder=image, text_encoder=text, sizes=(SQUARE, WIDE), dtype=dtype, batch_size=batch_size, threads=2,
+        image_encoder=image,
+        text_encoder=text,
+        sizes=(SQUARE, WIDE),
+        dtype=dtype,
+        batch_size=batch_size,
+        threads=2,
         has_text=has_text,
-    )  # fmt: skip
+    )
     facts = {"identity": image.identity}, {"identity": text.identity}
-    report = encode_corpus(Job(
-        source=open_source(str(source), unit_samples=5), destination=destination, encoding=encoding,
-        image_facts=facts[0], text_facts=facts[1], settings={}, max_bad=0.9,
-    ))  # fmt: skip
+    report = encode_corpus(
+        Job(
+            source=open_source(str(source), unit_samples=5),
+            destination=destination,
+            encoding=encoding,
+            image_facts=facts[0],
+            text_facts=facts[1],
+            settings={},
+            max_bad=0.9,
+        )
+    )
     assert report is not None
     return LatentDataset(destination), {cause: found["names"] for cause, found in report["causes"].items()}
 
@@ -122,10 +139,18 @@ def test_what_is_mixed_replaced_and_packed_stays_together(
     pictures: Path, tmp_path: Path, workers: int, micro_batch_size: int
 ) -> None:
     mixture, positions, stood_in = mixture_of(pictures, tmp_path), [], 0
-    for batch in itertools.chain.from_iterable(training_batches(
-        mixture, micro_batch_size=micro_batch_size, dp_rank=0, dp_size=1, start_sample=0, end_sample=12 * BATCH,
-        num_workers=workers, transform=as_read,
-    )):  # fmt: skip
+    for batch in itertools.chain.from_iterable(
+        training_batches(
+            mixture,
+            micro_batch_size=micro_batch_size,
+            dp_rank=0,
+            dp_size=1,
+            start_sample=0,
+            end_sample=12 * BATCH,
+            num_workers=workers,
+            transform=as_read,
+        )
+    ):
         numbers = numbers_in(batch)
         assert not {1, 2, 6, 7, 15, 16} & {*numbers}
         for place, (number, position) in enumerate(zip(numbers, batch.stream_index_B.tolist(), strict=True)):
@@ -162,12 +187,18 @@ def test_pictures_encoded_beside_training_stay_with_their_captions(tmp_path: Pat
     image, text = ENCODERS
     raw = RawSet(
         open_source(str(folder), unit_samples=5), name="raw", latents=(3, 8, 8), downsampling=1, text_encoder=text
-    )  # fmt: skip
+    )
     mixture = Mixture([raw], seed=1, global_batch_size=BATCH)
     steps = training_batches(
-        mixture, micro_batch_size=4, dp_rank=0, dp_size=1, start_sample=0, end_sample=6 * BATCH, num_workers=0,
+        mixture,
+        micro_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        start_sample=0,
+        end_sample=6 * BATCH,
+        num_workers=0,
         transform=as_read,
-    )  # fmt: skip
+    )
     beside, doubled, seen = EncodersBeside(image_encoder=image, text_encoder=text), 0, set[int]()
 
     def finish(step: list[Samples]) -> list[tuple[list[int], Samples]]:
@@ -197,10 +228,14 @@ def test_batches_with_and_without_latents_or_texts_are_finished_each_in_its_plac
         pixels_BHW3 = torch.tensor(numbers).mul(5).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 4, 4, 3)
         text, count = NumberedTexts().encode(captions), len(numbers)
         raw = Samples(
-            latents_BCHW=torch.empty(count, 0, 0, 0), text_embeds_BTD=torch.empty(count, 0, 0),
-            text_mask_BT=torch.empty(count, 0, dtype=torch.bool), text_pooled_BD=torch.empty(count, 0),
-            captions=tuple(captions), stream_index_B=torch.tensor(numbers), pixels_BHW3=pixels_BHW3,
-        )  # fmt: skip
+            latents_BCHW=torch.empty(count, 0, 0, 0),
+            text_embeds_BTD=torch.empty(count, 0, 0),
+            text_mask_BT=torch.empty(count, 0, dtype=torch.bool),
+            text_pooled_BD=torch.empty(count, 0),
+            captions=tuple(captions),
+            stream_index_B=torch.tensor(numbers),
+            pixels_BHW3=pixels_BHW3,
+        )
         if has_latents:
             latents_BCHW = torch.tensor(numbers).float().view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
             raw = replace(raw, latents_BCHW=latents_BCHW, pixels_BHW3=torch.empty(count, 0, 0, 3, dtype=torch.uint8))

@@ -144,19 +144,20 @@ def raw(count: int, first: int = 0) -> Samples:
     """Return samples that are pictures and captions alone."""
     pixels = np.random.default_rng(first).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     return Samples(
-        latents_BCHW=torch.empty(count, 0, 0, 0), text_embeds_BTD=torch.empty(count, 0, 0),
-        text_mask_BT=torch.empty(count, 0, dtype=torch.bool), text_pooled_BD=torch.empty(count, 0),
+        latents_BCHW=torch.empty(count, 0, 0, 0),
+        text_embeds_BTD=torch.empty(count, 0, 0),
+        text_mask_BT=torch.empty(count, 0, dtype=torch.bool),
+        text_pooled_BD=torch.empty(count, 0),
         captions=tuple(f"number {first + i}" for i in range(count)),
-        stream_index_B=torch.arange(first, first + count), pixels_BHW3=torch.from_numpy(pixels),
-    )  # fmt: skip
+        stream_index_B=torch.arange(first, first + count),
+        pixels_BHW3=torch.from_numpy(pixels),
+    )
 
 
 def beside(encoder: Counting | None = None) -> EncodersBeside:
     """Return the embedded encoders, or others."""
     if encoder is None:
-        return EncodersBeside(
-            image_encoder=PixelCodec(), text_encoder=WordEncoder(embed_dim=24, max_tokens=6)
-        )  # fmt: skip
+        return EncodersBeside(image_encoder=PixelCodec(), text_encoder=WordEncoder(embed_dim=24, max_tokens=6))
     return EncodersBeside(image_encoder=encoder, text_encoder=encoder)  # type: ignore[arg-type]
 
 

@@ -65,8 +65,7 @@ def write_parquet(root: Path) -> Path:
     root.mkdir()
     for name, part in (("a", slice(5)), ("b", slice(5, COUNT))):
         table = pa.table({"image": FILES[part], "caption": CAPTIONS[part]})
-        pq.write_table(table, root / f"{name}.parquet", row_group_size=2, compression="none",
-                       write_page_checksum=True)  # fmt: skip
+        pq.write_table(table, root / f"{name}.parquet", row_group_size=2, compression="none", write_page_checksum=True)
     return root
 
 
@@ -102,13 +101,19 @@ def opened(path: Path, **changes: str) -> RawSet:
 def encoded_report(path: Path, destination: Path) -> tuple[dict[str, list[str]], LatentDataset]:
     """Encode a source; return the names that were left out by cause, and the set."""
     image, text = PixelCodec(), WordEncoder(embed_dim=24, max_tokens=TOKENS)
-    report = encode_corpus(Job(
-        source=open_source(str(path), unit_samples=4), destination=destination, image_facts=image_facts(image),
-        encoding=Encoding(
-            image_encoder=image, text_encoder=text, sizes=((16, 16),), dtype="float32", batch_size=4, threads=1
-        ),
-        text_facts=text_facts(text), settings={}, max_bad=0.99,
-    ))  # fmt: skip
+    report = encode_corpus(
+        Job(
+            source=open_source(str(path), unit_samples=4),
+            destination=destination,
+            image_facts=image_facts(image),
+            encoding=Encoding(
+                image_encoder=image, text_encoder=text, sizes=((16, 16),), dtype="float32", batch_size=4, threads=1
+            ),
+            text_facts=text_facts(text),
+            settings={},
+            max_bad=0.99,
+        )
+    )
     assert report is not None
     return {cause: facts["names"] for cause, facts in report["causes"].items()}, LatentDataset(destination)
 
@@ -240,9 +245,11 @@ def test_bad_samples_weigh_nothing_in_the_held_out_loss(tmp_path: Path) -> None:
 def online(tiny_recipe: Recipe, tiny_config: ModelConfig, tmp_path: Path) -> Recipe:
     """Return a recipe that trains on a folder, holds out another, and mixes nothing."""
     data = DataConfig(
-        dataset="encoded", encode="online", path=str(write_folder(tmp_path / "train")),
+        dataset="encoded",
+        encode="online",
+        path=str(write_folder(tmp_path / "train")),
         heldout_path=str(write_folder(tmp_path / "heldout", FILES[:2], CAPTIONS[:2])),
-    )  # fmt: skip
+    )
     return replace(tiny_recipe, model=replace(tiny_config, max_text_tokens=TOKENS), data=data)
 
 
@@ -307,8 +314,10 @@ def test_a_set_without_text_vectors_gives_captions_alone(tmp_path: Path, refusal
     assert samples.captions == ("set 3", "set 1") and not dataset.is_whole
     assert samples.lacks_text and not samples.lacks_latents
     assert [tuple(t.shape) for t in (samples.text_embeds_BTD, samples.text_mask_BT, samples.text_pooled_BD)] == [
-        (2, 0, 0), (2, 0), (2, 0),
-    ]  # fmt: skip
+        (2, 0, 0),
+        (2, 0),
+        (2, 0),
+    ]
     assert samples.latents_BCHW[:, 0, 0, 0].tolist() == [3, 1]
     assert "no strings 'text_embeds'" in refusal_of(lambda: dataset.texts("text_embeds", np.array([0])))
 

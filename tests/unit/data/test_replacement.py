@@ -20,9 +20,14 @@ from tests.helpers.made_sets import write_set
 BATCH, STEPS, COUNT = 8, 12, 20
 SQUARE, WIDE = (3, 4, 4), (3, 2, 8)
 BROKEN = {
-    1: "latents nan", 4: "latents inf", 5: "text_embeds -inf", 6: "text_pooled nan", 9: "mask", 13: "text_embeds nan",
+    1: "latents nan",
+    4: "latents inf",
+    5: "text_embeds -inf",
+    6: "text_pooled nan",
+    9: "mask",
+    13: "text_embeds nan",
     17: "text_pooled inf",
-}  # fmt: skip
+}
 Row = tuple[int, str, bytes, tuple[Replaced, ...]]
 
 
@@ -55,9 +60,15 @@ def rows_of(mixture: Mixture, *, ranks: int = 1, workers: int = 0, start: int = 
     rows: list[Row] = []
     for rank in range(ranks):
         steps = training_batches(
-            mixture, micro_batch_size=2, dp_rank=rank, dp_size=ranks, start_sample=start * BATCH,
-            end_sample=stop * BATCH, num_workers=workers, transform=as_read,
-        )  # fmt: skip
+            mixture,
+            micro_batch_size=2,
+            dp_rank=rank,
+            dp_size=ranks,
+            start_sample=start * BATCH,
+            end_sample=stop * BATCH,
+            num_workers=workers,
+            transform=as_read,
+        )
         for batch in itertools.chain.from_iterable(steps):
             assert not batch.bad
             for place, position in enumerate(batch.stream_index_B.tolist()):
@@ -104,10 +115,12 @@ def test_the_same_stands_in_after_a_resume(broken: LatentDataset, workers: int) 
 
 def test_the_largest_numbers_are_good(tmp_path: Path) -> None:
     largest = {
-        dtype: {i: f"{name} {sign}{top}" for i, (name, sign) in enumerate(
-            itertools.product(("latents", "text_embeds", "text_pooled"), ("", "-")))}
+        dtype: {
+            i: f"{name} {sign}{top}"
+            for i, (name, sign) in enumerate(itertools.product(("latents", "text_embeds", "text_pooled"), ("", "-")))
+        }
         for dtype, top in (("float32", "3.4028234e38"), ("bfloat16", "3.38e38"))
-    }  # fmt: skip
+    }
     for dtype, samples in largest.items():
         folder = write_set(tmp_path / dtype, [(SQUARE, COUNT)], dtype=dtype, broken=samples)
         assert not any(row[3] for row in rows_of(mix(LatentDataset(folder))))
@@ -115,8 +128,7 @@ def test_the_largest_numbers_are_good(tmp_path: Path) -> None:
 
 def test_what_stands_in_is_of_the_same_set_and_size(tmp_path: Path) -> None:
     one = write_set(tmp_path / "one", [(SQUARE, 9), (WIDE, 9)], broken={2: "latents nan", 12: "latents nan"})
-    two = write_set(tmp_path / "two", [(SQUARE, 9), (WIDE, 9)], dtype="bfloat16",
-                    broken={7: "mask", 10: "latents nan"})  # fmt: skip
+    two = write_set(tmp_path / "two", [(SQUARE, 9), (WIDE, 9)], dtype="bfloat16", broken={7: "mask", 10: "latents nan"})
     mixture = mix(LatentDataset(one), LatentDataset(two), weights=(1.0, 3.0))
     seen = set()
     for position, caption, _, replaced in rows_of(mixture, stop=60):
@@ -151,9 +163,12 @@ class Telling:
             if sample % 3 == 0
         }
         return replace(
-            samples, bad=bad, text_embeds_BTD=torch.empty(count, 0, 0), text_pooled_BD=torch.empty(count, 0),
+            samples,
+            bad=bad,
+            text_embeds_BTD=torch.empty(count, 0, 0),
+            text_pooled_BD=torch.empty(count, 0),
             text_mask_BT=torch.empty(count, 0, dtype=torch.bool),
-        )  # fmt: skip
+        )
 
 
 def test_what_a_set_says_is_bad_is_replaced_and_texts_to_come_are_not_judged(whole: LatentDataset) -> None:
@@ -198,8 +213,11 @@ def test_the_last_replacement_that_is_allowed_counts_too(tmp_path: Path) -> None
 
 
 SPOILED = {
-    "latents_BCHW": torch.nan, "text_embeds_BTD": torch.inf, "text_pooled_BD": -torch.inf, "text_mask_BT": False,
-}  # fmt: skip
+    "latents_BCHW": torch.nan,
+    "text_embeds_BTD": torch.inf,
+    "text_pooled_BD": -torch.inf,
+    "text_mask_BT": False,
+}
 
 
 @pytest.mark.parametrize("what", SPOILED)
@@ -226,8 +244,6 @@ def test_what_encoders_spoil_is_replaced_by_the_next_good_one_of_the_micro_batch
         told, earlier = after.replaced.get(place, ()), before.replaced.get(place, ())
         assert told[: len(earlier)] == earlier
         cause: Cause = "text without a token" if what == "text_mask_BT" else "not finite"
-        new = Replaced(
-            position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause
-        )  # fmt: skip
+        new = Replaced(position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause)
         assert told[len(earlier) :] == ((new,) if place in places else ())
     assert torch.equal(after.stream_index_B, before.stream_index_B)

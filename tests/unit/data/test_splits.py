@@ -128,19 +128,36 @@ def test_sets_of_other_channels_are_not_mixed(make_sets: MakeSets, refusal_of: R
         ([(WIDE, 3)], {}, {}, ["holds latents (3, 4, 12), but the model's are (3, 8, 8)", "set model.in_channels"]),
         ([(SQUARE, 3), ((3, 8, 10), 1)], {}, {}, ["(3, 8, 10), 20 tokens", "(3, 8, 8), 16 tokens", "latent_height"]),
         ([(SQUARE, 3), ((3, 4, 7), 1)], {}, {}, ["(3, 4, 7), which the model cannot take", "patch_size(2)"]),
-        ([(SQUARE, 3), ((3, 2, 2), 1)], {"capacity_rounding": "floor"}, {},
-         ["(3, 2, 2), which the model cannot take", "0 tokens an expert"]),
-        ([(SQUARE, 3), ((3, 2, 4), 1)], {"decoder_layers": 1}, {"mask_ratio": 0.5},
-         ["(3, 2, 4), which the model cannot take", "train.mask_ratio: 0.5 leaves 1 of 2 tokens"]),
-        ([(SQUARE, 3), ((3, 2, 6), 1)], {"decoder_layers": 1, "capacity_factor": 4.0}, {"mask_ratio": 0.25},
-         ["(3, 2, 6), which the model cannot take", "train.mask_ratio: 0.25 of 3 tokens is less than one"]),
+        (
+            [(SQUARE, 3), ((3, 2, 2), 1)],
+            {"capacity_rounding": "floor"},
+            {},
+            ["(3, 2, 2), which the model cannot take", "0 tokens an expert"],
+        ),
+        (
+            [(SQUARE, 3), ((3, 2, 4), 1)],
+            {"decoder_layers": 1},
+            {"mask_ratio": 0.5},
+            ["(3, 2, 4), which the model cannot take", "train.mask_ratio: 0.5 leaves 1 of 2 tokens"],
+        ),
+        (
+            [(SQUARE, 3), ((3, 2, 6), 1)],
+            {"decoder_layers": 1, "capacity_factor": 4.0},
+            {"mask_ratio": 0.25},
+            ["(3, 2, 6), which the model cannot take", "train.mask_ratio: 0.25 of 3 tokens is less than one"],
+        ),
         ([((4, 8, 8), 3), ((4, 4, 12), 1)], {}, {}, ["4 channels", "the model's have 3"]),
     ],
-)  # fmt: skip
+)
 def test_a_size_that_the_model_cannot_take_or_that_memory_was_not_planned_for_is_refused(
-    make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, runs: list[tuple[Bucket, int]], model: dict[str, Any],
-    train: dict[str, Any], parts: list[str],
-) -> None:  # fmt: skip
+    make_sets: MakeSets,
+    refusal_of: Refusal,
+    tmp_path: Path,
+    runs: list[tuple[Bucket, int]],
+    model: dict[str, Any],
+    train: dict[str, Any],
+    parts: list[str],
+) -> None:
     recipe = make_sets(a=runs)
     capacity = {} if "capacity_factor" in model else {"capacity_factor": 2.0 if train else 1.0}
     recipe = replace(recipe, model=replace(recipe.model, **(capacity | model)), train=replace(recipe.train, **train))
@@ -178,9 +195,11 @@ def test_what_is_stored_as_bf16_becomes_on_its_device_what_it_would_have_been_be
     positions = np.arange(8)
     whole = mixture.read(positions).float()
     stored = replace(
-        mixture.read(positions), latents_BCHW=whole.latents_BCHW.bfloat16(),
-        text_embeds_BTD=whole.text_embeds_BTD.bfloat16(), text_pooled_BD=whole.text_pooled_BD.bfloat16(),
-    )  # fmt: skip
+        mixture.read(positions),
+        latents_BCHW=whole.latents_BCHW.bfloat16(),
+        text_embeds_BTD=whole.text_embeds_BTD.bfloat16(),
+        text_pooled_BD=whole.text_pooled_BD.bfloat16(),
+    )
     draw, device = Draw(recipe, mixture.null_text), torch.device("cpu")
     wide, narrow = draw(stored.float()), draw(stored)
     assert isinstance(wide, FlowBatch) and isinstance(narrow, FlowBatch)

@@ -44,9 +44,15 @@ def test_every_sample_counts_once_however_batches_and_ranks_divide_them(
 
         model = Still()
         found = heldout_loss(
-            model, held_out, batch_size=size, dp_rank=rank, dp_size=ranks, device=torch.device("cpu"), total=total,
+            model,
+            held_out,
+            batch_size=size,
+            dp_rank=rank,
+            dp_size=ranks,
+            device=torch.device("cpu"),
+            total=total,
             num_times=2,
-        )  # fmt: skip
+        )
         assert set(model.times) == {0.25, 0.75}
         return found
 

@@ -33,9 +33,12 @@ METADATA = [
 
 @pytest.fixture
 def tool(
-    tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    save_model: SaveModel,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> EvaluateTool:  # fmt: skip
+) -> EvaluateTool:
     """Return the tool beside a checkpoint of a random model and, in `judges`, random judges."""
     save_vit(tmp_path / "judges" / "vit")
     save_clip(tmp_path / "judges" / "clip")
@@ -82,11 +85,27 @@ def test_scores_name_the_revision_of_judges_that_came_from_the_hub_and_none_of_f
     commands: dict[str, tuple[object, ...]] = {
         "clip": ("clip", "--pictures", folder, "--clip", "OWNER/clip"),
         "fid": ("fid", "--pictures", folder, "--features", "OWNER/vit", "--real", folder),
-        "geneval": ("geneval", "--checkpoint", "run", "--detector", "OWNER/yolos", "--clip", "OWNER/clip",
-                    "--metadata", "prompts.jsonl", "--images-per-prompt", 1, "--steps", 1),
-    }  # fmt: skip
-    wanted = {"clip": {"clip_revision": "2" * 40}, "fid": {"features_revision": "1" * 40},
-              "geneval": {"detector_revision": "3" * 40, "clip_revision": "2" * 40}}  # fmt: skip
+        "geneval": (
+            "geneval",
+            "--checkpoint",
+            "run",
+            "--detector",
+            "OWNER/yolos",
+            "--clip",
+            "OWNER/clip",
+            "--metadata",
+            "prompts.jsonl",
+            "--images-per-prompt",
+            1,
+            "--steps",
+            1,
+        ),
+    }
+    wanted = {
+        "clip": {"clip_revision": "2" * 40},
+        "fid": {"features_revision": "1" * 40},
+        "geneval": {"detector_revision": "3" * 40, "clip_revision": "2" * 40},
+    }
     for owner in ("somebody", "judges"):
         for metric, command in commands.items():
             named = [str(word).replace("OWNER", owner) for word in command]
@@ -176,8 +195,9 @@ def test_geneval_judges_each_prompts_pictures_once(tool: EvaluateTool, monkeypat
     folder = tool.folder / "o" / "drawn"
     assert [picture.prompt for picture in read_gallery(folder)] == [WANTED[0]] * 2 + [WANTED[1]] * 2
     assert {tag: score["pictures"] for tag, score in told["results"]["tasks"].items()} == {
-        "single_object": 2, "counting": 2,
-    }  # fmt: skip
+        "single_object": 2,
+        "counting": 2,
+    }
     given = ("geneval", *GENEVAL, "--metadata", "prompts.jsonl", "--pictures", folder, "--images-per-prompt")
     assert tool.score(*given, 2, output="given")["results"] == told["results"]
     assert "holds 4 pictures, but the prompts ask for 2" in tool.refusal(*given, 1, "--output", "p")

@@ -35,9 +35,14 @@ from tools import convert_ckpt
 
 PACKAGE = Path(__file__).resolve().parents[3] / "ecdit_ds"
 HOMES = {
-    "checkpoint/partial.py": 1, "checkpoint/storage.py": 2, "checkpoint/tending.py": 2, "data/corpus.py": 2,
-    "data/corpus_unit.py": 2, "data/folder.py": 2, "durable.py": 1,
-}  # fmt: skip
+    "checkpoint/partial.py": 1,
+    "checkpoint/storage.py": 2,
+    "checkpoint/tending.py": 2,
+    "data/corpus.py": 2,
+    "data/corpus_unit.py": 2,
+    "data/folder.py": 2,
+    "durable.py": 1,
+}
 """How often a module gives a name by a rename or a link."""
 
 
@@ -69,8 +74,9 @@ def test_what_was_not_synced_is_lost_on_this_disk_and_what_was_is_not(disk: Disk
     path.write_bytes(b"two")
     os.link(path, tmp_path / "d")
     assert [(move.target, move.unsynced, move.pending) for move in disk.moves] == [
-        ("c", ["a/b"], []), ("d", ["a/b"], ["c", "c"]),
-    ]  # fmt: skip
+        ("c", ["a/b"], []),
+        ("d", ["a/b"], ["c", "c"]),
+    ]
 
 
 def test_a_replaced_file_is_whole_before_it_has_its_name_and_has_it_for_good(disk: Disk, tmp_path: Path) -> None:
@@ -183,12 +189,15 @@ def test_a_corpus_has_its_plan_before_its_shards_and_its_shards_before_their_rec
         (tmp_path / "pictures" / f"{name}.txt").write_text(name)
     image, text = PixelCodec(), WordEncoder(embed_dim=6, max_tokens=8)
     job = Job(
-        source=open_source(str(tmp_path / "pictures"), unit_samples=1), destination=tmp_path / "sets" / "it",
+        source=open_source(str(tmp_path / "pictures"), unit_samples=1),
+        destination=tmp_path / "sets" / "it",
         encoding=Encoding(
             image_encoder=image, text_encoder=text, sizes=((16, 16),), dtype="float32", batch_size=1, threads=1
         ),
-        image_facts=image_facts(image), text_facts=text_facts(text), settings={},
-    )  # fmt: skip
+        image_facts=image_facts(image),
+        text_facts=text_facts(text),
+        settings={},
+    )
     disk = Disk(tmp_path, monkeypatch)
     encode_corpus(job)
     partial = job.partial.relative_to(tmp_path).as_posix()

@@ -181,8 +181,11 @@ def _opens_for_writing(call: ast.Call) -> bool:
         return True
     if name == "open" and of == "os":
         return "O_WRONLY" in ast.unparse(call) and "os.devnull" not in ast.unparse(call)
-    texts = [node.value for node in [*call.args, *(key.value for key in call.keywords if key.arg == "mode")]
-             if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+    texts = [
+        node.value
+        for node in [*call.args, *(key.value for key in call.keywords if key.arg == "mode")]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     is_own = any(key.arg == "opener" and ast.unparse(key.value) in OWN_WAYS for key in call.keywords)
     return name == "open" and not is_own and any(set("wax+") & set(mode) for mode in texts if len(mode) < 4)
 
@@ -190,11 +193,17 @@ def _opens_for_writing(call: ast.Call) -> bool:
 @pytest.mark.parametrize(
     ("line", "is_one"),
     [
-        ("open(path, 'w')", True), ("path.open('ab')", True), ("open(path, mode='r+')", True), ("open(path)", False),
-        ("open(path, 'rb')", False), ("open(path, 'ab', opener=own_file)", False), ("path.write_text('x')", True),
-        ("os.open(path, os.O_WRONLY)", True), ("open(path, 'ab', opener=other)", True),
+        ("open(path, 'w')", True),
+        ("path.open('ab')", True),
+        ("open(path, mode='r+')", True),
+        ("open(path)", False),
+        ("open(path, 'rb')", False),
+        ("open(path, 'ab', opener=own_file)", False),
+        ("path.write_text('x')", True),
+        ("os.open(path, os.O_WRONLY)", True),
+        ("open(path, 'ab', opener=other)", True),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_opens_a_file_for_writing_is_told_from_others(line: str, is_one: bool) -> None:
     call = ast.parse(line, mode="eval").body
     assert isinstance(call, ast.Call)

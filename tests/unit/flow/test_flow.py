@@ -311,9 +311,11 @@ def flow_batch() -> FlowBatch:
     return FlowBatch(
         latents_BCHW=torch.tensor([[1.0, 2.0], [0.0, 4.0]]).view(2, 1, 1, 2),
         noise_BCHW=torch.tensor([[3.0, 0.0], [2.0, 2.0]]).view(2, 1, 1, 2),
-        timesteps_B=torch.tensor([0.5, 0.25]), text_embeds_BTD=torch.zeros(2, 3, 4),
-        text_mask_BT=torch.ones(2, 3, dtype=torch.bool), text_pooled_BD=torch.zeros(2, 4),
-    )  # fmt: skip
+        timesteps_B=torch.tensor([0.5, 0.25]),
+        text_embeds_BTD=torch.zeros(2, 3, 4),
+        text_mask_BT=torch.ones(2, 3, dtype=torch.bool),
+        text_pooled_BD=torch.zeros(2, 4),
+    )
 
 
 def test_flow_loss_is_the_hand_computed_one_and_reaches_the_model(flow_batch: FlowBatch) -> None:
@@ -382,10 +384,14 @@ def test_within_its_part_of_the_density_every_time_is_as_likely() -> None:
 
 def test_the_model_is_given_each_part_of_the_batch_in_its_place() -> None:
     batch = FlowBatch(
-        latents_BCHW=torch.randn(2, 3, 4, 4), noise_BCHW=torch.randn(2, 3, 4, 4), timesteps_B=torch.rand(2),
-        text_embeds_BTD=torch.randn(2, 5, 6), text_mask_BT=torch.rand(2, 5) < 0.5, text_pooled_BD=torch.randn(2, 6),
+        latents_BCHW=torch.randn(2, 3, 4, 4),
+        noise_BCHW=torch.randn(2, 3, 4, 4),
+        timesteps_B=torch.rand(2),
+        text_embeds_BTD=torch.randn(2, 5, 6),
+        text_mask_BT=torch.rand(2, 5) < 0.5,
+        text_pooled_BD=torch.randn(2, 6),
         kept_BN=torch.tensor([[0, 2], [1, 3]]),
-    )  # fmt: skip
+    )
     given: list[Tensor | None] = []
 
     def model(latents: Tensor, *others: Tensor | None) -> Prediction:

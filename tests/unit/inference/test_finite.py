@@ -163,9 +163,12 @@ def test_another_ranks_broken_pictures_end_the_drawing_of_all(
     drawer: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crew = Crew(
-        world=TwoRanks(NonFiniteError("theirs")), device=CPU, layers=SerialLayers(), dp=Share(index=0, count=2),
+        world=TwoRanks(NonFiniteError("theirs")),
+        device=CPU,
+        layers=SerialLayers(),
+        dp=Share(index=0, count=2),
         is_speaker=True,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(gallery, "_check_prompts", lambda *_: None)
     brush = Brush(drawer=drawer, sample=drawer.settings(num_steps=1, guidance_scale=1.0), batch_size=1)
     with pytest.raises(NonFiniteError, match="theirs"):
@@ -268,8 +271,14 @@ def test_the_tools_end_with_2_and_leave_neither_pictures_nor_scores_of_what_over
         return SimpleNamespace(flow_B=torch.full_like(batch.timesteps_B, math.nan))
 
     monkeypatch.setattr("ecdit_ds.evaluation.heldout.flow_losses", no_loss)
-    for place, flags in enumerate((("sample.py", "--prompt", "a red seven"), ("heatmaps.py", "--prompt", "a red seven"),
-                                   ("evaluate.py", "scenes", "--per-kind", 1), ("evaluate.py", "loss"))):  # fmt: skip
+    for place, flags in enumerate(
+        (
+            ("sample.py", "--prompt", "a red seven"),
+            ("heatmaps.py", "--prompt", "a red seven"),
+            ("evaluate.py", "scenes", "--per-kind", 1),
+            ("evaluate.py", "loss"),
+        )
+    ):
         name, *rest = flags
         code, lines = tool.run(*rest, "--checkpoint", tool.checkpoint, "--output", f"o/{place}", tool=str(name))
         assert code == 2 and len(lines) == 1 and "not finite" in lines[0], (flags, lines)

@@ -101,9 +101,16 @@ def test_a_folder_tells_its_pictures_in_order_and_how_they_were_drawn(whole: Pat
     assert lines == [{"index": i, "file": f"pictures/{name}.png", **asdict(JOBS[i])} for i, name in enumerate(names)]
     told = json.loads((whole / "settings.json").read_text(encoding="utf-8"))
     assert told == FACTS | {
-        "sampler": "euler", "num_steps": 1, "eta": 1.0, "guidance_scale": 1.0, "guidance_interval": [0.0, 1.0],
-        "capacity_factor": None, "negative_prompt": None, "height": None, "width": None,
-    }  # fmt: skip
+        "sampler": "euler",
+        "num_steps": 1,
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "guidance_interval": [0.0, 1.0],
+        "capacity_factor": None,
+        "negative_prompt": None,
+        "height": None,
+        "width": None,
+    }
     assert set(content(whole)) == {"settings.json", "pictures.jsonl", *(f"pictures/{name}.png" for name in names)}
 
 
@@ -292,10 +299,15 @@ def test_where_pictures_compete_for_experts_the_batch_size_is_a_setting(
 def test_all_that_is_drawn_with_is_told(brush: Brush) -> None:
     renewing = brush.drawer.settings(sampler="euler_ancestral", eta=0.5, guidance_interval=(0.2, 0.8))
     samples = [
-        brush.sample, renewing, replace(renewing, eta=0.6), replace(renewing, num_steps=3),
-        replace(renewing, guidance_scale=3.0), replace(renewing, guidance_interval=(0.3, 0.8)),
-        replace(renewing, guidance_interval=(0.2, 0.9)), replace(renewing, capacity_factor=1.0),
-    ]  # fmt: skip
+        brush.sample,
+        renewing,
+        replace(renewing, eta=0.6),
+        replace(renewing, num_steps=3),
+        replace(renewing, guidance_scale=3.0),
+        replace(renewing, guidance_interval=(0.3, 0.8)),
+        replace(renewing, guidance_interval=(0.2, 0.9)),
+        replace(renewing, capacity_factor=1.0),
+    ]
     brushes = [replace(brush, sample=sample) for sample in samples]
     brushes += [replace(brush, negative_prompt=""), replace(brush, height=8), replace(brush, width=8)]
     told = [gallery._settings(one, FACTS) for one in brushes] + [gallery._settings(brush, {"step": 9})]
@@ -325,10 +337,13 @@ def test_only_a_folder_that_says_so_is_of_other_pictures(tmp_path: Path, note: d
 @pytest.mark.parametrize(
     ("changes", "does"),
     [
-        ({}, False), ({"ffn": "dense"}, False), ({"ffn": "token_choice", "top_k": 2}, True),
-        ({"routing_pool": "batch"}, True), ({"routing_pool": "group", "routing_group": 2}, True),
+        ({}, False),
+        ({"ffn": "dense"}, False),
+        ({"ffn": "token_choice", "top_k": 2}, True),
+        ({"routing_pool": "batch"}, True),
+        ({"routing_pool": "group", "routing_group": 2}, True),
     ],
-)  # fmt: skip
+)
 def test_pictures_compete_where_a_pool_is_of_several(
     tiny_config: ModelConfig, changes: dict[str, Any], does: bool
 ) -> None:
@@ -341,13 +356,30 @@ LINE = {"index": 0, "file": "pictures/000000_a_nine.png", "prompt": "a nine", "s
 @pytest.mark.parametrize(
     "line",
     [
-        "{", "[]", "null", '"x"', "", "[" * 100_000, "{}",
-        *(json.dumps(LINE | change) for change in (
-            {"file": "/etc/passwd"}, {"file": "../x.png"}, {"file": "pictures/../../x.png"}, {"file": None},
-            {"index": "0"}, {"index": True}, {"index": -1}, {"index": 0.0}, {"seed": 1.5}, {"prompt": 7},
-        )),
+        "{",
+        "[]",
+        "null",
+        '"x"',
+        "",
+        "[" * 100_000,
+        "{}",
+        *(
+            json.dumps(LINE | change)
+            for change in (
+                {"file": "/etc/passwd"},
+                {"file": "../x.png"},
+                {"file": "pictures/../../x.png"},
+                {"file": None},
+                {"index": "0"},
+                {"index": True},
+                {"index": -1},
+                {"index": 0.0},
+                {"seed": 1.5},
+                {"prompt": 7},
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_no_drawing_wrote_is_refused_by_its_number(
     tmp_path: Path, draw: Draw, refusal_of: RefusalOf, line: str
 ) -> None:

@@ -127,10 +127,23 @@ def test_clearing_removes_its_files_and_no_others(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "{", "", "[]", "null", "7", "{}", "[" * 100_000, '{"index": "1"}', '{"index": true}', '{"index": -1}',
-        '{"index": 1.0}', '{"index": null}', '{"index": 1} {"index": 2}', '{"index": ' + "9" * 5000 + "}", "\xff",
+        "{",
+        "",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        "[" * 100_000,
+        '{"index": "1"}',
+        '{"index": true}',
+        '{"index": -1}',
+        '{"index": 1.0}',
+        '{"index": null}',
+        '{"index": 1} {"index": 2}',
+        '{"index": ' + "9" * 5000 + "}",
+        "\xff",
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_no_row_is_refused_by_its_number_and_nothing_is_lost(
     ledger: Ledger, refusal_of: RefusalOf, line: str
 ) -> None:

@@ -41,13 +41,18 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path, text: str, prompts: l
 
 def test_json_lines_hold_prompts_with_or_without_seeds(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
-        {"prompt": "a nine", "seed": 3}, {"prompt": ""}, {"seed": None, "prompt": " two\nsixes "},
+        {"prompt": "a nine", "seed": 3},
+        {"prompt": ""},
+        {"seed": None, "prompt": " two\nsixes "},
         {"prompt": "x", "id": 1},
-    ]  # fmt: skip
+    ]
     text = "\ufeff" + "\n\n".join(json.dumps(line) for line in lines)
     assert read_prompt_file(write(tmp_path / "p.jsonl", text)) == [
-        ("a nine", 3), ("", None), (" two\nsixes ", None), ("x", None),
-    ]  # fmt: skip
+        ("a nine", 3),
+        ("", None),
+        (" two\nsixes ", None),
+        ("x", None),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,10 @@ def test_a_stored_model_says_its_kind_and_its_step_and_is_itself_wherever_it_lie
     name, tensor = next(iter(said.tensors.items()))
     other = replace(tensor, slices=tuple(replace(cut, xxh3="0" * 16) for cut in tensor.slices))
     for changed in (
-        replace(said, step=said.step + 1), replace(said, meta=said.meta | {"samples_seen": 1}),  # type: ignore[operator]
+        replace(said, step=said.step + 1),
+        replace(said, meta=said.meta | {"samples_seen": 1}),  # type: ignore[operator]
         replace(said, tensors=said.tensors | {name: other}),  # type: ignore[operator]
-    ):  # fmt: skip
+    ):
         (moved / "manifest.json").write_bytes(encode_manifest(changed))
         assert open_model(moved).identity != found[None].identity
 
@@ -187,8 +188,9 @@ def test_what_a_full_pool_leads_away_from_is_repeated_with_it(
 def test_guidance_acts_within_its_interval_alone(pipeline: TextToImage) -> None:
     sample = replace(pipeline.recipe.sample, num_steps=4, guidance_scale=3.0, guidance_interval=(0.4, 0.8))
     noise = noise_of([7], (3, 16, 16))()
-    text, none = (pipeline.velocity(texts) for texts in (pipeline.text_encoder.encode(PROMPTS[:1]),
-                                                         pipeline.text_encoder.null()))  # fmt: skip
+    text, none = (
+        pipeline.velocity(texts) for texts in (pipeline.text_encoder.encode(PROMPTS[:1]), pipeline.text_encoder.null())
+    )
     by_hand = noise
     for time in (1.0, 0.75, 0.5, 0.25):
         velocity = text(by_hand, time)

@@ -122,7 +122,9 @@ def test_ink_is_a_bright_pixel_in_any_colour() -> None:
 
 def test_ink_of_a_scene_lies_in_its_objects_cells_and_in_most_of_their_patches() -> None:
     scenes = [draw_scene(seed=0, split="heldout", index=i, canvas_height=32, canvas_width=32) for i in range(20)]
-    cells, ink = ([mask(scene) for scene in scenes] for mask in (lambda s: object_mask_of_scene(s, 4),
-                                                                lambda s: ink_mask(s.image_HWC, 4)))  # fmt: skip
+    cells, ink = (
+        [mask(scene) for scene in scenes]
+        for mask in (lambda s: object_mask_of_scene(s, 4), lambda s: ink_mask(s.image_HWC, 4))
+    )
     assert not any((i & ~c).any() for c, i in zip(cells, ink, strict=True))
     assert np.sum(ink) > 0.7 * np.sum(cells)

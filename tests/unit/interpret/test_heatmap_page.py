@@ -72,10 +72,14 @@ def trace() -> RoutingTrace:
     for place in np.ndindex(5, 3, 5):
         taken[place][rng.permutation(12)[:6]] = True
     return RoutingTrace(
-        image_HWC=rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), steps=list(range(5)),
-        times=[1.0, 0.8, 0.6, 0.4, 0.2], states_THWC=rng.integers(0, 256, (5, 12, 16, 3), dtype=np.uint8),
-        layers=[1, 3, 5], taken_TLEHW=taken.reshape(5, 3, 5, 3, 4), expected=2.5,
-    )  # fmt: skip
+        image_HWC=rng.integers(0, 256, (12, 16, 3), dtype=np.uint8),
+        steps=list(range(5)),
+        times=[1.0, 0.8, 0.6, 0.4, 0.2],
+        states_THWC=rng.integers(0, 256, (5, 12, 16, 3), dtype=np.uint8),
+        layers=[1, 3, 5],
+        taken_TLEHW=taken.reshape(5, 3, 5, 3, 4),
+        expected=2.5,
+    )
 
 
 def drawing(prompt: str = "a red seven") -> Drawing:
@@ -119,9 +123,17 @@ def browse(tmp_path: Path) -> Browse:
         path.write_text(
             page.replace("<title>", WATCHER + "<title>", 1).replace("</body>", then + PAINTED + "</body>"), "utf-8"
         )
-        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}",
-                   "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom",
-                   f"file://{path}{address}"]  # fmt: skip
+        command = [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'user'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=2000",
+            "--dump-dom",
+            f"file://{path}{address}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
         shown = Shown(done.stdout)
@@ -213,10 +225,14 @@ def test_the_page_holds_every_choice_and_every_picture(trace: RoutingTrace) -> N
 def test_large_pictures_are_made_smaller_so_that_the_page_stays_small(trace: RoutingTrace) -> None:
     rng = np.random.default_rng(0)
     large = RoutingTrace(
-        image_HWC=np.zeros((1024, 1024, 3), np.uint8), steps=list(range(24)), times=[1 - i / 24 for i in range(24)],
+        image_HWC=np.zeros((1024, 1024, 3), np.uint8),
+        steps=list(range(24)),
+        times=[1 - i / 24 for i in range(24)],
         states_THWC=np.repeat(rng.integers(0, 256, (1, 512, 512, 3), dtype=np.uint8), 24, axis=0),
-        layers=[1, 3, 5], taken_TLEHW=rng.random((24, 3, 8, 32, 32)) < 0.25, expected=2.0,
-    )  # fmt: skip
+        layers=[1, 3, 5],
+        taken_TLEHW=rng.random((24, 3, 8, 32, 32)) < 0.25,
+        expected=2.0,
+    )
     assert len(trace_page(large, drawing(), 32)) < 2e6
 
 
@@ -238,9 +254,11 @@ def test_numbers_hold_what_each_expert_took_and_nothing_that_json_does_not_know(
 
 @pytest.fixture
 def run(
-    tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> Run:  # fmt: skip
+) -> Run:
     """Return `run(*flags)`: tools/heatmaps.py as `__main__` in this process; gives its exit code and stderr's lines."""
     save_random_model(tmp_path / "run" / "checkpoints", make_recipe())
 

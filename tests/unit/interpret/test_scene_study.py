@@ -32,8 +32,14 @@ def make_pipeline(make_recipe: Callable[..., Recipe]) -> MakePipeline:
 def hand_made(counts: list[list[int]], in_cell: list[list[bool]]) -> SceneCounts:
     """Return counts (N, 1, 1, P)."""
     mask = np.array(in_cell)
-    return SceneCounts(times=[0.5], layers=[1], num_experts=4, counts_NTLP=np.array(counts)[:, None, None],
-                       in_cell_NP=mask, on_ink_NP=~mask)  # fmt: skip
+    return SceneCounts(
+        times=[0.5],
+        layers=[1],
+        num_experts=4,
+        counts_NTLP=np.array(counts)[:, None, None],
+        in_cell_NP=mask,
+        on_ink_NP=~mask,
+    )
 
 
 @pytest.mark.parametrize(("pool", "forwards"), [("image", 8), ("batch", 24)])
@@ -51,8 +57,9 @@ def test_scenes_are_noised_as_for_the_held_out_loss(make_pipeline: MakePipeline,
     assert torch.equal(seen[-7][4][-1:], pipeline.text_encoder.encode([scene.caption]).pooled_BD)
 
 
-@pytest.mark.parametrize("overrides", [(), ("model.routing_pool=group", "model.routing_group=4"),
-                                       ("model.routing_pool=batch",)])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [(), ("model.routing_pool=group", "model.routing_group=4"), ("model.routing_pool=batch",)]
+)
 def test_a_scene_counts_alike_however_many_others_do(make_pipeline: MakePipeline, overrides: tuple[str, ...]) -> None:
     pipeline = make_pipeline(*overrides)
     few, many = count_scenes(pipeline, 3), count_scenes(pipeline, 6)
@@ -64,10 +71,12 @@ def test_a_scene_counts_alike_however_many_others_do(make_pipeline: MakePipeline
 
 
 def test_ratios_are_of_means_and_scenes_without_background_do_not_count() -> None:
-    found = estimates(hand_made(
-        [[4, 4, 1, 0], [2, 0, 1, 3], [9, 9, 9, 9]],
-        [[True, True, False, False], [True, False, False, False], [True] * 4],
-    ))  # fmt: skip
+    found = estimates(
+        hand_made(
+            [[4, 4, 1, 0], [2, 0, 1, 3], [9, 9, 9, 9]],
+            [[True, True, False, False], [True, False, False, False], [True] * 4],
+        )
+    )
     assert found["cell_experts"].mean_TL.item() == (4 + 2) / 2
     assert found["cell_background"].mean_TL.item() == pytest.approx((1 / 2 + 4 / 3) / 2)
     assert found["cell_ratio"].mean_TL.item() == pytest.approx(6 / (1 / 2 + 4 / 3))

@@ -48,13 +48,16 @@ def batches(draw: Callable[..., Tensor]) -> list[FlowBatch]:
     """Return two micro-batches."""
     return [
         FlowBatch(
-            latents_BCHW=draw(f"latents {i}", 2, 3, 8, 8), noise_BCHW=draw(f"noise {i}", 2, 3, 8, 8),
-            timesteps_B=torch.tensor([0.2, 0.7]), text_embeds_BTD=draw(f"text {i}", 2, 6, 24),
-            text_mask_BT=torch.ones(2, 6, dtype=torch.bool), text_pooled_BD=draw(f"pooled {i}", 2, 24),
+            latents_BCHW=draw(f"latents {i}", 2, 3, 8, 8),
+            noise_BCHW=draw(f"noise {i}", 2, 3, 8, 8),
+            timesteps_B=torch.tensor([0.2, 0.7]),
+            text_embeds_BTD=draw(f"text {i}", 2, 6, 24),
+            text_mask_BT=torch.ones(2, 6, dtype=torch.bool),
+            text_pooled_BD=draw(f"pooled {i}", 2, 24),
             kept_BN=draw_kept_tokens(torch.tensor([2 * i, 2 * i + 1]), 0, 16, 8),
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def loss_of(recipe: Recipe) -> Callable[[nn.Module, FlowBatch], tuple[Tensor, Tensor]]:

@@ -35,9 +35,12 @@ def model(masked_config: ModelConfig, randomize: Callable[[nn.Module], None]) ->
 @pytest.fixture
 def inputs(draw: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     return (
-        draw("latents", 2, 3, 8, 8), torch.tensor([0.2, 0.7]), draw("text", 2, 6, 24),
-        torch.ones(2, 6, dtype=torch.bool), draw("pooled", 2, 24),
-    )  # fmt: skip
+        draw("latents", 2, 3, 8, 8),
+        torch.tensor([0.2, 0.7]),
+        draw("text", 2, 6, 24),
+        torch.ones(2, 6, dtype=torch.bool),
+        draw("pooled", 2, 24),
+    )
 
 
 def patches(kept_BN: Tensor) -> Tensor:
@@ -141,10 +144,14 @@ def test_no_mask_is_drawn_where_all_tokens_are_kept() -> None:
 @pytest.fixture
 def batch(draw: Callable[..., Tensor]) -> FlowBatch:
     return FlowBatch(
-        latents_BCHW=draw("clean", 2, 3, 8, 8), noise_BCHW=draw("noise", 2, 3, 8, 8),
-        timesteps_B=torch.tensor([0.5, 0.25]), text_embeds_BTD=torch.zeros(2, 6, 24),
-        text_mask_BT=torch.ones(2, 6, dtype=torch.bool), text_pooled_BD=torch.zeros(2, 24), kept_BN=KEPT,
-    )  # fmt: skip
+        latents_BCHW=draw("clean", 2, 3, 8, 8),
+        noise_BCHW=draw("noise", 2, 3, 8, 8),
+        timesteps_B=torch.tensor([0.5, 0.25]),
+        text_embeds_BTD=torch.zeros(2, 6, 24),
+        text_mask_BT=torch.ones(2, 6, dtype=torch.bool),
+        text_pooled_BD=torch.zeros(2, 24),
+        kept_BN=KEPT,
+    )
 
 
 def test_the_loss_is_on_the_kept_tokens_and_reconstruction_on_the_others(batch: FlowBatch) -> None:

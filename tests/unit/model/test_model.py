@@ -46,10 +46,12 @@ class Inputs:
 def inputs(draw: Draw) -> Inputs:
     """Return two images with captions of four and six tokens."""
     return Inputs(
-        latents_BCHW=draw("latents", 2, 3, 8, 8), timesteps_B=torch.tensor([0.3, 0.8]),
-        text_embeds_BTD=draw("text", 2, 6, 24), text_mask_BT=torch.arange(6) < torch.tensor([[4], [6]]),
+        latents_BCHW=draw("latents", 2, 3, 8, 8),
+        timesteps_B=torch.tensor([0.3, 0.8]),
+        text_embeds_BTD=draw("text", 2, 6, 24),
+        text_mask_BT=torch.arange(6) < torch.tensor([[4], [6]]),
         text_pooled_BD=draw("pooled", 2, 24),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(params=["dense", "expert_choice", "token_choice"])

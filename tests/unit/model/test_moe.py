@@ -114,14 +114,29 @@ def gradients(
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(("pool", "group"), [("image", 1), ("group", 2), ("batch", 1)])
 def test_the_layer_is_the_loop_over_experts_in_outputs_and_gradients(
-    pool: Pool, group: int, scores: Literal["softmax", "sigmoid"], gate_normalization: Literal["none", "token"],
-    rounding: Literal["floor", "nearest", "ceil"], activation: Literal["gelu", "swiglu"], num_shared_experts: int,
-    moe_config: ModelConfig, draw: Draw, build_layer: BuildLayer,
-) -> None:  # fmt: skip
-    layer = build_layer(replace(
-        moe_config, routing_pool=pool, routing_group=group, router_scores=scores, capacity_rounding=rounding,
-        gate_normalization=gate_normalization, ffn_activation=activation, num_shared_experts=num_shared_experts,
-    ))  # fmt: skip
+    pool: Pool,
+    group: int,
+    scores: Literal["softmax", "sigmoid"],
+    gate_normalization: Literal["none", "token"],
+    rounding: Literal["floor", "nearest", "ceil"],
+    activation: Literal["gelu", "swiglu"],
+    num_shared_experts: int,
+    moe_config: ModelConfig,
+    draw: Draw,
+    build_layer: BuildLayer,
+) -> None:
+    layer = build_layer(
+        replace(
+            moe_config,
+            routing_pool=pool,
+            routing_group=group,
+            router_scores=scores,
+            capacity_rounding=rounding,
+            gate_normalization=gate_normalization,
+            ffn_activation=activation,
+            num_shared_experts=num_shared_experts,
+        )
+    )
     weights = list(layer.parameters())
     # The router reads other numbers than the experts, so that a mix-up of the two shows.
     inputs = [draw("x", IMAGES, TOKENS, 16), draw("router input", IMAGES, TOKENS, 16)]
@@ -171,9 +186,12 @@ def test_the_router_input_switch_changes_the_output_of_the_model_for_the_same_we
 
 @pytest.mark.parametrize(("router_input", "is_same"), [("modulated", False), ("unmodulated", True)])
 def test_an_unmodulated_router_does_not_see_the_ffn_modulation_but_experts_do(
-    router_input: Literal["modulated", "unmodulated"], is_same: bool, tiny_config: ModelConfig, draw: Draw,
+    router_input: Literal["modulated", "unmodulated"],
+    is_same: bool,
+    tiny_config: ModelConfig,
+    draw: Draw,
     randomize: Randomize,
-) -> None:  # fmt: skip
+) -> None:
     block = DiTBlock(SerialLayers(), replace(tiny_config, router_input=router_input), layer=1)
     randomize(block)
     scores, expert_rows = [], []
@@ -194,14 +212,27 @@ def test_an_unmodulated_router_does_not_see_the_ffn_modulation_but_experts_do(
     [(1, 16, 4, 2.0), (3, 10, 4, 1.5), (2, 64, 8, 2.0), (4, 7, 3, 3.0), (2, 12, 8, 0.5)],
 )
 def test_the_layer_equals_that_of_nucleus_image_in_diffusers(
-    images: int, tokens: int, num_experts: int, capacity_factor: float, use_sigmoid: bool,
-    moe_config: ModelConfig, draw: Draw, build_layer: BuildLayer,
-) -> None:  # fmt: skip
-    layer = build_layer(replace(
-        moe_config, num_experts=num_experts, capacity_factor=capacity_factor, ffn_activation="swiglu",
-        gate_normalization="token", router_input="unmodulated", num_shared_experts=1,
-        router_scores="sigmoid" if use_sigmoid else "softmax",
-    ))  # fmt: skip
+    images: int,
+    tokens: int,
+    num_experts: int,
+    capacity_factor: float,
+    use_sigmoid: bool,
+    moe_config: ModelConfig,
+    draw: Draw,
+    build_layer: BuildLayer,
+) -> None:
+    layer = build_layer(
+        replace(
+            moe_config,
+            num_experts=num_experts,
+            capacity_factor=capacity_factor,
+            ffn_activation="swiglu",
+            gate_normalization="token",
+            router_input="unmodulated",
+            num_shared_experts=1,
+            router_scores="sigmoid" if use_sigmoid else "softmax",
+        )
+    )
     peer = NucleusMoELayer(16, 24, num_experts, capacity_factor, use_sigmoid=use_sigmoid, route_scale=1.0)
     with torch.no_grad():
         peer.gate.weight.copy_(torch.cat([draw("timestep part", num_experts, 16), layer.router.weight], dim=1))
@@ -216,9 +247,10 @@ def test_the_layer_equals_that_of_nucleus_image_in_diffusers(
     no_timestep = torch.zeros(images, 16)
     ours = gradients(layer, inputs, [layer.router.weight, layer.experts.w1, layer.experts.w2])
     theirs = gradients(
-        lambda x, r: peer(x, r, no_timestep), inputs,
+        lambda x, r: peer(x, r, no_timestep),
+        inputs,
         [peer.gate.weight, peer.experts.gate_up_proj, peer.experts.down_proj],
-    )  # fmt: skip
+    )
     theirs[3], theirs[4] = theirs[3][:, 16:], rearrange(theirs[4], "e d (two f) -> e d (f two)", two=2)
     for actual, wanted in zip(ours, theirs, strict=True):
         assert (actual - wanted).abs().max() <= 1e-6 * max(1.0, wanted.abs().max().item())

@@ -30,9 +30,12 @@ def test_equal_patches_are_told_apart_by_absolute_positions_only(
     with torch.no_grad():
         model.final.linear.weight.copy_(draw("final", *model.final.linear.weight.shape))
     velocity = model(
-        torch.ones(1, 3, 8, 8), torch.tensor([0.5]), draw("text", 1, 6, 24), torch.ones(1, 6, dtype=torch.bool),
+        torch.ones(1, 3, 8, 8),
+        torch.tensor([0.5]),
+        draw("text", 1, 6, 24),
+        torch.ones(1, 6, dtype=torch.bool),
         draw("pooled", 1, 24),
-    ).velocity_BCHW  # fmt: skip
+    ).velocity_BCHW
     patches = rearrange(velocity, "1 c (h p) (w q) -> (h w) (c p q)", p=2, q=2)
     far_apart = (patches[:, None] - patches[None, :]).abs().amax(dim=-1) > 1e-4
     assert len({tuple(row) for row in far_apart.tolist()}) == num_different

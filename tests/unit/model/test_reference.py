@@ -114,9 +114,14 @@ class Reference:
         return torch.stack([x_ND[kept.index(s)] if s in kept else filler[s] for s in range(len(places))])
 
     def block(
-        self, name: str, is_sparse: bool, tokens: Sequence[Tensor], conditions: Sequence[Tensor],
-        places: Sequence[Sequence[Place]], texts: Sequence[Tensor],
-    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+        self,
+        name: str,
+        is_sparse: bool,
+        tokens: Sequence[Tensor],
+        conditions: Sequence[Tensor],
+        places: Sequence[Sequence[Place]],
+        texts: Sequence[Tensor],
+    ) -> tuple[list[Tensor], Tensor]:
         """Return every image's tokens after self-attention, cross-attention and feed-forward, each residual."""
         before, normed, modulated, gates = [], [], [], []
         for x, condition, where, text in zip(tokens, conditions, places, texts, strict=True):
@@ -259,10 +264,12 @@ def absolute(places: Sequence[Place], width: int) -> Tensor:
 def inputs(draw: Draw) -> Inputs:
     """Return pictures that are wider than high, with captions of several lengths, one of which is the longest."""
     return Inputs(
-        latents_BCHW=draw("latents", IMAGES, 3, HEIGHT, WIDTH), timesteps_B=torch.tensor([0.0, 0.3, 0.75, 1.0]),
-        text_embeds_BTD=draw("text", IMAGES, 6, 24), text_mask_BT=torch.arange(6) < torch.tensor(TEXT_LENGTHS)[:, None],
+        latents_BCHW=draw("latents", IMAGES, 3, HEIGHT, WIDTH),
+        timesteps_B=torch.tensor([0.0, 0.3, 0.75, 1.0]),
+        text_embeds_BTD=draw("text", IMAGES, 6, 24),
+        text_mask_BT=torch.arange(6) < torch.tensor(TEXT_LENGTHS)[:, None],
         text_pooled_BD=draw("pooled", IMAGES, 24),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

@@ -42,10 +42,12 @@ def gates_BEC(draw: Draw) -> Tensor:
 def dispatch_by_loop(x_BSD: Tensor, indices_BEC: Tensor) -> Tensor:
     """Return x_ERD; an expert's rows are ordered by pool, then by place."""
     pools, experts, capacity = indices_BEC.shape
-    return torch.stack([
-        torch.stack([x_BSD[b, indices_BEC[b, e, c]] for b in range(pools) for c in range(capacity)])
-        for e in range(experts)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            torch.stack([x_BSD[b, indices_BEC[b, e, c]] for b in range(pools) for c in range(capacity)])
+            for e in range(experts)
+        ]
+    )
 
 
 def combine_by_loop(y_ERD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, num_tokens: int) -> Tensor:
@@ -142,9 +144,9 @@ def test_each_expert_is_its_own_two_products_with_the_same_gradients(
 ) -> None:
     experts = make_experts(num_experts, activation)
     x_ERD = draw("rows", num_experts, 4, HIDDEN).double().requires_grad_()
-    loop = torch.stack([
-        activate(x @ w1, activation) @ w2 for x, w1, w2 in zip(x_ERD, experts.w1, experts.w2, strict=True)
-    ])  # fmt: skip
+    loop = torch.stack(
+        [activate(x @ w1, activation) @ w2 for x, w1, w2 in zip(x_ERD, experts.w1, experts.w2, strict=True)]
+    )
     ours = experts(x_ERD)
     torch.testing.assert_close(ours, loop)
     inputs = (x_ERD, experts.w1, experts.w2)

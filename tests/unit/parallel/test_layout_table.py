@@ -61,9 +61,13 @@ def test_the_documentation_shows_this_drawing(drawing: str) -> None:
 def test_a_row_of_the_drawing_is_what_the_real_layers_of_that_rank_hold(drawing: str, rank: int) -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", REAL_SHARDS, str(rank)], cwd=ROOT, env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", REAL_SHARDS, str(rank)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     boxes, cut = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("BOXES "))[6:])
     for name, axes in cut.items():

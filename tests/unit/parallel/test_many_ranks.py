@@ -173,27 +173,39 @@ def test_ranks_agree_on_values_sums_and_errors() -> None:
         found = {
             "on_first": world.on_first(try_it),
             "together": world.together(lambda: 10 * rank),
-            "share": world.share(rank + 1), "gather": world.gather(rank + 2), "broadcast": world.broadcast(rank + 3),
+            "share": world.share(rank + 1),
+            "gather": world.gather(rank + 2),
+            "broadcast": world.broadcast(rank + 3),
             "all_ok": [world.all_ok(True), world.all_ok(rank != 2), world.all_ok(rank == 2)],
-            "sum": world.sum(values).tolist(), "mean": world.mean(values).tolist(), "kept": values.tolist(),
+            "sum": world.sum(values).tolist(),
+            "mean": world.mean(values).tolist(),
+            "kept": values.tolist(),
             "first_fails": told(lambda: world.on_first(fails(0, CheckpointError("no disk")))),
             "first_is_broken": told(lambda: world.on_first(fails(0, OSError("a defect")))),
             "last_fails": told(lambda: world.together(fails(2, CheckpointError("of rank 2")))),
             "place": [world.rank, world.size],
-        }  # fmt: skip
+        }
         return found | {"tried": tried}
 
     for rank, found in enumerate(on_ranks(3, work)):
         assert found == {
-            "on_first": "rank 0", "together": 10 * rank, "share": [1, 2, 3],
-            "gather": [2, 3, 4] if rank == 0 else None, "broadcast": 3, "all_ok": [True, False, False],
-            "sum": [6.0, 30.0], "mean": [2.0, 10.0], "kept": [1.0 + rank, 10.0],
+            "on_first": "rank 0",
+            "together": 10 * rank,
+            "share": [1, 2, 3],
+            "gather": [2, 3, 4] if rank == 0 else None,
+            "broadcast": 3,
+            "all_ok": [True, False, False],
+            "sum": [6.0, 30.0],
+            "mean": [2.0, 10.0],
+            "kept": [1.0 + rank, 10.0],
             "first_fails": [CheckpointError.__name__, "no disk"],
-            "first_is_broken": ["OSError", "a defect"] if rank == 0 else [
-                LostRankError.__name__, "rank 0 failed: OSError: a defect"],
+            "first_is_broken": ["OSError", "a defect"]
+            if rank == 0
+            else [LostRankError.__name__, "rank 0 failed: OSError: a defect"],
             "last_fails": [CheckpointError.__name__, "of rank 2"],
-            "place": [rank, 3], "tried": [0] if rank == 0 else [],
-        }  # fmt: skip
+            "place": [rank, 3],
+            "tried": [0] if rank == 0 else [],
+        }
 
 
 @pytest.mark.parametrize(
@@ -245,6 +257,7 @@ def test_expert_groups_are_made_beside_tensor_groups_where_there_are_any(monkeyp
     )
     monkeypatch.setattr(groups, "_get_expert_parallel_group", lambda name: name)
     assert [deepspeed_moe.create_expert_groups(2), deepspeed_moe.create_expert_groups(4, "tensor groups")] == [
-        "ep_size_2", "ep_size_4",
-    ]  # fmt: skip
+        "ep_size_2",
+        "ep_size_4",
+    ]
     assert made == [(None, 2), ("tensor groups", 4, "tensor groups")]

@@ -19,9 +19,11 @@ def layouts(world_size: int) -> list[Topology]:
     """Return every valid layout of a world."""
     return [
         Topology(world_size=world_size, tp=tp, ep=ep)
-        for tp in range(1, world_size + 1) if world_size % tp == 0
-        for ep in range(1, world_size // tp + 1) if (world_size // tp) % ep == 0
-    ]  # fmt: skip
+        for tp in range(1, world_size + 1)
+        if world_size % tp == 0
+        for ep in range(1, world_size // tp + 1)
+        if (world_size // tp) % ep == 0
+    ]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -30,7 +30,7 @@ from ecdit_ds.planner.memory import (
     fullest_in_backward,
     memory_of_rank,
     shares_after,
-)  # fmt: skip
+)
 from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
 from ecdit_ds.planner.zero_groups import Group
@@ -40,10 +40,22 @@ from tests.helpers.launch import Planned, run_plan
 from tests.helpers.recipes import SMALL_MODEL
 
 WIDE = ModelConfig(
-    hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, cross_num_heads=4, cross_head_dim=32,
-    ffn_hidden_size=512, patch_size=2, in_channels=4, latent_height=32, latent_width=32, text_embed_dim=64,
-    max_text_tokens=24, num_experts=4,
-)  # fmt: skip
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    cross_num_heads=4,
+    cross_head_dim=32,
+    ffn_hidden_size=512,
+    patch_size=2,
+    in_channels=4,
+    latent_height=32,
+    latent_width=32,
+    text_embed_dim=64,
+    max_text_tokens=24,
+    num_experts=4,
+)
 """Of 256 tokens, so that activations dominate."""
 
 Changes = dict[str, Any]
@@ -279,9 +291,12 @@ def test_a_plan_is_drawn_from_the_projects_own_files() -> None:
     root = Path(__file__).resolve().parents[3] / "ds_configs"
     found = {path.stem: zero_settings(json.loads(path.read_text())) for path in root.glob("*.json")}
     assert {name: (zero.stage, zero.is_offloaded) for name, zero in found.items()} == {
-        "zero1": (1, False), "zero2": (2, False), "zero2_offload": (2, True), "zero2_overlap": (2, False),
+        "zero1": (1, False),
+        "zero2": (2, False),
+        "zero2_offload": (2, True),
+        "zero2_overlap": (2, False),
         "zero3": (3, False),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -32,9 +32,15 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 PAPER = {
-    "dense_xl": 1.47e9, "dense_xxl": 2.35e9, "dense_3xl": 4.50e9, "dense_m": 8.03e9, "ecdit_xl_32e": 6.08e9,
-    "ecdit_xxl_32e": 13.47e9, "ecdit_3xl_32e": 32.15e9, "ecdit_m_64e": 97.21e9,
-}  # fmt: skip
+    "dense_xl": 1.47e9,
+    "dense_xxl": 2.35e9,
+    "dense_3xl": 4.50e9,
+    "dense_m": 8.03e9,
+    "ecdit_xl_32e": 6.08e9,
+    "ecdit_xxl_32e": 13.47e9,
+    "ecdit_3xl_32e": 32.15e9,
+    "ecdit_m_64e": 97.21e9,
+}
 """arXiv 2410.02098 table 1, encoders included."""
 
 

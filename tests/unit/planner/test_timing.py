@@ -112,8 +112,11 @@ def test_zero_3_hides_weights_as_well_and_never_more_than_there_is_to_compute(re
 
 
 CHUNKED = (
-    "train.global_batch_size=256", "train.micro_batch_size=16", "parallel.ep=8", "parallel.dispatch_chunks=2",
-)  # fmt: skip
+    "train.global_batch_size=256",
+    "train.micro_batch_size=16",
+    "parallel.ep=8",
+    "parallel.dispatch_chunks=2",
+)
 
 
 def _exchanges(time: StepTime) -> float:
@@ -180,11 +183,14 @@ def test_recomputing_is_no_faster_on_64_nodes(mask_ratio: float) -> None:
     settings = ["parallel.tp=2", "parallel.ep=64", "parallel.dispatch_chunks=2"]
     none, selective = (
         step_time(
-            load_recipe("ecdit_m_64e", [*settings, "train.micro_batch_size=16", *more]), topology,
-            _zero(2, overlap=True), machine, mask_ratio,
+            load_recipe("ecdit_m_64e", [*settings, "train.micro_batch_size=16", *more]),
+            topology,
+            _zero(2, overlap=True),
+            machine,
+            mask_ratio,
         ).with_overlap
         for more in ([], ["train.recompute=selective", "train.recompute_every=2"])
-    )  # fmt: skip
+    )
     assert selective > none
 
 

@@ -40,9 +40,15 @@ ROOT = Path(__file__).resolve().parents[3]
 Leave = Callable[..., None]
 MARK = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ecdit_ds.slurm.completion import *; mark_complete"
 TASK = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NODEID": "0",
-    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LOCALID": "0",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +187,10 @@ def test_a_mark_that_cannot_be_written_is_told_in_one_line_and_ends_nothing(
     tmp_path: Path, leave: Leave, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(Completion(tmp_path / "gone" / ".complete-00"), 3, 4)
-    assert capsys.readouterr().err == f"error: {tmp_path}/gone/.complete-00-3: cannot be written: " \
-        "No such file or directory\n"  # fmt: skip
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/gone/.complete-00-3: cannot be written: "
+        "No such file or directory\n"
+    )
 
 
 @pytest.mark.parametrize("code", [ExitCode.USER_ERROR, ExitCode.GAVE_UP, ExitCode.INTERRUPTED])
@@ -212,9 +220,11 @@ def test_ranks_leave_marks_where_nothing_of_the_environment_but_slurms_own_is_ha
     with expect_completion(tmp_path / "marks") as completion:
         assert completion.told_to(["srun", "true"]) == ["srun", "true"]
         subprocess.run(
-            completion.told_to(command)[2:], cwd=ROOT, check=True,
+            completion.told_to(command)[2:],
+            cwd=ROOT,
+            check=True,
             env=TASK | {"ECDIT_PYTHON": sys.executable} | ({VARIABLE: inherited} if inherited else {}),
-        )  # fmt: skip
+        )
         completion.confirm(lambda: ARRAY_TASK)
 
 
@@ -275,9 +285,13 @@ STEPS = ["dry_run", "node_check", "train"]
 
 
 def live(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, started: str = "", trained: str = "training to step 30",
-    launcher: Sequence[str] = ("srun",), scontrol: str | None = f"#!/bin/sh\necho '{STATE}'\n",
-) -> Verdict:  # fmt: skip
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    started: str = "",
+    trained: str = "training to step 30",
+    launcher: Sequence[str] = ("srun",),
+    scontrol: str | None = f"#!/bin/sh\necho '{STATE}'\n",
+) -> Verdict:
     """Live once with that srun, in a run that has come to step 30."""
     for name, script in (("srun", SRUN), ("scontrol", scontrol), ("squeue", "#!/bin/sh\n")):
         if script is not None:
@@ -325,9 +339,13 @@ def test_a_job_on_nodes_where_scontrol_tells_nothing_trains_without_a_known_limi
     ],
 )
 def test_a_step_of_which_not_all_was_started_is_a_life_that_failed_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str, started: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: str,
+    started: str,
     told: str,
-) -> None:  # fmt: skip
+) -> None:
     verdict = live(tmp_path, monkeypatch, started)
     assert (verdict.exit_code, verdict.is_again) == (ExitCode.TRY_AGAIN, False)  # its only life
     assert (tmp_path / "steps").read_text().split() == STEPS[: STEPS.index(step) + 1]
@@ -368,9 +386,13 @@ def test_training_is_not_done_unless_its_last_step_is_published(
     ],
 )
 def test_a_task_of_an_array_ends_with_a_0_that_was_confirmed_or_another_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: list[str], code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: list[str],
+    code: int,
     told: str,
-) -> None:  # fmt: skip
+) -> None:
     for name, value in (("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")):
         monkeypatch.setenv(name, value)
     assert run_task.main([str(tmp_path / "marks"), *command]) == code
@@ -432,9 +454,12 @@ def ends_told() -> list[int]:
     ("code", "expected"), [(ExitCode.DONE, ["training to step 7"]), (ExitCode.SAVED, []), (ExitCode.GAVE_UP, [])]
 )
 def test_training_reports_its_last_step_and_no_other_end(
-    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: ExitCode,
+    marked: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    code: ExitCode,
     expected: list[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("ecdit_ds.training.setup.run", lambda *_: code)
     monkeypatch.setattr("ecdit_ds.training.setup.share_cores", lambda _: None)
     assert train.main(["--set", "train.max_steps=7", "--output", str(tmp_path)]) == code
@@ -447,9 +472,13 @@ def test_training_reports_its_last_step_and_no_other_end(
     [(["--set", "train.max_steps=many"], [ExitCode.USER_ERROR]), (["--set", "parallel.tp=7"], [ExitCode.USER_ERROR])],
 )
 def test_training_reports_and_tells_a_user_error_on_whichever_rank_it_is(
-    marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    tmp_path: Path, arguments: list[str], ends: list[int],
-) -> None:  # fmt: skip
+    marked: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    ends: list[int],
+) -> None:
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert train.main([*arguments, "--output", str(tmp_path)]) == ExitCode.USER_ERROR
@@ -509,9 +538,15 @@ def test_a_node_check_that_passes_reports_itself_and_no_other(
     marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], code: int
 ) -> None:
     told = {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "ECDIT_REHEARSAL": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ECDIT_REHEARSAL": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     command = [*flags, "--", "--config", "rehearsal", "--output", str(tmp_path / "run")]

@@ -126,10 +126,16 @@ def test_a_line_that_lacks_something_is_refused_and_says_what(line: str, missing
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("00:00:30", 30.0), ("00:01:00", 60.0), ("12:34:56", 45296.0), ("2-00:00:00", 172800.0),
-        ("10-01:02:03", 867723.0), ("365-00:00:00", 31536000.0), ("UNLIMITED", None), ("Partition_Limit", None),
+        ("00:00:30", 30.0),
+        ("00:01:00", 60.0),
+        ("12:34:56", 45296.0),
+        ("2-00:00:00", 172800.0),
+        ("10-01:02:03", 867723.0),
+        ("365-00:00:00", 31536000.0),
+        ("UNLIMITED", None),
+        ("Partition_Limit", None),
     ],
-)  # fmt: skip
+)
 def test_a_time_limit_is_so_many_seconds_or_none(text: str, seconds: float | None) -> None:
     assert parse_limit(text) == seconds
 
@@ -255,10 +261,15 @@ def test_training_without_a_folder_is_refused(flags: list[str]) -> None:
 @pytest.mark.parametrize(
     ("given", "flag"),
     [
-        ("--dry-run", "--dry-run"), ("--dry", "--dry-run"), ("--print-config", "--print-config"),
-        ("--p", "--print-config"), ("--help", "--help"), ("--h", "--help"), ("-h", "--help"),
+        ("--dry-run", "--dry-run"),
+        ("--dry", "--dry-run"),
+        ("--print-config", "--print-config"),
+        ("--p", "--print-config"),
+        ("--help", "--help"),
+        ("--h", "--help"),
+        ("-h", "--help"),
     ],
-)  # fmt: skip
+)
 def test_a_job_that_would_train_nothing_is_refused(given: str, flag: str) -> None:
     with pytest.raises(ConfigError, match=f"train.py {flag}: does none of the work, which this job would repeat"):
         output_of(["ecdit_ds/train.py", "--output", "runs/a", given])
@@ -268,9 +279,14 @@ def test_a_supervisor_outside_of_a_job_says_so_in_one_line_and_needs_the_standar
     """With -S there is nothing else."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     ended = subprocess.run(
-        [sys.executable, "-S", "ecdit_ds/slurm/supervise.py", "x", "--", "y"], cwd=ROOT, env=environment,
-        capture_output=True, text=True, check=False, timeout=20,
-    )  # fmt: skip
+        [sys.executable, "-S", "ecdit_ds/slurm/supervise.py", "x", "--", "y"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
     assert ended.returncode == 2
     (line,) = (ended.stdout + ended.stderr).splitlines()
     assert "error: " in line and "SLURM_JOB_ID" in line
@@ -341,9 +357,11 @@ def test_a_controller_that_forbids_a_requeue_in_whatever_words_is_asked_once(
 
 def test_pauses_between_questions_grow_and_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     now, asked, told = [0.0], list[float](), list[str]()
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(
-        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        scheduler,
+        "time",
+        SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)),
+    )
 
     def ask() -> None:
         asked.append(now[0])

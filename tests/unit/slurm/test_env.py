@@ -19,9 +19,13 @@ def source(folder: Path, site: str | None = None, then: str = "env", **given: st
         (folder / "slurm" / "site.sh").write_text(site)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "ECDIT_PYTHON": sys.executable} | given
     return subprocess.run(
-        ["bash", "-c", f"source slurm/env.sh\n{then}"], cwd=folder, env=environment, capture_output=True, text=True,
+        ["bash", "-c", f"source slurm/env.sh\n{then}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def variables(told: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -103,8 +107,13 @@ def test_a_job_whose_name_is_no_folders_is_refused(tmp_path: Path, name: str) ->
     assert told.stderr.startswith(f"error: --job-name={name}: names no folder")
 
 
-INHERITED = {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8",
-             "SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": "12"}  # fmt: skip
+INHERITED = {
+    "SLURM_ARRAY_JOB_ID": "10",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_COUNT": "8",
+    "SLURM_RESTART_COUNT": "2",
+    "SLURM_JOB_ID": "12",
+}
 TOLD = (
     "JobId=12 {array}JobName=a UserId=x Requeue=1 Restarts=0 b\n   UserId=root(0) GroupId=root(0)\n"
     "   JobState=RUNNING\n   Requeue=1 Restarts={restarts} BatchFlag=1\n   Comment=Requeue=1 Restarts=0 JobId=12 y\n"

@@ -138,19 +138,28 @@ def start_rank() -> Iterator[StartRank]:
     """Return `start_rank(rank, output, patience_seconds, *flags)`: one of two ranks, each on a node of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     environment = kept | {
-        "ECDIT_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "ECDIT_REHEARSAL": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
+    }
     started = []
 
     def start(rank: int, output: Path, patience_seconds: float, *flags: str) -> subprocess.Popen[str]:
         command = ["ecdit_ds/slurm/preflight.py", f"--patience-seconds={patience_seconds}", *flags]
         process = subprocess.Popen(
-            [sys.executable, *command, "--", "--config", "rehearsal", "--output", str(output)], cwd=ROOT,
-            env=environment | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, *command, "--", "--config", "rehearsal", "--output", str(output)],
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         started.append(process)
         return process
 

@@ -10,10 +10,18 @@ RefusalOf = Callable[[Callable[[], object]], str]
 Environment = dict[str, str]
 
 TASK = {
-    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu-[003,007]", "SLURM_PROCID": "3",
-    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1", "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "99", "SLURM_NODELIST": "elsewhere[1-9]", "SLURM_TASKS_PER_NODE": "9(x9)",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu-[003,007]",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "99",
+    "SLURM_NODELIST": "elsewhere[1-9]",
+    "SLURM_TASKS_PER_NODE": "9(x9)",
+}
 """The last of four tasks; the job is larger than the step."""
 
 
@@ -23,18 +31,26 @@ def tasks_of_step(counts: list[int], told: str, **more: str) -> Iterator[Environ
     for node, count in enumerate(counts):
         for local in range(count):
             yield TASK | {
-                "SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local),
-                "SLURM_STEP_NUM_TASKS": str(sum(counts)), "SLURM_STEP_TASKS_PER_NODE": told,
-                "SLURM_STEP_NODELIST": f"n[1-{len(counts)}]", **more,
-            }  # fmt: skip
+                "SLURM_PROCID": str(rank),
+                "SLURM_NODEID": str(node),
+                "SLURM_LOCALID": str(local),
+                "SLURM_STEP_NUM_TASKS": str(sum(counts)),
+                "SLURM_STEP_TASKS_PER_NODE": told,
+                "SLURM_STEP_NODELIST": f"n[1-{len(counts)}]",
+                **more,
+            }
             rank += 1
 
 
 def test_a_task_is_the_rank_that_its_step_says_and_not_its_job() -> None:
     assert rank_environment(TASK) == {
-        "RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu-003",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu-003",
         "MASTER_PORT": rank_environment(TASK)["MASTER_PORT"],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

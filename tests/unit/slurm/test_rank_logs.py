@@ -11,9 +11,15 @@ from ecdit_ds.slurm.rank_logs import flags_for_logs
 
 ROOT = Path(__file__).resolve().parents[3]
 TASK = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "11", "SLURM_NODEID": "0",
-    "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_TASKS_PER_NODE": "12", "SLURM_LOCALID": "11",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_PROCID": "11",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_TASKS_PER_NODE": "12",
+    "SLURM_LOCALID": "11",
+}
 
 
 def run_rank(logs: Path, words: list[str], **changes: str) -> subprocess.CompletedProcess[str]:

@@ -14,9 +14,15 @@ ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 20.0
 HOLD = "--hold-signals"
 TASK = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "1", "SLURM_NODEID": "0",
-    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_LOCALID": "1",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_PROCID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_LOCALID": "1",
+}
 
 PROGRAM = f"""
 import os, sys, time
@@ -44,9 +50,14 @@ def start_rank(tmp_path: Path) -> Iterator[StartRank]:
     def start(*flags: str, starter: Path = ROOT / "slurm/rank.sh") -> subprocess.Popen[str]:
         command = [str(starter), *flags, str(tmp_path / "program.py"), "--of", "the program"]
         process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            command,
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         started.append(process)
         return process
 
@@ -160,6 +171,12 @@ def run_rank(*arguments: str, told: dict[str, str]) -> subprocess.CompletedProce
     """Run slurm/rank.sh to its end."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     return subprocess.run(
-        [str(ROOT / "slurm/rank.sh"), *arguments], env=kept | told | {"ECDIT_PYTHON": sys.executable}, cwd=ROOT,
-        capture_output=True, text=True, check=False, timeout=SECONDS, input="print('read from standard input')",
-    )  # fmt: skip
+        [str(ROOT / "slurm/rank.sh"), *arguments],
+        env=kept | told | {"ECDIT_PYTHON": sys.executable},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        input="print('read from standard input')",
+    )

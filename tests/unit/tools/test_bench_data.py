@@ -68,9 +68,13 @@ def test_an_estimated_step_is_flops_over_what_a_gpu_does() -> None:
 
 def test_the_way_to_a_step_is_told_as_shares_of_it() -> None:
     way = {
-        "micro_batch_size": 8, "step_seconds": 0.2, "step_source": "somewhere", "worker_seconds": 0.05,
-        "parts_seconds": {"gather": 0.01, "noise": 0.04}, "waits_seconds": {0: 0.05, 2: 0.002},
-    }  # fmt: skip
+        "micro_batch_size": 8,
+        "step_seconds": 0.2,
+        "step_source": "somewhere",
+        "worker_seconds": 0.05,
+        "parts_seconds": {"gather": 0.01, "noise": 0.04},
+        "waits_seconds": {0: 0.05, 2: 0.002},
+    }
     lines = way_lines(way)
     assert "200.0 ms (somewhere)" in lines[0]
     assert "50.00 ms: gather 10.00, noise 40.00; one worker is busy 25.0%" in lines[1]
@@ -86,10 +90,22 @@ def test_the_loader_command_writes_every_side_and_the_way_to_a_step(
     monkeypatch.setattr(bench_step, "MEASURED_STEPS", 1)
     path, folder, threads = tmp_path / "loader.json", tmp_path / "there", torch.get_num_threads()
     folder.mkdir()
-    options = parse_arguments([
-        "loader", "--quick", "--configs", "demo", "--gigabytes", "0.000001", "--workers", "1", "--folder", str(folder),
-        "--json", str(path),
-    ])  # fmt: skip
+    options = parse_arguments(
+        [
+            "loader",
+            "--quick",
+            "--configs",
+            "demo",
+            "--gigabytes",
+            "0.000001",
+            "--workers",
+            "1",
+            "--folder",
+            str(folder),
+            "--json",
+            str(path),
+        ]
+    )
     options.run(options)
     report, said = json.loads(path.read_text()), capsys.readouterr().out
     sides = [RAW, ONE_CALL, SEQUENTIAL, OURS, OURS_FP32, FORMATTER, "ours, 1 worker"]

@@ -50,9 +50,12 @@ def drawer_of(kind: type[TextToImage], recipe: Recipe, config: ModelConfig, fill
     model = ECDiT(config, SerialLayers())
     fill(model)
     return kind(
-        model=model, recipe=replace(recipe, model=config), image_encoder=PixelCodec(), device=torch.device("cpu"),
+        model=model,
+        recipe=replace(recipe, model=config),
+        image_encoder=PixelCodec(),
+        device=torch.device("cpu"),
         text_encoder=NumbersForText(embed_dim=config.text_embed_dim, max_tokens=config.max_text_tokens),
-    )  # fmt: skip
+    )
 
 
 def denoise(drawer: TextToImage, draw: Callable[..., Tensor], guidance: float, steps: int = 3) -> Tensor:
@@ -65,9 +68,14 @@ def denoise(drawer: TextToImage, draw: Callable[..., Tensor], guidance: float, s
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("kind", [TextToImage, RepeatingTextToImage])
 def test_the_formula_of_a_picture_is_what_torch_counts_while_one_is_drawn(
-    tiny_recipe: Recipe, randomize: Fill, draw: Callable[..., Tensor], name: str, guidance: float,
-    kind: type[TextToImage], is_dense: bool,
-) -> None:  # fmt: skip
+    tiny_recipe: Recipe,
+    randomize: Fill,
+    draw: Callable[..., Tensor],
+    name: str,
+    guidance: float,
+    kind: type[TextToImage],
+    is_dense: bool,
+) -> None:
     config = replace(tiny_recipe.model, **SWITCHES[name])
     config = dense_twin(config) if is_dense else config
     drawer = drawer_of(kind, tiny_recipe, config, randomize)
@@ -122,11 +130,15 @@ def test_overhead_is_time_over_flops() -> None:
     flops, times = {"ec": 3.0, "twin": 2.0, "equal": 3.0}, {"ec": [6.0, 6.6], "twin": [2.0, 2.0], "equal": [4.0, 4.0]}
     sides = [
         Side(
-            model=name, reuses_text=reuses_text, drawer=None, flops=flops[name] * (1 if reuses_text else 2),  # type: ignore[arg-type]
+            model=name,
+            reuses_text=reuses_text,
+            drawer=None,  # type: ignore[arg-type]
+            flops=flops[name] * (1 if reuses_text else 2),
             times_ms=[t * (1 if reuses_text else 4) for t in times[name]],
         )
-        for name in flops for reuses_text in (True, False)
-    ]  # fmt: skip
+        for name in flops
+        for reuses_text in (True, False)
+    ]
     rows = {(row["case"], row["peer"]): row for row in to_rows(sides)}
     assert rows["ec, reuse", "twin"]["overhead"] == pytest.approx(3.15 / 1.5)
     assert rows["ec, again", "equal"]["overhead"] == pytest.approx(6.3 / 4)

@@ -59,8 +59,26 @@ def test_real_encoders_are_named_by_their_folders(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vae, t5 = save_vae(tmp_path / "vae"), save_t5(tmp_path / "t5")
-    arguments = ["encode", pictures, tmp_path / "set", "--vae", vae, "--text", t5, "--text-tokens", 24, "--buckets",
-                 "--size", 32, "--dtype", "fp32", "--max-bad", 1, "--text-precision", "bf16"]  # fmt: skip
+    arguments = [
+        "encode",
+        pictures,
+        tmp_path / "set",
+        "--vae",
+        vae,
+        "--text",
+        t5,
+        "--text-tokens",
+        24,
+        "--buckets",
+        "--size",
+        32,
+        "--dtype",
+        "fp32",
+        "--max-bad",
+        1,
+        "--text-precision",
+        "bf16",
+    ]
     assert run(*arguments) == ExitCode.DONE
     index = json.loads((tmp_path / "set" / "index.json").read_text())
     assert index["image_encoder"]["name"] == str(vae) and index["text_encoder"]["names"] == [str(t5)]

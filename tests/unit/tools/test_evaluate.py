@@ -34,9 +34,12 @@ CAPTIONS = ("a red seven", "two green fives", "a nine")
 
 @pytest.fixture
 def tool(
-    tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    save_model: SaveModel,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> EvaluateTool:  # fmt: skip
+) -> EvaluateTool:
     """Return the tool beside a checkpoint of a random model, the only one of its run."""
     return EvaluateTool(tmp_path, save_model(tmp_path / "run" / "checkpoints", make_recipe()), monkeypatch, capfd)
 
@@ -48,9 +51,15 @@ def test_results_tell_what_they_are_of_and_how_they_were_made(tool: EvaluateTool
     name, identity = told["settings"].pop("checkpoint").split()
     assert (name, len(identity)) == (tool.checkpoint.name, 16)
     assert told["settings"] == {
-        "metric": "loss", "recipe": "tiny", "step": 1, "weights": "ema",
-        "dtype": "fp32", "times": 2, "samples": 8, "data_seed": 0,
-    }  # fmt: skip
+        "metric": "loss",
+        "recipe": "tiny",
+        "step": 1,
+        "weights": "ema",
+        "dtype": "fp32",
+        "times": 2,
+        "samples": 8,
+        "data_seed": 0,
+    }
     assert {"python", "torch", "transformers"} <= set(told["versions"])
     assert told["command"].startswith("python ") and " loss --checkpoint " in told["command"]
     assert f"results in {Path('o') / 'results.json'}" in tool.printed
@@ -62,13 +71,23 @@ def test_the_loss_is_the_held_out_loss_of_the_averaged_weights(
 ) -> None:
     recipe, drawer = make_recipe(), load_drawer(tool.checkpoint)
     held_out = open_digit_scenes(
-        recipe.model, recipe.data, split="heldout", seed=0,
-        image_encoder=drawer.image_encoder, text_encoder=drawer.text_encoder,
-    )  # fmt: skip
+        recipe.model,
+        recipe.data,
+        split="heldout",
+        seed=0,
+        image_encoder=drawer.image_encoder,
+        text_encoder=drawer.text_encoder,
+    )
     losses = heldout_loss(
-        drawer.model, held_out, batch_size=4, dp_rank=0, dp_size=1, device=torch.device("cpu"),
-        total=lambda values: values, num_times=times,
-    )  # fmt: skip
+        drawer.model,
+        held_out,
+        batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        device=torch.device("cpu"),
+        total=lambda values: values,
+        num_times=times,
+    )
     results = tool.score("loss", "--times", times, "--batch-size", 4)["results"]
     assert results["by_time"] == [list(pair) for pair in zip(heldout_times(times).tolist(), losses, strict=True)]
     assert results["mean"] == pytest.approx(np.mean(losses))
@@ -262,9 +281,14 @@ OTHER_DATA = (
     [(*case, False) for case in OTHER_DATA] + [(*case, True) for case in OTHER_DATA if "scenes" in str(case[2][0])],
 )
 def test_digit_scenes_do_not_judge_a_model_of_other_data(
-    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel, data: tuple[str, ...], script: str,
-    flags: tuple[object, ...], is_export: bool,
-) -> None:  # fmt: skip
+    tool: EvaluateTool,
+    make_recipe: MakeRecipe,
+    save_model: SaveModel,
+    data: tuple[str, ...],
+    script: str,
+    flags: tuple[object, ...],
+    is_export: bool,
+) -> None:
     encoders: dict[str, Any] = {
         "image_encoder": image_facts(PixelCodec()),
         "text_encoder": text_facts(WordEncoder(embed_dim=24, max_tokens=12)),
@@ -297,15 +321,21 @@ def encoders_of_scenes(**image: Any) -> dict[str, Any]:
     """Return what a checkpoint of digit scenes says of its encoders; or of the codec of other pictures."""
     words = WordEncoder(embed_dim=24, max_tokens=12)
     return {
-        "image": image_facts(PixelCodec(**image)), "text": text_facts(words), "null_text": null_text_facts(words.null())
-    }  # fmt: skip
+        "image": image_facts(PixelCodec(**image)),
+        "text": text_facts(words),
+        "null_text": null_text_facts(words.null()),
+    }
 
 
 @pytest.mark.parametrize(("script", "flags"), [("evaluate.py", SCENES), ("heatmaps.py", ("--scenes", 1))])
 def test_an_upcycled_model_of_other_pictures_is_not_judged_by_digit_scenes(
-    tool: EvaluateTool, make_recipe: MakeRecipe, save_model: SaveModel, tiny_recipe_file: Path, script: str,
+    tool: EvaluateTool,
+    make_recipe: MakeRecipe,
+    save_model: SaveModel,
+    tiny_recipe_file: Path,
+    script: str,
     flags: tuple[object, ...],
-) -> None:  # fmt: skip
+) -> None:
     dense = make_recipe("model.ffn=dense", *ENCODED)
     meta = {"recipe": dense.to_dict(), "encoders": encoders_of_scenes(shift_factor=(0.1, 0.2, 0.3))}
     command = ["convert", save_model(tool.folder / "dense", dense, 1, meta), tool.folder / "up"]

@@ -209,9 +209,19 @@ def test_overrides_hold_all_that_differs_from_the_named_recipe(plan: Callable[..
 
 
 WHOLE = (
-    "--config", "ecdit_xl_8e", "--set", "train.global_batch_size=512", "--nodes", "1", "--gpu", "a100-40gb", "--ep",
-    "8", "--zero", "2",
-)  # fmt: skip
+    "--config",
+    "ecdit_xl_8e",
+    "--set",
+    "train.global_batch_size=512",
+    "--nodes",
+    "1",
+    "--gpu",
+    "a100-40gb",
+    "--ep",
+    "8",
+    "--zero",
+    "2",
+)
 """A model that the phases have different room beside."""
 
 
@@ -292,8 +302,12 @@ def _unread(*arguments: str) -> subprocess.CompletedProcess[str]:
     with os.fdopen(writes, "wb") as nobody:
         return subprocess.run(
             [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
-            stdout=nobody, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
-        )  # fmt: skip
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
 
 
 def test_files_are_written_though_nobody_reads_the_tables(tmp_path: Path) -> None:
@@ -318,19 +332,23 @@ MISTAKES = {
     "too many GPUs": ((*BIG, "--gpus-per-node", "1000000000"), "--gpus-per-node: 1000000000 is outside 1 to 576"),
     "too many images": ((*BIG, "--set", "train.global_batch_size=1000000000001"), "is more than 1000000000000 images"),
     "nodes that split no batch": (
-        (*BIG, "--nodes", "63"), "which are 504 (tp 1), 252 (tp 2), 126 (tp 4), 63 (tp 8); the batch splits over"
+        (*BIG, "--nodes", "63"),
+        "which are 504 (tp 1), 252 (tp 2), 126 (tp 4), 63 (tp 8); the batch splits over",
     ),
     "EP that does not divide ranks": (
-        (*BIG, "--nodes", "1", "--tp", "1", "--ep", "64"), "choose ep from 1, 2, 4, 8, which divide both them and"
+        (*BIG, "--nodes", "1", "--tp", "1", "--ep", "64"),
+        "choose ep from 1, 2, 4, 8, which divide both them and",
     ),
     "a file that is not there, in a search": (
-        (*BIG, "--tp", "2", "--deepspeed", "/none.json"), "error: --deepspeed /none.json: No such file"
+        (*BIG, "--tp", "2", "--deepspeed", "/none.json"),
+        "error: --deepspeed /none.json: No such file",
     ),
     "EP that does not divide experts": ((*SMALL, "--tp", "1", "--ep", "3"), "parallel.ep(3) does not divide"),
     "EP in a search that does not divide": ((*SMALL, "--ep", "3"), "parallel.ep(3) does not divide"),
     "TP across nodes": ((*SMALL, "--gpus-per-node", "1", "--nodes", "16", "--tp", "2", "--ep", "1"), "within a node"),
     "a stage that contradicts": (
-        (*FIXED, "--zero", "3", "--deepspeed", str(ROOT / "ds_configs" / "zero2.json")), "says stage 2"
+        (*FIXED, "--zero", "3", "--deepspeed", str(ROOT / "ds_configs" / "zero2.json")),
+        "says stage 2",
     ),
     "a file that is not there": ((*FIXED, "--deepspeed", "none.json"), "none.json"),
     "a mask that leaves too little": ((*BIG, "--set", "train.mask_ratio=0.99"), "less than one token"),
@@ -343,7 +361,7 @@ MISTAKES = {
     "overwrite alone": ((*FIXED, "--overwrite"), "no effect without --write"),
     "an unknown flag": ((*FIXED, "--gpu-count", "8"), "(see --help)"),
     "a micro-batch that does not divide": ((*FIXED, "--micro-batch", "24"), "train.micro_batch_size"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

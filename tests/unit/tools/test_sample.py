@@ -162,8 +162,11 @@ def test_the_command_refuses_to_draw_nothing(
 
 def test_prompts_of_a_file_keep_their_seeds_and_each_has_as_many_pictures_as_asked(tmp_path: Path, run: Run) -> None:
     lines: list[dict[str, Any]] = [
-        {"prompt": "a nine"}, {"prompt": "a six", "seed": 40}, {"prompt": "a two"}, {"prompt": "a four"},
-    ]  # fmt: skip
+        {"prompt": "a nine"},
+        {"prompt": "a six", "seed": 40},
+        {"prompt": "a two"},
+        {"prompt": "a four"},
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     flags = ["--prompts", "p.jsonl", "--images-per-prompt", "2", "--limit", "3", "--seed", "5", "--steps", "1"]
     assert run(*flags, "--output", "o", "--grid", "4") == (0, [])
@@ -209,8 +212,22 @@ def test_the_tasks_pictures_together_are_those_of_one_command_to_the_byte(
 ) -> None:
     model = save_model(tmp_path / pool, make_recipe(f"model.routing_pool={pool}"))
     # Five batches, the last of one picture; a task's share of two is not the first two.
-    flags = ["--checkpoint", str(model), "--images-per-prompt", "9", "--limit", "1", "--seed", "7", "--batch-size", "2",
-             "--steps", "1", "--height", "16"]  # fmt: skip
+    flags = [
+        "--checkpoint",
+        str(model),
+        "--images-per-prompt",
+        "9",
+        "--limit",
+        "1",
+        "--seed",
+        "7",
+        "--batch-size",
+        "2",
+        "--steps",
+        "1",
+        "--height",
+        "16",
+    ]
     assert run(*flags, "--output", "whole") == (0, [])
     indices = {0: [0, 1, 6, 7], 1: [2, 3, 8], 2: [4, 5]}
     shared: dict[str, bytes] = {}
@@ -284,11 +301,19 @@ def test_a_spread_model_draws_the_same_pictures(tmp_path: Path, run: Run) -> Non
 
 def test_every_drawing_flag_reaches_the_pictures(tmp_path: Path, run: Run) -> None:
     variants = {
-        "plain": "", "seed": "--seed 1", "sampler": "--sampler heun", "steps": "--steps 3", "guidance": "--guidance 4",
-        "interval": "--guidance-interval 0.0 0.6", "negative": "--negative-prompt six", "weights": "--weights weight",
-        "capacity": "--capacity-factor 1", "dtype": "--dtype bf16", "noise": "--sampler euler_ancestral",
+        "plain": "",
+        "seed": "--seed 1",
+        "sampler": "--sampler heun",
+        "steps": "--steps 3",
+        "guidance": "--guidance 4",
+        "interval": "--guidance-interval 0.0 0.6",
+        "negative": "--negative-prompt six",
+        "weights": "--weights weight",
+        "capacity": "--capacity-factor 1",
+        "dtype": "--dtype bf16",
+        "noise": "--sampler euler_ancestral",
         "eta": "--sampler euler_ancestral --eta 0.5",
-    }  # fmt: skip
+    }
     drawn = {}
     for name, flags in variants.items():
         # With a size given, even the recipe's, no map of experts is drawn, which takes longest.

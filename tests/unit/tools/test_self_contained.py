@@ -59,9 +59,13 @@ def autoencoded(make_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
     flags = ("--vae", vae, "--text", *texts, "--text-tokens", 20, "--dtype", "bf16")
     train = encode(pictures, tmp_path / "latents", "--size", 64, *flags)
     return make_recipe(
-        "data.dataset=encoded", f"data.path={train}", f"data.heldout_path={train}", "model.in_channels=5",
-        "model.text_embed_dim=28", "model.max_text_tokens=20",
-    )  # fmt: skip
+        "data.dataset=encoded",
+        f"data.path={train}",
+        f"data.heldout_path={train}",
+        "model.in_channels=5",
+        "model.text_embed_dim=28",
+        "model.max_text_tokens=20",
+    )
 
 
 def convert(source: Path, destination: Path, *flags: str) -> Path:
@@ -124,9 +128,11 @@ def test_encoders_that_have_moved_are_named_by_hand_and_others_are_refused(
     message = refusal_of(lambda: TextToImagePipeline.from_pretrained(exported, vae=vae))
     assert str(home / "t5") in message and message.endswith("say where: --text DIR (in Python, text=DIR)")
     assert np.array_equal(pictures_of(TextToImagePipeline.from_pretrained(exported, vae=vae, text=texts)), at_home)
-    for folders in (EncoderFolders(vae=str(other), text=[str(t) for t in texts]),
-                    EncoderFolders(vae=str(vae), text=[str(texts[0])]),
-                    EncoderFolders(vae=str(vae), text=[str(t) for t in reversed(texts)])):  # fmt: skip
+    for folders in (
+        EncoderFolders(vae=str(other), text=[str(t) for t in texts]),
+        EncoderFolders(vae=str(vae), text=[str(texts[0])]),
+        EncoderFolders(vae=str(vae), text=[str(t) for t in reversed(texts)]),
+    ):
         message = refusal_of(lambda: load_drawer(exported, folders=folders))  # noqa: B023
         assert "was encoded with" in message and "but this is" in message
     flags = ("--checkpoint", exported, "--prompt", PROMPT, "--steps", "1")
@@ -221,19 +227,23 @@ def test_guidance_leads_away_from_the_text_that_training_dropped_texts_to(autoen
     other = TextEmbeddings(embeds_BTD=own.embeds_BTD + 1, mask_BT=own.mask_BT, pooled_BD=own.pooled_BD + 1)
     drawn = drawer.draw([PROMPT], **noise)
     assert not torch.allclose(replace(drawer, null_text=other).draw([PROMPT], **noise), drawn, atol=1e-3)
-    assert torch.equal(replace(drawer, null_text=own).draw([PROMPT], **noise),
-                       replace(drawer, null_text=None).draw([PROMPT], **noise))  # fmt: skip
+    assert torch.equal(
+        replace(drawer, null_text=own).draw([PROMPT], **noise), replace(drawer, null_text=None).draw([PROMPT], **noise)
+    )
 
 
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("image", None), ("text", "words"), ("null_text", {}), ("null_text", {"tokens": 12, "places": [0]}),
+        ("image", None),
+        ("text", "words"),
+        ("null_text", {}),
+        ("null_text", {"tokens": 12, "places": [0]}),
         ("null_text", {"tokens": 12, "places": [12], "embeds": "AAAAAA==", "pooled": "AAAAAA=="}),
         ("null_text", {"tokens": 12, "places": [0], "embeds": "AAAAAA==", "pooled": "AAAAAA=="}),
         ("null_text", {"tokens": 12, "places": [0], "embeds": "?", "pooled": "AAAAAA=="}),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_description_is_one_line(
     pixels: Recipe, tmp_path: Path, refusal_of: Refusal, part: str, value: object
 ) -> None:
@@ -295,8 +305,10 @@ def test_factors_of_pixels_may_be_written_down_to_go_on_with_a_run_that_had_them
 ) -> None:
     asked = replace(pixels, data=replace(pixels.data, shift_factor=(-0.83,), scaling_factor=(2.2,)))
     check_same_recipe(pixels.to_dict(), asked, tmp_path)
-    beside = [describe_encoders(recipe, WordEncoder(embed_dim=24, max_tokens=12).null())["image"]["identity"]
-              for recipe in (asked, pixels)]  # fmt: skip
+    beside = [
+        describe_encoders(recipe, WordEncoder(embed_dim=24, max_tokens=12).null())["image"]["identity"]
+        for recipe in (asked, pixels)
+    ]
     assert beside[0] == "pixels-2--0.83-2.2", "what raw files went through in earlier releases"
     before, now = ({"sets": ["a"], "encoders_beside": [name, "words"]} for name in beside)
     check_same_data(before, before, tmp_path)

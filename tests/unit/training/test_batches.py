@@ -45,9 +45,12 @@ def samples_at(*stream_index: int) -> Samples:
     numbers = index_B.float()
     return Samples(
         latents_BCHW=numbers.view(-1, 1, 1, 1).repeat(1, 3, 8, 8),
-        text_embeds_BTD=-numbers.view(-1, 1, 1).repeat(1, 6, 24), text_mask_BT=torch.ones(len(index_B), 6).bool(),
-        text_pooled_BD=-numbers.view(-1, 1).repeat(1, 24), captions=("",) * len(index_B), stream_index_B=index_B,
-    )  # fmt: skip
+        text_embeds_BTD=-numbers.view(-1, 1, 1).repeat(1, 6, 24),
+        text_mask_BT=torch.ones(len(index_B), 6).bool(),
+        text_pooled_BD=-numbers.view(-1, 1).repeat(1, 24),
+        captions=("",) * len(index_B),
+        stream_index_B=index_B,
+    )
 
 
 def test_what_is_drawn_for_one_purpose_says_nothing_of_what_is_drawn_for_another() -> None:
@@ -82,9 +85,14 @@ def test_no_two_purposes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None
 
     def heldout() -> object:
         return heldout_loss(
-            lambda noisy, *_: Prediction(noisy, torch.zeros(())), None,  # type: ignore[arg-type]
-            batch_size=1, dp_rank=0, dp_size=1, device=torch.device("cpu"), total=lambda sums: sums,
-        )  # fmt: skip
+            lambda noisy, *_: Prediction(noisy, torch.zeros(())),
+            None,  # type: ignore[arg-type]
+            batch_size=1,
+            dp_rank=0,
+            dp_size=1,
+            device=torch.device("cpu"),
+            total=lambda sums: sums,
+        )
 
     uses: dict[str, Callable[[], object]] = {
         "noise": lambda: draw_noise((1,), ONE, SEED),
@@ -131,12 +139,17 @@ def test_a_dropped_text_is_dropped_in_all_its_parts_and_the_picture_stays(
     kept = draw_text_kept(samples.stream_index_B, recipe.train.seed, recipe.flow)
     assert 16 < kept.sum() < 48
     assert torch.equal(batch.latents_BCHW, samples.latents_BCHW)
-    for name, null in (("embeds_BTD", null_text.embeds_BTD), ("mask_BT", null_text.mask_BT),
-                       ("pooled_BD", null_text.pooled_BD)):  # fmt: skip
+    for name, null in (
+        ("embeds_BTD", null_text.embeds_BTD),
+        ("mask_BT", null_text.mask_BT),
+        ("pooled_BD", null_text.pooled_BD),
+    ):
         found, own = getattr(batch, f"text_{name}"), getattr(samples, f"text_{name}")
         assert torch.equal(found[kept], own[kept]) and torch.equal(found[~kept], null.expand_as(found[~kept])), name
-    assert torch.equal(with_text(batch, samples_at(0, 1), torch.tensor([True, True]), null_text).text_pooled_BD,
-                       samples.text_pooled_BD[:2])  # fmt: skip
+    assert torch.equal(
+        with_text(batch, samples_at(0, 1), torch.tensor([True, True]), null_text).text_pooled_BD,
+        samples.text_pooled_BD[:2],
+    )
 
 
 @pytest.mark.parametrize(("first", "num_kept"), [(0, 8), (8, 8), (14, 8), (16, None), (24, None)])

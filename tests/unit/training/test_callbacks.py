@@ -66,10 +66,16 @@ def test_tensorboard_has_every_number_as_a_series_and_every_sparse_layer_as_its_
     found = events(tmp_path)
     series = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     assert set(series) == {
-        "train/loss", "train/grad_norm", "train/images_per_second", "train/experts_per_token", "train/skipped_steps",
-        "routing/router_entropy/moe_layer_0", "routing/router_entropy/moe_layer_1",
-        "heldout/heldout_loss", "heldout/heldout_loss_ema",
-    }  # fmt: skip
+        "train/loss",
+        "train/grad_norm",
+        "train/images_per_second",
+        "train/experts_per_token",
+        "train/skipped_steps",
+        "routing/router_entropy/moe_layer_0",
+        "routing/router_entropy/moe_layer_1",
+        "heldout/heldout_loss",
+        "heldout/heldout_loss_ema",
+    }
     assert series["train/loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert series["train/skipped_steps"] == [(1, 0.0), (2, 1.0), (3, 1.0)]
     assert series["routing/router_entropy/moe_layer_1"] == [(step, 0.75) for step in (1, 2, 3)]
@@ -87,8 +93,12 @@ def test_tensorboard_keeps_the_drawn_pictures_and_their_captions(tmp_path: Path)
     shown = [np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in found.Images("samples")]
     assert [image.step for image in found.Images("samples")] == [7]
     for picture in pictures:
-        assert any((window == picture).all() for window in np.lib.stride_tricks.sliding_window_view(
-            shown[0], picture.shape)[:, :, 0].reshape(-1, *picture.shape))  # fmt: skip
+        assert any(
+            (window == picture).all()
+            for window in np.lib.stride_tricks.sliding_window_view(shown[0], picture.shape)[:, :, 0].reshape(
+                -1, *picture.shape
+            )
+        )
     (captions,) = (found.Tensors(tag) for tag in found.Tags()["tensors"] if tag.startswith("captions"))
     assert b"a red seven / a blue two" in captions[0].tensor_proto.string_val[0]
 
@@ -189,10 +199,13 @@ def test_scenes_drawn_right_are_a_series_a_kind_and_their_mean_of_model_and_refe
     found = events(tmp_path)
     series = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     assert {tag: values for tag, values in series.items() if tag.startswith("scenes")} == {
-        "scenes_model/mean": [(3, 0.5)], "scenes_model/count": [(3, 0.25)], "scenes_model/colour": [(3, 0.75)],
-        "scenes_reference/mean": [(3, 0.875)], "scenes_reference/count": [(3, 1.0)],
+        "scenes_model/mean": [(3, 0.5)],
+        "scenes_model/count": [(3, 0.25)],
+        "scenes_model/colour": [(3, 0.75)],
+        "scenes_reference/mean": [(3, 0.875)],
+        "scenes_reference/count": [(3, 1.0)],
         "scenes_reference/colour": [(3, 0.75)],
-    }  # fmt: skip
+    }
 
 
 def test_lines_that_a_full_disk_cut_off_are_taken_back_and_written_whole_with_the_next(
@@ -228,5 +241,9 @@ def test_lines_that_a_full_disk_cut_off_are_taken_back_and_written_whole_with_th
     lines.on_bad_samples([{"step": 3, "key": "d"}])
     lines.on_bad_samples([{"step": 4, "key": "e"}])
     assert [(line["step"], line["key"]) for line in lines_of(path)] == [
-        (1, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "e"),
-    ]  # fmt: skip
+        (1, "a"),
+        (1, "b"),
+        (2, "c"),
+        (3, "d"),
+        (4, "e"),
+    ]

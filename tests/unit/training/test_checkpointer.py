@@ -38,9 +38,13 @@ class FlatEngine:
     """One flat tensor of some elements of all parameters, with torch's AdamW and the average, as a rank of ZeRO has."""
 
     def __init__(
-        self, ranges: dict[str, tuple[int, int]], *, tp_cut: tuple[int, int] = (0, 1), seed: int = 0,
+        self,
+        ranges: dict[str, tuple[int, int]],
+        *,
+        tp_cut: tuple[int, int] = (0, 1),
+        seed: int = 0,
         is_writer: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Hold elements [start, stop) of each local tensor; of `a.weight` part `tp_cut[0]` of `tp_cut[1]`, by rows."""
         self._ranges, self._tp_cut, self._is_writer = ranges, tp_cut, is_writer
         self._draws = torch.Generator().manual_seed(seed)
@@ -159,10 +163,17 @@ def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
     ) -> tuple[Saver, FlatEngine, list[str]]:
         engine, notes = whole_engine(), list[str]()
         made = Saver(
-            tmp_path / "checkpoints", make_recipe(*overrides), cast(DeepSpeedEngine, engine),
-            cast(World, world or Alone(Gate())), claim(tmp_path, "12.0.a"), faults or Faults(rank=0), verified,
-            notes.append, DATA, ENCODERS,
-        )  # fmt: skip
+            tmp_path / "checkpoints",
+            make_recipe(*overrides),
+            cast(DeepSpeedEngine, engine),
+            cast(World, world or Alone(Gate())),
+            claim(tmp_path, "12.0.a"),
+            faults or Faults(rank=0),
+            verified,
+            notes.append,
+            DATA,
+            ENCODERS,
+        )
         return made, engine, notes
 
     return make
@@ -316,9 +327,7 @@ def test_a_writer_that_ends_after_the_last_look_was_not_too_late(
     monkeypatch.setattr(saver_module, "_LOOK_EVERY_S", 0.01)
     gate, faults = Gate(), FaultsAtGate(rank=0)
     faults.gate, faults.moment = gate, "mid-shard"
-    saver, _, notes = make_saver(
-        "train.save_timeout_minutes=0.001", faults=faults, world=Late(gate, is_patient=True)
-    )  # fmt: skip
+    saver, _, notes = make_saver("train.save_timeout_minutes=0.001", faults=faults, world=Late(gate, is_patient=True))
     saver.start(after(1))
     saver.finish()
     assert saver.newest is not None and len(notes) == 1

@@ -51,8 +51,14 @@ def test_a_laptop_dry_runs_any_rank_of_the_97_billion_model_on_512_gpus() -> Non
     done = subprocess.run([sys.executable, *command, *json_file], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, ""), "as training would end: its data is not named"
     out = done.stdout
-    for told in ("96,451,077,136 parameters", "512 ranks", "4096 images a step", "memory of rank 77",
-                 "data.path names no folder yet", "but training needs data.path and data.heldout_path;"):  # fmt: skip
+    for told in (
+        "96,451,077,136 parameters",
+        "512 ranks",
+        "4096 images a step",
+        "memory of rank 77",
+        "data.path names no folder yet",
+        "but training needs data.path and data.heldout_path;",
+    ):
         assert told in out
     found = memory(out)
     assert found.keys() == {*STATIC, ACTIVATIONS}
@@ -140,9 +146,15 @@ def test_encoders_beside_training_are_told_with_what_they_keep(dry_run: DryRun, 
         (pictures / f"{i}.png").write_bytes(encoded(image, "PNG"))
         (pictures / f"{i}.txt").write_text("a part")
     flags = [
-        "data.dataset=encoded", "data.encode=online", f"data.path={pictures}", f"data.vae={vae}", f"data.text=[{t5}]",
-        "model.in_channels=5", "model.text_embed_dim=12", "sample.prompts=[a part]",
-    ]  # fmt: skip
+        "data.dataset=encoded",
+        "data.encode=online",
+        f"data.path={pictures}",
+        f"data.vae={vae}",
+        f"data.text=[{t5}]",
+        "model.in_channels=5",
+        "model.text_embed_dim=12",
+        "sample.prompts=[a part]",
+    ]
     code, out, err = dry_run(*(part for flag in flags for part in ("--set", flag)))
     assert (code, err) == (2, ""), "data.heldout_path is not named"
     assert f"data         3 raw samples in {pictures}; latents 16 x 16" in out
@@ -175,8 +187,14 @@ def test_a_mixture_is_told_with_the_shares_of_its_sets_and_sizes(dry_run: DryRun
     square, wide = (3, 16, 16), (3, 12, 20)
     a = write_set(tmp_path / "a", [(square, 3), (wide, 1)], tokens=4, width=width)
     b = write_set(tmp_path / "b", [(square, 2)], tokens=4, width=width)
-    flags = ["model.max_text_tokens=4", "data.dataset=encoded", f"data.path=[{a}, {b}]", "data.weights=[1, 4]",
-             f"data.heldout_path={b}", "sample.prompts=[]"]  # fmt: skip
+    flags = [
+        "model.max_text_tokens=4",
+        "data.dataset=encoded",
+        f"data.path=[{a}, {b}]",
+        "data.weights=[1, 4]",
+        f"data.heldout_path={b}",
+        "sample.prompts=[]",
+    ]
     code, out, err = dry_run(*(part for flag in flags for part in ("--set", flag)))
     assert (code, err) == (0, "")
     assert f"data         6 encoded samples in {a} (20 %), {b} (80 %); latents 12 x 20 (5 %), 16 x 16 (95 %)\n" in out

@@ -76,9 +76,12 @@ def by_hand() -> tuple[list[dict[str, Tensor]], list[float], Net]:
         states.append(
             {f"{WEIGHT}/{name}": weight.detach().clone() for name, weight in named.items()}
             | {f"{EMA}/{name}": average.clone() for name, average in averages.items()}
-            | {f"{kind}/{name}": optimizer.state[w][kind].clone() for name, w in named.items()
-               for kind in ("exp_avg", "exp_avg_sq")}
-        )  # fmt: skip
+            | {
+                f"{kind}/{name}": optimizer.state[w][kind].clone()
+                for name, w in named.items()
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
+        )
     return states, norms, model
 
 
@@ -86,9 +89,10 @@ def pieces_of(engine: DeepSpeedEngine) -> list[tuple[str, int, Tensor]]:
     """Return what this rank keeps and writes: tensor, where the piece begins in it, and its numbers."""
     return [
         (f"{kind}/{here.name}", here.start, values.detach().clone())
-        for here in engine.fragments() if here.is_written_here
+        for here in engine.fragments()
+        if here.is_written_here
         for kind, values in here.states.items()
-    ]  # fmt: skip
+    ]
 
 
 def joined(pieces: list[tuple[str, int, Tensor]], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -173,8 +177,10 @@ def test_what_tensor_parallel_ranks_hold_alike_the_first_writes_and_slices_each_
     whole, cut = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
     set_shard(cut, (0, tp), is_cut_by_tp=True)
     flat = torch.arange(7.0)
-    ranges = [Range(parameter=whole, partition=0, at=0, start=0, length=3),
-              Range(parameter=cut, partition=0, at=3, start=0, length=4)]  # fmt: skip
+    ranges = [
+        Range(parameter=whole, partition=0, at=0, start=0, length=3),
+        Range(parameter=cut, partition=0, at=3, start=0, length=4),
+    ]
     engine: Any = object.__new__(DeepSpeedEngine)
     engine._tp, engine._optimizer_name, engine.ema = tp, "adamw", SimpleNamespace(averages=[flat + 10])
     engine._places = {id(p): (name, shard_of(p), tuple(p.shape)) for name, p in (("whole", whole), ("cut", cut))}
@@ -183,8 +189,9 @@ def test_what_tensor_parallel_ranks_hold_alike_the_first_writes_and_slices_each_
     engine._zero = SimpleNamespace(optimizer=SimpleNamespace(state={flat: state}))
     fragments = {fragment.name: fragment for fragment in engine.fragments()}
     assert {name: fragment.is_written_here for name, fragment in fragments.items()} == {
-        "whole": tp_index == 0, "cut": True,
-    }  # fmt: skip
+        "whole": tp_index == 0,
+        "cut": True,
+    }
     assert fragments["cut"].shard.offset == (2 * tp_index, 0)
     for offset, kind in ((0, WEIGHT), (10, EMA), (20, "exp_avg"), (30, "exp_avg_sq")):
         assert torch.equal(fragments["cut"].states[kind], flat[3:] + offset), kind

@@ -40,8 +40,15 @@ def test_a_held_out_sample_is_seen_with_its_own_text_and_always_the_same_noise(t
         return list(stored)
 
     losses = heldout_loss(
-        model, held_out, batch_size=2, dp_rank=0, dp_size=1, device=torch.device("cpu"), total=lambda sums: sums,
-        num_times=2, finish=one_is_shorter,
-    )  # fmt: skip
+        model,
+        held_out,
+        batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        device=torch.device("cpu"),
+        total=lambda sums: sums,
+        num_times=2,
+        finish=one_is_shorter,
+    )
     assert set(seen) == {(i, time) for i in range(5) for time in (0.25, 0.75)}
     assert losses == pytest.approx([0.25**2, 0.75**2]), "the velocity that is predicted is wrong by the time"

@@ -89,12 +89,24 @@ class Loop:
     def fit(self, step: int = 0, **progress: int) -> bool:
         self.step_now, self.num_updates = step, progress.get("num_updates", step)
         given: Any = SimpleNamespace(
-            device=torch.device("cpu"), checkpoints=Path("nowhere"), lease=None, resumed_from=None, data={},
-            encoders={}, faults=SimpleNamespace(at=lambda *_: None), status=self.status, bad_before=self.before,
-            batches=self._batches, heldout_losses=lambda model: [self.loss], draw=None, scene_scores=None,
-            flops_per_image=lambda at: 100.0 * (at + 1), stop=self.stop, counts_samples=self.counts_samples,
+            device=torch.device("cpu"),
+            checkpoints=Path("nowhere"),
+            lease=None,
+            resumed_from=None,
+            data={},
+            encoders={},
+            faults=SimpleNamespace(at=lambda *_: None),
+            status=self.status,
+            bad_before=self.before,
+            batches=self._batches,
+            heldout_losses=lambda model: [self.loss],
+            draw=None,
+            scene_scores=None,
+            flops_per_image=lambda at: 100.0 * (at + 1),
+            stop=self.stop,
+            counts_samples=self.counts_samples,
             peak_flops_per_s=1000.0,
-        )  # fmt: skip
+        )
         started = Progress(**{"step": step, "samples_seen": BATCH * step, "num_updates": step} | progress)
         engine: Any = self
         return Trainer(self.recipe, engine, self.world, given, self.callbacks).fit(started)
@@ -146,9 +158,15 @@ class Loop:
 def loop(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Loop:
     """Return a loop of seven steps that reports each third and saves each fourth."""
     recipe = make_recipe(
-        "train.max_steps=7", "train.log_every=3", "train.checkpoint_every=4", "train.evaluate_every=100",
-        "train.sample_every=100", "train.max_skipped_steps=3", "sample.prompts=[]", "data.max_bad=0.01",
-    )  # fmt: skip
+        "train.max_steps=7",
+        "train.log_every=3",
+        "train.checkpoint_every=4",
+        "train.evaluate_every=100",
+        "train.sample_every=100",
+        "train.max_skipped_steps=3",
+        "sample.prompts=[]",
+        "data.max_bad=0.01",
+    )
     return Loop(recipe, monkeypatch)
 
 

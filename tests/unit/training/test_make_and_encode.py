@@ -38,12 +38,15 @@ def samples_at(*stream_index: int, latents: tuple[int, ...] = (3, 8, 8), **chang
     numbers = index_B.float().view(-1, 1, 1)
     return replace(
         Samples(
-            latents_BCHW=numbers.view(-1, 1, 1, 1).repeat(1, *latents), text_embeds_BTD=-numbers.repeat(1, 6, 24),
-            text_mask_BT=torch.ones(len(index_B), 6).bool(), text_pooled_BD=-numbers[:, 0].repeat(1, 24),
-            captions=("",) * len(index_B), stream_index_B=index_B,
+            latents_BCHW=numbers.view(-1, 1, 1, 1).repeat(1, *latents),
+            text_embeds_BTD=-numbers.repeat(1, 6, 24),
+            text_mask_BT=torch.ones(len(index_B), 6).bool(),
+            text_pooled_BD=-numbers[:, 0].repeat(1, 24),
+            captions=("",) * len(index_B),
+            stream_index_B=index_B,
         ),
         **changes,
-    )  # fmt: skip
+    )
 
 
 def drawn(recipe: Recipe, samples: Samples) -> dict[str, Tensor]:
@@ -86,8 +89,11 @@ def test_each_micro_batch_gets_its_own_latents_and_texts_of_the_encoders(
         return [samples_at(*of.stream_index_B.tolist()) for of in raw]
 
     draw, empty = Draw(recipe, NULL), torch.empty(0)
-    step: list[Any] = [draw(samples_at(0, 1, latents_BCHW=empty)), draw(samples_at(2, 3)),
-                       draw(samples_at(4, 5, latents_BCHW=empty))]  # fmt: skip
+    step: list[Any] = [
+        draw(samples_at(0, 1, latents_BCHW=empty)),
+        draw(samples_at(2, 3)),
+        draw(samples_at(4, 5, latents_BCHW=empty)),
+    ]
     assert [isinstance(part, Unfinished) for part in step] == [True, False, True]
     encoders: Any = SimpleNamespace(stream=None, on_stream=nullcontext, finish=encoded)
     mixture: Any = SimpleNamespace(null_text=NULL)

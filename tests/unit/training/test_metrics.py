@@ -214,8 +214,9 @@ def test_counts_are_added_over_ranks_beside_means() -> None:
         log.record({"step": step}, {"loss": torch.tensor(0.5)}, {"bad_samples": count})
     # This world's mean is what one rank says, as of two that say the same.
     assert log.flush(WorldOfTwo((Counter(), [])), (True,)) == (
-        [{"step": 1, "bad_samples": 6, "loss": 0.5}, {"step": 2, "bad_samples": 0, "loss": 0.5}], [1.0],
-    )  # fmt: skip
+        [{"step": 1, "bad_samples": 6, "loss": 0.5}, {"step": 2, "bad_samples": 0, "loss": 0.5}],
+        [1.0],
+    )
 
 
 def test_without_bad_samples_nobody_is_asked() -> None:
@@ -238,11 +239,15 @@ def test_what_ranks_met_is_told_in_the_order_of_the_stream_once() -> None:
 @pytest.mark.parametrize(
     ("share", "trained", "count", "is_too_many"),
     [
-        (0.01, 100, 10, False), (0.01, 100, 11, True),  # of 1,000, though 111 were read
-        (0.01, 4990, 50, False), (0.01, 4990, 51, True),  # of 5,041
-        (0.0, 100, 1, True), (0.5, 500, 500, False), (0.5, 600, 601, True),
+        (0.01, 100, 10, False),
+        (0.01, 100, 11, True),  # of 1,000, though 111 were read
+        (0.01, 4990, 50, False),
+        (0.01, 4990, 51, True),  # of 5,041
+        (0.0, 100, 1, True),
+        (0.5, 500, 500, False),
+        (0.5, 600, 601, True),
     ],
-)  # fmt: skip
+)
 def test_a_run_ends_above_the_share_of_a_thousand_samples_or_of_all_that_were_read(
     share: float, trained: int, count: int, is_too_many: bool
 ) -> None:

@@ -69,9 +69,13 @@ def test_matrices_and_experts_are_decayed_and_biases_norms_and_tables_are_not(mo
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     decay_of = {name_of[id(p)]: g["weight_decay"] for g in parameter_groups(model, 0.1) for p in g["params"]}
     for name in (
-        "patches.linear.weight", "blocks.0.ffn.up.weight", "blocks.1.ffn.experts.w1", "blocks.1.ffn.experts.w2",
-        "blocks.1.ffn.router.weight", "blocks.1.ffn.shared.down.weight",
-    ):  # fmt: skip
+        "patches.linear.weight",
+        "blocks.0.ffn.up.weight",
+        "blocks.1.ffn.experts.w1",
+        "blocks.1.ffn.experts.w2",
+        "blocks.1.ffn.router.weight",
+        "blocks.1.ffn.shared.down.weight",
+    ):
         assert decay_of[name] == 0.1, name
     spared = {name for name, decay in decay_of.items() if decay == 0.0}
     assert spared == {n for n in decay_of if n.endswith(("bias", "_norm.weight", "modulation_table"))}

@@ -55,10 +55,12 @@ def test_a_run_whose_next_step_stays_as_it_was_says_nothing(
 @pytest.mark.parametrize(
     ("old", "new", "step", "told"),
     [
-        ("null", "4", 6, "0.5 as it was begun, 0 from here"), ("4", "null", 6, "0 as it was begun, 0.5 from here"),
-        ("4", "6", 5, "0 as it was begun, 0.5 from here"), ("8", "9", 5, None),
+        ("null", "4", 6, "0.5 as it was begun, 0 from here"),
+        ("4", "null", 6, "0 as it was begun, 0.5 from here"),
+        ("4", "6", 5, "0 as it was begun, 0.5 from here"),
+        ("8", "9", 5, None),
     ],
-)  # fmt: skip
+)
 def test_a_mask_that_ends_elsewhere_is_told_where_it_changes_the_next_step(
     make_recipe: MakeRecipe, old: str, new: str, step: int, told: str | None
 ) -> None:
@@ -81,9 +83,12 @@ def test_resuming_prints_the_jump(
 
 
 def test_a_dry_run_says_where_the_run_would_go_on_and_what_jumps(
-    make_recipe: MakeRecipe, save_model: Callable[..., Path], tiny_recipe_file: Path, tmp_path: Path,
+    make_recipe: MakeRecipe,
+    save_model: Callable[..., Path],
+    tiny_recipe_file: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     save_model(tmp_path / "run" / "checkpoints", make_recipe(*COSINE, "train.max_steps=300"), step=250)

@@ -88,8 +88,11 @@ def test_a_run_whose_tensorboard_cannot_be_written_goes_on_without(
     (tmp_path / "tensorboard").write_text("no folder")
     callbacks = _callbacks(RunFolder(path=tmp_path), recipe, Progress(step=9, samples_seen=144, num_updates=7))
     assert [type(callback).__name__ for callback in callbacks] == [
-        "Console", "JsonLines", "BadSampleLines", "_SampleFiles",
-    ]  # fmt: skip
+        "Console",
+        "JsonLines",
+        "BadSampleLines",
+        "_SampleFiles",
+    ]
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert str(tmp_path / "tensorboard") in line and "goes on without" in line
 
@@ -132,9 +135,13 @@ def test_a_monitor_shares_out_held_out_samples_and_prompts_by_data_parallel_rank
     world: Any = told(rank=rank, size=8, sum=lambda counts: counts)
     null_text: Any = told()
     monitor = Monitor(
-        recipe=replace(recipe, model=model, sample=sample), topology=LAYOUT, world=world, device=CPU,
-        heldout_set=told(), null_text=null_text,
-    )  # fmt: skip
+        recipe=replace(recipe, model=model, sample=sample),
+        topology=LAYOUT,
+        world=world,
+        device=CPU,
+        heldout_set=told(),
+        null_text=null_text,
+    )
     monitor.heldout_losses(told())
     assert (held_out["dp_rank"], held_out["dp_size"], held_out["batch_size"]) == (rank // 2, 4, 4)
     assert held_out["total"](torch.tensor(5)) == 5
@@ -226,8 +233,13 @@ def restore(
     """Return `restore(engine, own, ...)`: go on from step 6 (4 updates) or 3 (2 updates) of a run in a folder."""
     root = tmp_path / "run" / "checkpoints"
     for step, num_updates in ((3, 2), (6, 4)):
-        meta = {"recipe": recipe.to_dict(), "samples_seen": 16 * step, "num_updates": num_updates, "data": {"sets": []},
-                "encoders": encoders_named("vae")}  # fmt: skip
+        meta = {
+            "recipe": recipe.to_dict(),
+            "samples_seen": 16 * step,
+            "num_updates": num_updates,
+            "data": {"sets": []},
+            "encoders": encoders_named("vae"),
+        }
         save_model(root, recipe, step, meta)
 
     def load(reader: Reader, engine: Any) -> Progress:
@@ -238,11 +250,19 @@ def restore(
     monkeypatch.setattr(build, "load_snapshot", load)
 
     def go_on(
-        engine: Restored, own: Path = root, recipe: Recipe = recipe, sets: tuple[str, ...] = (), vae: str = "vae",
+        engine: Restored,
+        own: Path = root,
+        recipe: Recipe = recipe,
+        sets: tuple[str, ...] = (),
+        vae: str = "vae",
         **says: Any,
-    ) -> Any:  # fmt: skip
-        world = told(on_first=lambda work: work(), broadcast=lambda value: value, gather=lambda value: [value, None],
-                     all_ok=lambda ok: ok)  # fmt: skip
+    ) -> Any:
+        world = told(
+            on_first=lambda work: work(),
+            broadcast=lambda value: value,
+            gather=lambda value: [value, None],
+            all_ok=lambda ok: ok,
+        )
         world = told(**{**vars(world), **says})
         check_same = partial(_check_same, recipe, {"sets": list(sets)}, encoders_named(vae))
         return _restore(

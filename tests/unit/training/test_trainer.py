@@ -145,12 +145,24 @@ class Lives:
                 yield []
 
         around = Surroundings(
-            device=torch.device("cpu"), checkpoints=self.root, lease=claim(self.root, f"1.{len(self.notes.notes)}.a"),
-            resumed_from=folder, faults=Faults(rank=0), status=self.status, batches=batches,
-            heldout_losses=lambda _: self.losses(), draw=self.draw, scene_scores=self.scores,
-            flops_per_image=lambda _: 1.0, stop=stop, counts_samples=True, data={}, encoders={}, bad_before=Tally(),
+            device=torch.device("cpu"),
+            checkpoints=self.root,
+            lease=claim(self.root, f"1.{len(self.notes.notes)}.a"),
+            resumed_from=folder,
+            faults=Faults(rank=0),
+            status=self.status,
+            batches=batches,
+            heldout_losses=lambda _: self.losses(),
+            draw=self.draw,
+            scene_scores=self.scores,
+            flops_per_image=lambda _: 1.0,
+            stop=stop,
+            counts_samples=True,
+            data={},
+            encoders={},
+            bad_before=Tally(),
             peak_flops_per_s=None,
-        )  # fmt: skip
+        )
         return Trainer(self.recipe, engine, world, around, [self.notes]).fit(progress)
 
     def held(self) -> list[str]:
@@ -162,8 +174,15 @@ def make_lives(tmp_path: Path, make_recipe: MakeRecipe) -> Callable[..., Lives]:
     """Return `make_lives("train.x=y", ...)`: a run that saves at every second step and keeps two."""
 
     def make(*overrides: str) -> Lives:
-        usual = ("train.max_steps=12", "train.checkpoint_every=2", "train.keep_checkpoints=2", "train.log_every=1",
-                 "train.sample_every=100", "train.evaluate_every=100", "train.async_save=false")  # fmt: skip
+        usual = (
+            "train.max_steps=12",
+            "train.checkpoint_every=2",
+            "train.keep_checkpoints=2",
+            "train.log_every=1",
+            "train.sample_every=100",
+            "train.evaluate_every=100",
+            "train.async_save=false",
+        )
         return Lives(make_recipe(*usual, *overrides), tmp_path)
 
     return make
@@ -291,10 +310,14 @@ def test_a_checkpoint_that_turned_out_broken_is_published_for_people_and_ends_th
 def save_state(root: Path, recipe: Recipe, step: int, broken: str = "", *, is_told: bool = True) -> Path:
     """Save a checkpoint of the told engine's state; `is_told` False as the first releases did, which did not count."""
     pieces = [
-        Piece(name=f"{kind}/a", global_shape=(1,), box=Box((0,), (1,)),
-              data=torch.tensor([math.nan if kind == broken else float(step)]))
+        Piece(
+            name=f"{kind}/a",
+            global_shape=(1,),
+            box=Box((0,), (1,)),
+            data=torch.tensor([math.nan if kind == broken else float(step)]),
+        )
         for kind in KINDS
-    ]  # fmt: skip
+    ]
     meta = {"recipe": recipe.to_dict(), "samples_seen": 8 * step, "num_updates": step}
     with pytest.MonkeyPatch.context() as patch:
         if not is_told:

@@ -113,15 +113,24 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[float], S
         seen = Seen()
         batch = recipe.train.global_batch_size
         given: Any = SimpleNamespace(
-            device=torch.device("cpu"), checkpoints=Path("nowhere"), lease=None, resumed_from=None, data={},
-            encoders={}, faults=SimpleNamespace(at=lambda *_: None), status=SimpleNamespace(step=None), bad_before=None,
+            device=torch.device("cpu"),
+            checkpoints=Path("nowhere"),
+            lease=None,
+            resumed_from=None,
+            data={},
+            encoders={},
+            faults=SimpleNamespace(at=lambda *_: None),
+            status=SimpleNamespace(step=None),
+            bad_before=None,
             batches=lambda start: [[] for _ in range(recipe.train.max_steps - start // batch)],
             heldout_losses=lambda model: [value_of(model)],
             draw=lambda model: np.full((1, 4, 4, 3), value_of(model)),
             scene_scores=lambda model: {"overall": value_of(model)},
-            flops_per_image=lambda step: 1.0, stop=SimpleNamespace(reason=None), counts_samples=True,
+            flops_per_image=lambda step: 1.0,
+            stop=SimpleNamespace(reason=None),
+            counts_samples=True,
             peak_flops_per_s=None,
-        )  # fmt: skip
+        )
         progress = Progress(step=from_step, samples_seen=from_step * batch, num_updates=from_step)
         Trainer(recipe, engine, World(), given, [seen]).fit(progress)  # type: ignore[arg-type]
         return engine.rates, seen, logged

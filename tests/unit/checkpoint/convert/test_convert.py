@@ -67,8 +67,11 @@ def test_a_file_a_rank_holds_that_ranks_slices_of_experts_and_heads(run: Run, ch
     tensors = read_manifest(tmp_path / "new").tensors
     experts = {cut.file: cut.box for cut in tensors["weight/blocks.1.ffn.experts.w1"].slices}
     assert [experts[f"shard-{rank:05d}.safetensors"].offset for rank in range(4)] == [
-        (0, 0, 0), (0, 0, 24), (2, 0, 0), (2, 0, 24),
-    ]  # fmt: skip
+        (0, 0, 0),
+        (0, 0, 24),
+        (2, 0, 0),
+        (2, 0, 24),
+    ]
     heads = {cut.file: cut.box.offset for cut in tensors["weight/blocks.0.self_attention.query.weight"].slices}
     assert heads == {"shard-00000.safetensors": (0, 0), "shard-00001.safetensors": (16, 0)}
     assert {cut.file for cut in tensors["weight/blocks.1.ffn.router.weight"].slices} == {"shard-00004.safetensors"}
@@ -259,9 +262,12 @@ def test_a_streamed_file_is_read_by_the_library_and_the_other_way_round(tmp_path
         '{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 73786976294838206464]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": '
         '{"dtype": "U8", "shape": [0, 9999999999999999999], "data_offsets": [4, 4]}}',
-        '{"a": 3}', "[]", "{", "\\xff",
+        '{"a": 3}',
+        "[]",
+        "{",
+        "\\xff",
     ],
-)  # fmt: skip
+)
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: str) -> None:
     text = header.encode("latin-1")
     path = tmp_path / "x.safetensors"

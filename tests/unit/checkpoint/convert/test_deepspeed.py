@@ -160,11 +160,16 @@ def test_a_partial_conversion_of_another_source_or_with_a_damaged_file_is_writte
 @pytest.mark.parametrize(
     "foreign",
     [
-        "letter.txt", "files/letter.txt", "files/global_step3_universal/letter.txt", "files/letters/",
-        "files/global_step3_universal/zero/a/b/", "files/global_step3_universal/zero/a/letter.txt",
-        "files/latest_universal/", "global_step3_universal~zero~a~letter.txt.note",
+        "letter.txt",
+        "files/letter.txt",
+        "files/global_step3_universal/letter.txt",
+        "files/letters/",
+        "files/global_step3_universal/zero/a/b/",
+        "files/global_step3_universal/zero/a/letter.txt",
+        "files/latest_universal/",
+        "global_step3_universal~zero~a~letter.txt.note",
     ],
-)  # fmt: skip
+)
 def test_what_no_conversion_made_is_left_alone(run: Run, checkpoint: Path, tmp_path: Path, foreign: str) -> None:
     path = tmp_path / "new.partial" / foreign
     path.parent.mkdir(parents=True)
@@ -416,9 +421,11 @@ def test_a_plain_script_whose_model_marks_no_experts_goes_on_from_an_unmarked_fo
         model = empty_model(recipe.model, SerialLayers(), torch.device("cpu"))
         assert not any(hasattr(parameter, "group_name") for parameter in model.parameters())
         config = {
-            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage}, "checkpoint": {"load_universal": True},
-        }  # fmt: skip
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage},
+            "checkpoint": {"load_universal": True},
+        }
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         path, counts = engine.load_checkpoint(str(tmp_path / "plain"))

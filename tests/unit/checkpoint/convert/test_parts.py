@@ -110,9 +110,12 @@ def test_each_rank_of_a_layout_has_its_experts_and_its_part_of_their_width_and_t
     plan = plan_layout(source, list(source.tensors), cuts.__getitem__, 2, 2, None)
     found = [{target.name: target.box.offset for target in file.targets} for file in plan]
     assert found == [
-        {"weight/w1": (0, 0, 0), "weight/q": (0, 0)}, {"weight/w1": (0, 0, 3), "weight/q": (3, 0)},
-        {"weight/w1": (2, 0, 0)}, {"weight/w1": (2, 0, 3)}, {"weight/norm": (0,)},
-    ]  # fmt: skip
+        {"weight/w1": (0, 0, 0), "weight/q": (0, 0)},
+        {"weight/w1": (0, 0, 3), "weight/q": (3, 0)},
+        {"weight/w1": (2, 0, 0)},
+        {"weight/w1": (2, 0, 3)},
+        {"weight/norm": (0,)},
+    ]
     assert {target.box.shape for file in plan for target in file.targets} == {(2, 3, 3), (3, 2), (3,)}
 
 
@@ -267,9 +270,12 @@ def test_differences_are_counted_over_all_parts_and_named_from_both_sides() -> N
     second = Held({"weight/a": rows(10), "weight/right": rows(2), "weight/s": rows(3, 2)}, step=6)
     second.values["weight/a"][torch.tensor([0, 1, 9])] += torch.tensor([1.0, 8.0, 2.0])
     assert list(differences(first, second, lambda nbytes: None)) == [
-        "step: 5 and 6", "weight/left: only in the first", "weight/right: only in the second",
-        "weight/a: 3 of 10 numbers differ, by up to 8", "weight/s: shape [2, 3] and [3, 2]",
-    ]  # fmt: skip
+        "step: 5 and 6",
+        "weight/left: only in the first",
+        "weight/right: only in the second",
+        "weight/a: 3 of 10 numbers differ, by up to 8",
+        "weight/s: shape [2, 3] and [3, 2]",
+    ]
     assert list(differences(first, first, lambda nbytes: None)) == []
     zeros, negative = Held({"weight/a": torch.zeros(2)}), Held({"weight/a": -torch.zeros(2)})
     (line,) = differences(zeros, negative, lambda nbytes: None)
@@ -294,7 +300,7 @@ def test_a_checkpoint_is_whole_where_names_shapes_and_kinds_are_the_models(refus
             ({f"{kind}/c": rows(1)}, f"{kind}/c: is not in"),
             ({f"{kind}/b": rows(3, 2)}, f"{kind}/b: has shape [3, 2]"),
             ({f"{kind}/b": torch.full((2, 3), math.nan)}, f"not finite ({kind}/b)"),
-        ):  # fmt: skip
+        ):
             amiss = Held(whole.values | change)
             found = refusal_of(lambda amiss=amiss: verify(amiss, model, ("exp_avg", "exp_avg_sq"), ticked.append))  # type: ignore[misc]
             assert fault in found
@@ -456,8 +462,11 @@ def test_a_universal_file_says_how_its_tensor_is_cut() -> None:
     marks = {file.name.split("/")[2]: dict(file.marks) for file in plan_universal(source, axes.__getitem__, 2)}  # type: ignore[attr-defined]
     experts = {"is_expert_param": True, "ep_num_experts": 8}
     assert marks == {
-        "w1": experts | {"cat_dim": 2}, "w2": experts | {"cat_dim": 1}, "q": {"cat_dim": 0}, "norm": {},
-    }  # fmt: skip
+        "w1": experts | {"cat_dim": 2},
+        "w2": experts | {"cat_dim": 1},
+        "q": {"cat_dim": 0},
+        "norm": {},
+    }
     for parameter, axis, told in (("q", 0, r"\[6, 5\]"), ("w1", 2, r"\[8, 3, 6\]")):
         with pytest.raises(CheckpointError, match=rf"{parameter}: 4 slices do not divide axis {axis} of shape {told}"):
             plan_universal(Held({f"weight/{parameter}": rows(*shapes[parameter])}), axes.__getitem__, 4)
@@ -518,9 +527,14 @@ def test_a_universal_folder_that_contradicts_itself_is_refused(
     universal: Path, refusal_of: RefusalOf, damage: str
 ) -> None:
     zero, ours = universal / "zero", universal / "ecdit_ds.json"
-    said = {"a step": "norm/step.pt at 3", "all steps": "does not say 3 updates", "our text": "damaged",
-            "a file more": "which ecdit_ds.json does not know", "a file less": "is missing",
-            "a rank less": "mp_rank_01_model_states.pt: is missing"}  # fmt: skip
+    said = {
+        "a step": "norm/step.pt at 3",
+        "all steps": "does not say 3 updates",
+        "our text": "damaged",
+        "a file more": "which ecdit_ds.json does not know",
+        "a file less": "is missing",
+        "a rank less": "mp_rank_01_model_states.pt: is missing",
+    }
     if damage in ("a step", "all steps"):
         for name in ("norm", "q")[: 1 if damage == "a step" else 2]:
             torch.save(torch.tensor(3.0), zero / name / "step.pt")
@@ -581,10 +595,12 @@ def write_zero_folder(folder: Path, change: Callable[[int, int, dict[str, Any]],
             total = sum(len(part) for part in of_kinds["weight"])
             length = -(-total // count)
             begin, end = index * length, (index + 1) * length
-            flats.append({
-                kind: torch.cat([*parts, torch.full((length * count - total,), -1.0)])[begin:end].clone()
-                for kind, parts in of_kinds.items()
-            })  # fmt: skip
+            flats.append(
+                {
+                    kind: torch.cat([*parts, torch.full((length * count - total,), -1.0)])[begin:end].clone()
+                    for kind, parts in of_kinds.items()
+                }
+            )
             here, at = {}, 0
             for name, part in zip(names, of_kinds["weight"], strict=True):
                 first, last = max(at, begin), min(at + len(part), end)
@@ -598,9 +614,10 @@ def write_zero_folder(folder: Path, change: Callable[[int, int, dict[str, Any]],
         }
         base = {"state": states, "param_groups": [{"params": [n]} | more for n, (*_, more) in enumerate(groups)]}
         zero = {
-            "single_partition_of_fp32_groups": [flat["weight"] for flat in flats], "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": [flat["weight"] for flat in flats],
+            "base_optimizer_state": base,
             "param_slice_mappings": places,
-        }  # fmt: skip
+        }
         if change:
             change(tp, dp, zero)
         name = f"bf16_zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt"

@@ -44,10 +44,14 @@ def path(tmp_path: Path) -> Path:
 def test_every_part_of_every_tensor_is_read_as_it_was_written(path: Path) -> None:
     base = torch.randn(1000)
     content: dict[str, Any] = OrderedDict(
-        whole=base, part=base[10:34].view(2, 3, 4), scalar=torch.tensor(3.5), brain=torch.randn(5, 7).bfloat16(),
-        empty=torch.empty(0, 3), parameter=torch.nn.Parameter(torch.ones(3, dtype=torch.float64)),
+        whole=base,
+        part=base[10:34].view(2, 3, 4),
+        scalar=torch.tensor(3.5),
+        brain=torch.randn(5, 7).bfloat16(),
+        empty=torch.empty(0, 3),
+        parameter=torch.nn.Parameter(torch.ones(3, dtype=torch.float64)),
         plain={"a": [1, 2.5, "text", None, True], 3: (torch.Size([1, 2]), torch.arange(4))},
-    )  # fmt: skip
+    )
     write_torch_file(path, content)
     file = TorchFile(path)
     assert file.content["plain"]["a"] == [1, 2.5, "text", None, True]

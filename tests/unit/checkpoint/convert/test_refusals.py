@@ -54,9 +54,15 @@ def refused(run: Run, tmp_path: Path) -> Callable[..., str]:
     ],
 )
 def test_a_cast_that_would_make_a_number_infinite_is_refused(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    flag: str, dtype: torch.dtype, numbers: list[float], count: int, largest: str,
-) -> None:  # fmt: skip
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    dtype: torch.dtype,
+    numbers: list[float],
+    count: int,
+    largest: str,
+) -> None:
     monkeypatch.setattr(sources, "PART_BYTES", 8)
     checkpoint = save_tensors(tmp_path, {"weight/a": torch.ones(3), "weight/b": torch.tensor(numbers, dtype=dtype)})
     code, _, err = run("convert", checkpoint, tmp_path / "new", "--to", "ecdit", "--only", "weights", "--dtype", flag)
@@ -87,7 +93,7 @@ def test_a_cast_keeps_infinity_nan_and_the_largest_number_that_fits(run: Run, tm
         (torch.tensor([math.nan, 1.0]), torch.tensor([math.nan, 1.0]).bfloat16(), "torch.float32 and torch.bfloat16"),
         (torch.tensor([2**53 + 1, 1]), torch.tensor([3, 1], dtype=torch.int32), "1 of 2 numbers differ"),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_counted_by_bits_and_measured_where_it_can_be(
     run: Run, tmp_path: Path, ours: Tensor, theirs: Tensor, told: str
 ) -> None:
@@ -129,9 +135,13 @@ def test_any_cut_of_the_source_converts_to_any_other(run: Run, tmp_path: Path, m
     name = "weight/blocks.0.ffn.experts.w1"
     data = torch.randn(4, 6, 8)
     ragged = [
-        Box((0, 0, 0), (1, 6, 8)), Box((1, 0, 0), (3, 2, 5)), Box((1, 0, 5), (3, 2, 3)), Box((1, 2, 0), (1, 1, 8)),
-        Box((1, 3, 0), (1, 3, 8)), Box((2, 2, 0), (2, 4, 8)),
-    ]  # fmt: skip
+        Box((0, 0, 0), (1, 6, 8)),
+        Box((1, 0, 0), (3, 2, 5)),
+        Box((1, 0, 5), (3, 2, 3)),
+        Box((1, 2, 0), (1, 1, 8)),
+        Box((1, 3, 0), (1, 3, 8)),
+        Box((2, 2, 0), (2, 4, 8)),
+    ]
     checkpoint = save_tensors(tmp_path, {name: data}, {name: ragged})
     for flags in (["--files", "1"], ["--tp", "4", "--ep", "2"], ["--tp", "2"], ["--ep", "4"]):
         new = tmp_path / "-".join(flags)
@@ -204,17 +214,29 @@ def test_a_recipe_that_is_none_is_told_of_with_the_checkpoints_path(
 @pytest.mark.parametrize(
     "config",
     [
-        '{"step": Infinity, "kind": "ema", "meta": {}}', '{"step": NaN, "kind": "ema", "meta": {}}',
-        '{"step": 1e999, "kind": "ema", "meta": {}}', '{"step": -1, "kind": "ema", "meta": {}}',
-        '{"step": true, "kind": "ema", "meta": {}}', '{"step": 1.0, "kind": "ema", "meta": {}}',
-        '{"step": "1", "kind": "ema", "meta": {}}', '{"step": 1' + "0" * 30 + ', "kind": "ema", "meta": {}}',
-        '{"step": 1' + "0" * 9999 + ', "kind": "ema", "meta": {}}', '{"step": 1, "kind": "ema", "meta": [["a", 1]]}',
-        '{"step": 1, "kind": "ema", "meta": {"a": NaN}}', '{"step": 1, "kind": "ema", "meta": {"a": 1e999}}',
-        '{"step": 1, "kind": "../x", "meta": {}}', '{"step": 1, "kind": "", "meta": {}}',
-        '{"step": 1, "kind": "a/b", "meta": {}}', '{"step": 1, "kind": "e\\nma", "meta": {}}',
-        '{"step": 1, "kind": 3, "meta": {}}', '{"kind": "ema", "meta": {}}', '[]', "", '{"a":' * 9999,
+        '{"step": Infinity, "kind": "ema", "meta": {}}',
+        '{"step": NaN, "kind": "ema", "meta": {}}',
+        '{"step": 1e999, "kind": "ema", "meta": {}}',
+        '{"step": -1, "kind": "ema", "meta": {}}',
+        '{"step": true, "kind": "ema", "meta": {}}',
+        '{"step": 1.0, "kind": "ema", "meta": {}}',
+        '{"step": "1", "kind": "ema", "meta": {}}',
+        '{"step": 1' + "0" * 30 + ', "kind": "ema", "meta": {}}',
+        '{"step": 1' + "0" * 9999 + ', "kind": "ema", "meta": {}}',
+        '{"step": 1, "kind": "ema", "meta": [["a", 1]]}',
+        '{"step": 1, "kind": "ema", "meta": {"a": NaN}}',
+        '{"step": 1, "kind": "ema", "meta": {"a": 1e999}}',
+        '{"step": 1, "kind": "../x", "meta": {}}',
+        '{"step": 1, "kind": "", "meta": {}}',
+        '{"step": 1, "kind": "a/b", "meta": {}}',
+        '{"step": 1, "kind": "e\\nma", "meta": {}}',
+        '{"step": 1, "kind": 3, "meta": {}}',
+        '{"kind": "ema", "meta": {}}',
+        "[]",
+        "",
+        '{"a":' * 9999,
     ],
-)  # fmt: skip
+)
 def test_a_config_that_lies_is_refused(refused: Callable[..., str], tmp_path: Path, config: str) -> None:
     shared = save_shared(tmp_path / "shared", {"a": torch.ones(2)})
     (shared / "config.json").write_text(config)

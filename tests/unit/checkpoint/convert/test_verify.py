@@ -58,9 +58,13 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 @pytest.mark.parametrize(
     "name",
-    ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt",
-     "zero/optimizer_state.pt"],
-)  # fmt: skip
+    [
+        "mp_rank_00_model_states.pt",
+        "mp_rank_01_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+        "zero/optimizer_state.pt",
+    ],
+)
 def test_a_universal_folder_that_lacks_what_deepspeed_reads_besides_is_not_whole(
     run: Run, tmp_path: Path, recipe: Recipe, name: str, damage: Callable[[Path], None]
 ) -> None:

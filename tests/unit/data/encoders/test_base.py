@@ -163,11 +163,13 @@ def test_encodings_are_still_those_of_sets_that_were_stored_under_these_identiti
     words, pixels = WordEncoder(embed_dim=6, max_tokens=3), PixelCodec()
     assert (words.identity, pixels.identity) == ("words-3-6x3", "pixels-2--0.83-2.2")
     said, nothing = words.encode(["a red seven"]), words.null()
-    wanted_TD = torch.tensor([
-        [0.87795, 0.62195, 1.33498, 0.41755, 3.07982, 2.91159],
-        [1.51234, 1.66232, -0.60786, 1.90835, 2.69611, 1.79896],
-        [2.46161, -0.70674, 1.02454, 1.43775, 1.23323, 1.57625],
-    ])  # fmt: skip
+    wanted_TD = torch.tensor(
+        [
+            [0.87795, 0.62195, 1.33498, 0.41755, 3.07982, 2.91159],
+            [1.51234, 1.66232, -0.60786, 1.90835, 2.69611, 1.79896],
+            [2.46161, -0.70674, 1.02454, 1.43775, 1.23323, 1.57625],
+        ]
+    )
     null_D = torch.tensor([0.35365, 0.22891, -1.76350, 0.13743, -1.18463, -1.47306])
     torch.testing.assert_close(said.embeds_BTD[0], wanted_TD, rtol=0, atol=1e-5)
     torch.testing.assert_close(
@@ -188,9 +190,11 @@ def test_encodings_are_still_those_of_sets_that_were_stored_under_these_identiti
     ],
 )
 def test_a_set_does_not_choose_what_is_fetched_from_the_hub_and_its_user_does(
-    facts: dict[str, Any], flag: str, refusal_of: Callable[[Callable[[], object]], str],
+    facts: dict[str, Any],
+    flag: str,
+    refusal_of: Callable[[Callable[[], object]], str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Names in an index or a checkpoint are of whoever made it."""
     sought: list[object] = []
 

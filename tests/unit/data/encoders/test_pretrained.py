@@ -194,8 +194,9 @@ def test_encoders_are_opened_again_by_their_facts_in_their_precision_and_where_t
     moved = told | {"name": "/gone"}
     for opened in (open_image_encoder(told), open_image_encoder(moved, name=str(copy_of("vae")))):
         assert (opened.identity, {p.dtype for p in opened.model.parameters()}) == (  # type: ignore[attr-defined]
-            image.identity, {p.dtype for p in image.model.parameters()}
-        )  # fmt: skip
+            image.identity,
+            {p.dtype for p in image.model.parameters()},
+        )
     names = [str(folders["t5"]), str(folders["clip"])]
     text = load_text_encoder(names, max_tokens=20, precision=precision)
     told = text_facts(text, names)

@@ -94,9 +94,14 @@ def quantised(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 )
 @pytest.mark.parametrize("name", LOADERS)
 def test_weights_in_eight_bits_are_refused_by_name(
-    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, dtype: torch.dtype, kind: str, suffix: str | None,
+    copy_of: Callable[[str], Path],
+    refusal_of: Refusal,
+    name: str,
+    dtype: torch.dtype,
+    kind: str,
+    suffix: str | None,
     is_cut: bool,
-) -> None:  # fmt: skip
+) -> None:
     folder, weight = copy_of(name), f"{LAYERS[name]}.weight"
 
     def quantise(tensors: dict[str, Tensor]) -> None:
@@ -235,7 +240,7 @@ def test_heads_poolers_and_positions_of_a_bert_are_no_loss(copy_of: Callable[[st
     folder = copy_of("t5")
     config = transformers.BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )  # fmt: skip
+    )
     whole = randomize(transformers.BertForPreTraining(config)).eval()
     whole.save_pretrained(folder)
     change(folder, lambda tensors: tensors.update({"bert.embeddings.position_ids": torch.arange(512)[None]}))
@@ -257,19 +262,30 @@ def test_a_head_and_counts_of_a_judge_are_no_loss(copy_of: Callable[[str], Path]
 
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 0,
+    "vocab_size": 64,
+    "d_model": 12,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "pad_token_id": 0,
     "decoder_start_token_id": 0,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     "class_name",
     [
-        "BartModel", "BartForConditionalGeneration", "MBartForConditionalGeneration", "MarianMTModel",
-        "PegasusForConditionalGeneration", "M2M100ForConditionalGeneration",
+        "BartModel",
+        "BartForConditionalGeneration",
+        "MBartForConditionalGeneration",
+        "MarianMTModel",
+        "PegasusForConditionalGeneration",
+        "M2M100ForConditionalGeneration",
     ],
-)  # fmt: skip
+)
 def test_of_an_encoder_decoder_the_encoder_is_taken(copy_of: Callable[[str], Path], class_name: str) -> None:
     folder = copy_of("t5")
     model_class = getattr(transformers, class_name)
@@ -436,17 +452,26 @@ def test_the_masks_in_old_files_of_a_gpt2_are_no_loss(copy_of: Callable[[str], P
 def test_a_head_under_its_name_of_before_is_no_loss(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("t5")
     config = transformers.GPTNeoXConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
     assert "embed_out.weight" in load_file(folder / "model.safetensors")
     assert states(folder).shape == (3, 20, 16)
 
 
 TOWER: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize("kind", ["Siglip", "ChineseCLIP", "Blip"])

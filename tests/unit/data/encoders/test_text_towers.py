@@ -29,21 +29,35 @@ from tests.helpers.tiny_encoders import randomize, save_t5
 Refusal = Callable[[Callable[[], object]], str]
 CAPTIONS = ["a temple", "a yellow flower", "b", ""]
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 PICTURES: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
     "patch_size": 8,
-}  # fmt: skip
+}
 DECODER = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 LINEAR = {
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
     "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
+}
 QWEN_PICTURES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
 DEEP_PICTURES = QWEN_PICTURES | {"deepstack_visual_indexes": [0]}
 PIXTRAL = PICTURES | {"model_type": "pixtral", "head_dim": 8}
@@ -72,57 +86,97 @@ def opt() -> Any:
 
 
 FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {
-    "Qwen2-VL": ("Qwen2VLTextModel", "model", partial(
-        whole, "Qwen2VLForConditionalGeneration", DECODER | {"rope_parameters": ROTARY},
-        {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
-    )),
-    "Qwen2.5-VL": ("Qwen2_5_VLTextModel", "model", partial(
-        whole, "Qwen2_5_VLForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, QWEN_PICTURES
-    )),
-    "Qwen3-VL": ("Qwen3VLTextModel", "model", partial(
-        whole, "Qwen3VLForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, DEEP_PICTURES
-    )),
-    "Qwen3-VL-MoE": ("Qwen3VLMoeTextModel", "model", partial(
-        whole, "Qwen3VLMoeForConditionalGeneration", DECODER | EXPERTS | {"rope_parameters": ROTARY}, DEEP_PICTURES
-    )),
-    "Qwen3.5": ("Qwen3_5TextModel", "model", partial(
-        whole, "Qwen3_5ForConditionalGeneration", DECODER | LINEAR, QWEN_PICTURES
-    )),
-    "Mistral3": ("MistralModel", "model", partial(
-        whole, "Mistral3ForConditionalGeneration", DECODER | {"model_type": "mistral"}, PIXTRAL
-    )),
-    "Ministral3": ("Ministral3Model", "model", partial(
-        whole, "Mistral3ForConditionalGeneration", DECODER | {"model_type": "ministral3"}, PIXTRAL
-    )),
-    "Gemma3": ("Gemma3TextModel", "model", partial(
-        whole, "Gemma3ForConditionalGeneration", DECODER | WINDOWS, PICTURES, mm_tokens_per_image=4
-    )),
-    "GLM-4.6V": ("Glm4vTextModel", "model", partial(
-        whole, "Glm46VForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, QWEN_PICTURES
-    )),
-    "InternVL": ("Qwen2Model", "model", partial(
-        whole, "InternVLForConditionalGeneration", DECODER | {"model_type": "qwen2"}, PICTURES
-    )),
-    "LLaVA": ("LlamaModel", "model", partial(
-        whole, "LlavaForConditionalGeneration", DECODER | {"model_type": "llama"}, CLIP_PICTURES
-    )),
-    "Llama 3.2 Vision": ("MllamaTextModel", "model.language_model", partial(
-        whole, "MllamaForConditionalGeneration", DECODER | {"cross_attention_layers": [1]}, PICTURES
-    )),
-    "Llama 4": ("Llama4TextModel", "language_model.model", partial(
-        whole, "Llama4ForConditionalGeneration", DECODER | {"num_local_experts": 2, "intermediate_size_mlp": 16},
-        PICTURES | {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16},
-    )),
+    "Qwen2-VL": (
+        "Qwen2VLTextModel",
+        "model",
+        partial(
+            whole,
+            "Qwen2VLForConditionalGeneration",
+            DECODER | {"rope_parameters": ROTARY},
+            {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+        ),
+    ),
+    "Qwen2.5-VL": (
+        "Qwen2_5_VLTextModel",
+        "model",
+        partial(whole, "Qwen2_5_VLForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, QWEN_PICTURES),
+    ),
+    "Qwen3-VL": (
+        "Qwen3VLTextModel",
+        "model",
+        partial(whole, "Qwen3VLForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, DEEP_PICTURES),
+    ),
+    "Qwen3-VL-MoE": (
+        "Qwen3VLMoeTextModel",
+        "model",
+        partial(
+            whole, "Qwen3VLMoeForConditionalGeneration", DECODER | EXPERTS | {"rope_parameters": ROTARY}, DEEP_PICTURES
+        ),
+    ),
+    "Qwen3.5": (
+        "Qwen3_5TextModel",
+        "model",
+        partial(whole, "Qwen3_5ForConditionalGeneration", DECODER | LINEAR, QWEN_PICTURES),
+    ),
+    "Mistral3": (
+        "MistralModel",
+        "model",
+        partial(whole, "Mistral3ForConditionalGeneration", DECODER | {"model_type": "mistral"}, PIXTRAL),
+    ),
+    "Ministral3": (
+        "Ministral3Model",
+        "model",
+        partial(whole, "Mistral3ForConditionalGeneration", DECODER | {"model_type": "ministral3"}, PIXTRAL),
+    ),
+    "Gemma3": (
+        "Gemma3TextModel",
+        "model",
+        partial(whole, "Gemma3ForConditionalGeneration", DECODER | WINDOWS, PICTURES, mm_tokens_per_image=4),
+    ),
+    "GLM-4.6V": (
+        "Glm4vTextModel",
+        "model",
+        partial(whole, "Glm46VForConditionalGeneration", DECODER | {"rope_parameters": ROTARY}, QWEN_PICTURES),
+    ),
+    "InternVL": (
+        "Qwen2Model",
+        "model",
+        partial(whole, "InternVLForConditionalGeneration", DECODER | {"model_type": "qwen2"}, PICTURES),
+    ),
+    "LLaVA": (
+        "LlamaModel",
+        "model",
+        partial(whole, "LlavaForConditionalGeneration", DECODER | {"model_type": "llama"}, CLIP_PICTURES),
+    ),
+    "Llama 3.2 Vision": (
+        "MllamaTextModel",
+        "model.language_model",
+        partial(whole, "MllamaForConditionalGeneration", DECODER | {"cross_attention_layers": [1]}, PICTURES),
+    ),
+    "Llama 4": (
+        "Llama4TextModel",
+        "language_model.model",
+        partial(
+            whole,
+            "Llama4ForConditionalGeneration",
+            DECODER | {"num_local_experts": 2, "intermediate_size_mlp": 16},
+            PICTURES | {"projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16},
+        ),
+    ),
     "T5Gemma": ("T5GemmaEncoder", "model.encoder", t5gemma),
-    "BLIP-2, T5": ("T5Stack", "language_model.encoder", partial(
-        whole, "Blip2ForConditionalGeneration", T5 | {"decoder_start_token_id": 0}, PICTURES, qformer_config=SIZES
-    )),
+    "BLIP-2, T5": (
+        "T5Stack",
+        "language_model.encoder",
+        partial(
+            whole, "Blip2ForConditionalGeneration", T5 | {"decoder_start_token_id": 0}, PICTURES, qformer_config=SIZES
+        ),
+    ),
     "SigLIP": ("SiglipTextModel", "text_model", partial(whole, "SiglipModel", SIZES, PICTURES)),
     "SigLIP 2": ("Siglip2TextModel", "text_model", partial(whole, "Siglip2Model", SIZES, PICTURES)),
     "MetaCLIP 2": ("MetaClip2TextModel", "text_model", partial(whole, "MetaClip2Model", SIZES, PICTURES)),
     "OWLv2": ("Owlv2TextTransformer", "text_model", partial(whole, "Owlv2Model", SIZES, PICTURES)),
     "OPT": ("OPTModel", "model", opt),
-}  # fmt: skip
+}
 """By name: the class of the tower that is taken, where the whole model has what gives its states, and a whole model."""
 
 
@@ -226,12 +280,23 @@ POSITIONS: dict[str, tuple[dict[str, Any], int]] = {
     "LongformerModel": (ROBERTA | {"attention_window": [4, 4]}, 12),
     "BertModel": (ROBERTA, 14),
     "LEDModel": (
-        {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-         "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "attention_window": [4],
-         "max_encoder_position_embeddings": 12, "max_decoder_position_embeddings": 8, "pad_token_id": 0},
+        {
+            "vocab_size": 64,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "attention_window": [4],
+            "max_encoder_position_embeddings": 12,
+            "max_decoder_position_embeddings": 8,
+            "pad_token_id": 0,
+        },
         12,
     ),
-}  # fmt: skip
+}
 """By class: a configuration, and how many tokens it has positions for."""
 
 
@@ -272,8 +337,15 @@ def pieces() -> bytes:
     out = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(["a temple", "a yellow flower", "the quick brown fox jumps over a lazy dog"]),
-        model_writer=out, vocab_size=36, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        model_writer=out,
+        vocab_size=36,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return out.getvalue()
 
 

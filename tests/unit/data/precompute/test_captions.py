@@ -36,11 +36,14 @@ def make_source(place: Path, kind: str) -> Path:
     names = [f"{i:02}" for i in range(COUNT)]
     if kind.startswith("tar"):
         parts = [
-            [(f"{name}.jpg", JPEG),
-             (f"{name}.txt", "\n".join(said).encode()) if kind == "tar text"
-             else (f"{name}.json", json.dumps({"caption": said}).encode())]
+            [
+                (f"{name}.jpg", JPEG),
+                (f"{name}.txt", "\n".join(said).encode())
+                if kind == "tar text"
+                else (f"{name}.json", json.dumps({"caption": said}).encode()),
+            ]
             for name, said in zip(names, several, strict=True)
-        ]  # fmt: skip
+        ]
         return write_tar(place / "a.tar", [member for pair in parts for member in pair])
     if kind == "Parquet lists":
         pq.write_table(pa.table({"image": [JPEG] * COUNT, "captions": several}), place / "a.parquet")
@@ -123,10 +126,13 @@ def test_the_tool_takes_the_choice_and_goes_on_with_no_other(
 
     sets = {}
     for name, flags in {
-        "default": (), "first": ("--captions", "first"), "all": ("--captions", "all"),
-        "random": ("--captions", "random"), "again": ("--captions", "random", "--shard-samples", "2"),
+        "default": (),
+        "first": ("--captions", "first"),
+        "all": ("--captions", "all"),
+        "random": ("--captions", "random"),
+        "again": ("--captions", "random", "--shard-samples", "2"),
         "seed": ("--captions", "random", "--caption-seed", "1"),
-    }.items():  # fmt: skip
+    }.items():
         assert run(name, *flags) == ExitCode.DONE
         sets[name] = LatentDataset(tmp_path / name)
     captions = {name: dataset.texts("caption", np.arange(len(dataset))) for name, dataset in sets.items()}

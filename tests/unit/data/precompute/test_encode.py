@@ -162,12 +162,17 @@ def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"split": "heldout"}, {"seed": 1}, {"num_train": 5}, {"latent_height": 24}, {"latent_width": 24},
-        {"image_encoder": FourPixelCodec()}, {"image_encoder": PixelCodec(scaling_factor=2.0)},
+        {"split": "heldout"},
+        {"seed": 1},
+        {"num_train": 5},
+        {"latent_height": 24},
+        {"latent_width": 24},
+        {"image_encoder": FourPixelCodec()},
+        {"image_encoder": PixelCodec(scaling_factor=2.0)},
         {"text_encoder": OtherWords(embed_dim=6, max_tokens=10)},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_every_setting_that_matters_has_a_folder_of_its_own(
     open_set: OpenSet, model: ModelConfig, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -255,11 +260,15 @@ def _change_index(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
         ("index.json", lambda path: _change_index(path, lambda index: index.update(more=1)), "no index"),
         ("index.json", lambda path: _change_index(path, lambda index: index.update(schema=0)), f"{SCHEMA_VERSION}"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_named_with_its_file_and_the_folder_to_delete(
-    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str],
-    file: str, damage: Callable[[Path], object], what: str,
-) -> None:  # fmt: skip
+    open_set: OpenSet,
+    tmp_path: Path,
+    refusal_of: Callable[[Callable[[], object]], str],
+    file: str,
+    damage: Callable[[Path], object],
+    what: str,
+) -> None:
     before = open_set()[0]
     (folder,) = folders(tmp_path)
     damage(folder / file)
@@ -276,10 +285,13 @@ def test_damage_is_named_with_its_file_and_the_folder_to_delete(
     "change",
     [
         *({"file": name} for name in ("../other/shard-00000.arrow", "/shard-00000.arrow", "a/b", "", ".", "..")),
-        {"bucket": -1}, {"bucket": 1}, {"count": 0}, {"count": NUM_TRAIN - 1},
+        {"bucket": -1},
+        {"bucket": 1},
+        {"count": 0},
+        {"count": NUM_TRAIN - 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_an_index_that_names_a_shard_elsewhere_or_miscounts_is_none(
     open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, Any]
 ) -> None:
@@ -413,9 +425,12 @@ def test_a_missing_data_path_is_refused(
     ],
 )
 def test_an_encoded_set_of_other_shapes_is_refused_with_both(
-    encoded_recipe: Recipe, model: ModelConfig, refusal_of: Callable[[Callable[[], object]], str], change: Any,
+    encoded_recipe: Recipe,
+    model: ModelConfig,
+    refusal_of: Callable[[Callable[[], object]], str],
+    change: Any,
     parts: list[str],
-) -> None:  # fmt: skip
+) -> None:
     recipe = replace(encoded_recipe, model=replace(model, **change))
     message = refusal_of(lambda: open_split(recipe, "train", None))
     assert all(part in message for part in parts)
@@ -427,8 +442,10 @@ def test_a_model_is_of_digit_scenes_where_all_of_its_sets_and_both_encoders_are(
     open_set()
     (scenes,) = map(str, folders(tmp_path))
     other, gone = str(write_set(tmp_path / "other", [((3, 16, 16), 2)])), str(tmp_path / "gone")
-    own = {"image": {"identity": PixelCodec().identity},
-           "text": {"identity": WordEncoder(embed_dim=6, max_tokens=10).identity}}  # fmt: skip
+    own = {
+        "image": {"identity": PixelCodec().identity},
+        "text": {"identity": WordEncoder(embed_dim=6, max_tokens=10).identity},
+    }
 
     def judge(*paths: str, encoders: Any = own, **changes: Any) -> bool | None:
         data = DataConfig(dataset="encoded", path=paths, **changes) if paths else DataConfig()

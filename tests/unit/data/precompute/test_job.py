@@ -59,13 +59,15 @@ def make_job(pictures: Path, tmp_path: Path) -> MakeJob:
 
     def make(source: Path | str = pictures, *, sizes: Any = ((16, 16),), dtype: str = "float32", **changes: Any) -> Job:
         image, text = PixelCodec(), WordEncoder(embed_dim=6, max_tokens=8)
-        encoding = Encoding(
-            image_encoder=image, text_encoder=text, sizes=sizes, dtype=dtype, batch_size=3, threads=1
-        )  # fmt: skip
+        encoding = Encoding(image_encoder=image, text_encoder=text, sizes=sizes, dtype=dtype, batch_size=3, threads=1)
         job = Job(
-            source=open_source(str(source), unit_samples=4), destination=tmp_path / "set", encoding=encoding,
-            image_facts=image_facts(image), text_facts=text_facts(text), settings={},
-        )  # fmt: skip
+            source=open_source(str(source), unit_samples=4),
+            destination=tmp_path / "set",
+            encoding=encoding,
+            image_facts=image_facts(image),
+            text_facts=text_facts(text),
+            settings={},
+        )
         return replace(job, **changes)
 
     return make
@@ -145,9 +147,7 @@ def test_real_encoders_go_through_and_the_pictures_come_back(make_job: MakeJob, 
     encoding = Encoding(
         image_encoder=image, text_encoder=text, sizes=((24, 32),), dtype="float32", batch_size=3, threads=1
     )
-    job = make_job(
-        encoding=encoding, image_facts=image_facts(image, str(vae)), text_facts=text_facts(text, names)
-    )  # fmt: skip
+    job = make_job(encoding=encoding, image_facts=image_facts(image, str(vae)), text_facts=text_facts(text, names))
     encode_corpus(job)
     dataset = LatentDataset(job.destination)
     assert dataset.index.buckets == ((5, 6, 8),)
@@ -243,11 +243,19 @@ def test_what_is_chosen_changed_or_passed_over_has_its_line_in_the_report(make_j
     image = crops(1)[0]
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in [
-            ("._0.png", b"x"), ("0.png", encoded(image, "PNG", icc_profile=rgb_profile())), ("0.txt", b"one"),
-            (".DS_Store", b"x"), ("1.png", encoded(image, "PNG", icc_profile=b"broken")), ("__MACOSX/1.png", b"x"),
-            ("1.txt", b"two"), ("2.png", b""), ("2.webp", b""), ("2.txt", b"three"),
-            ("3.png", encoded(image, "PNG")), ("3.json", b'{"captions": ["four", "five"]}'),
-        ]:  # fmt: skip
+            ("._0.png", b"x"),
+            ("0.png", encoded(image, "PNG", icc_profile=rgb_profile())),
+            ("0.txt", b"one"),
+            (".DS_Store", b"x"),
+            ("1.png", encoded(image, "PNG", icc_profile=b"broken")),
+            ("__MACOSX/1.png", b"x"),
+            ("1.txt", b"two"),
+            ("2.png", b""),
+            ("2.webp", b""),
+            ("2.txt", b"three"),
+            ("3.png", encoded(image, "PNG")),
+            ("3.json", b'{"captions": ["four", "five"]}'),
+        ]:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -271,19 +279,27 @@ def test_what_is_chosen_changed_or_passed_over_has_its_line_in_the_report(make_j
 
 def test_a_report_counts_all_that_is_bad_and_names_the_first_of_each_cause() -> None:
     record = UnitRecord(
-        unit=0, shards=(), latents_shapes={}, sums=LatentSums(), bad_counts={"no image": 30, "no caption": 1},
-        bad_names={"no image": [str(i) for i in range(15)], "no caption": ["x"]}, converted={"grey": 2},
+        unit=0,
+        shards=(),
+        latents_shapes={},
+        sums=LatentSums(),
+        bad_counts={"no image": 30, "no caption": 1},
+        bad_names={"no image": [str(i) for i in range(15)], "no caption": ["x"]},
+        converted={"grey": 2},
         ignored={".md": 1},
-    )  # fmt: skip
+    )
     later = replace(record, unit=1, bad_names={"no image": [str(i) for i in range(15, 30)], "no caption": ["y"]})
     report = corpus._report_of([record, later, record], {".md": 4, ".py": 5})
     assert report == {
-        "samples": 0, "left_out": 3 * 31, "converted": {"grey": 6}, "ignored_files": {".md": 7, ".py": 5},
+        "samples": 0,
+        "left_out": 3 * 31,
+        "converted": {"grey": 6},
+        "ignored_files": {".md": 7, ".py": 5},
         "causes": {
             "no caption": {"count": 3, "names": ["x", "y", "x"]},
             "no image": {"count": 90, "names": [str(i) for i in range(MAX_NAMES)]},
         },
-    }  # fmt: skip
+    }
     output = _Output()
     for i in range(MAX_NAMES + 5):
         output.leave_out(BadSample(cause="damaged row", name=str(i), samples=2))
@@ -346,8 +362,11 @@ def test_a_source_without_one_good_sample_is_refused(make_job: MakeJob, tmp_path
 
 JPEG = encoded(crops(1)[0])
 GOOD = [("0.jpg", JPEG), ("0.txt", b"one")]
-CAPTIONED_TWICE = [(f"{i}.{suffix}", JPEG if suffix == "jpg" else suffix.encode())
-                   for i in range(1, 4) for suffix in ("jpg", "txt", "caption")]  # fmt: skip
+CAPTIONED_TWICE = [
+    (f"{i}.{suffix}", JPEG if suffix == "jpg" else suffix.encode())
+    for i in range(1, 4)
+    for suffix in ("jpg", "txt", "caption")
+]
 
 
 @pytest.mark.parametrize(
@@ -355,17 +374,19 @@ CAPTIONED_TWICE = [(f"{i}.{suffix}", JPEG if suffix == "jpg" else suffix.encode(
     [
         ([*GOOD, *CAPTIONED_TWICE], None, "choose by --caption-column, such as --caption-column txt; nothing"),
         (
-            [*((f"{i}.jpg", JPEG) for i in range(3)), *((f"{i}.txt", b"one") for i in range(3))], None,
+            [*((f"{i}.jpg", JPEG) for i in range(3)), *((f"{i}.txt", b"one") for i in range(3))],
+            None,
             "duplicate key (3, such as a.tar/0); in tars, members of a sample must stand together",
         ),
         (GOOD, "canny.png", "no image (1, such as a.tar/0 ('jpg', 'txt'))"),
         (
-            [(".0.jpg", b""), ("._0.txt", b""), (".x/0.jpg", b""), ("a.md", b"")], None,
+            [(".0.jpg", b""), ("._0.txt", b""), (".x/0.jpg", b""), ("a.md", b"")],
+            None,
             "no sample of 0 is usable; 4 files were not looked at, most: '.*': 2, '._*': 1, '.md': 1; nothing",
         ),
     ],
     ids=["several captions", "kind by kind", "no such suffix", "hidden"],
-)  # fmt: skip
+)
 def test_a_tar_that_gives_too_few_samples_is_refused_with_the_way_out(
     make_job: MakeJob,
     tmp_path: Path,
@@ -577,9 +598,10 @@ def test_a_plan_is_another_one_with_whatever_shapes_a_set(make_job: MakeJob, mon
         )
     ]
     changed += [
-        replace(job, image_facts={"identity": "another"}), replace(job, text_facts={"identity": "another"}),
+        replace(job, image_facts={"identity": "another"}),
+        replace(job, text_facts={"identity": "another"}),
         replace(job, settings={"more": 1}),
-    ]  # fmt: skip
+    ]
     plans = [job.plan, *(one.plan for one in changed)]
     for name in ("SCHEMA_VERSION", "DECODING"):
         monkeypatch.setattr(corpus, name, getattr(corpus, name) + 1)

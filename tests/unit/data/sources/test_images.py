@@ -110,10 +110,15 @@ def test_the_limit_of_pixels_counts_the_whole_image(photograph: Image.Image) -> 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_stands_as_its_camera_was_held(photograph: Image.Image, orientation: int) -> None:
     stored = {
-        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
-        7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
-    }[orientation]  # fmt: skip
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]
     turned = photograph
     for step in stored:
         turned = turned.transpose(step)
@@ -362,9 +367,13 @@ def test_postscript_starts_no_program_whatever_it_is_called(name: str, tmp_path:
         "try: read_image(Path(sys.argv[1]))\nexcept DataError as error: print(error)\n"
     )
     told = subprocess.run(
-        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     assert name in told.stdout and "not an image" in told.stdout
     assert not (tmp_path / "ran").exists()
 
@@ -385,12 +394,18 @@ def tiled_tiff(tile_width: int, tile_length: int) -> bytes:
     """Return a TIFF of 16 x 16 pixels that says how large its only tile is."""
     data = zlib.compress(bytes(16 * 16 * 3))
     facts = {
-        TiffImagePlugin.IMAGEWIDTH: 16, TiffImagePlugin.IMAGELENGTH: 16, TiffImagePlugin.BITSPERSAMPLE: 8,
-        TiffImagePlugin.COMPRESSION: 8, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION: 2,
-        TiffImagePlugin.SAMPLESPERPIXEL: 3, TiffImagePlugin.PLANAR_CONFIGURATION: 1,
-        TiffImagePlugin.TILEWIDTH: tile_width, TiffImagePlugin.TILELENGTH: tile_length,
-        TiffImagePlugin.TILEOFFSETS: 0, TiffImagePlugin.TILEBYTECOUNTS: len(data),
-    }  # fmt: skip
+        TiffImagePlugin.IMAGEWIDTH: 16,
+        TiffImagePlugin.IMAGELENGTH: 16,
+        TiffImagePlugin.BITSPERSAMPLE: 8,
+        TiffImagePlugin.COMPRESSION: 8,
+        TiffImagePlugin.PHOTOMETRIC_INTERPRETATION: 2,
+        TiffImagePlugin.SAMPLESPERPIXEL: 3,
+        TiffImagePlugin.PLANAR_CONFIGURATION: 1,
+        TiffImagePlugin.TILEWIDTH: tile_width,
+        TiffImagePlugin.TILELENGTH: tile_length,
+        TiffImagePlugin.TILEOFFSETS: 0,
+        TiffImagePlugin.TILEBYTECOUNTS: len(data),
+    }
     end = 8 + 2 + 12 * len(facts) + 4
     entries = [
         struct.pack("<HHII", tag, 4, 1, end if tag == TiffImagePlugin.TILEOFFSETS else value)

@@ -265,17 +265,33 @@ def test_a_metadata_file_describes_its_folder(folder: Path) -> None:
 def test_what_is_wrong_in_a_list_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(JPEGS[0])
     lines = [
-        "path,caption", "0.jpg,one", "0.jpg,again", "../secret.jpg,stolen", f"{tmp_path}/secret.jpg,stolen",
-        "missing.jpg,gone", "1.jpg,", "2.jpg", ",no path", '3.jpg,"never closed', "4.jpg,lost", "",
-    ]  # fmt: skip
+        "path,caption",
+        "0.jpg,one",
+        "0.jpg,again",
+        "../secret.jpg,stolen",
+        f"{tmp_path}/secret.jpg,stolen",
+        "missing.jpg,gone",
+        "1.jpg,",
+        "2.jpg",
+        ",no path",
+        '3.jpg,"never closed',
+        "4.jpg,lost",
+        "",
+    ]
     (folder / "list.csv").write_text("\n".join(lines))
     good, bad = read_all(folder / "list.csv")
     assert [sample.key for sample in good] == ["0.jpg"]
     assert sum(one.samples for one in bad if one.cause == "damaged row") == 1 + 2
     assert [cause for cause, _ in causes(bad)] == [
-        "damaged row", "damaged row", "duplicate key", "empty caption", "no image", "no image", "outside the source",
+        "damaged row",
+        "damaged row",
+        "duplicate key",
+        "empty caption",
+        "no image",
+        "no image",
         "outside the source",
-    ]  # fmt: skip
+        "outside the source",
+    ]
 
 
 def test_damaged_lines_of_json_are_named(folder: Path) -> None:
@@ -658,8 +674,9 @@ def test_the_first_of_a_list_of_captions_is_told_as_a_choice(tmp_path: Path) -> 
     pq.write_table(pa.table({"image": JPEGS[:3], "captions": [["one", "two"], ["only"], []]}), path)
     good, bad = read_all(path)
     assert [(sample.caption, sample.converted) for sample in good] == [
-        ("one", ("first of several captions",)), ("only", ()),
-    ]  # fmt: skip
+        ("one", ("first of several captions",)),
+        ("only", ()),
+    ]
     assert [one.cause for one in bad] == ["caption is not text"]
 
 
@@ -722,8 +739,9 @@ def test_a_row_of_json_that_gives_a_name_twice_is_left_out(folder: Path, tmp_pat
     parts += [("1.jpg", JPEGS[1]), ("1.json", b'{"text": "of an object that says all there is", "id": 1, "id": 2}')]
     path = write_tar(tmp_path / "a.tar", parts)
     assert causes(read_all(path)[1]) == [
-        ("name given twice", "a.tar/0 ('text')"), ("name given twice", "a.tar/1 ('id')")
-    ]  # fmt: skip
+        ("name given twice", "a.tar/0 ('text')"),
+        ("name given twice", "a.tar/1 ('id')"),
+    ]
 
 
 def test_a_list_of_which_no_line_can_be_read_is_refused_with_the_reason(folder: Path, refusal_of: Refusal) -> None:
@@ -748,8 +766,11 @@ def test_names_that_come_twice_in_what_is_not_read_do_not_matter(folder: Path, t
 
 def test_a_caption_given_twice_in_json_is_a_rival_of_a_text_file(tmp_path: Path) -> None:
     twice = {"0": '{"caption": "cat", "caption": "dog"}', "1": '{"url": 1, "url": 2}', "2": '{"caption": '}
-    parts = [(f"{key}.{suffix}", content) for key, fields in twice.items()
-             for suffix, content in (("jpg", JPEGS[0]), ("txt", b"one"), ("json", fields.encode()))]  # fmt: skip
+    parts = [
+        (f"{key}.{suffix}", content)
+        for key, fields in twice.items()
+        for suffix, content in (("jpg", JPEGS[0]), ("txt", b"one"), ("json", fields.encode()))
+    ]
     path = write_tar(tmp_path / "a.tar", parts)
     good, bad = read_all(path)
     assert causes(bad) == [("name given twice", "a.tar/0 ('caption')")]
@@ -850,11 +871,18 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path, tmp_path: Path)
 
 
 LEFT = [
-    ("._0000.jpg", "._*"), ("__MACOSX/0000.jpg", "__MACOSX"), ("a/.DS_Store", ".DS_Store"), ("thumbs.db", "Thumbs.db"),
-    ("Desktop.ini", "desktop.ini"), ("PaxHeaders.99/0000.jpg", "PaxHeaders.*"), ("@eaDir/0000.jpg", "@eaDir"),
-    (".hidden.jpg", ".*"), ("$Recycle.Bin/0000.jpg", "$RECYCLE.BIN"), ("Icon\r", "Icon\r"),
+    ("._0000.jpg", "._*"),
+    ("__MACOSX/0000.jpg", "__MACOSX"),
+    ("a/.DS_Store", ".DS_Store"),
+    ("thumbs.db", "Thumbs.db"),
+    ("Desktop.ini", "desktop.ini"),
+    ("PaxHeaders.99/0000.jpg", "PaxHeaders.*"),
+    ("@eaDir/0000.jpg", "@eaDir"),
+    (".hidden.jpg", ".*"),
+    ("$Recycle.Bin/0000.jpg", "$RECYCLE.BIN"),
+    ("Icon\r", "Icon\r"),
     ("System Volume Information/0000.jpg", "System Volume Information"),
-]  # fmt: skip
+]
 
 
 def test_what_systems_leave_in_a_tar_is_no_sample_and_counted(tmp_path: Path) -> None:
@@ -882,8 +910,10 @@ def test_hidden_folders_and_files_of_other_kinds_in_a_tar_are_no_samples_and_cou
     # A caption tells of a picture that is not there.
     lonely = [("k.json", b"{}"), ("k.txt", b"one"), ("l.avif", b"x"), ("l.json", b"{}"), ("m.txt", b"two")]
     assert causes(read_all(write_tar(tmp_path / "b.tar", lonely))[1]) == [
-        ("no image", "b.tar/k"), ("no image", "b.tar/l"), ("no image", "b.tar/m"),
-    ]  # fmt: skip
+        ("no image", "b.tar/k"),
+        ("no image", "b.tar/l"),
+        ("no image", "b.tar/m"),
+    ]
 
 
 def test_what_systems_leave_in_a_folder_is_no_sample_and_counted(folder: Path, tmp_path: Path) -> None:
@@ -967,9 +997,13 @@ def test_a_compressed_tar_is_known_whatever_it_is_called(
 
 
 FORMATS: list[dict[str, Any]] = [
-    {"type": "torch", "columns": ["label"]}, {"type": "numpy", "columns": ["label"]}, {"type": "numpy"},
-    {"type": "torch"}, {"type": "arrow"}, {"type": "pandas"},
-]  # fmt: skip
+    {"type": "torch", "columns": ["label"]},
+    {"type": "numpy", "columns": ["label"]},
+    {"type": "numpy"},
+    {"type": "torch"},
+    {"type": "arrow"},
+    {"type": "pandas"},
+]
 
 
 @pytest.mark.parametrize("in_splits", [False, True])

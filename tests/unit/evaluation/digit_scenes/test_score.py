@@ -350,8 +350,12 @@ def test_a_kind_counts_as_much_as_another_however_many_pictures_it_has() -> None
     assert summary["exact"] == pytest.approx((0.4 + 0.1) / 2)
     assert summary["standard_error"] == pytest.approx(np.sqrt(0.5 * 0.5 / 10 + 0.2 * 0.8 / 40) / 2)
     assert summary["kinds"]["colour"] == {
-        "count": 40, "correct": 8, "exact": 4, "share": 0.2, "standard_error": pytest.approx(np.sqrt(0.2 * 0.8 / 40)),
-    }  # fmt: skip
+        "count": 40,
+        "correct": 8,
+        "exact": 4,
+        "share": 0.2,
+        "standard_error": pytest.approx(np.sqrt(0.2 * 0.8 / 40)),
+    }
 
 
 def test_verdicts_and_summaries_are_plain_data(prompts: list[Scene]) -> None:

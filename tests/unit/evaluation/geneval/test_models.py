@@ -233,16 +233,19 @@ def test_what_finds_no_objects_is_refused(tmp_path: Path, refusal_of: Refusal) -
 
 
 EVIL = {
-    "config.json": {"model_type": "novelty", "auto_map": {
-        f"Auto{kind}": f"evil.{kind}" for kind in ("Config", "Model", "ModelForObjectDetection")
-    }},
+    "config.json": {
+        "model_type": "novelty",
+        "auto_map": {f"Auto{kind}": f"evil.{kind}" for kind in ("Config", "Model", "ModelForObjectDetection")},
+    },
     "preprocessor_config.json": {
-        "image_processor_type": "Novelty", "auto_map": {"AutoImageProcessor": "evil.ImageProcessor"},
+        "image_processor_type": "Novelty",
+        "auto_map": {"AutoImageProcessor": "evil.ImageProcessor"},
     },
     "tokenizer_config.json": {
-        "tokenizer_class": "Novelty", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
+        "tokenizer_class": "Novelty",
+        "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
     },
-}  # fmt: skip
+}
 """File -> what makes transformers ask whether it may run the folder's code."""
 
 
@@ -252,9 +255,10 @@ def test_no_code_of_a_judges_folder_is_run_whatever_standard_input_says(
     judge: str, file: str, tmp_path: Path, refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, load = {
-        "detector": (save_yolos, load_detector), "clip": (save_clip, load_clip),
+        "detector": (save_yolos, load_detector),
+        "clip": (save_clip, load_clip),
         "features": (save_vit, load_feature_model),
-    }[judge]  # fmt: skip
+    }[judge]
     folder = save(tmp_path / "judge")
     told = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(told | EVIL[file]))
@@ -283,9 +287,12 @@ def test_a_detectors_files_do_not_choose_what_is_fetched(
     folder = save_yolos(tmp_path / "detector")
     told = json.loads((folder / "config.json").read_text())
     changes = {
-        "model_type": "detr", "architectures": ["DetrForObjectDetection"], "backbone": "somebody/backbone",
-        "use_timm_backbone": False, "backbone_config": None,
-    }  # fmt: skip
+        "model_type": "detr",
+        "architectures": ["DetrForObjectDetection"],
+        "backbone": "somebody/backbone",
+        "use_timm_backbone": False,
+        "backbone_config": None,
+    }
     (folder / "config.json").write_text(json.dumps(told | changes))
     sought: list[object] = []
 

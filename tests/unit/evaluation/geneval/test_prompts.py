@@ -34,8 +34,13 @@ def of_task(prompts: list[GenevalPrompt], tag: str) -> list[GenevalPrompt]:
 
 def test_there_are_as_many_distinct_prompts_of_each_task_as_published(drawn: list[GenevalPrompt]) -> None:
     assert Counter(prompt.tag for prompt in drawn) == {
-        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100,
-    }  # fmt: skip
+        "single_object": 80,
+        "two_object": 99,
+        "counting": 80,
+        "colors": 94,
+        "position": 100,
+        "color_attr": 100,
+    }
     assert len(set(drawn)) == sum(NUM_PROMPTS.values()) == 553
     assert {prompt.include[0].class_name for prompt in of_task(drawn, "single_object")} == set(COCO_CLASSES)
 
@@ -123,8 +128,11 @@ def test_a_line_of_the_published_file_is_read_and_written_as_it_is(tmp_path: Pat
 def test_classes_have_one_name_whatever_they_are_called(tmp_path: Path) -> None:
     assert len(set(COCO_CLASSES)) == 80
     assert {name: canonical_class(name) for name in ("mouse", "sofa", "computer mouse", "seven")} == {
-        "mouse": "computer mouse", "sofa": "couch", "computer mouse": "computer mouse", "seven": "seven",
-    }  # fmt: skip
+        "mouse": "computer mouse",
+        "sofa": "couch",
+        "computer mouse": "computer mouse",
+        "seven": "seven",
+    }
     path = tmp_path / "metadata.jsonl"
     path.write_text(BENCH.replace("bench", "keyboard"), encoding="utf-8")
     assert read_prompts(path)[0].include[0].class_name == "computer keyboard"

@@ -16,16 +16,16 @@ class ExitCode(IntEnum):
     """A defect or a broken machine, with a traceback; started again, it goes on from the newest valid checkpoint."""
     USER_ERROR = 2
     """Something to mend first: started again as it is, it ends the same way."""
-    GAVE_UP = 3
+    UNRECOVERABLE = 3
     """Training cannot go on from here (steps skipped in a row, numbers not finite, or a newer attempt took over)."""
-    SAVED = 42
+    CHECKPOINTED = 42
     """A signal asked for a stop: saved, and the same command goes on."""
-    TRY_AGAIN = 75
+    RETRY = 75
     """A rank was lost, or storage hung: nothing is wrong with the run, and the same command goes on."""
     INTERRUPTED = 130
 
 
-def plain(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return text as one line for a terminal or a log, whatever it quotes.
 
     Names come from files of anybody's: a newline would forge a line of ours, an escape sequence hide or move one. What
@@ -50,7 +50,7 @@ class EcditError(Exception):
     """Base of all errors that a user can mend; the message says what, where, the numbers and the way out, in a line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(plain(message))
+        super().__init__(escape_unprintable(message))
 
 
 class ConfigError(EcditError):
@@ -77,20 +77,20 @@ class NonFiniteError(EcditError):
     """NaN or infinity where a result was due: nothing is written or scored."""
 
 
-class StaleAttemptError(CheckpointError):
+class StaleRunError(CheckpointError):
     """A process of an earlier attempt of a run that a newer one has taken over: it may change nothing any more."""
 
 
-class LostRankError(EcditError):
+class RankLostError(EcditError):
     """A run that another process ended by dying, or storage by hanging; started again, it goes on."""
 
 
-class GaveUpError(EcditError):
+class UnrecoverableError(EcditError):
     """A run that would end the same way if it were started again, such as one whose gradients stay non-finite."""
 
 
 def exit_code_of(error: EcditError) -> ExitCode:
     """Return how a run ends that ends with `error`."""
-    if isinstance(error, GaveUpError | StaleAttemptError):
-        return ExitCode.GAVE_UP
-    return ExitCode.TRY_AGAIN if isinstance(error, LostRankError) else ExitCode.USER_ERROR
+    if isinstance(error, UnrecoverableError | StaleRunError):
+        return ExitCode.UNRECOVERABLE
+    return ExitCode.RETRY if isinstance(error, RankLostError) else ExitCode.USER_ERROR

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ecdit_ds.errors import ConfigError, DataError
 from ecdit_ds.flow.samplers import NoiseFn
 from ecdit_ds.inference.images import to_uint8
-from ecdit_ds.inference.load import EncoderFolders, Spread, load_drawer, load_spread_drawer
+from ecdit_ds.inference.load import DeviceMapConfig, EncoderFolders, load_generator, load_with_device_map
 from ecdit_ds.inference.text_to_image import TextToImage, require_finite
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -75,15 +75,15 @@ class TextToImagePipeline:
             if max_memory is not None or offload_folder is not None:
                 raise ConfigError("max_memory and offload_folder have no effect without device_map; add one")
             where = None if device is None else torch.device(device)
-            return cls(load_drawer(path, kind=weights, dtype=torch_dtype, device=where, folders=folders))
+            return cls(load_generator(path, kind=weights, dtype=torch_dtype, device=where, folders=folders))
         if device is not None:
             raise ConfigError(f"device: {device} and device_map exclude one another; give one")
-        spread = Spread(
+        spread = DeviceMapConfig(
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=None if offload_folder is None else Path(offload_folder),
         )
-        return cls(load_spread_drawer(path, spread, kind=weights, dtype=torch_dtype, folders=folders))
+        return cls(load_with_device_map(path, spread, kind=weights, dtype=torch_dtype, folders=folders))
 
     @property
     def device(self) -> torch.device:

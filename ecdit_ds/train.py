@@ -15,22 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     # Run by path, Python puts ecdit_ds/ itself first on the path, where our file names would shadow libraries.
     sys.path[0] = str(ROOT)
-    from ecdit_ds.runtime.signals import StopRequest
+    from ecdit_ds.runtime.signals import StopSignal
 
     # The imports below take seconds, in which a signal may come or a launcher may be killed.
-    _stop = StopRequest()
+    _stop = StopSignal()
     _stop.listen()
-    from ecdit_ds.runtime.launcher_watch import die_with_launcher
+    from ecdit_ds.runtime.launcher_watch import exit_with_launcher
 
-    die_with_launcher(ask_to_leave=_stop.launcher_died)
+    exit_with_launcher(ask_to_leave=_stop.launcher_died)
 
 from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import DEFAULT_RECIPE, dump_recipe, load_recipe, recipe_names
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, StaleAttemptError, exit_code_of
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, StaleRunError, exit_code_of
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.runtime.exit_report import RunStatus, last_line, let_go_of_closed_streams, say
-from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.runtime.exit_report import RunStatus, exit_summary, ignore_broken_pipes, print_quietly
+from ecdit_ds.runtime.signals import StopSignal
 from ecdit_ds.slurm.completion import DRY_RUN, is_watched, mark_complete, mark_ended, training_to
 
 
@@ -76,11 +76,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None, stop: StopRequest | None = None) -> int:
+def main(arguments: list[str] | None = None, stop: StopSignal | None = None) -> int:
     """Run, and turn what a user can get wrong into one line; return the exit code (see ExitCode)."""
     options = parse_arguments(arguments)
     is_first = os.environ.get("RANK", "0") == "0"
-    stop, status, lost, is_superseded = stop or StopRequest(), RunStatus(), list[int](), False
+    stop, status, lost, is_superseded = stop or StopSignal(), RunStatus(), list[int](), False
     try:
         recipe = load_recipe(options.config, options.set)
         if options.print_config:
@@ -90,48 +90,48 @@ def main(arguments: list[str] | None = None, stop: StopRequest | None = None) ->
         code = _start(recipe, options, stop, status)
         if options.dry_run:
             return code
-        cause = status.asked_to_stop if code == ExitCode.SAVED else "all steps are done"
+        cause = status.stop_reason if code == ExitCode.CHECKPOINTED else "all steps are done"
     except EcditError as error:
         if is_first or is_watched():
-            say(f"error: {error}", sys.stderr)
+            print_quietly(f"error: {error}", sys.stderr)
         code, cause = exit_code_of(error), str(error)
-        is_superseded = isinstance(error, StaleAttemptError)
+        is_superseded = isinstance(error, StaleRunError)
     except KeyboardInterrupt:
         code, cause = ExitCode.INTERRUPTED, "interrupted from the keyboard"
     except Exception as error:
-        status.is_over = True
+        status.is_exiting = True
         if lost := status.lost_ranks():
-            code, cause = ExitCode.TRY_AGAIN, f"rank {', '.join(map(str, lost))} died"
+            code, cause = ExitCode.RETRY, f"rank {', '.join(map(str, lost))} died"
         else:
             traceback.print_exc()
             code, cause = ExitCode.CRASHED, f"{type(error).__name__}: {error}"
     finally:
-        status.is_over = True
-    if status.step is not None and status.speaks(lost):
-        say(last_line(status, code.name.lower().replace("_", " "), cause), sys.stderr)
-    let_go_of_closed_streams()
+        status.is_exiting = True
+    if status.step is not None and status.is_reporter(lost):
+        print_quietly(exit_summary(status, code.name.lower().replace("_", " "), cause), sys.stderr)
+    ignore_broken_pipes()
     if code == ExitCode.DONE:
         mark_complete(training_to(recipe.train.max_steps))
     elif not is_superseded:  # of the life that took over this one knows nothing
         mark_ended(code)
-    status.has_left = True
+    status.has_exited = True
     return code
 
 
-def _start(recipe: Recipe, options: argparse.Namespace, stop: StopRequest, status: RunStatus) -> ExitCode:
+def _start(recipe: Recipe, options: argparse.Namespace, stop: StopSignal, status: RunStatus) -> ExitCode:
     """Train, or say what training would do; what this imports takes seconds."""
-    from ecdit_ds.parallel.world import place_from_environment
-    from ecdit_ds.training.run_dir import RunFolder
+    from ecdit_ds.parallel.world import rank_info_from_env
+    from ecdit_ds.training.run_dir import RunDir
     from ecdit_ds.training.setup import run, share_cores
 
-    place = place_from_environment()
+    place = rank_info_from_env()
     world_size = _world_size(options, place.world_size)
     topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
     deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
     output = options.output or Path("runs") / recipe.name
     if not options.dry_run:
         share_cores(place)
-        return run(recipe, topology, deepspeed_config, RunFolder(path=output), options.resume, stop, status)
+        return run(recipe, topology, deepspeed_config, RunDir(path=output), options.resume, stop, status)
     stop.stand_down()
     if place.rank == 0:
         from ecdit_ds.training.dry_run import dry_run

@@ -32,17 +32,17 @@ from tqdm import tqdm
 from ecdit_ds.checkpoint.convert.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.convert.file_plan import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.convert.formats import lacks_recipe
-from ecdit_ds.checkpoint.convert.inspection import describe, differences, total_bytes, verify
+from ecdit_ds.checkpoint.convert.inspection import describe_checkpoint, differences, total_bytes, verify
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
 from ecdit_ds.checkpoint.convert.open import expected_of, model_facts, open_checkpoint, recipe_of, upcycled
-from ecdit_ds.checkpoint.convert.sources import SafetensorsSource, Source
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource, SafetensorsSource
 from ecdit_ds.checkpoint.convert.universal_writer import convert_to_universal, plan_universal
-from ecdit_ds.checkpoint.convert.upcycle import WithAverage
+from ecdit_ds.checkpoint.convert.upcycle import WithEmaFromWeights
 from ecdit_ds.checkpoint.convert.workspace import partial_of
 from ecdit_ds.checkpoint.finite import tell_nonfinite
 from ecdit_ds.config.recipe import STATE_NAMES
-from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode, plain
-from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.errors import CheckpointError, ConfigError, EcditError, ExitCode, escape_unprintable
+from ecdit_ds.parallel.partition_rules import sharded_axes
 from tools.command_line import OneLineParser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,13 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_arguments(arguments)
         return int(options.run(options))
     except EcditError as error:
-        print(plain(f"error: {error}"), file=sys.stderr)
+        print(escape_unprintable(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
     except BrokenPipeError:  # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except OSError as error:
-        print(plain(f"error: {error.filename or options.command}: {error.strerror or error}"), file=sys.stderr)
+        print(
+            escape_unprintable(f"error: {error.filename or options.command}: {error.strerror or error}"),
+            file=sys.stderr,
+        )
         return ExitCode.USER_ERROR
     except KeyboardInterrupt as interrupt:
         print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
@@ -148,8 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     folder, source = open_checkpoint(options.checkpoint, _facts(options))
-    for line in (f"checkpoint   {folder}", *describe(source)):
-        print(plain(line))
+    for line in (f"checkpoint   {folder}", *describe_checkpoint(source)):
+        print(escape_unprintable(line))
     return 0
 
 
@@ -159,7 +162,7 @@ def _verify(options: argparse.Namespace) -> int:
         total = verify(source, *expected_of(source), bar.update)
     has_none = isinstance(source, SafetensorsSource)
     checked = "sizes hold; the format has no checksums" if has_none else "every checksum holds"
-    print(plain(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
+    print(escape_unprintable(f"{folder}: whole: {len(source.tensors)} tensors of {total:,} bytes; {checked}"))
     if not any(_has_kind(source, name) for names in STATE_NAMES.values() for name in names):
         print("note: there is no optimizer state, so training cannot go on from it")
     return 0
@@ -173,7 +176,7 @@ def _diff(options: argparse.Namespace) -> int:
     with _bar(total_bytes(first), "diff") as bar:
         for line in differences(first, second, bar.update):
             bar.clear()
-            print(plain(line))
+            print(escape_unprintable(line))
             count += 1
     print(f"{count} differences" if count else "the same, to the last bit")
     return 1 if count else 0
@@ -194,7 +197,7 @@ def _convert(options: argparse.Namespace) -> int:
             )
         with _told_of(folder):
             _require_state(source)
-            files = plan_universal(source, cut_axes, options.tp or 1, marks_experts=not options.unmarked_experts)
+            files = plan_universal(source, sharded_axes, options.tp or 1, marks_experts=not options.unmarked_experts)
         with _bar(bytes_to_move(files), "convert") as bar:
             nonfinite = convert_to_universal(source, options.destination, files, options.tp or 1, bar.update)
     elif options.to == "safetensors":
@@ -209,9 +212,13 @@ def _convert(options: argparse.Namespace) -> int:
         files = _ecdit_files(source, options, dtype)
         with _bar(bytes_to_move(files), "convert") as bar:
             nonfinite = convert_to_ecdit(source, options.destination, files, bar.update)
-    print(plain(f"{folder} -> {options.destination}, read back and compared"))
+    print(escape_unprintable(f"{folder} -> {options.destination}, read back and compared"))
     if nonfinite:
-        print(plain(f"note: {tell_nonfinite(nonfinite)}, and it says so; nothing trains on from it or draws with it"))
+        print(
+            escape_unprintable(
+                f"note: {tell_nonfinite(nonfinite)}, and it says so; nothing trains on from it or draws with it"
+            )
+        )
     if options.to == "ecdit" and not options.only and not _has_kind(source, "ema"):
         print("note: there is no average (ema), which training needs; --ema-from-weights begins one")
     return 0
@@ -224,7 +231,7 @@ def _facts(options: argparse.Namespace) -> ModelFacts | None:
     return model_facts(options.config, options.set) if options.config else None
 
 
-def _derived(source: Source, options: argparse.Namespace) -> Source:
+def _derived(source: CheckpointSource, options: argparse.Namespace) -> CheckpointSource:
     """Return the source, with an average or with experts where that is asked for."""
     if options.to != "ecdit" and (options.upcycle or options.ema_from_weights):
         raise ConfigError(
@@ -233,19 +240,19 @@ def _derived(source: Source, options: argparse.Namespace) -> Source:
     if options.upcycle and options.config:
         raise ConfigError("--upcycle and --config: each has its own --set; convert first, then upcycle")
     if options.ema_from_weights:
-        source = WithAverage(source)
+        source = WithEmaFromWeights(source)
     if options.upcycle:
         source = upcycled(source, options.upcycle, options.set)
     return source
 
 
-def _require_state(source: Source) -> None:
+def _require_state(source: CheckpointSource) -> None:
     for kind in ("weight", *STATE_NAMES[recipe_of(source).optimizer.name]):
         if not _has_kind(source, kind):
             raise CheckpointError(f"holds no {kind}, without which DeepSpeed loads nothing")
 
 
-def _has_kind(source: Source, kind: str) -> bool:
+def _has_kind(source: CheckpointSource, kind: str) -> bool:
     return any(name.startswith(f"{kind}/") for name in source.tensors)
 
 
@@ -260,7 +267,7 @@ def _check_apart(source: Path, destination: Path) -> None:
         raise ConfigError(f"{source}: lies in {partial_of(destination)}, where the conversion would work; move it")
 
 
-def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype | None) -> list[FilePlan]:
+def _ecdit_files(source: CheckpointSource, options: argparse.Namespace, dtype: torch.dtype | None) -> list[FilePlan]:
     kind = KINDS[options.only or "all"]
     if dtype is not None and kind is None:
         raise ConfigError(f"--dtype {options.dtype}: would round the optimizer's state too; add --only weights or ema")
@@ -277,12 +284,12 @@ def _ecdit_files(source: Source, options: argparse.Namespace, dtype: torch.dtype
 
     def cuts(name: str) -> dict[int, int]:
         counts = {"tp": tp, "ep": ep}
-        return {axis: counts[way] for way, axis in cut_axes(name).items() if counts[way] > 1}
+        return {axis: counts[way] for way, axis in sharded_axes(name).items() if counts[way] > 1}
 
     return plan_layout(source, names, cuts, tp, ep, dtype)
 
 
-def _require_kind(source: Source, kind: str) -> None:
+def _require_kind(source: CheckpointSource, kind: str) -> None:
     if not _has_kind(source, kind):
         kinds = ", ".join(sorted({name.split("/")[0] for name in source.tensors}))
         raise ConfigError(f"--only: the checkpoint holds no {kind}; it holds {kinds}")

@@ -25,19 +25,19 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from ecdit_ds.data.encoders.base import RAW_PIXELS, ImageEncoder, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.base import RAW_PIXELS, HashedWordEncoder, ImageEncoder, TextEncoder
 from ecdit_ds.data.encoders.from_recipe import place_of
 from ecdit_ds.data.encoders.pretrained import DEFAULT_TOKENS, PRECISIONS, load_image_encoder, load_text_encoder
-from ecdit_ds.data.encoders.spec import image_facts, open_image_encoder, text_facts
+from ecdit_ds.data.encoders.spec import image_encoder_spec, open_image_encoder, text_encoder_spec
 from ecdit_ds.data.latents.dataset import LatentDataset
-from ecdit_ds.data.latents.index import SetIndex, read_index
+from ecdit_ds.data.latents.index import LatentIndex, read_index
 from ecdit_ds.data.normalization import warning_of
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
 from ecdit_ds.data.sources.base import CHOICES, Captions, Columns
 from ecdit_ds.data.sources.images import Size, buckets_of
 from ecdit_ds.data.sources.open import open_source
-from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, exit_code_of, plain
+from ecdit_ds.errors import ConfigError, DataError, EcditError, ExitCode, escape_unprintable, exit_code_of
 from ecdit_ds.inference.figures import save_grid
 from ecdit_ds.inference.images import to_uint8
 from ecdit_ds.inference.text_to_image import require_finite
@@ -162,10 +162,10 @@ def _encode(options: argparse.Namespace) -> int:
         columns=Columns(image=options.image_column, caption=options.caption_column, captions=captions),
     )
     image_encoder, text_encoder = _encoders(options, device)
-    job = Job(
+    job = PrecomputeJob(
         source=source,
         destination=options.destination.absolute(),
-        encoding=Encoding(
+        encoding=EncodeSettings(
             image_encoder=image_encoder,
             text_encoder=text_encoder,
             sizes=_sizes(options, image_encoder),
@@ -175,8 +175,8 @@ def _encode(options: argparse.Namespace) -> int:
             has_text=not options.captions_only,
             min_size=options.min_size or 0,
         ),
-        image_facts=image_facts(image_encoder, options.vae and place_of(options.vae)),
-        text_facts=text_facts(text_encoder, [place_of(name) for name in options.text]),
+        image_facts=image_encoder_spec(image_encoder, options.vae and place_of(options.vae)),
+        text_facts=text_encoder_spec(text_encoder, [place_of(name) for name in options.text]),
         settings={
             "shard_samples": options.shard_samples,
             "image_column": options.image_column,
@@ -245,7 +245,7 @@ def _encoders(options: argparse.Namespace, device: torch.device) -> tuple[ImageE
             device=device,
             precision=options.text_precision,
         )
-    words = WordEncoder(embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS)
+    words = HashedWordEncoder(embed_dim=options.text_width or WORD_WIDTH, max_tokens=options.text_tokens or WORD_TOKENS)
     return image, words
 
 
@@ -267,15 +267,15 @@ def _tell(report: Mapping[str, Any], destination: Path) -> None:
     print(f"{destination}: {report['samples']} samples, {report['left_out']} left out")
     for cause, facts in report["causes"].items():
         shown = ", ".join(facts["names"][:3]) + (", ..." if facts["count"] > 3 else "")
-        print(plain(f"  {facts['count']:>8}  {cause}: {shown}"))
+        print(escape_unprintable(f"  {facts['count']:>8}  {cause}: {shown}"))
     for name, count in report["converted"].items():
         size = " x ".join(map(str, report["smallest_enlarged"])) if name == "enlarged" else ""
         print(f"  {count:>8}  converted: {name}" + (f", the smallest from {size} (--min-size)" if size else ""))
     for suffix, count in report["ignored_files"].items():
-        print(plain(f"  {count:>8}  files not looked at: {suffix}"))
+        print(escape_unprintable(f"  {count:>8}  files not looked at: {suffix}"))
 
 
-def _warn(folder: Path, index: SetIndex) -> None:
+def _warn(folder: Path, index: LatentIndex) -> None:
     """Say whether latents are far from what noise is; pixels are normalised by those who read them."""
     is_of_pixels = index.image_encoder.get("kind") == "pixels"
     warning = None if index.holds_pixels else warning_of(index.moments, is_of_pixels=is_of_pixels)
@@ -290,10 +290,10 @@ def _inspect(options: argparse.Namespace) -> int:
         f"{options.folder}: {index.count} samples, {sum(shard.bytes for shard in index.shards) / 2**20:.1f} MiB in "
         f"{len(index.shards)} shards, {index.latents_dtype}"
     )
-    print(plain(f"images  {index.image_encoder['identity']}"))
+    print(escape_unprintable(f"images  {index.image_encoder['identity']}"))
     stored = "" if index.has_text else ", not stored: captions are encoded beside training"
     texts = f"texts   {index.text_encoder['identity']}: {index.text_shape[0]} tokens x {index.text_shape[1]}{stored}"
-    print(plain(texts))
+    print(escape_unprintable(texts))
     for i, bucket in enumerate(index.buckets):
         count = sum(shard.count for shard in index.shards if shard.bucket == i)
         print(f"bucket  {' x '.join(map(str, bucket))}: {count} samples")

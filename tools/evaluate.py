@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ecdit_ds.errors import EcditError, exit_code_of
-from ecdit_ds.inference.ranks import leave
+from ecdit_ds.inference.ranks import exit_process
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.command_line import OneLineParser
 from tools.sample import add_drawing_arguments, add_model_arguments
@@ -123,4 +123,4 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

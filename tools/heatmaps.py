@@ -29,7 +29,7 @@ from ecdit_ds.config.recipe import SampleConfig
 from ecdit_ds.data.digit_scenes.dataset import require_digit_scenes
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.inference.images import name_for_file, save_text
-from ecdit_ds.inference.load import KINDS, load_drawer, open_model
+from ecdit_ds.inference.load import WEIGHT_KINDS, load_generator, open_model
 from ecdit_ds.inference.options import encoder_folders
 from ecdit_ds.inference.prompts import require_words
 from ecdit_ds.inference.text_to_image import TextToImage
@@ -58,7 +58,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="intervals of the time grid")
     parser.add_argument("--guidance", type=float, metavar="S", help="1 is none")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the starting noise (default: %(default)s)")
-    parser.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
+    parser.add_argument(
+        "--weights", choices=WEIGHT_KINDS, help="averaged or last (default: ema, or what an export holds)"
+    )
     add_encoder_arguments(parser)
     parser.add_argument(
         "--output",
@@ -92,7 +94,7 @@ def show(options: argparse.Namespace) -> None:
     if options.scenes is not None:
         what = f"--scenes {options.scenes}"
         require_digit_scenes(recipe.data, recipe.model, stored.encoders, what, "give --prompt")
-    pipeline = load_drawer(stored.folder, kind=options.weights, folders=encoder_folders(options))
+    pipeline = load_generator(stored.folder, kind=options.weights, folders=encoder_folders(options))
     sample = pipeline.settings(num_steps=options.steps, guidance_scale=options.guidance)
     try:
         for i, prompt in enumerate(prompts):

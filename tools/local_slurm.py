@@ -111,7 +111,7 @@ def on_loopback() -> tuple[str, list[str]]:
     return "localhost", ["unshare", "--uts", "sh", "-c", 'hostname localhost && exec "$0" "$@"']
 
 
-class Lab:
+class LocalSlurm:
     """Virtual nodes and their controller, in a folder of their own.
 
     Args:
@@ -138,7 +138,7 @@ class Lab:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_SLURM_VARIABLES)}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def __enter__(self) -> "Lab":
+    def __enter__(self) -> "LocalSlurm":
         if reason := why_not():
             raise ConfigError(f"no Slurm here: {reason}")
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))  # short: a socket's path has room for 107 letters
@@ -281,7 +281,7 @@ class Lab:
         (self.folder / "slurm.conf").write_text(text)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """End all that belongs to a lab, whatever state it is in, and remove its folder."""
     while found := list(_processes_of(folder)):
         for process in tuple(found):  # what they started may have dropped its environment
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.sweep:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the lab
             sys.stdin.buffer.read()
-            sweep(options.sweep)
+            remove_leftovers(options.sweep)
             return ExitCode.DONE
         if not (1 <= options.nodes <= 64 and 1 <= options.gpus <= 16):
             raise ConfigError(f"--nodes {options.nodes}, --gpus {options.gpus}: choose 1 to 64 nodes of 1 to 16 GPUs")
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"{command[0]}: no such command")
         signal.signal(signal.SIGTERM, _leave)
         signal.signal(signal.SIGHUP, _leave)
-        with Lab(nodes=options.nodes, gpus=options.gpus) as lab:
+        with LocalSlurm(nodes=options.nodes, gpus=options.gpus) as lab:
             print(f"lab: {options.nodes} nodes x {options.gpus} GPUs, SLURM_CONF={lab.folder}/slurm.conf", flush=True)
             return subprocess.run([*on_loopback()[1], *command], check=False, env=lab.environment).returncode
     except EcditError as error:

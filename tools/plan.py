@@ -23,16 +23,16 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe, recipe_names
 from ecdit_ds.errors import ConfigError, EcditError, ExitCode
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu, gpu_names, read_machine, reasons
-from ecdit_ds.planner.launch_files import phase_notes, write_launch_files
+from ecdit_ds.planner.hardware import Cluster, default_assumptions, find_gpu, gpu_names, read_machine, reasons
+from ecdit_ds.planner.launch_files import phase_notes, write_run_files
 from ecdit_ds.planner.models import describe_models
-from ecdit_ds.planner.plan import Plan, Surroundings, make_plan, with_micro_batch
+from ecdit_ds.planner.plan import ClusterAssumptions, Plan, make_plan, with_micro_batch
 from ecdit_ds.planner.reliability import FAILURE_RATES
-from ecdit_ds.planner.report import describe, describe_memory, describe_refusals, describe_search, to_json
+from ecdit_ds.planner.report import describe_memory, describe_plan, describe_refusals, describe_search, to_json
 from ecdit_ds.planner.search import (
     Candidate,
-    Choices,
-    Found,
+    SearchResult,
+    SearchSpace,
     all_choices,
     check_before_search,
     require_experts_divide,
@@ -149,7 +149,7 @@ def _read_no_more() -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe, machine = _recipe(options), _machine(options)
-    surroundings = Surroundings(
+    surroundings = ClusterAssumptions(
         storage_bytes_per_s=options.storage_gbps * GIGABIT,
         recovery_seconds=options.recovery_minutes * 60,
         failure_rates=tuple(options.failures_per_1000_node_days or FAILURE_RATES.values()),
@@ -173,7 +173,7 @@ def _plan(options: argparse.Namespace) -> int:
         path = best.deepspeed_file
         plan = make_plan(best.recipe, best.topology, best.zero, machine, surroundings, best.micro_batches)
     if options.write and plan.fits:  # before the tables: who reads those may go away in their midst
-        write_launch_files(plan, load_recipe(options.config), path, options.write, overwrite=options.overwrite)
+        write_run_files(plan, load_recipe(options.config), path, options.write, overwrite=options.overwrite)
         wrote = f"wrote {options.write}/recipe.yaml, deepspeed.json, header.sh, overrides.txt"
         print("\n".join([wrote, *phase_notes(plan)]), file=sys.stderr)
     try:
@@ -208,7 +208,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     return load_recipe(options.config, overrides)
 
 
-def _machine(options: argparse.Namespace) -> Machine:
+def _machine(options: argparse.Namespace) -> Cluster:
     gpu, own = (find_gpu(options.gpu), None) if options.gpu else read_machine(options.machine)
     per_node = options.gpus_per_node if options.gpus_per_node is not None else own or 8
     if options.network_gbps is not None:
@@ -216,7 +216,7 @@ def _machine(options: argparse.Namespace) -> Machine:
     usual = asdict(default_assumptions())
     given = {name: getattr(options, name) for name in usual if getattr(options, name) is not None}
     assumptions = replace(default_assumptions(), **given)
-    return Machine(gpu=gpu, nodes=options.nodes, gpus_per_node=per_node, assumptions=assumptions)
+    return Cluster(gpu=gpu, nodes=options.nodes, gpus_per_node=per_node, assumptions=assumptions)
 
 
 def _files(options: argparse.Namespace) -> list[Path]:
@@ -243,7 +243,7 @@ def _stage_of(path: Path) -> Any:
         return None
 
 
-def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> Choices:
+def _choices(options: argparse.Namespace, recipe: Recipe, machine: Cluster) -> SearchSpace:
     choices = all_choices(recipe, machine, tuple(_files(options)))
     train, micro = recipe.train, options.micro_batch
     if options.tp:
@@ -262,7 +262,7 @@ def _choices(options: argparse.Namespace, recipe: Recipe, machine: Machine) -> C
     return replace(choices, micro_batch=micro)
 
 
-def _check_tp(tp: int, machine: Machine) -> None:
+def _check_tp(tp: int, machine: Cluster) -> None:
     if tp > machine.gpus_per_node or machine.gpus_per_node % tp:
         raise ConfigError(
             f"--tp {tp}: a tensor-parallel group must lie within a node of {machine.gpus_per_node} GPUs, or its sums "
@@ -270,7 +270,7 @@ def _check_tp(tp: int, machine: Machine) -> None:
         )
 
 
-def _best(found: Found) -> Candidate:
+def _best(found: SearchResult) -> Candidate:
     """Return the fastest layout, or the one nearest to fitting.
 
     Raises:
@@ -283,7 +283,7 @@ def _best(found: Found) -> Candidate:
     raise ConfigError(f"none of {sum(found.refusals.values())} layouts is possible, most often: {reason}")
 
 
-def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None:
+def _print(plan: Plan, found: SearchResult | None, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(to_json(plan, found), indent=2, allow_nan=False), flush=True)
         return
@@ -292,10 +292,12 @@ def _print(plan: Plan, found: Found | None, options: argparse.Namespace) -> None
         print("\n".join([*describe_search(found, options.top, usable), ""]))
     elif found is not None:
         print("\n".join([*describe_refusals(found, usable), ""]))
-    print("\n".join(describe(plan) if plan.fits else describe_memory(plan)), flush=True)
+    print("\n".join(describe_plan(plan) if plan.fits else describe_memory(plan)), flush=True)
 
 
-def _way_out(plan: Plan, found: Found | None, recipe: Recipe, machine: Machine, options: argparse.Namespace) -> str:
+def _way_out(
+    plan: Plan, found: SearchResult | None, recipe: Recipe, machine: Cluster, options: argparse.Namespace
+) -> str:
     """Return by how much a plan does not fit, and what would."""
     needs = f"needs {plan.needed_bytes / 1e9:.1f} GB of {machine.usable_bytes / 1e9:.1f} GB a GPU"
     name = f"tp {plan.topology.tp} x ep {plan.topology.ep}, ZeRO-{plan.zero.stage}"

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ecdit_ds.inference.options import DTYPES, brush_for, facts_of, load_for, origin_of, require_batch
+from ecdit_ds.inference.options import DTYPES, brush_for, generation_metadata, load_for, origin_of, require_batch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,16 +29,22 @@ from tqdm import tqdm
 from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.errors import ConfigError, DataError, EcditError, exit_code_of
 from ecdit_ds.inference.figures import save_grid
-from ecdit_ds.inference.image_folder import Job, Picture, fill, parts_of, read_picture
+from ecdit_ds.inference.image_folder import (
+    GeneratedImage,
+    ImageRequest,
+    generate_to_folder,
+    read_picture,
+    split_batches,
+)
 from ecdit_ds.inference.load import (
-    KINDS,
+    WEIGHT_KINDS,
     open_model,
 )
 from ecdit_ds.inference.prompts import read_dataset_prompts, read_prompt_file
-from ecdit_ds.inference.ranks import join_crew, leave
+from ecdit_ds.inference.ranks import exit_process, init_ranks
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmaps import compute_maps, save_compute_maps
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.model.sharding import ShardIndex
 from ecdit_ds.slurm.array_task import task_of
 from ecdit_ds.slurm.completion import ARRAY_TASK, mark_complete, mark_ended
 from tools.command_line import OneLineParser
@@ -95,7 +101,9 @@ def add_model_arguments(
         metavar="DIR",
         help="a checkpoint, a run's folder for its newest, or exported safetensors",
     )
-    model.add_argument("--weights", choices=KINDS, help="averaged or last (default: ema, or what an export holds)")
+    model.add_argument(
+        "--weights", choices=WEIGHT_KINDS, help="averaged or last (default: ema, or what an export holds)"
+    )
     model.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights (default: %(default)s)")
     model.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
     model.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks (default: %(default)s)")
@@ -164,42 +172,44 @@ def draw(options: argparse.Namespace) -> None:
     share = _share(options)
     stored = open_model(options.checkpoint, options.weights)
     jobs = _jobs(options, stored.recipe)
-    count = sum(map(len, parts_of(len(jobs), options.batch_size, share)))
-    crew = join_crew(options.tp, options.ep)
+    count = sum(map(len, split_batches(len(jobs), options.batch_size, share)))
+    crew = init_ranks(options.tp, options.ep)
     if not count:
-        if crew.is_first:
+        if crew.is_rank0:
             _tell_idle(len(jobs), options.batch_size, share)
         return
     options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
     drawer = load_for(crew, options)
     brush = brush_for(drawer, options)
-    facts = facts_of(stored, options) | origin_of(stored)
-    if crew.is_first:
+    facts = generation_metadata(stored, options) | origin_of(stored)
+    if crew.is_rank0:
         print(f"drawing {count} pictures in {options.output}", flush=True)
-    with tqdm(total=count, unit="picture", disable=not (crew.is_first and sys.stderr.isatty())) as bar:
-        pictures = fill(options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite, share=share)
-    if crew.is_first:
+    with tqdm(total=count, unit="picture", disable=not (crew.is_rank0 and sys.stderr.isatty())) as bar:
+        pictures = generate_to_folder(
+            options.output, jobs, brush, facts, crew, bar.update, overwrite=options.overwrite, share=share
+        )
+    if crew.is_rank0:
         _show(options, pictures, drawer, brush.sample)
 
 
-def _share(options: argparse.Namespace) -> Share:
+def _share(options: argparse.Namespace) -> ShardIndex:
     """Return which share of the pictures is drawn here, and give it a folder of its own if others draw the rest."""
     require_batch(options)
     task, tasks = task_of(options.task, os.environ, are_ranks_tasks=False)
     if tasks > 1:
         options.output = options.output / f"task_{task}_of_{tasks}"
-    return Share(index=task, count=tasks)
+    return ShardIndex(index=task, count=tasks)
 
 
-def _tell_idle(count: int, batch_size: int, share: Share) -> None:
-    batches = len(parts_of(count, batch_size))
+def _tell_idle(count: int, batch_size: int, share: ShardIndex) -> None:
+    batches = len(split_batches(count, batch_size))
     print(
         f"task {share.index}/{share.count} has nothing to draw: {count} pictures are {batches} batches of --batch-size "
         f"{batch_size}; a smaller one shares them out further"
     )
 
 
-def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
+def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[ImageRequest]:
     typed = [text for group in options.prompt for text in group]
     if sum(map(bool, (typed, options.prompts, options.dataset))) > 1:
         raise ConfigError("--prompt, --prompts and --dataset exclude one another; give one")
@@ -222,11 +232,13 @@ def _jobs(options: argparse.Namespace, recipe: Recipe) -> list[Job]:
     jobs = []
     for i, (prompt, seed) in enumerate(prompts[: options.limit]):
         first = options.seed + i * count if seed is None else seed
-        jobs += [Job(prompt=prompt, seed=first + n) for n in range(count)]
+        jobs += [ImageRequest(prompt=prompt, seed=first + n) for n in range(count)]
     return jobs
 
 
-def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: TextToImage, sample: SampleConfig) -> None:
+def _show(
+    options: argparse.Namespace, pictures: Sequence[GeneratedImage], drawer: TextToImage, sample: SampleConfig
+) -> None:
     """Write what people look at."""
     if options.overwrite:
         (options.output / "routing.png").unlink(missing_ok=True)
@@ -243,4 +255,4 @@ def _show(options: argparse.Namespace, pictures: Sequence[Picture], drawer: Text
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-PHASES = (
+SAVE_PHASES = (
     "before-mkdir",
     "mid-shard",
     "before-manifest",
@@ -13,9 +13,9 @@ PHASES = (
 )
 """In the order in which one save passes them: every writer `mid-shard`, the first writer the others."""
 
-Reached = Callable[[str], None]
+PhaseHook = Callable[[str], None]
 """Called with each phase when it is reached."""
 
 
-def go_on(phase: str) -> None:
+def no_hook(phase: str) -> None:
     """Do nothing, as in every run without a drill."""

@@ -40,7 +40,7 @@ def tell_nonfinite(nonfinite: Mapping[str, int]) -> str:
     return f"{sum(nonfinite.values()):,} numbers of {len(names)} tensors are not finite ({told})"
 
 
-def require_finite(where: Path, nonfinite: Mapping[str, int] | None) -> None:
+def require_finite_tensors(where: Path, nonfinite: Mapping[str, int] | None) -> None:
     """Refuse a checkpoint that says, or turns out, to hold such numbers; None is one that does not say.
 
     Raises:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ecdit_ds.errors import CheckpointError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, StaleRunError
 from ecdit_ds.files.durable import is_still, private_file, put_on_disk
 
 LEASE_NAME = ".attempt"
@@ -52,7 +52,7 @@ class Lease:
         with _locked(self.folder) as file:
             newest = file.read().strip()
             if newest not in ("", self.attempt):  # empty where somebody tidied up: nobody has taken over
-                raise StaleAttemptError(
+                raise StaleRunError(
                     f"{self.folder}: attempt {newest} has taken over from this one, {self.attempt}; nothing was "
                     "published, and this process has no more to do"
                 )
@@ -77,7 +77,7 @@ def claim(folder: Path, attempt: str) -> Lease:
         with _locked(folder) as file:
             held = file.read().strip()
             if is_successor(held, of=attempt):
-                raise StaleAttemptError(f"{folder}: attempt {held} has taken over from this one, {attempt}")
+                raise StaleRunError(f"{folder}: attempt {held} has taken over from this one, {attempt}")
             _write(file, attempt)
             put_on_disk(folder)
     except OSError as error:

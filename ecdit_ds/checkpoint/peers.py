@@ -20,7 +20,7 @@ class Peers(Protocol):
     def gather(self, obj: Any) -> list[Any] | None:
         """Return everyone's (JSON-able) objects by rank on rank 0, None elsewhere."""
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         """Return whether all peers said True, once all have spoken."""
 
     def broadcast(self, obj: Any) -> Any:
@@ -37,7 +37,7 @@ class SoloPeers:
         """Return the one object."""
         return [obj]
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         """Return `ok`."""
         return ok
 

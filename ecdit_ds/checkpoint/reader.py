@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box, shifted
-from ecdit_ds.checkpoint.finite import require_finite
+from ecdit_ds.checkpoint.finite import require_finite_tensors
 from ecdit_ds.checkpoint.manifest import DTYPES, StoredTensor
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.checkpoint.slices import CheckedSlices
@@ -138,7 +138,7 @@ def newest_valid(root: Path, thorough: bool = False) -> tuple[Reader | None, lis
     for folder in list_checkpoints(root):
         try:
             reader = Reader(folder)
-            require_finite(folder, reader.manifest.nonfinite)
+            require_finite_tensors(folder, reader.manifest.nonfinite)
             if thorough:
                 reader.verify()
             return reader, rejections

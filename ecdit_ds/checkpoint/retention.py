@@ -10,8 +10,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from ecdit_ds.checkpoint.fault_points import Reached, go_on
-from ecdit_ds.checkpoint.finite import require_finite
+from ecdit_ds.checkpoint.fault_points import PhaseHook, no_hook
+from ecdit_ds.checkpoint.finite import require_finite_tensors
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
 from ecdit_ds.errors import CheckpointError
@@ -21,8 +21,13 @@ LATEST_NAME = "latest"
 """A hint for people and scripts: the name of the newest checkpoint. Nothing here reads it."""
 
 
-def remove_old(
-    root: Path, keep: int, *, keep_every: int = 0, verified: Collection[Path] | None = None, reached: Reached = go_on
+def apply_retention(
+    root: Path,
+    keep: int,
+    *,
+    keep_every: int = 0,
+    verified: Collection[Path] | None = None,
+    reached: PhaseHook = no_hook,
 ) -> list[Path]:
     """Remove all but the newest `keep` checkpoints, and return what was removed.
 
@@ -41,7 +46,7 @@ def remove_old(
     """
     if keep < 2:
         raise CheckpointError(f"{root}: asked to keep {keep} checkpoints; keep 2 or more: one may prove damaged")
-    ours = [folder for folder in list_checkpoints(root) if not folder.is_symlink() and fault_of(folder) is None]
+    ours = [folder for folder in list_checkpoints(root) if not folder.is_symlink() and find_damage(folder) is None]
     proven = [folder for folder in ours if verified is None or folder in verified]
     if len(proven) < keep:
         return []
@@ -58,7 +63,7 @@ def write_latest(root: Path, folder: Path) -> None:
         replace_durably(root / LATEST_NAME, f"{folder.name}\n".encode())
 
 
-def set_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Rename a damaged `step_N` to `step_N.damaged-...`, so that the step can be saved again; return its new path.
 
     Raises:
@@ -71,7 +76,7 @@ def set_aside(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: is damaged and cannot be moved aside: {error.strerror}; move it") from None
 
 
-def remove_stale_attempts(root: Path) -> list[Path]:
+def remove_incomplete_saves(root: Path) -> list[Path]:
     """Remove what interrupted saves and removals left, `step_N.tmp-*` and `.trash-step_N*`; return what was removed.
 
     Only for when no save is under way, such as at the start of a run.
@@ -83,10 +88,10 @@ def remove_stale_attempts(root: Path) -> list[Path]:
     return stale
 
 
-def fault_of(folder: Path) -> CheckpointError | None:
+def find_damage(folder: Path) -> CheckpointError | None:
     """Return what is wrong with a checkpoint's manifest, the sizes of its files, or its numbers by what it says."""
     try:
-        require_finite(folder, read_manifest(folder).nonfinite)
+        require_finite_tensors(folder, read_manifest(folder).nonfinite)
     except CheckpointError as error:
         return error
     return None
@@ -96,7 +101,7 @@ def _is_anchor(folder: Path, keep_every: int) -> bool:
     return keep_every > 0 and step_of(folder) % keep_every == 0
 
 
-def _remove(folder: Path, reached: Reached) -> None:
+def _remove(folder: Path, reached: PhaseHook) -> None:
     trash = folder.with_name(f".trash-{folder.name}-{time.time_ns():x}")
     try:
         folder.rename(trash)

@@ -43,7 +43,7 @@ _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file."""
 
     dtype: torch.dtype
@@ -140,14 +140,14 @@ def check_shape(name: str, shape: Sequence[Any]) -> None:
         raise ValueError(f"tensor {name} has shape {list(shape)}")
 
 
-def _entry(key: str, value: dict[str, Any], data_start: int) -> Entry:
+def _entry(key: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     shape, (begin, end) = value["shape"], value["data_offsets"]
     if not isinstance(shape, list):
         raise TypeError(f"tensor {key} has shape {shape!r}")
     check_shape(key, shape)
     if type(begin) is not int or type(end) is not int or begin < 0:
         raise ValueError(f"tensor {key} lies at bytes {begin!r} to {end!r}")
-    entry = Entry(dtype=_CODES[value["dtype"]], shape=tuple(shape), begin=data_start + begin)
+    entry = TensorEntry(dtype=_CODES[value["dtype"]], shape=tuple(shape), begin=data_start + begin)
     if end - begin != entry.nbytes:
         raise ValueError(f"tensor {key} has {end - begin} bytes, its shape needs {entry.nbytes}")
     return entry

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 import torch
 
-from ecdit_ds.checkpoint.writer import Piece
+from ecdit_ds.checkpoint.writer import TensorShard
 
 _ALIGNMENT = 64
 
 
-class HostCopy:
+class StagingBuffer:
     """Memory that each save uses again: to copy into warm pages takes a fraction of what new ones cost.
 
     Args:
@@ -18,10 +18,10 @@ class HostCopy:
         is_pinned: page-locked, which copies from a CUDA device need to run at full speed.
     """
 
-    def __init__(self, pieces: Iterable[Piece], *, is_pinned: bool) -> None:
+    def __init__(self, pieces: Iterable[TensorShard], *, is_pinned: bool) -> None:
         self._buffer = torch.empty(_room_for(pieces), dtype=torch.uint8, pin_memory=is_pinned).fill_(0)
 
-    def of(self, pieces: list[Piece]) -> list[Piece]:
+    def of(self, pieces: list[TensorShard]) -> list[TensorShard]:
         """Return the pieces with copied data, which is valid until the next call; grows where it must."""
         need, is_pinned = _room_for(pieces), self._buffer.is_pinned()
         if need > self._buffer.numel():
@@ -39,7 +39,7 @@ class HostCopy:
         return copies
 
 
-def _room_for(pieces: Iterable[Piece]) -> int:
+def _room_for(pieces: Iterable[TensorShard]) -> int:
     return sum(_aligned(piece.data.nbytes) for piece in pieces)
 
 

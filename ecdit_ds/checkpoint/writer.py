@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.fault_points import Reached, go_on
+from ecdit_ds.checkpoint.fault_points import PhaseHook, no_hook
 from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite
 from ecdit_ds.checkpoint.lease import Lease, attempt_name
 from ecdit_ds.checkpoint.manifest import (
@@ -33,9 +33,9 @@ from ecdit_ds.checkpoint.manifest import (
 )
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, step_name
 from ecdit_ds.checkpoint.peers import Peers
-from ecdit_ds.checkpoint.retention import fault_of, write_latest
+from ecdit_ds.checkpoint.retention import find_damage, write_latest
 from ecdit_ds.checkpoint.safetensors_file import TensorFile, TensorFileWriter
-from ecdit_ds.errors import CheckpointError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, StaleRunError
 from ecdit_ds.files.durable import make_folders, put_on_disk, write_durably
 
 _FREE_SPACE_FACTOR = 1.05  # headers, file system blocks, and whoever else writes meanwhile
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
+class TensorShard:
     """A box of a named global tensor, held by this writer.
 
     Raises:
@@ -88,11 +88,11 @@ class Save:
         self,
         root: Path,
         step: int,
-        pieces: Iterable[Piece],
+        pieces: Iterable[TensorShard],
         meta: dict[str, Any],
         peers: Peers,
         lease: Lease | None = None,
-        reached: Reached = go_on,
+        reached: PhaseHook = no_hook,
     ) -> None:
         self.step, self._meta, self._peers, self._lease, self._reached = step, meta, peers, lease, reached
         attempt = peers.broadcast((lease.attempt if lease else attempt_name()) if peers.rank == 0 else None)
@@ -198,24 +198,24 @@ class Save:
             result = work()
         except Exception as error:
             failure = error
-        if self._peers.all_ok(failure is None):
+        if self._peers.all_true(failure is None):
             return result
-        told = self._peers.gather(failure and (_reason(failure), isinstance(failure, StaleAttemptError)))
+        told = self._peers.gather(failure and (_reason(failure), isinstance(failure, StaleRunError)))
         faults = [(writer, *fault) for writer, fault in enumerate(told or []) if fault]
         text = "; ".join(f"writer {writer}: {reason}" for writer, reason, _ in faults)
         text, is_stale = self._peers.broadcast((text, any(is_stale for *_, is_stale in faults)))
-        kind = StaleAttemptError if is_stale else CheckpointError
+        kind = StaleRunError if is_stale else CheckpointError
         raise kind(f"{self.folder}: not saved: {text}") from failure
 
 
 def save_checkpoint(
     root: Path,
     step: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[TensorShard],
     meta: dict[str, Any],
     peers: Peers,
     lease: Lease | None = None,
-    reached: Reached = go_on,
+    reached: PhaseHook = no_hook,
     *,
     read_back: bool = False,
 ) -> Path:
@@ -228,11 +228,11 @@ def save_checkpoint(
 def _refuse_existing(final: Path) -> None:
     if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
         raise CheckpointError(f"{final}: is there already and is no folder; move it away")
-    if final.exists() and fault_of(final) is None:
+    if final.exists() and find_damage(final) is None:
         raise CheckpointError(f"{final}: already holds a valid checkpoint; it is never overwritten, move it away first")
 
 
-def _write_shard(path: Path, pieces: list[Piece], reached: Reached) -> dict[str, Any]:
+def _write_shard(path: Path, pieces: list[TensorShard], reached: PhaseHook) -> dict[str, Any]:
     """Write pieces one after the other and return their part of the manifest as JSON."""
     keys = [f"{piece.name}#{number}" for number, piece in enumerate(pieces)]
     for piece in pieces:
@@ -326,7 +326,7 @@ def _nothing_held() -> Iterator[None]:
     yield
 
 
-def _dtype_name(piece: Piece) -> str:
+def _dtype_name(piece: TensorShard) -> str:
     return str(piece.data.dtype).removeprefix("torch.")
 
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 _ALIGNMENT_BYTES = 64
 
 
-def in_one_block(batch: T) -> T:
+def pack_tensors(batch: T) -> T:
     """Return a dataclass, and the dataclasses in it, with copies of their CPU tensors that share one block of memory.
 
     Anything else comes back as it is.

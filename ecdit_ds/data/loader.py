@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ecdit_ds.data.collate import in_one_block
+from ecdit_ds.data.collate import pack_tensors
 from ecdit_ds.data.latents.dataset import Samples
-from ecdit_ds.data.mixture import Mixture, Part, SampleSet
-from ecdit_ds.data.replacement import read_good
+from ecdit_ds.data.mixture import BucketView, Mixture, SampleSet
+from ecdit_ds.data.replacement import read_valid
 from ecdit_ds.errors import DataError, EcditError
 from ecdit_ds.seeding import stable_seed
 
@@ -125,7 +125,7 @@ def evaluation_batches(
         All ranks are at the same bucket at a time.
     """
     for bucket in range(len(dataset.buckets)):
-        part = Part(dataset.runs, bucket)
+        part = BucketView(dataset.runs, bucket)
         for start in range(0, len(part), batch_size * dp_size):
             places_B = start + dp_rank * batch_size + np.arange(batch_size)
             indices_B = part.samples(np.minimum(places_B, len(part) - 1))
@@ -169,10 +169,10 @@ class _Stream(Dataset[T | _Failed]):
 
     def __getitem__(self, positions: npt.NDArray[np.int64]) -> T | _Failed:
         try:
-            batch = self.transform(read_good(self.mixture, positions))
+            batch = self.transform(read_valid(self.mixture, positions))
         except EcditError as error:
             return _Failed(error=error)
-        return batch if get_worker_info() is None else in_one_block(batch)
+        return batch if get_worker_info() is None else pack_tensors(batch)
 
 
 def _steps(loader: DataLoader[T | _Failed], num_micro_batches: int) -> Iterator[list[T]]:

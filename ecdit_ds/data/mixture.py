@@ -72,7 +72,7 @@ class SampleSet(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class SampleIds:
     """Where samples are."""
 
     sets_B: npt.NDArray[np.int64]
@@ -81,7 +81,7 @@ class Places:
     """Which sample of it."""
 
 
-class Part:
+class BucketView:
     """The samples of a set that have one bucket, counted among themselves."""
 
     def __init__(self, runs: Sequence[tuple[int, int]], bucket: int) -> None:
@@ -105,7 +105,7 @@ class _Component:
 
     number: int
     """Of the set."""
-    part: Part
+    part: BucketView
     seed: int
     """Of its order."""
 
@@ -147,7 +147,7 @@ class Mixture:
                 components=tuple(
                     _Component(
                         number=number,
-                        part=Part(sets[number].runs, list(sets[number].buckets).index(bucket)),
+                        part=BucketView(sets[number].runs, list(sets[number].buckets).index(bucket)),
                         seed=seed if is_one else stable_seed(seed, "component", number, bucket),
                     )
                     for number in of_sets
@@ -174,7 +174,7 @@ class Mixture:
         """Return the size of all latents of a step (from 0)."""
         return self.buckets[self._bucket_at(step)[0]]
 
-    def ids_at(self, positions: npt.NDArray[np.int64], attempt: int = 0) -> Places:
+    def ids_at(self, positions: npt.NDArray[np.int64], attempt: int = 0) -> SampleIds:
         """Return which samples stand at some positions of one step.
 
         Args:
@@ -200,7 +200,7 @@ class Mixture:
                 else sample_order(places[is_here], count, component.seed)
             )
             sets_B[is_here], samples_B[is_here] = component.number, component.part.samples(order)
-        return Places(sets_B=sets_B, samples_B=samples_B)
+        return SampleIds(sets_B=sets_B, samples_B=samples_B)
 
     def read(self, positions: npt.NDArray[np.int64], attempt: int = 0) -> Samples:
         """Return the samples at some positions of one step, as `ids_at`; `bad` says which cannot be trained on."""

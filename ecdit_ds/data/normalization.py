@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ecdit_ds.config.data_config import DataConfig
-from ecdit_ds.data.encoders.base import Factor, PixelCodec
+from ecdit_ds.data.encoders.base import Factor, PixelVAE
 
 MAX_MEAN = 1.0
 """A channel whose mean is farther from 0 is worth a warning."""
@@ -28,7 +28,7 @@ class Moments:
     mean_C: tuple[float, ...]
     std_C: tuple[float, ...]
 
-    def after(self, codec: PixelCodec) -> "Moments":
+    def after(self, codec: PixelVAE) -> "Moments":
         """Return those of the latents that a codec makes of pixels with these."""
         shift_C, scale_C = (_each_channel(f, len(self.mean_C)) for f in (codec.shift_factor, codec.scaling_factor))
         return Moments(
@@ -70,23 +70,23 @@ def mixed(parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
     return Moments(mean_C=mean_C, std_C=std_C)
 
 
-def normalizing_codec(pixels: Moments) -> PixelCodec:
+def normalizing_codec(pixels: Moments) -> PixelVAE:
     """Return the codec whose latents of such pixels have mean 0 and deviation 1, a channel at a time.
 
     Its factors are rounded, so that sums in another order give the same codec.
     """
-    return PixelCodec(
+    return PixelVAE(
         shift_factor=tuple(round(mean, _DECIMALS) for mean in pixels.mean_C),
         scaling_factor=tuple(round(1 / max(std, _LEAST_STD), _DECIMALS) for std in pixels.std_C),
     )
 
 
-def codec_in(data: DataConfig) -> PixelCodec | None:
+def codec_in(data: DataConfig) -> PixelVAE | None:
     """Return the codec that a recipe asks for, if it does."""
     if not data.shift_factor:
         return None
     shift, scale = data.shift_factor, data.scaling_factor
-    return PixelCodec(
+    return PixelVAE(
         shift_factor=shift[0] if len(shift) == 1 else shift, scaling_factor=scale[0] if len(scale) == 1 else scale
     )
 

@@ -10,7 +10,7 @@ U = TypeVar("U")
 THREAD_NAME = "ahead"
 
 
-def encoded_ahead(steps: Iterator[T], finish: Callable[[T], U]) -> Iterator[U]:
+def prefetch(steps: Iterator[T], finish: Callable[[T], U]) -> Iterator[U]:
     """Yield `finish(step)` of each step, in order; that of the next one is under way while the caller uses this one.
 
     Steps are taken in the caller's thread, since what reads them may start processes that end with the thread that

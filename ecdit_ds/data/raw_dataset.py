@@ -14,11 +14,11 @@ import torch
 
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.data.encoders.base import TextEmbeddings, TextEncoder
-from ecdit_ds.data.latents.columns import LatentSums, total_of
+from ecdit_ds.data.latents.columns import LatentStats, sum_stats
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.normalization import Moments
 from ecdit_ds.data.sources.bad_sample import BadSample
-from ecdit_ds.data.sources.base import Columns, RawSample, Source, Unit, samples_of
+from ecdit_ds.data.sources.base import Columns, ImageSource, RawSample, Unit, samples_of
 from ecdit_ds.data.sources.images import Size, decode_image, fit_image, from_pixels
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import DataError
@@ -42,14 +42,20 @@ class _Ready:
     caption: str
 
 
-class RawSet:
+class RawImageDataset:
     """What a source holds, sample by sample in its own order; a `SampleSet` without latents and text vectors.
 
     What is no sample has its place too, and is told as `Samples.bad`: nothing is looked at before it is asked for.
     """
 
     def __init__(
-        self, source: Source, *, name: str, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
+        self,
+        source: ImageSource,
+        *,
+        name: str,
+        latents: tuple[int, int, int],
+        downsampling: int,
+        text_encoder: TextEncoder,
     ) -> None:
         """Count the samples; archives that do not say how many they hold are read for it.
 
@@ -161,17 +167,17 @@ class RawSet:
 
 def open_raw_set(
     name: str, data: DataConfig, *, latents: tuple[int, int, int], downsampling: int, text_encoder: TextEncoder
-) -> RawSet:
-    """Open what `data.path` or `data.heldout_path` names, to be encoded beside training; see `RawSet`.
+) -> RawImageDataset:
+    """Open what `data.path` or `data.heldout_path` names, to be encoded beside training; see `RawImageDataset`.
 
     Raises:
         DataError: it is not there, or cannot be read as a whole.
     """
     source = open_raw_source(name, data)
-    return RawSet(source, name=name, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
+    return RawImageDataset(source, name=name, latents=latents, downsampling=downsampling, text_encoder=text_encoder)
 
 
-def measure_pixels(raw_set: RawSet) -> Moments:
+def measure_pixels(raw_set: RawImageDataset) -> Moments:
     """Return mean and deviation of the pixels, in [-1, 1], of a set's pictures; of many, evenly spaced ones are taken.
 
     Raises:
@@ -183,15 +189,15 @@ def measure_pixels(raw_set: RawSet) -> Moments:
     for start in range(0, len(indices), _MEASURED_AT_ONCE):
         samples = raw_set.gather(part := indices[start : start + _MEASURED_AT_ONCE], part)
         good = [place for place in range(len(part)) if place not in samples.bad]
-        parts.append(LatentSums.of(from_pixels(samples.pixels_BHW3[good])))
-    sums = total_of(parts)
+        parts.append(LatentStats.of(from_pixels(samples.pixels_BHW3[good])))
+    sums = sum_stats(parts)
     if not sums.numbers:
         raise DataError(f"{raw_set.name}: none of {count} samples looked at can be used; name a source with some")
     mean_C, std_C = sums.statistics()
     return Moments(mean_C=mean_C, std_C=std_C)
 
 
-def count_samples(source: Source, name: str) -> int:
+def count_samples(source: ImageSource, name: str) -> int:
     """Return how many samples a source has, bad ones included.
 
     Raises:
@@ -203,7 +209,7 @@ def count_samples(source: Source, name: str) -> int:
     return count
 
 
-def open_raw_source(name: str, data: DataConfig) -> Source:
+def open_raw_source(name: str, data: DataConfig) -> ImageSource:
     """Open a source of this machine, as the recipe says.
 
     Raises:
@@ -215,7 +221,7 @@ def open_raw_source(name: str, data: DataConfig) -> Source:
     return open_source(str(Path(name)), unit_samples=_ROWS_OF_A_UNIT, columns=columns)
 
 
-def _length_of(source: Source, unit: Unit) -> int:
+def _length_of(source: ImageSource, unit: Unit) -> int:
     if unit.stop >= 0:
         return unit.stop - unit.start
     return sum(1 for _ in samples_of(source, unit))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.sources.bad_sample import BadSample, Cause, Replaced
+from ecdit_ds.data.sources.bad_sample import BadSample, BadSampleReason, ReplacedSample
 from ecdit_ds.errors import DataError
 
 MAX_REPLACEMENTS = 20
@@ -27,14 +27,14 @@ _EXPONENTS = {torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000), torch.bfloat
 """Of a dtype: integers of its size, all bits but the sign, and infinity; what is above is not a number."""
 
 
-def read_good(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:
+def read_valid(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:
     """Return samples to train on at some positions of one step; `replaced` says what others stand in for.
 
     Raises:
         DataError: `MAX_REPLACEMENTS` in a row are bad at a position; names the last.
     """
     samples = mixture.read(positions)
-    bad, replaced = _bad_of(samples), dict[int, tuple[Replaced, ...]]()
+    bad, replaced = _bad_of(samples), dict[int, tuple[ReplacedSample, ...]]()
     for attempt in range(1 + MAX_REPLACEMENTS):
         if not bad:
             break
@@ -57,7 +57,7 @@ def read_good(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:
     return dataclasses.replace(samples, bad={}, replaced=replaced)
 
 
-def with_good_alone(mixture: Mixture, samples: Samples) -> Samples:
+def replace_nonfinite(mixture: Mixture, samples: Samples) -> Samples:
     """Return what encoders made of a micro-batch, with the next good sample, cyclically, at each bad place.
 
     Raises:
@@ -88,9 +88,9 @@ def with_good_alone(mixture: Mixture, samples: Samples) -> Samples:
     return dataclasses.replace(samples, **changed)
 
 
-def _bad_of(samples: Samples) -> dict[int, BadSample | Cause]:
+def _bad_of(samples: Samples) -> dict[int, BadSample | BadSampleReason]:
     """Return the places of what cannot be trained on; only a set knows the names of what it found itself."""
-    bad: dict[int, BadSample | Cause] = {}
+    bad: dict[int, BadSample | BadSampleReason] = {}
     for tensor in (samples.latents_BCHW, samples.text_embeds_BTD, samples.text_pooled_BD):
         bad |= dict.fromkeys(_not_finite(tensor), "not finite")
     if samples.text_mask_BT.numel():  # else texts are still to be encoded
@@ -109,8 +109,8 @@ def _not_finite(tensor: Tensor) -> list[int]:
 
 
 def _told(
-    mixture: Mixture, positions: npt.NDArray[np.int64], attempt: int, bad: Sequence[BadSample | Cause]
-) -> list[Replaced]:
+    mixture: Mixture, positions: npt.NDArray[np.int64], attempt: int, bad: Sequence[BadSample | BadSampleReason]
+) -> list[ReplacedSample]:
     """Return where the samples of an attempt are, by name, and why they are not used."""
     places = mixture.ids_at(positions, attempt)
     told = []
@@ -121,7 +121,7 @@ def _told(
         cause, key = (what.cause, what.name) if isinstance(what, BadSample) else (what, of_set.name_of(sample))
         # A file's name may hold bytes that are no text, which nothing could print.
         key = key.encode("utf-8", "backslashreplace").decode()
-        told.append(Replaced(position=position, set=of_set.name, key=key, cause=cause))
+        told.append(ReplacedSample(position=position, set=of_set.name, key=key, cause=cause))
     return told
 
 

@@ -10,9 +10,9 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.data.digit_scenes.dataset import open_digit_scenes
 from ecdit_ds.data.digit_scenes.scenes import Split
-from ecdit_ds.data.encoders.base import ImageEncoder, PixelCodec, TextEncoder
+from ecdit_ds.data.encoders.base import ImageEncoder, PixelVAE, TextEncoder
 from ecdit_ds.data.latents.dataset import LatentDataset
-from ecdit_ds.data.latents.index import Check, SetIndex, read_index
+from ecdit_ds.data.latents.index import LatentIndex, VerifyOptions, read_index
 from ecdit_ds.data.mixture import Bucket, SampleSet, held_by, shares_of
 from ecdit_ds.data.normalization import Moments, codec_in, mixed, normalizing_codec, warning_of
 from ecdit_ds.data.raw_dataset import count_samples, measure_pixels, open_raw_set, open_raw_source
@@ -20,7 +20,7 @@ from ecdit_ds.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFacts:
+class SplitInfo:
     """What a split holds, from its sets' indexes alone."""
 
     count: int
@@ -31,14 +31,18 @@ class SplitFacts:
     """(C, H, W) of latents -> share of what is read."""
     held: Mapping[Bucket, int]
     """(C, H, W) of latents -> samples in all sets."""
-    codec: PixelCodec | None = None
+    codec: PixelVAE | None = None
     """As `pixel_codec`."""
     warning: str | None = None
     """What is to be said of latents, as the model reads them, that are far from mean 0 and deviation 1."""
 
 
 def open_split(
-    recipe: Recipe, split: Split, encoders: tuple[ImageEncoder, TextEncoder] | None, *, check: Check | None = None
+    recipe: Recipe,
+    split: Split,
+    encoders: tuple[ImageEncoder, TextEncoder] | None,
+    *,
+    check: VerifyOptions | None = None,
 ) -> tuple[SampleSet, ...]:
     """Open the training sets or the held-out set of a recipe; digit scenes are encoded first where they are missing.
 
@@ -51,8 +55,8 @@ def open_split(
         DataError: a set does not fit the model or another one, cannot be written, or is damaged.
     """
     if recipe.data.dataset == "encoded" and not recipe.data.is_online:
-        facts, given = check_split(recipe, split), encoders[0] if encoders else None
-        codec = given if isinstance(given, PixelCodec) else facts.codec
+        facts, given = validate_split(recipe, split), encoders[0] if encoders else None
+        codec = given if isinstance(given, PixelVAE) else facts.codec
         return tuple(LatentDataset(Path(path), check=check, codec=codec) for path in _paths(recipe, split))
     assert encoders is not None, "pictures are encoded here"
     image_encoder, text_encoder = encoders
@@ -80,7 +84,7 @@ def _paths(recipe: Recipe, split: Split) -> tuple[str, ...]:
     return recipe.data.paths if split == "train" else () if heldout is None else (heldout,)
 
 
-def check_split(recipe: Recipe, split: Split) -> SplitFacts:
+def validate_split(recipe: Recipe, split: Split) -> SplitInfo:
     """Check encoded sets by their indexes, and raw files by their names, and return what they hold.
 
     Raises:
@@ -92,7 +96,7 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
         return _check_raw(recipe, split, f"data.{key}", paths)
     if not paths:
         raise DataError(f"data.{key}: names no encoded set, which data.dataset: encoded reads; --set data.{key}=DIR")
-    indexes: dict[str, SetIndex] = {}
+    indexes: dict[str, LatentIndex] = {}
     for path in paths:
         if not Path(path).is_dir():
             raise DataError(f"data.{key}: {path} is no folder; encode the corpus there, or name another")
@@ -116,7 +120,7 @@ def check_split(recipe: Recipe, split: Split) -> SplitFacts:
     return replace(facts, codec=codec, warning=warning)
 
 
-def pixel_codec(recipe: Recipe) -> PixelCodec | None:
+def pixel_codec(recipe: Recipe) -> PixelVAE | None:
     """Return what normalises the pixels that the encoded sets of a recipe hold; None where they hold latents.
 
     It is what the recipe says, or follows from the training sets: the held-out set goes through the same.
@@ -127,7 +131,7 @@ def pixel_codec(recipe: Recipe) -> PixelCodec | None:
     return _codec_of(recipe, {path: read_index(Path(path)) for path in recipe.data.paths if Path(path).is_dir()})
 
 
-def _codec_of(recipe: Recipe, indexes: Mapping[str, SetIndex]) -> PixelCodec | None:
+def _codec_of(recipe: Recipe, indexes: Mapping[str, LatentIndex]) -> PixelVAE | None:
     asked = codec_in(recipe.data)
     for path, index in indexes.items():
         if not index.holds_pixels and asked is not None:
@@ -141,7 +145,7 @@ def _codec_of(recipe: Recipe, indexes: Mapping[str, SetIndex]) -> PixelCodec | N
     return normalizing_codec(_moments_of(indexes, _facts_of(_held(indexes), weights).sets))
 
 
-def measured_codec(data: DataConfig, model: ModelConfig, text_encoder: TextEncoder) -> PixelCodec:
+def measured_codec(data: DataConfig, model: ModelConfig, text_encoder: TextEncoder) -> PixelVAE:
     """Return what normalises the pixels of raw files: what the recipe says, or what follows from pictures looked at.
 
     Raises:
@@ -149,7 +153,7 @@ def measured_codec(data: DataConfig, model: ModelConfig, text_encoder: TextEncod
     """
     asked, bucket = codec_in(data), _own_bucket(model)
     if asked is not None or not data.paths:
-        return asked or PixelCodec()
+        return asked or PixelVAE()
     sets = {
         path: open_raw_set(path, data, latents=bucket, downsampling=1, text_encoder=text_encoder) for path in data.paths
     }
@@ -158,12 +162,12 @@ def measured_codec(data: DataConfig, model: ModelConfig, text_encoder: TextEncod
     return normalizing_codec(mixed(moments, list(map(float, shares.values()))))
 
 
-def _moments_of(indexes: Mapping[str, SetIndex], shares: Mapping[str, Fraction]) -> Moments:
+def _moments_of(indexes: Mapping[str, LatentIndex], shares: Mapping[str, Fraction]) -> Moments:
     """Return those of latents as the sets store them, read by their shares."""
     return mixed([index.moments for index in indexes.values()], [float(shares[path]) for path in indexes])
 
 
-def _held(indexes: Mapping[str, SetIndex]) -> dict[str, Mapping[Bucket, int]]:
+def _held(indexes: Mapping[str, LatentIndex]) -> dict[str, Mapping[Bucket, int]]:
     return {
         path: held_by(index.buckets, [(shard.bucket, shard.count) for shard in index.shards])
         for path, index in indexes.items()
@@ -179,7 +183,7 @@ def _check_twice(key: str, paths: tuple[str, ...]) -> None:
             raise DataError(f"{key}: {first} and {path} are the same; name one, and give it a higher data.weights")
 
 
-def _check_raw(recipe: Recipe, split: Split, key: str, paths: tuple[str, ...]) -> SplitFacts:
+def _check_raw(recipe: Recipe, split: Split, key: str, paths: tuple[str, ...]) -> SplitInfo:
     if not paths:
         raise DataError(f"{key}: names no pictures, which data.encode: online reads; --set {key}=SRC")
     bucket = _own_bucket(recipe.model)
@@ -191,9 +195,9 @@ def _own_bucket(model: ModelConfig) -> Bucket:
     return model.in_channels, model.latent_height, model.latent_width
 
 
-def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ...]) -> SplitFacts:
+def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ...]) -> SplitInfo:
     shares = shares_of(list(held.values()), weights)
-    return SplitFacts(
+    return SplitInfo(
         count=sum(sum(of_set.values()) for of_set in held.values()),
         sets={
             path: sum((of_bucket.get(number, Fraction()) for of_bucket in shares.values()), Fraction())
@@ -204,10 +208,10 @@ def _facts_of(held: Mapping[str, Mapping[Bucket, int]], weights: tuple[float, ..
     )
 
 
-def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: SetIndex) -> None:
+def _check_alike(key: str, path: str, index: LatentIndex, other_path: str, other: LatentIndex) -> None:
     """Refuse to mix what the model would have to tell apart."""
 
-    def channels(of_set: SetIndex) -> list[int]:
+    def channels(of_set: LatentIndex) -> list[int]:
         return sorted({bucket[0] for bucket in of_set.buckets})
 
     for what, here, there in (
@@ -225,7 +229,7 @@ def _check_alike(key: str, path: str, index: SetIndex, other_path: str, other: S
             )
 
 
-def _check_encoders(heldout: SetIndex, path: str, recipe: Recipe) -> None:
+def _check_encoders(heldout: LatentIndex, path: str, recipe: Recipe) -> None:
     """Refuse a held-out set of other encoders than the training set's: its loss would say nothing."""
     trained = recipe.data.paths[0] if recipe.data.paths else None
     if trained is None or not Path(trained).is_dir():  # which is told where the training set is checked
@@ -242,7 +246,7 @@ def _check_encoders(heldout: SetIndex, path: str, recipe: Recipe) -> None:
             )
 
 
-def _stored(index: SetIndex) -> str:
+def _stored(index: LatentIndex) -> str:
     return "stored" if index.has_text else "not stored"
 
 
@@ -276,7 +280,7 @@ def _check_size(bucket: Bucket, recipe: Recipe, who: str, *, is_of_one_size: boo
         )
 
 
-def _check_texts(index: SetIndex, model: ModelConfig, who: str) -> None:
+def _check_texts(index: LatentIndex, model: ModelConfig, who: str) -> None:
     text_shape = (model.max_text_tokens, model.text_embed_dim)
     if index.text_shape != text_shape:
         raise DataError(
@@ -290,7 +294,7 @@ def _check_texts(index: SetIndex, model: ModelConfig, who: str) -> None:
         )
 
 
-def sets_without_text(recipe: Recipe) -> dict[str, SetIndex]:
+def sets_without_text(recipe: Recipe) -> dict[str, LatentIndex]:
     """Return the encoded sets of a recipe whose captions the text encoder reads beside training, by their paths.
 
     Raises:

@@ -16,9 +16,9 @@ from transformers import AutoModel
 from ecdit_ds.errors import EvaluationError
 from ecdit_ds.evaluation.pretrained import (
     in_batches,
+    load_caption_tokenizer,
     load_image_processor,
     load_model,
-    load_tokenizer,
     read_config,
 )
 
@@ -80,7 +80,7 @@ def load_clip(name: str, *, device: torch.device) -> Clip:
     if config.model_type != "clip":
         raise EvaluationError(f"{_PURPOSE} {name}: is of type {config.model_type}, not clip")
     processor = load_image_processor(name, purpose=_PURPOSE)
-    tokenizer = load_tokenizer(name, purpose=_PURPOSE)
+    tokenizer = load_caption_tokenizer(name, purpose=_PURPOSE)
     model, _ = load_model(AutoModel, name, purpose=_PURPOSE, device=device)
     return Clip(
         model=model,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ecdit_ds.errors import EvaluationError
-from ecdit_ds.evaluation.pretrained import fingerprint, in_batches, load_image_processor, load_model, read_config
+from ecdit_ds.evaluation.pretrained import in_batches, load_image_processor, load_model, model_fingerprint, read_config
 
 _PURPOSE = "features model"
 
@@ -69,7 +69,7 @@ def load_feature_model(name: str, *, device: torch.device) -> FeatureModel:
         processor=processor,
         output=output,
         dim=dim,
-        identity=f"{fingerprint(model, processor, without=missing)}-{output}",
+        identity=f"{model_fingerprint(model, processor, without=missing)}-{output}",
         device=device,
     )
 

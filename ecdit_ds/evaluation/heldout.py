@@ -8,7 +8,7 @@ from torch import Tensor
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.data.mixture import SampleSet
-from ecdit_ds.flow.objective import FlowBatch, VelocityModel, draw_noise, flow_losses
+from ecdit_ds.flow.objective import FlowBatch, VelocityModel, flow_losses, sample_noise
 
 NUM_TIMES = 8
 """In training."""
@@ -46,7 +46,9 @@ def heldout_loss(
     for stored, weights_B in batches:
         samples = (finish([stored])[0] if finish else stored).float()
         weights_B = weights_B.to(device).double()
-        noise = draw_noise(tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise")
+        noise = sample_noise(
+            tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B, _NOISE_SEED, "heldout noise"
+        )
         sums[num_times] += weights_B.sum()
         for i, time in enumerate(heldout_times(num_times).tolist()):
             batch = FlowBatch(

@@ -14,29 +14,29 @@ import xxhash
 from PIL import Image
 
 from ecdit_ds.data.digit_scenes.dataset import require_digit_scenes
-from ecdit_ds.data.digit_scenes.scenes import KINDS, Claim, Scene, draw_scene, parse_caption
-from ecdit_ds.data.encoders.online import encoders_beside
+from ecdit_ds.data.digit_scenes.scenes import KINDS, Scene, SceneSpec, draw_scene, parse_caption
+from ecdit_ds.data.encoders.online import online_encoders
 from ecdit_ds.data.sources.base import kind_of_ignored
 from ecdit_ds.data.sources.images import read_image
-from ecdit_ds.data.splits import check_split, open_split
+from ecdit_ds.data.splits import open_split, validate_split
 from ecdit_ds.errors import ConfigError, DataError, EvaluationError
-from ecdit_ds.evaluation.digit_scenes.checker import judge as judge_scene
+from ecdit_ds.evaluation.digit_scenes.checker import judge_scene as judge_scene
 from ecdit_ds.evaluation.digit_scenes.detector import find_objects
-from ecdit_ds.evaluation.digit_scenes.score import SceneScores, heldout_prompts, other_claims, scores_of
+from ecdit_ds.evaluation.digit_scenes.score import SceneScores, heldout_prompts, mismatched_specs, scores_of
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
-from ecdit_ds.evaluation.task import DRAWING, Task, digest_of, require_counts, task_of, told, writing
+from ecdit_ds.evaluation.task import DRAWING, EvaluationRun, digest_of, evaluation_run, require_counts, told, writing
 from ecdit_ds.inference.figures import save_grid
 from ecdit_ds.inference.image_folder import (
     LINES_NAME,
     SETTINGS_NAME,
-    Job,
-    Picture,
+    GeneratedImage,
+    ImageRequest,
     is_of_other_pictures,
     read_gallery,
     read_picture,
 )
 from ecdit_ds.inference.jsonl_shards import Row
-from ecdit_ds.inference.load import StoredModel, open_encoders
+from ecdit_ds.inference.load import ModelCheckpoint, open_encoders
 from ecdit_ds.inference.prompts import read_prompt_file
 
 _COLUMNS = 6
@@ -48,7 +48,7 @@ _PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def loss(options: argparse.Namespace) -> None:
     """Held-out flow loss by time."""
-    task = task_of(options)
+    task = evaluation_run(options)
     assert task.stored is not None
     recipe = task.stored.recipe
     require_counts(("--times", options.times), ("--batch-size", options.batch_size), ("--samples", options.samples))
@@ -59,7 +59,7 @@ def loss(options: argparse.Namespace) -> None:
     is_encoded = recipe.data.dataset == "encoded"
     if is_encoded and options.samples:
         raise ConfigError("--samples: has no effect with data.dataset: encoded, whose loss is over all held out")
-    samples = check_split(recipe, "heldout").count if is_encoded else options.samples or recipe.data.num_heldout
+    samples = validate_split(recipe, "heldout").count if is_encoded else options.samples or recipe.data.num_heldout
     data = dataclasses.replace(recipe.data, num_heldout=samples, cache_dir=options.cache_dir or recipe.data.cache_dir)
 
     def work() -> dict[str, Any]:
@@ -67,9 +67,9 @@ def loss(options: argparse.Namespace) -> None:
         open_set = partial(
             open_split, dataclasses.replace(recipe, data=data), "heldout", (drawer.image_encoder, drawer.text_encoder)
         )
-        task.crew.world.on_first(lambda: open_set() and None)  # makes the set, where it is missing
-        (held_out,), device = task.crew.world.together(open_set), task.crew.device
-        beside = None if held_out.is_whole else encoders_beside(*task.encoders(drawer), device)
+        task.crew.world.on_rank0(lambda: open_set() and None)  # makes the set, where it is missing
+        (held_out,), device = task.crew.world.run_on_all(open_set), task.crew.device
+        beside = None if held_out.is_whole else online_encoders(*task.encoders(drawer), device)
         losses = heldout_loss(
             drawer.model,
             held_out,
@@ -85,7 +85,7 @@ def loss(options: argparse.Namespace) -> None:
         return {"mean": sum(losses) / len(losses), "by_time": [list(pair) for pair in zip(times, losses, strict=True)]}
 
     results = task.finish({"times": options.times, "samples": samples, "data_seed": data.seed}, work)
-    if task.crew.is_first:
+    if task.crew.is_rank0:
         print(f"{'t':>8}  loss")
         for time, value in results["by_time"]:
             print(f"{time:8.4f}  {value:.5f}")
@@ -95,7 +95,7 @@ def loss(options: argparse.Namespace) -> None:
 def scenes(options: argparse.Namespace) -> None:
     """Whether digit scenes show what their captions say."""
     require_counts(("--per-kind", options.per_kind))
-    task = task_of(options, "per_kind")
+    task = evaluation_run(options, "per_kind")
     per_kind = options.per_kind or _SCENES_PER_KIND
     real: list[Scene] = []
     if task.stored is None and is_of_other_pictures(options.pictures):
@@ -105,12 +105,12 @@ def scenes(options: argparse.Namespace) -> None:
         height, width = _canvas(task.stored, options)
         seed = task.stored.recipe.data.seed
         real = heldout_prompts(seed=seed, canvas_height=height, canvas_width=width, per_kind=per_kind)
-    jobs = [Job(prompt=scene.caption, seed=options.seed + i) for i, scene in enumerate(real)]
+    jobs = [ImageRequest(prompt=scene.caption, seed=options.seed + i) for i, scene in enumerate(real)]
 
     def work() -> dict[str, Any]:
         folder, pictures = task.draw(jobs)
         claims = [_claim_of(folder, picture) for picture in pictures]
-        others = other_claims(claims)
+        others = mismatched_specs(claims)
 
         def verdicts(indices: Sequence[int]) -> Iterator[Row]:
             images = (np.asarray(read_picture(folder, pictures[i])) for i in indices)
@@ -133,11 +133,11 @@ def scenes(options: argparse.Namespace) -> None:
 
         names = ("model", "ceiling", "chance") if real else ("model", "chance")
         rows = task.judge(len(pictures), verdicts, partial(_is_scene_verdict, names)).values()
-        task.crew.world.on_first(lambda: _show_scenes(folder, pictures, rows, task.folder / "scenes.png"))
+        task.crew.world.on_rank0(lambda: _show_scenes(folder, pictures, rows, task.folder / "scenes.png"))
         return {name: _counted(rows, name).summary() for name in names}
 
     results = task.finish(({"per_kind": per_kind} if real else {}) | _drawing(task, jobs), work)
-    if task.crew.is_first:
+    if task.crew.is_rank0:
         print(scenes_table(results))
 
 
@@ -172,7 +172,7 @@ def _is_scene_verdict(names: Sequence[str], row: Row) -> bool:
     return row.get("kind") in KINDS and are_pairs
 
 
-def _show_scenes(folder: Path, pictures: Sequence[Picture], rows: Iterable[Row], path: Path) -> None:
+def _show_scenes(folder: Path, pictures: Sequence[GeneratedImage], rows: Iterable[Row], path: Path) -> None:
     """Write a grid of the first pictures of each kind, a row a kind, with verdicts; nothing is picked."""
     by_kind = [[row for row in rows if row["kind"] == kind] for kind in KINDS]
     marks = {True: "\u2713", False: "\u2717"}
@@ -194,7 +194,7 @@ def _counted(rows: Iterable[Row], name: str) -> SceneScores:
     return scores_of(counts_K3)
 
 
-def _canvas(stored: StoredModel, options: argparse.Namespace) -> tuple[int, int]:
+def _canvas(stored: ModelCheckpoint, options: argparse.Namespace) -> tuple[int, int]:
     recipe, what = stored.recipe, f"{options.metric}: held-out digit scenes"
     require_digit_scenes(recipe.data, recipe.model, stored.encoders, what, _WITHOUT_SCENES)
     pixels = open_encoders(stored)[0].downsampling
@@ -207,21 +207,21 @@ def fid(options: argparse.Namespace) -> None:
     from ecdit_ds.evaluation.fid import frechet_distance, load_statistics, picture_statistics, save_statistics, shortage
     from ecdit_ds.evaluation.pretrained import revisions
 
-    task = task_of(options, "prompts", "limit")
+    task = evaluation_run(options, "prompts", "limit")
     jobs = _caption_jobs(task)
-    model = task.crew.world.together(partial(load_feature_model, options.features, device=task.crew.device))
+    model = task.crew.world.run_on_all(partial(load_feature_model, options.features, device=task.crew.device))
 
     def statistics(count: int, read: Callable[[int], Image.Image]) -> Any:
-        own = range(task.crew.dp.index, count, task.crew.dp.count) if task.crew.is_speaker else range(0)
+        own = range(task.crew.dp.index, count, task.crew.dp.count) if task.crew.is_tp_leader else range(0)
         with task.bar(len(own), "picture") as bar:
             shown = (read(i) for i in told(own, bar.update))
-            of_own = task.crew.world.together(lambda: picture_statistics(shown, model, batch_size=options.batch_size))
+            of_own = task.crew.world.run_on_all(lambda: picture_statistics(shown, model, batch_size=options.batch_size))
         return of_own.over_ranks(task.crew.world.sum)
 
     @cache
     def of_real() -> Any:
         if Path(options.real).suffix == ".safetensors":
-            return task.crew.world.together(lambda: load_statistics(Path(options.real)))
+            return task.crew.world.run_on_all(lambda: load_statistics(Path(options.real)))
         return statistics(*_real_pictures(task))
 
     def save_real() -> None:
@@ -230,14 +230,14 @@ def fid(options: argparse.Namespace) -> None:
 
     if options.save_real is not None:
         of_real()  # by all
-        task.crew.world.on_first(save_real)
+        task.crew.world.on_rank0(save_real)
 
     def work() -> dict[str, Any]:
         real = of_real()
         folder, pictures = task.draw(jobs)
         generated = statistics(len(pictures), lambda i: read_picture(folder, pictures[i]))
         for name, each in (("real pictures", real), ("generated pictures", generated)):
-            if task.crew.is_first and (warning := shortage(name, each)):
+            if task.crew.is_rank0 and (warning := shortage(name, each)):
                 print(f"warning: {warning}", file=sys.stderr)
         distance = frechet_distance(real, generated)
         return {
@@ -248,9 +248,9 @@ def fid(options: argparse.Namespace) -> None:
             **revisions(features=options.features),
         }
 
-    real = task.crew.world.on_first(partial(_real_identity, options.real))
+    real = task.crew.world.on_rank0(partial(_real_identity, options.real))
     results = task.finish({"features": model.identity, "real": real} | _drawing(task, jobs), work)
-    if task.crew.is_first:
+    if task.crew.is_rank0:
         print(f"FID {results['fid']:.4f}   ({results['pictures']} pictures, {results['real_pictures']} real ones)")
 
 
@@ -258,27 +258,27 @@ def clip(options: argparse.Namespace) -> None:
     """CLIP score of pictures and their prompts."""
     from ecdit_ds.evaluation.clip import load_clip
     from ecdit_ds.evaluation.clip_score import clip_scores, is_score, mean_clip_score
-    from ecdit_ds.evaluation.pretrained import fingerprint, revisions
+    from ecdit_ds.evaluation.pretrained import model_fingerprint, revisions
 
-    task = task_of(options, "prompts", "limit")
+    task = evaluation_run(options, "prompts", "limit")
     jobs = _caption_jobs(task)
-    judge = task.crew.world.together(partial(load_clip, options.clip, device=task.crew.device))
+    judge_scene = task.crew.world.run_on_all(partial(load_clip, options.clip, device=task.crew.device))
 
     def work() -> dict[str, Any]:
         folder, pictures = task.draw(jobs)
 
         def verdicts(indices: Sequence[int]) -> Iterator[Row]:
             pairs = ((read_picture(folder, pictures[i]), pictures[i].prompt) for i in indices)
-            for i, score in zip(indices, clip_scores(pairs, judge, batch_size=options.batch_size), strict=True):
+            for i, score in zip(indices, clip_scores(pairs, judge_scene, batch_size=options.batch_size), strict=True):
                 yield {"index": i, "prompt": pictures[i].prompt, "file": pictures[i].file, "score": score}
 
         rows = task.judge(len(pictures), verdicts, lambda row: is_score(row.get("score")))
         score = mean_clip_score([row["score"] for row in rows.values()])
         return {"clip_score": score, "pictures": len(rows), **revisions(clip=options.clip)}
 
-    judges = {"clip": options.clip, "clip_identity": fingerprint(judge.model, judge.processor)}
+    judges = {"clip": options.clip, "clip_identity": model_fingerprint(judge_scene.model, judge_scene.processor)}
     results = task.finish(judges | _drawing(task, jobs), work)
-    if task.crew.is_first:
+    if task.crew.is_rank0:
         print(f"CLIP score {results['clip_score']:.4f}   ({results['pictures']} pictures)")
 
 
@@ -287,20 +287,20 @@ def geneval(options: argparse.Namespace) -> None:
     from ecdit_ds.evaluation.clip import load_clip
     from ecdit_ds.evaluation.geneval.models import ColourNamer, judge_pictures, load_detector
     from ecdit_ds.evaluation.geneval.prompts import as_metadata, draw_prompts, read_prompts
-    from ecdit_ds.evaluation.geneval.rules import TASKS, JudgedPicture, Verdict, summarize
-    from ecdit_ds.evaluation.pretrained import fingerprint, revisions
+    from ecdit_ds.evaluation.geneval.rules import TASKS, GenEvalVerdict, JudgedPicture, summarize
+    from ecdit_ds.evaluation.pretrained import model_fingerprint, revisions
 
     count = options.images_per_prompt
     require_counts(("--images-per-prompt", count), ("--limit", options.limit))
-    task = task_of(options)
-    detector = task.crew.world.together(partial(load_detector, options.detector, device=task.crew.device))
-    namer = ColourNamer(clip=task.crew.world.together(partial(load_clip, options.clip, device=task.crew.device)))
+    task = evaluation_run(options)
+    detector = task.crew.world.run_on_all(partial(load_detector, options.detector, device=task.crew.device))
+    namer = ColourNamer(clip=task.crew.world.run_on_all(partial(load_clip, options.clip, device=task.crew.device)))
     if options.metadata is not None:
         prompts = read_prompts(options.metadata, detector.class_names)
     else:
         prompts = draw_prompts(detector.class_names, seed=options.seed)
     wanted = [prompt for prompt in prompts[: options.limit] for _ in range(count)]
-    jobs = [Job(prompt=prompt.prompt, seed=options.seed + i) for i, prompt in enumerate(wanted)]
+    jobs = [ImageRequest(prompt=prompt.prompt, seed=options.seed + i) for i, prompt in enumerate(wanted)]
 
     def work() -> dict[str, Any]:
         folder, pictures = task.draw(jobs)
@@ -324,7 +324,7 @@ def geneval(options: argparse.Namespace) -> None:
         )
         summary = summarize(
             [
-                JudgedPicture(prompt=wanted[i], verdict=Verdict(is_correct=row["correct"], reason=row["reason"]))
+                JudgedPicture(prompt=wanted[i], verdict=GenEvalVerdict(is_correct=row["correct"], reason=row["reason"]))
                 for i, row in rows.items()
             ]
         )
@@ -332,9 +332,9 @@ def geneval(options: argparse.Namespace) -> None:
 
     settings = {
         "detector": options.detector,
-        "detector_identity": fingerprint(detector.model, detector.processor),
+        "detector_identity": model_fingerprint(detector.model, detector.processor),
         "clip": options.clip,
-        "clip_identity": fingerprint(namer.clip.model, namer.clip.processor),
+        "clip_identity": model_fingerprint(namer.clip.model, namer.clip.processor),
         "metadata": xxhash.xxh3_64_hexdigest("\n".join(map(as_metadata, prompts)).encode()),
         "images_per_prompt": count,
         "limit": options.limit,
@@ -342,7 +342,7 @@ def geneval(options: argparse.Namespace) -> None:
         **_drawing(task, jobs),
     }
     results = task.finish(settings, work)
-    if task.crew.is_first:
+    if task.crew.is_rank0:
         for tag, score in results["tasks"].items():
             print(f"{tag:>14}  {100 * score['correct'] / score['pictures']:6.2f} %  of {score['pictures']}")
         print(f"{'GenEval':>14}  {100 * results['score']:6.2f} %  mean of the tasks")
@@ -359,7 +359,7 @@ METRICS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def _drawing(task: Task, jobs: Sequence[Job]) -> dict[str, Any]:
+def _drawing(task: EvaluationRun, jobs: Sequence[ImageRequest]) -> dict[str, Any]:
     """Return the settings that change pictures; none where pictures are given."""
     if task.stored is None:
         return {}
@@ -367,14 +367,14 @@ def _drawing(task: Task, jobs: Sequence[Job]) -> dict[str, Any]:
     return flags | {"prompts_digest": digest_of(jobs)}
 
 
-def _claim_of(folder: Path, picture: Picture) -> Claim:
+def _claim_of(folder: Path, picture: GeneratedImage) -> SceneSpec:
     try:
         return parse_caption(picture.prompt)
     except DataError as error:
         raise DataError(f"{folder}: picture {picture.index} is of no digit scene: {error}") from None
 
 
-def _caption_jobs(task: Task) -> list[Job]:
+def _caption_jobs(task: EvaluationRun) -> list[ImageRequest]:
     """Return what to draw for metrics that take any pictures."""
     if task.stored is None:
         return []
@@ -385,10 +385,10 @@ def _caption_jobs(task: Task) -> list[Job]:
         prompts = read_prompt_file(options.prompts)[:limit]
     else:
         prompts = [(_heldout(task, i).caption, None) for i in range(limit)]
-    return [Job(prompt=p, seed=options.seed + i if s is None else s) for i, (p, s) in enumerate(prompts)]
+    return [ImageRequest(prompt=p, seed=options.seed + i if s is None else s) for i, (p, s) in enumerate(prompts)]
 
 
-def _heldout(task: Task, index: int) -> Scene:
+def _heldout(task: EvaluationRun, index: int) -> Scene:
     assert task.stored is not None
     height, width = _canvas(task.stored, task.options)
     return draw_scene(
@@ -412,7 +412,7 @@ def _real_identity(real: str) -> str:
     return f"{path.resolve().name} {digest.hexdigest()}"
 
 
-def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
+def _real_pictures(task: EvaluationRun) -> tuple[int, Callable[[int], Image.Image]]:
     """Return how many real pictures there are, and what reads one."""
     if task.options.real == "heldout":
         if task.stored is None:
@@ -433,7 +433,7 @@ def _real_pictures(task: Task) -> tuple[int, Callable[[int], Image.Image]]:
     return len(files), lambda i: read_image(files[i])
 
 
-def _require_match(folder: Path, pictures: Sequence[Picture], prompts: Sequence[str]) -> None:
+def _require_match(folder: Path, pictures: Sequence[GeneratedImage], prompts: Sequence[str]) -> None:
     if len(pictures) != len(prompts):
         raise EvaluationError(
             f"{folder}: holds {len(pictures)} pictures, but the prompts ask for {len(prompts)}; draw it again, or set "

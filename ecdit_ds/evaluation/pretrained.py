@@ -61,7 +61,7 @@ def load_image_processor(name: str, *, purpose: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, **LOCAL, backend="pil")
 
 
-def load_tokenizer(name: str, *, purpose: str) -> Any:
+def load_caption_tokenizer(name: str, *, purpose: str) -> Any:
     """Return what turns captions into a model's input; raise EvaluationError where the model has none."""
     message = f"{purpose} {name}: has no tokenizer (tokenizer.json), so it cannot read captions"
     with _opening(message):
@@ -117,7 +117,7 @@ def load_model(
     return model.eval().requires_grad_(False).to(device), missing
 
 
-def fingerprint(model: nn.Module, processor: Any, *, without: frozenset[str] = frozenset()) -> str:
+def model_fingerprint(model: nn.Module, processor: Any, *, without: frozenset[str] = frozenset()) -> str:
     """Return a name of what fixes a model's output: its weights, `without` some, and its image processor's settings."""
     digest = xxhash.xxh3_128()
     states = model.state_dict()

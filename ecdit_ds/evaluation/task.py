@@ -18,11 +18,18 @@ from ecdit_ds.data.encoders.base import ImageEncoder, TextEncoder
 from ecdit_ds.errors import ConfigError, DataError, NonFiniteError
 from ecdit_ds.files.durable import replace_durably
 from ecdit_ds.files.provenance import describe_run
-from ecdit_ds.inference.image_folder import Job, Picture, do_compete, fill, gallery_identity, read_gallery
-from ecdit_ds.inference.jsonl_shards import Ledger, Row, work_through
-from ecdit_ds.inference.load import StoredModel, open_encoders, open_model
-from ecdit_ds.inference.options import brush_for, encoder_folders, facts_of, load_for, origin_of
-from ecdit_ds.inference.ranks import Crew, join_crew
+from ecdit_ds.inference.image_folder import (
+    GeneratedImage,
+    ImageRequest,
+    generate_to_folder,
+    image_folder_digest,
+    read_gallery,
+    shares_routing_pool,
+)
+from ecdit_ds.inference.jsonl_shards import ResultTable, Row, map_resumable
+from ecdit_ds.inference.load import ModelCheckpoint, open_encoders, open_model
+from ecdit_ds.inference.options import brush_for, encoder_folders, generation_metadata, load_for, origin_of
+from ecdit_ds.inference.ranks import DistributedContext, init_ranks
 from ecdit_ds.inference.text_to_image import TextToImage
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "torchmetrics", "transformers")
@@ -48,18 +55,18 @@ _WORK = (_RESULTS_NAME, "verdicts.", _DRAWN_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class EvaluationRun:
     """One evaluation: whose pictures, by whom, and where its files go."""
 
     options: argparse.Namespace
-    crew: Crew
-    stored: StoredModel | None
+    crew: DistributedContext
+    stored: ModelCheckpoint | None
     """None where a folder of pictures is scored."""
     folder: Path
 
     def bar(self, total: int, unit: str) -> "tqdm[Any]":
         """Return a progress bar, which the first process shows to a terminal."""
-        return tqdm(total=total, unit=unit, disable=not (self.crew.is_first and sys.stderr.isatty()))
+        return tqdm(total=total, unit=unit, disable=not (self.crew.is_rank0 and sys.stderr.isatty()))
 
     def facts(self) -> dict[str, Any]:
         """Return what is scored, pictures with a digest of what they are of.
@@ -70,9 +77,11 @@ class Task:
         if self.stored is None:
             folder = self.options.pictures
             read_gallery(folder)
-            return {"pictures": f"{folder.resolve().name} {gallery_identity(folder)}"}
-        facts = facts_of(self.stored, self.options)
-        return facts | ({"batch_size": self.options.batch_size} if do_compete(self.stored.recipe.model) else {})
+            return {"pictures": f"{folder.resolve().name} {image_folder_digest(folder)}"}
+        facts = generation_metadata(self.stored, self.options)
+        return facts | (
+            {"batch_size": self.options.batch_size} if shares_routing_pool(self.stored.recipe.model) else {}
+        )
 
     def drawer(self) -> TextToImage:
         """Return this process's model."""
@@ -87,20 +96,22 @@ class Task:
         )
         return image_encoder, text_encoder
 
-    def draw(self, jobs: Sequence[Job]) -> tuple[Path, list[Picture]]:
+    def draw(self, jobs: Sequence[ImageRequest]) -> tuple[Path, list[GeneratedImage]]:
         """Draw pictures of `jobs`, or read the given folder's; return the folder and its pictures, in order.
 
         Raises:
             DataError: the given folder is none of tools/sample.py.
         """
         if self.stored is None:
-            return self.options.pictures, self.crew.world.together(partial(read_gallery, self.options.pictures))
+            return self.options.pictures, self.crew.world.run_on_all(partial(read_gallery, self.options.pictures))
         folder = self.folder / _DRAWN_NAME
         brush = brush_for(self.drawer(), self.options)
-        if self.crew.is_first:
+        if self.crew.is_rank0:
             print(f"drawing {len(jobs)} pictures in {folder}", flush=True)
         with self.bar(len(jobs), "picture") as bar:
-            return folder, fill(folder, jobs, brush, self.facts() | origin_of(self.stored), self.crew, bar.update)
+            return folder, generate_to_folder(
+                folder, jobs, brush, self.facts() | origin_of(self.stored), self.crew, bar.update
+            )
 
     def finish(self, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the results: those that the folder holds, or else those of `work`, which are written.
@@ -114,32 +125,32 @@ class Task:
             NonFiniteError: a result is not finite; it is not written.
         """
         world, metric = self.crew.world, self.options.metric
-        settings = json.loads(json.dumps({"metric": metric} | world.together(self.facts) | settings))
-        results = world.on_first(partial(_claim, self.folder, settings))
+        settings = json.loads(json.dumps({"metric": metric} | world.run_on_all(self.facts) | settings))
+        results = world.on_rank0(partial(_claim, self.folder, settings))
         if results is not None:
             _require_finite(results, f"{self.folder / _RESULTS_NAME}: delete it, and it is worked out again")
         else:
             results = work()
             _require_finite(results, "nothing is written; the model overflows or is damaged")
             told = {"metric": metric, "results": results, "settings": settings}
-            world.on_first(
+            world.on_rank0(
                 lambda: _write(self.folder / _RESULTS_NAME, told | describe_run(self.crew.device, _PACKAGES))
             )
-        if self.crew.is_first:
+        if self.crew.is_rank0:
             print(f"results in {self.folder / _RESULTS_NAME}")
         return results
 
     def judge(
         self, count: int, work: Callable[[Sequence[int]], Iterator[Row]], is_whole: Callable[[Row], bool]
     ) -> dict[int, Row]:
-        """Return one verdict a picture, those that are kept from before and new ones; `is_whole` as `Ledger`'s."""
-        ledger = Ledger(path=self.folder / _VERDICTS_NAME, is_whole=is_whole)
+        """Return one verdict a picture, those that are kept from before and new ones; `is_whole` as `ResultTable`'s."""
+        ledger = ResultTable(path=self.folder / _VERDICTS_NAME, is_whole=is_whole)
         with self.bar(count, "verdict") as bar:
             size = self.options.batch_size
-            return work_through(ledger, count, work, self.crew, batch_size=size, advance=bar.update)
+            return map_resumable(ledger, count, work, self.crew, batch_size=size, advance=bar.update)
 
 
-def task_of(options: argparse.Namespace, *for_drawing: str) -> Task:
+def evaluation_run(options: argparse.Namespace, *for_drawing: str) -> EvaluationRun:
     """Return the evaluation that the command line asks for.
 
     Args:
@@ -160,13 +171,13 @@ def task_of(options: argparse.Namespace, *for_drawing: str) -> Task:
     name = f"{stored.recipe.name}_step_{stored.step}" if stored else Path(pictures).resolve().name
     folder = options.output or Path("evaluation") / name / options.metric
     require_counts(("--batch-size", options.batch_size))
-    crew = join_crew(options.tp, options.ep)
+    crew = init_ranks(options.tp, options.ep)
     if stored is not None:
         options.checkpoint = crew.world.share(stored.folder)[0]  # a run that is training may save a newer one meanwhile
-    return Task(options=options, crew=crew, stored=stored, folder=folder)
+    return EvaluationRun(options=options, crew=crew, stored=stored, folder=folder)
 
 
-def digest_of(jobs: Sequence[Job | Picture]) -> str:
+def digest_of(jobs: Sequence[ImageRequest | GeneratedImage]) -> str:
     """Return a name of prompts with their seeds, in order."""
     told = json.dumps([[job.prompt, job.seed] for job in jobs])
     return xxhash.xxh3_64_hexdigest(told.encode())

@@ -5,7 +5,7 @@ from torch import Tensor
 from ecdit_ds.flow.samplers import VelocityFn
 
 
-def guided(
+def with_cfg(
     conditional: VelocityFn,
     unconditional: VelocityFn,
     guidance_scale: float,

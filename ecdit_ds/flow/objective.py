@@ -28,7 +28,7 @@ class FlowBatch:
     text_embeds_BTD: Tensor
     text_mask_BT: Tensor
     text_pooled_BD: Tensor
-    kept_BN: Tensor | None = None
+    visible_BN: Tensor | None = None
     """int64, rising: the tokens of each image that the main blocks see; None for all."""
     replaced: tuple[Any, ...] = ()
     """Bad samples that some of these stand in for, for whoever counts them."""
@@ -67,7 +67,7 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 """(noisy latents, timesteps, text embeds, text mask, pooled text, kept tokens) -> prediction."""
 
 
-def draw_noise(shape: tuple[int, ...], stream_index_B: Tensor, seed: int, purpose: str = "noise") -> Tensor:
+def sample_noise(shape: tuple[int, ...], stream_index_B: Tensor, seed: int, purpose: str = "noise") -> Tensor:
     """Return standard normal noise (B, *shape), each sample's from its own index."""
     draws = [
         rng.standard_normal(shape, dtype=np.float32) for rng in sample_rngs(seed, stream_index_B.tolist(), purpose)
@@ -75,7 +75,7 @@ def draw_noise(shape: tuple[int, ...], stream_index_B: Tensor, seed: int, purpos
     return torch.from_numpy(np.stack(draws))
 
 
-def draw_timesteps(stream_index_B: Tensor, seed: int, global_batch_size: int, config: FlowConfig) -> Tensor:
+def sample_timesteps(stream_index_B: Tensor, seed: int, global_batch_size: int, config: FlowConfig) -> Tensor:
     """Return training times, stratified over the global batch.
 
     The sample at place i of a global batch of N draws its quantile from [i / N, (i + 1) / N): each batch covers
@@ -92,15 +92,15 @@ def draw_text_kept(stream_index_B: Tensor, seed: int, config: FlowConfig) -> Ten
     return torch.tensor(draws, dtype=torch.float64) >= config.text_dropout_prob
 
 
-def draw_kept_tokens(stream_index_B: Tensor, seed: int, num_tokens: int, num_kept: int) -> Tensor | None:
-    """Return kept_BN, `num_kept` of `num_tokens` tokens of each sample, rising; None where all are kept."""
+def sample_visible_tokens(stream_index_B: Tensor, seed: int, num_tokens: int, num_kept: int) -> Tensor | None:
+    """Return visible_BN, `num_kept` of `num_tokens` tokens of each sample, rising; None where all are kept."""
     if num_kept == num_tokens:
         return None
     draws = [rng.permutation(num_tokens)[:num_kept] for rng in sample_rngs(seed, stream_index_B.tolist(), "mask")]
     return torch.from_numpy(np.sort(np.stack(draws), axis=1))
 
 
-def drop_text(text: Tensor, kept_B: Tensor, null_text: Tensor) -> Tensor:
+def apply_text_dropout(text: Tensor, kept_B: Tensor, null_text: Tensor) -> Tensor:
     """Put the null text where a sample's own is not kept, in place, and return it; leading dimension B."""
     text[~kept_B] = null_text.to(text.dtype)
     return text
@@ -126,16 +126,16 @@ def flow_losses(model: VelocityModel, batch: FlowBatch, patch_size: int = 1) -> 
     """
     noisy = interpolate(batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B)
     prediction = model(
-        noisy, batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.kept_BN
+        noisy, batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.visible_BN
     )
     velocity_BCHW = prediction.velocity_BCHW.float()
     error_BCHW = (velocity_BCHW - velocity_target(batch.latents_BCHW, batch.noise_BCHW).float()).square()
-    if batch.kept_BN is None:
+    if batch.visible_BN is None:
         nothing = error_BCHW.new_zeros(())
         return FlowLosses(error_BCHW.mean(dim=(1, 2, 3)), nothing, prediction.auxiliary_loss)
-    flow_B = _mean_by_token(error_BCHW, patch_size).gather(1, batch.kept_BN).mean(dim=1)
+    flow_B = _mean_by_token(error_BCHW, patch_size).gather(1, batch.visible_BN).mean(dim=1)
     guess_BS = _mean_by_token((velocity_BCHW + batch.latents_BCHW).square(), patch_size)
-    left_out_BS = torch.ones_like(guess_BS).scatter(1, batch.kept_BN, 0.0)
+    left_out_BS = torch.ones_like(guess_BS).scatter(1, batch.visible_BN, 0.0)
     return FlowLosses(flow_B, (guess_BS * left_out_BS).sum() / left_out_BS.sum(), prediction.auxiliary_loss)
 
 

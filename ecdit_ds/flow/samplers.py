@@ -1,6 +1,6 @@
 """Samplers: rules that follow a velocity from noise (t = 1) to data (t = 0), one interval at a time.
 
-A rule is made from a velocity and gives `step(latents, time, next_time) -> latents`; `follow` takes it along a grid.
+A rule is made from a velocity and gives `step(latents, time, next_time) -> latents`; `integrate` takes it along a grid.
 Latents, velocities and noise predictions at time t are related by
 
     x_t = (1 - t) x_0 + t noise,   v = noise - x_0,   so   x_0 = x_t - t v   and   noise = x_t + (1 - t) v.
@@ -24,7 +24,7 @@ VelocityFn = Callable[[Tensor, float], Tensor]
 NoiseFn = Callable[[], Tensor]
 """Draws the next standard normal noise of the latents' shape."""
 
-Step = Callable[[Tensor, float, float], Tensor]
+SamplerStep = Callable[[Tensor, float, float], Tensor]
 """(latents, time, next time) -> latents there."""
 
 
@@ -40,7 +40,7 @@ def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
     return shift_timesteps(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def follow(step: Step, latents: Tensor, times: list[float], callback: StepCallback | None = None) -> Tensor:
+def integrate(step: SamplerStep, latents: Tensor, times: list[float], callback: StepCallback | None = None) -> Tensor:
     """Return the latents at the last of `times`, from those at the first.
 
     Args:
@@ -54,7 +54,7 @@ def follow(step: Step, latents: Tensor, times: list[float], callback: StepCallba
     return latents
 
 
-def euler(velocity: VelocityFn) -> Step:
+def euler(velocity: VelocityFn) -> SamplerStep:
     """Return Euler's rule: first order, one evaluation an interval."""
 
     def step(latents: Tensor, time: float, next_time: float) -> Tensor:
@@ -63,7 +63,7 @@ def euler(velocity: VelocityFn) -> Step:
     return step
 
 
-def heun(velocity: VelocityFn) -> Step:
+def heun(velocity: VelocityFn) -> SamplerStep:
     """Return Heun's trapezoidal rule: second order, two evaluations an interval."""
 
     def step(latents: Tensor, time: float, next_time: float) -> Tensor:
@@ -74,7 +74,7 @@ def heun(velocity: VelocityFn) -> Step:
     return step
 
 
-def dpmpp_2m(velocity: VelocityFn) -> Step:
+def dpmpp_2m(velocity: VelocityFn) -> SamplerStep:
     """Return DPM-Solver++ 2M for the straight path: second order, one evaluation an interval (arXiv 2211.01095).
 
     As there, the linear part of the path is solved exactly and only the prediction of x_0 is approximated, from the
@@ -101,7 +101,7 @@ def dpmpp_2m(velocity: VelocityFn) -> Step:
     return step
 
 
-def euler_ancestral(velocity: VelocityFn, noise: NoiseFn, eta: float) -> Step:
+def euler_ancestral(velocity: VelocityFn, noise: NoiseFn, eta: float) -> SamplerStep:
     """Return a stochastic rule: Euler's step to a time below the next, and noise back up to it (weak order one).
 
     The noise taken and given grows with the interval, so the path tends to a stochastic differential equation with the
@@ -122,9 +122,9 @@ def euler_ancestral(velocity: VelocityFn, noise: NoiseFn, eta: float) -> Step:
     return step
 
 
-def rule_of(sample: SampleConfig, noise: NoiseFn) -> Callable[[VelocityFn], Step]:
+def make_sampler(sample: SampleConfig, noise: NoiseFn) -> Callable[[VelocityFn], SamplerStep]:
     """Return the rule that a recipe names; `noise` is for the stochastic one."""
-    rules: dict[str, Callable[[VelocityFn], Step]] = {
+    rules: dict[str, Callable[[VelocityFn], SamplerStep]] = {
         "euler": euler,
         "heun": heun,
         "dpmpp_2m": dpmpp_2m,

@@ -26,11 +26,11 @@ from ecdit_ds.data.sources.images import read_image
 from ecdit_ds.errors import DataError
 from ecdit_ds.files.durable import make_folders, replace_durably
 from ecdit_ds.inference.images import name_for_file, save_png, to_uint8
-from ecdit_ds.inference.jsonl_shards import Ledger, Row
+from ecdit_ds.inference.jsonl_shards import ResultTable, Row
 from ecdit_ds.inference.prompts import require_words
-from ecdit_ds.inference.ranks import Crew
+from ecdit_ds.inference.ranks import DistributedContext
 from ecdit_ds.inference.text_to_image import TextToImage
-from ecdit_ds.model.sharding import WHOLE, Share
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex
 
 SETTINGS_NAME = "settings.json"
 LINES_NAME = "pictures.jsonl"
@@ -45,7 +45,7 @@ OF_SCENES = "trained_on_digit_scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ImageRequest:
     """A picture to draw."""
 
     prompt: str
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class GeneratedImage:
     """A picture that was drawn; a line of pictures.jsonl."""
 
     index: int
@@ -63,13 +63,13 @@ class Picture:
     prompt: str
     seed: int
 
-    def job(self) -> Job:
+    def job(self) -> ImageRequest:
         """Return what it was drawn for."""
-        return Job(prompt=self.prompt, seed=self.seed)
+        return ImageRequest(prompt=self.prompt, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brush:
+class GenerationSettings:
     """How a gallery is drawn."""
 
     drawer: TextToImage
@@ -79,7 +79,7 @@ class Brush:
     height: int | None = None
     width: int | None = None
 
-    def draw(self, jobs: Sequence[Job]) -> np.ndarray:
+    def draw(self, jobs: Sequence[ImageRequest]) -> np.ndarray:
         """Return (B, H, W, 3) uint8 pictures."""
         images = self.drawer.draw(
             [job.prompt for job in jobs],
@@ -92,17 +92,17 @@ class Brush:
         return to_uint8(images)
 
 
-def fill(
+def generate_to_folder(
     folder: Path,
-    jobs: Sequence[Job],
-    brush: Brush,
+    jobs: Sequence[ImageRequest],
+    brush: GenerationSettings,
     facts: dict[str, Any],
-    crew: Crew,
+    crew: DistributedContext,
     advance: Callable[[int], object] = lambda _count: None,
     *,
     overwrite: bool = False,
-    share: Share = WHOLE,
-) -> list[Picture]:
+    share: ShardIndex = UNSHARDED,
+) -> list[GeneratedImage]:
     """Draw what the folder lacks, and return all its pictures in the order of `jobs`; every process calls this.
 
     Args:
@@ -120,13 +120,13 @@ def fill(
         NonFiniteError: of any process's pictures, on all; those of its part are not written.
     """
     told = _settings(brush, facts)
-    parts = parts_of(len(jobs), brush.batch_size, share)
+    parts = split_batches(len(jobs), brush.batch_size, share)
     wanted = {index: jobs[index] for part in parts for index in part}
     require_words([job.prompt for job in jobs])
     _check_prompts([*wanted.values()], brush, crew)
     if overwrite:
-        crew.world.on_first(lambda: _writing(folder, lambda: clear(folder)))
-    done = crew.world.on_first(lambda: _writing(folder, lambda: _open(folder, wanted, told)))
+        crew.world.on_rank0(lambda: _writing(folder, lambda: remove_images(folder)))
+    done = crew.world.on_rank0(lambda: _writing(folder, lambda: _open(folder, wanted, told)))
     missing = [part for part in parts if any(index not in done for index in part)]
     advance(len(wanted) - sum(map(len, missing)))
     for start in range(0, len(missing), crew.dp.count):
@@ -134,13 +134,13 @@ def fill(
         turn = missing[min(start + crew.dp.index, len(missing) - 1)]
         chosen = [jobs[index] for index in turn]
         chosen += [chosen[-1]] * (min(brush.batch_size, len(jobs)) - len(chosen))
-        images = crew.world.together(partial(brush.draw, chosen))
-        is_mine = crew.is_speaker and start + crew.dp.index < len(missing)
+        images = crew.world.run_on_all(partial(brush.draw, chosen))
+        is_mine = crew.is_tp_leader and start + crew.dp.index < len(missing)
         # Together: who left alone would leave the others waiting.
         write = partial(_write, folder, crew.world.rank, turn if is_mine else range(0), jobs, images)
-        crew.world.together(partial(_writing, folder, write))
+        crew.world.run_on_all(partial(_writing, folder, write))
         advance(sum(map(len, missing[start : start + crew.dp.count])))
-    crew.world.on_first(_ledger(folder).merge)
+    crew.world.on_rank0(_ledger(folder).merge)
     pictures = read_gallery(folder)
     if len(pictures) != len(wanted):
         raise DataError(
@@ -150,13 +150,13 @@ def fill(
     return pictures
 
 
-def parts_of(count: int, batch_size: int, share: Share = WHOLE) -> list[range]:
+def split_batches(count: int, batch_size: int, share: ShardIndex = UNSHARDED) -> list[range]:
     """Return the parts that `count` pictures are drawn in, of which a share has every `share.count`-th."""
     starts = range(0, count, batch_size)
     return [range(start, min(start + batch_size, count)) for start in starts[share.index :: share.count]]
 
 
-def gallery_identity(folder: Path) -> str:
+def image_folder_digest(folder: Path) -> str:
     """Return what changes with the pictures that a folder says it has, wherever it is."""
     digest = xxhash.xxh3_64()
     for name in (SETTINGS_NAME, LINES_NAME):
@@ -165,7 +165,7 @@ def gallery_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_gallery(folder: Path) -> list[Picture]:
+def read_gallery(folder: Path) -> list[GeneratedImage]:
     """Return the pictures of a folder in their order.
 
     Raises:
@@ -193,7 +193,7 @@ def is_of_other_pictures(folder: Path) -> bool:
     return _writing(folder, lambda: _json(path.read_text(encoding="utf-8"), path)).get(OF_SCENES) is False
 
 
-def read_picture(folder: Path, picture: Picture) -> Image.Image:
+def read_picture(folder: Path, picture: GeneratedImage) -> Image.Image:
     """Return a picture of the folder, RGB.
 
     Raises:
@@ -205,20 +205,20 @@ def read_picture(folder: Path, picture: Picture) -> Image.Image:
         raise DataError(f"{error}; delete it and draw the folder again") from None
 
 
-def clear(folder: Path) -> None:
-    """Remove what `fill` made; other files stay. The settings go last: nothing is ever taken for a newer drawing's."""
+def remove_images(folder: Path) -> None:
+    """Remove what `generate_to_folder` made, the settings last, so that nothing passes for a newer drawing's."""
     _ledger(folder).clear()
     for pattern in (f"{PICTURES_NAME}/{_PICTURE_FILES}", SETTINGS_NAME):
         for path in folder.glob(pattern):
             path.unlink()
 
 
-def do_compete(model: ModelConfig) -> bool:
+def shares_routing_pool(model: ModelConfig) -> bool:
     """Return whether pictures that are drawn together compete for experts, so that each depends on the others."""
     return model.ffn == "token_choice" or model.routing_pool != "image"
 
 
-def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
+def _settings(brush: GenerationSettings, facts: dict[str, Any]) -> dict[str, Any]:
     """Return all that decides how a picture looks, as JSON gives it back."""
     told = (
         facts
@@ -229,13 +229,13 @@ def _settings(brush: Brush, facts: dict[str, Any]) -> dict[str, Any]:
             "width": brush.width,
         }
     )
-    if do_compete(brush.drawer.recipe.model):
+    if shares_routing_pool(brush.drawer.recipe.model):
         told["batch_size"] = brush.batch_size
     settings: dict[str, Any] = json.loads(json.dumps({name: told[name] for name in told if name not in _NO_SETTINGS}))
     return settings
 
 
-def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
+def _check_prompts(jobs: Sequence[ImageRequest], brush: GenerationSettings, crew: DistributedContext) -> None:
     """Refuse on all ranks what one of them could not encode."""
     encoder = brush.drawer.text_encoder
 
@@ -246,10 +246,10 @@ def _check_prompts(jobs: Sequence[Job], brush: Brush, crew: Crew) -> None:
         if brush.negative_prompt is not None:
             encoder.encode([brush.negative_prompt])
 
-    crew.world.together(check)
+    crew.world.run_on_all(check)
 
 
-def _open(folder: Path, wanted: Mapping[int, Job], told: dict[str, Any]) -> set[int]:
+def _open(folder: Path, wanted: Mapping[int, ImageRequest], told: dict[str, Any]) -> set[int]:
     """Return the indices that are drawn already, after checking that the folder is of the same work."""
     path = folder / SETTINGS_NAME
     if not path.exists():
@@ -278,7 +278,7 @@ def _open(folder: Path, wanted: Mapping[int, Job], told: dict[str, Any]) -> set[
     return {picture.index for picture in pictures if (folder / picture.file).is_file()}
 
 
-def _write(folder: Path, rank: int, turn: range, jobs: Sequence[Job], images: np.ndarray) -> None:
+def _write(folder: Path, rank: int, turn: range, jobs: Sequence[ImageRequest], images: np.ndarray) -> None:
     rows = []
     for index, image in zip(turn, images, strict=False):
         name = f"{PICTURES_NAME}/{index:06d}_{name_for_file(jobs[index].prompt)}.png"
@@ -287,18 +287,20 @@ def _write(folder: Path, rank: int, turn: range, jobs: Sequence[Job], images: np
     _ledger(folder).append(rank, rows)
 
 
-def _ledger(folder: Path) -> Ledger:
-    return Ledger(path=folder / LINES_NAME, is_whole=_is_picture)
+def _ledger(folder: Path) -> ResultTable:
+    return ResultTable(path=folder / LINES_NAME, is_whole=_is_picture)
 
 
 def _is_picture(row: Row) -> bool:
-    types = {field.name: int if field.name in ("index", "seed") else str for field in fields(Picture)}
+    types = {field.name: int if field.name in ("index", "seed") else str for field in fields(GeneratedImage)}
     is_typed = all(type(row.get(name)) is kind for name, kind in types.items())
     return is_typed and not Path(row["file"]).is_absolute() and ".." not in Path(row["file"]).parts
 
 
-def _pictures(rows: dict[int, Row]) -> list[Picture]:
-    return [Picture(**{field.name: row[field.name] for field in fields(Picture)}) for row in rows.values()]
+def _pictures(rows: dict[int, Row]) -> list[GeneratedImage]:
+    return [
+        GeneratedImage(**{field.name: row[field.name] for field in fields(GeneratedImage)}) for row in rows.values()
+    ]
 
 
 def _json(text: str, where: object) -> dict[str, Any]:

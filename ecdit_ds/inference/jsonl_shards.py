@@ -14,13 +14,13 @@ from typing import Any
 
 from ecdit_ds.errors import DataError, EcditError
 from ecdit_ds.files.durable import make_folders, own_file, replace_durably
-from ecdit_ds.inference.ranks import Crew
+from ecdit_ds.inference.ranks import DistributedContext
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ledger:
+class ResultTable:
     """A table on disk; every row has its `index`."""
 
     path: Path
@@ -99,11 +99,11 @@ class Ledger:
         return rows
 
 
-def work_through(
-    ledger: Ledger,
+def map_resumable(
+    ledger: ResultTable,
     count: int,
     work: Callable[[Sequence[int]], Iterable[Row]],
-    crew: Crew,
+    crew: DistributedContext,
     *,
     batch_size: int,
     advance: Callable[[int], object] = lambda _count: None,
@@ -121,9 +121,9 @@ def work_through(
     Raises:
         EcditError: of any process's `work`, on all; whole batches that are worked out stay.
     """
-    done = crew.world.on_first(ledger.merge)
+    done = crew.world.on_rank0(ledger.merge)
     missing = [index for index in range(count) if index not in done]
-    own = missing[crew.dp.index :: crew.dp.count] if crew.is_speaker else []
+    own = missing[crew.dp.index :: crew.dp.count] if crew.is_tp_leader else []
     advance(count - len(missing))
     faults: list[EcditError] = []
     try:
@@ -138,8 +138,8 @@ def work_through(
         if faults:
             raise faults[0]
 
-    crew.world.together(raise_own)  # nobody merges before all have written
-    rows = crew.world.on_first(ledger.merge)
+    crew.world.run_on_all(raise_own)  # nobody merges before all have written
+    rows = crew.world.on_rank0(ledger.merge)
     if lost := [index for index in range(count) if index not in rows]:
         raise DataError(
             f"{ledger.path}: has no row {lost[0]}, so another command worked on it at the same time; run this one again"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert.sources import INDEX_NAME, SafetensorsSource, read_part
-from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite
+from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite_tensors
 from ecdit_ds.checkpoint.manifest import encode_manifest
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
@@ -21,7 +21,7 @@ from ecdit_ds.config.yaml_loader import recipe_from_dict
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.data.encoders.from_recipe import earlier_encoder_facts
 from ecdit_ds.data.encoders.spec import null_text_of, open_image_encoder, open_text_encoder
-from ecdit_ds.errors import CheckpointError, ConfigError, DataError, plain
+from ecdit_ds.errors import CheckpointError, ConfigError, DataError, escape_unprintable
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model
@@ -29,12 +29,12 @@ from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.sharding import shard_of
 from ecdit_ds.parallel.expert_parallel import serial_layers
 
-KINDS = ("ema", "weight")
+WEIGHT_KINDS = ("ema", "weight")
 """Averaged weights, and those of the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredModel:
+class ModelCheckpoint:
     """A model on disk, whatever layout or tool wrote it."""
 
     folder: Path
@@ -75,7 +75,7 @@ class EncoderFolders:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class DeviceMapConfig:
     """How accelerate shall place a model that is larger than one device."""
 
     device_map: str | Mapping[str, Any] = "auto"
@@ -86,7 +86,7 @@ class Spread:
     """Where weights wait that fit neither devices nor host memory; for one loaded model at a time."""
 
 
-def open_model(path: Path, kind: str | None = None) -> StoredModel:
+def open_model(path: Path, kind: str | None = None) -> ModelCheckpoint:
     """Open a checkpoint, the newest valid one of a run's folder, or a folder of safetensors that was exported.
 
     Args:
@@ -97,8 +97,8 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
         CheckpointError: it is none of these, damaged, without a usable recipe, lacks that kind, or says that some of
             it is not finite.
     """
-    if kind not in (None, *KINDS):
-        raise CheckpointError(f"weights: {kind!r} is not known; choose from {', '.join(KINDS)}")
+    if kind not in (None, *WEIGHT_KINDS):
+        raise CheckpointError(f"weights: {kind!r} is not known; choose from {', '.join(WEIGHT_KINDS)}")
     if (path / INDEX_NAME).is_file() and not (path / MANIFEST_NAME).is_file():
         return _open_export(path, kind)
     reader = _open_checkpoint(path)
@@ -112,7 +112,7 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
 
     recipe = _recipe_in(reader.manifest.meta, reader.folder)
     identity = xxhash.xxh3_64_hexdigest(encode_manifest(reader.manifest))  # it holds the checksums of all data
-    return StoredModel(
+    return ModelCheckpoint(
         folder=reader.folder,
         step=reader.manifest.step,
         kind=kind or "ema",
@@ -124,7 +124,7 @@ def open_model(path: Path, kind: str | None = None) -> StoredModel:
     )
 
 
-def load_drawer(
+def load_generator(
     path: Path,
     *,
     kind: str | None = None,
@@ -158,9 +158,9 @@ def load_drawer(
     return _drawer(model, stored.recipe, device, encoders)
 
 
-def load_spread_drawer(
+def load_with_device_map(
     path: Path,
-    spread: Spread,
+    spread: DeviceMapConfig,
     *,
     kind: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -172,7 +172,7 @@ def load_spread_drawer(
     one tensor is held besides.
 
     Raises:
-        CheckpointError: as `load_drawer`.
+        CheckpointError: as `load_generator`.
         ConfigError: the map, its memory or its folder cannot be used.
     """
     from accelerate import dispatch_model
@@ -228,7 +228,7 @@ Encoders = tuple[ImageEncoder, TextEncoder, TextEmbeddings | None]
 
 
 def open_encoders(
-    stored: StoredModel, folders: EncoderFolders | None = None, device: torch.device | None = None
+    stored: ModelCheckpoint, folders: EncoderFolders | None = None, device: torch.device | None = None
 ) -> Encoders:
     """Open the encoders that a model was trained through, by its checkpoint or, if that is an older one, its set.
 
@@ -255,7 +255,7 @@ def open_encoders(
     return image_encoder, text_encoder, null_text
 
 
-def _null_text_in(facts: Mapping[str, Any], stored: StoredModel) -> TextEmbeddings:
+def _null_text_in(facts: Mapping[str, Any], stored: ModelCheckpoint) -> TextEmbeddings:
     try:
         null_text = null_text_of(facts)
     except DataError as error:
@@ -292,7 +292,7 @@ def _drawer(model: ECDiT, recipe: Recipe, device: torch.device, encoders: Encode
     )
 
 
-def _device_map(model: nn.Module, spread: Spread, dtype: torch.dtype) -> dict[str, Any]:
+def _device_map(model: nn.Module, spread: DeviceMapConfig, dtype: torch.dtype) -> dict[str, Any]:
     from accelerate import infer_auto_device_map
 
     if not isinstance(spread.device_map, str):
@@ -341,7 +341,7 @@ def _check_place(module: str, place: Any) -> None:
         )
 
 
-def _open_export(folder: Path, kind: str | None) -> StoredModel:
+def _open_export(folder: Path, kind: str | None) -> ModelCheckpoint:
     source = SafetensorsSource(folder)
     held = sorted({name.split("/", 1)[0] for name in source.tensors})
     if len(held) != 1 or kind not in (None, *held):
@@ -361,7 +361,7 @@ def _open_export(folder: Path, kind: str | None) -> StoredModel:
     _require_finite_kind(folder, held[0], source.nonfinite)
     identity = xxhash.xxh3_64_hexdigest(" ".join(source.identity).encode())
     recipe = _recipe_in(source.meta, folder)
-    return StoredModel(
+    return ModelCheckpoint(
         folder=folder,
         step=source.step,
         kind=held[0],
@@ -379,7 +379,7 @@ def _open_checkpoint(path: Path) -> Reader:
     for root in (path / "checkpoints", path):
         reader, rejections = newest_valid(root)
         for rejection in rejections:
-            print(plain(f"skipped {rejection}"))
+            print(escape_unprintable(f"skipped {rejection}"))
         if reader is not None:
             return reader
     raise CheckpointError(
@@ -390,7 +390,7 @@ def _open_checkpoint(path: Path) -> Reader:
 
 def _require_finite_kind(folder: Path, kind: str, nonfinite: Mapping[str, int] | None) -> None:
     """Refuse what cannot be drawn with; the rest, such as moments, is not looked at."""
-    require_finite(folder, {name: n for name, n in (nonfinite or {}).items() if name.startswith(f"{kind}/")})
+    require_finite_tensors(folder, {name: n for name, n in (nonfinite or {}).items() if name.startswith(f"{kind}/")})
 
 
 def _recipe_in(meta: Mapping[str, Any], where: Path) -> Recipe:

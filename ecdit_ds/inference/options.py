@@ -8,15 +8,15 @@ import torch
 
 from ecdit_ds.data.digit_scenes.dataset import is_of_digit_scenes
 from ecdit_ds.errors import ConfigError, DataError
-from ecdit_ds.inference.image_folder import OF_SCENES, Brush
+from ecdit_ds.inference.image_folder import OF_SCENES, GenerationSettings
 from ecdit_ds.inference.load import (
+    DeviceMapConfig,
     EncoderFolders,
-    Spread,
-    StoredModel,
-    load_drawer,
-    load_spread_drawer,
+    ModelCheckpoint,
+    load_generator,
+    load_with_device_map,
 )
-from ecdit_ds.inference.ranks import Crew
+from ecdit_ds.inference.ranks import DistributedContext
 from ecdit_ds.inference.text_to_image import TextToImage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,19 +27,19 @@ def encoder_folders(options: argparse.Namespace) -> EncoderFolders:
     return EncoderFolders(vae=options.vae, text=options.text or ())
 
 
-def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
+def load_for(crew: DistributedContext, options: argparse.Namespace) -> TextToImage:
     """Return this process's model.
 
     Raises:
-        CheckpointError: as `load_drawer`.
+        CheckpointError: as `load_generator`.
         ConfigError: flags that exclude one another.
     """
     dtype = DTYPES[options.dtype]
     if options.device_map is None:
         if options.max_memory or options.offload_folder is not None:
             raise ConfigError("--max-memory and --offload-folder have no effect without --device-map auto; add it")
-        return crew.world.together(
-            lambda: load_drawer(
+        return crew.world.run_on_all(
+            lambda: load_generator(
                 options.checkpoint,
                 kind=options.weights,
                 dtype=dtype,
@@ -50,13 +50,13 @@ def load_for(crew: Crew, options: argparse.Namespace) -> TextToImage:
         )
     if crew.world.size > 1:
         raise ConfigError(f"--device-map: is for one process, but {crew.world.size} were started; use --tp and --ep")
-    spread = Spread(max_memory=_memory(options.max_memory), offload_folder=options.offload_folder)
-    return load_spread_drawer(
+    spread = DeviceMapConfig(max_memory=_memory(options.max_memory), offload_folder=options.offload_folder)
+    return load_with_device_map(
         options.checkpoint, spread, kind=options.weights, dtype=dtype, folders=encoder_folders(options)
     )
 
 
-def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
+def brush_for(drawer: TextToImage, options: argparse.Namespace) -> GenerationSettings:
     """Return how the command line wants pictures drawn.
 
     Raises:
@@ -74,7 +74,7 @@ def brush_for(drawer: TextToImage, options: argparse.Namespace) -> Brush:
     if options.negative_prompt is not None and sample.guidance_scale == 1.0:
         raise ConfigError("--negative-prompt: has no effect with a guidance of 1.0; leave it out or raise --guidance")
     drawer.latent_shape(options.height, options.width)
-    return Brush(
+    return GenerationSettings(
         drawer=drawer,
         sample=sample,
         batch_size=options.batch_size,
@@ -90,7 +90,7 @@ def require_batch(options: argparse.Namespace) -> None:
         raise ConfigError(f"--batch-size: {options.batch_size} pictures at a time are none; give 1 or more")
 
 
-def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, object]:
+def generation_metadata(stored: ModelCheckpoint, options: argparse.Namespace) -> dict[str, object]:
     """Return what besides drawing settings decides how a picture looks."""
     return {
         "checkpoint": f"{stored.folder.resolve().name} {stored.identity}",
@@ -101,7 +101,7 @@ def facts_of(stored: StoredModel, options: argparse.Namespace) -> dict[str, obje
     }
 
 
-def origin_of(stored: StoredModel) -> dict[str, object]:
+def origin_of(stored: ModelCheckpoint) -> dict[str, object]:
     """Return the note of a gallery that says what its model was trained on, where that is known."""
     recipe, is_of = stored.recipe, None
     with suppress(DataError):  # a set that is damaged now is of no concern to drawing

@@ -11,25 +11,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ecdit_ds.model.layers import LayerFactory
-from ecdit_ds.model.sharding import WHOLE, Share
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex
 from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.parallel.world import World, place_from_environment
-from ecdit_ds.runtime.exit_report import let_go_of_closed_streams
+from ecdit_ds.parallel.world import World, rank_info_from_env
+from ecdit_ds.runtime.exit_report import ignore_broken_pipes
 
 T = TypeVar("T")
 
 
-class Alone:
+class SingleProcess:
     """Agreement with nobody else, for a process without others; as `World`."""
 
     rank = 0
     size = 1
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         return work()
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         return work()
 
     def share(self, value: T) -> list[T]:
@@ -40,24 +40,24 @@ class Alone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class DistributedContext:
     """This process among those that work together."""
 
-    world: World | Alone
+    world: World | SingleProcess
     device: torch.device
     layers: LayerFactory
     """This rank's part of a model."""
-    dp: Share
+    dp: ShardIndex
     """Which part of the work is its own; ranks of one tensor-parallel group have the same."""
-    is_speaker: bool
+    is_tp_leader: bool
     """Whether it writes what its tensor-parallel group worked out."""
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.world.rank == 0
 
 
-def join_crew(tp: int = 1, ep: int = 1) -> Crew:
+def init_ranks(tp: int = 1, ep: int = 1) -> DistributedContext:
     """Join the other processes; a process that nobody else belongs to needs no communication at all.
 
     Args:
@@ -67,28 +67,30 @@ def join_crew(tp: int = 1, ep: int = 1) -> Crew:
     Raises:
         TopologyError: the degrees do not divide the processes that were started.
     """
-    place = place_from_environment()
+    place = rank_info_from_env()
     topology = Topology(world_size=place.world_size, tp=tp, ep=ep)
     if place.world_size == 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Crew(world=Alone(), device=device, layers=serial_layers(), dp=WHOLE, is_speaker=True)
+        return DistributedContext(
+            world=SingleProcess(), device=device, layers=serial_layers(), dp=UNSHARDED, is_tp_leader=True
+        )
     # DeepSpeed takes seconds to import, and a single process does without.
-    from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+    from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 
     device = initialize_distributed()
     world = World()
     at = topology.coordinates(world.rank)
-    grid = create_grid(topology, dispatch_chunks=1)
-    dp = Share(index=at.dp, count=topology.dp)
-    return Crew(world=world, device=device, layers=grid.layers, dp=dp, is_speaker=at.tp == 0)
+    grid = init_process_groups(topology, dispatch_chunks=1)
+    dp = ShardIndex(index=at.dp, count=topology.dp)
+    return DistributedContext(world=world, device=device, layers=grid.layers, dp=dp, is_tp_leader=at.tp == 0)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process with an exit code; call it when all is said and on the disk.
 
     One of many leaves at once: threads of process groups that Python takes down may abort it, or wait for the dead.
     """
     if dist.is_initialized():
-        let_go_of_closed_streams()
+        ignore_broken_pipes()
         os._exit(code)
     sys.exit(code)

@@ -13,14 +13,14 @@ from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.config.yaml_loader import recipe_from_dict
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEmbeddings, TextEncoder
 from ecdit_ds.errors import DataError, NonFiniteError
-from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, follow, rule_of, time_grid
+from ecdit_ds.flow.guidance import with_cfg
+from ecdit_ds.flow.samplers import NoiseFn, StepCallback, VelocityFn, integrate, make_sampler, time_grid
 from ecdit_ds.model.ecdit import ECDiT, Prediction
 from ecdit_ds.model.moe import with_capacity_factor
 from ecdit_ds.seeding import sample_rng
 
 
-def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> NoiseFn:
+def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> NoiseFn:
     """Return what draws noise (B, *shape): a picture's own by its seed, whoever its neighbours are."""
     generators = [sample_rng(seed, 0, "sample") for seed in seeds]
 
@@ -68,7 +68,7 @@ class TextToImage:
             DataError: a prompt is longer than the text encoder takes, or the size does not fit the patches.
             NonFiniteError: latents or pictures are; raised when all of a layout's ranks are done with one another.
         """
-        noise = noise_of(seeds, self.latent_shape(height, width))
+        noise = noise_from_seeds(seeds, self.latent_shape(height, width))
         latents = self.denoise(
             prompts, noise=noise, sample=sample, negative_prompts=negative_prompts, callback=callback
         )
@@ -117,16 +117,16 @@ class TextToImage:
             replaced = None if callback is None else callback(step, time, latents[: len(prompts)])
             return None if replaced is None else torch.cat([replaced.to(latents), latents[len(prompts) :]])
 
-        velocity = guided(
+        velocity = with_cfg(
             self.velocity(_each(full_pools, texts)),
             self.velocity(_each(full_pools, opposite) if negative_prompts else opposite),
             sample.guidance_scale,
             (sample.guidance_interval[0], sample.guidance_interval[1]),
         )
-        step = rule_of(sample, lambda: full_pools(noise()).to(self.device))(velocity)
+        step = make_sampler(sample, lambda: full_pools(noise()).to(self.device))(velocity)
         times = time_grid(sample.num_steps, self.timestep_shift(start.shape))
         with with_capacity_factor(self.model, sample.capacity_factor):
-            latents = follow(step, start, times, tell)[: len(prompts)]
+            latents = integrate(step, start, times, tell)[: len(prompts)]
         require_finite("latents", latents, prompts, _cause_of_nonfinite(start, texts, opposite))
         return latents
 
@@ -134,14 +134,14 @@ class TextToImage:
         """Return the velocity under `text`, one caption for each image or one for all, which is read once."""
         embeds, mask, pooled = (t.to(self.device) for t in (text.embeds_BTD, text.mask_BT, text.pooled_BD))
         with torch.no_grad():
-            memories = self.model.remember(embeds)
+            text_kvs = self.model.text_kv(embeds)
 
         def velocity(latents: Tensor, time: float) -> Tensor:
             count = len(latents)
             prediction: Prediction = self.model(
                 latents,
                 torch.full((count,), time, device=self.device),
-                [memory.expand(count) for memory in memories],
+                [memory.expand(count) for memory in text_kvs],
                 mask.expand(count, -1),
                 pooled.expand(count, -1),
             )

@@ -100,7 +100,9 @@ def trace_numbers(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> d
         "times": trace.times,
         "layers": trace.layers,
         "ink_patches": np.flatnonzero(ink_mask(trace.image_HWC, patch_pixels)).tolist(),
-        "concentration": {name: plain(values) for name, values in concentration_of(trace, patch_pixels).items()},
+        "concentration": {
+            name: to_json_lists(values) for name, values in concentration_of(trace, patch_pixels).items()
+        },
         "counts": trace.counts_TLHW.tolist(),
         "taken_patches": [
             [[np.flatnonzero(taken_P).tolist() for taken_P in taken_EP] for taken_EP in taken_LEP] for taken_LEP in flat
@@ -128,7 +130,7 @@ def trace_page(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> str:
         "picture": _data_url(trace.image_HWC, _PICTURE_SIDE),
         "states": [_data_url(state_HWC, _STATE_SIDE) for state_HWC in trace.states_THWC],
         "measures": [
-            {"key": key, "name": name, "note": note, "values": plain(np.round(measures[key], 4))}
+            {"key": key, "name": name, "note": note, "values": to_json_lists(np.round(measures[key], 4))}
             for key, (name, note) in _MEASURES.items()
         ],
     }
@@ -141,11 +143,11 @@ def trace_page(trace: RoutingTrace, drawing: Drawing, patch_pixels: int) -> str:
     )
 
 
-def plain(values: npt.NDArray[np.float64]) -> Any:
+def to_json_lists(values: npt.NDArray[np.float64]) -> Any:
     """Return nested lists of numbers, None where one is not finite, since JSON knows no NaN."""
     if values.ndim == 0:
         return float(values) if math.isfinite(values) else None
-    return [plain(inner) for inner in values]
+    return [to_json_lists(inner) for inner in values]
 
 
 def json_in_script(data: dict[str, Any]) -> str:

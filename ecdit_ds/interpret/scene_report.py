@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ecdit_ds.inference.figures import save_figure
 from ecdit_ds.inference.text_to_image import TextToImage
-from ecdit_ds.interpret.heatmap_page import plain
+from ecdit_ds.interpret.heatmap_page import to_json_lists
 from ecdit_ds.interpret.heatmaps import plot_by_time
 from ecdit_ds.interpret.scene_study import Estimate, SceneCounts, control_estimates, count_scenes, estimates
 
@@ -65,8 +65,8 @@ def scene_numbers(report: SceneReport) -> dict[str, Any]:
         **{
             whose: {
                 name: {
-                    "mean": plain(one.mean_TL),
-                    "standard_deviation": plain(one.deviation_TL),
+                    "mean": to_json_lists(one.mean_TL),
+                    "standard_deviation": to_json_lists(one.deviation_TL),
                     "number": one.number_TL.tolist(),
                 }
                 for name, one in found.items()

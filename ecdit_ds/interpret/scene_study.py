@@ -16,7 +16,7 @@ from einops import rearrange
 from ecdit_ds.data.digit_scenes.scenes import draw_scene
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.evaluation.heldout import heldout_times
-from ecdit_ds.flow.objective import draw_noise
+from ecdit_ds.flow.objective import sample_noise
 from ecdit_ds.flow.rectified import interpolate
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.concentration import (
@@ -119,7 +119,7 @@ def _count(
     images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w").float() / 127.5 - 1.0
     latents = pipeline.image_encoder.encode(images_B3HW)
     indices = torch.arange(start, start + len(latents))
-    noise = draw_noise(tuple(latents.shape[1:]), indices, seed, "heldout noise")
+    noise = sample_noise(tuple(latents.shape[1:]), indices, seed, "heldout noise")
     velocity = pipeline.velocity(pipeline.text_encoder.encode(captions))
     by_time = []
     for time in heldout_times().tolist():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecdit_ds.config.model_config import ModelConfig
-from ecdit_ds.model.attention import CrossAttention, SelfAttention, TextMemory
+from ecdit_ds.model.attention import CrossAttention, SelfAttention, TextKV
 from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.model.moe import DenseFFN, ExpertChoiceFFN
 
@@ -55,7 +55,7 @@ class DiTBlock(nn.Module):
         x_BSD: Tensor,
         modulation_BMD: Tensor,
         angles: Tensor,
-        text: Tensor | TextMemory,
+        text: Tensor | TextKV,
         text_mask_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the tokens and the auxiliary loss (zero but for token choice).
@@ -66,9 +66,9 @@ class DiTBlock(nn.Module):
             text: text_embeds_BTD, or this layer's memory of it.
         """
         attention, ffn = self._modulations(modulation_BMD)
-        x_BSD = x_BSD + attention.gate * self.self_attention(attention.apply(normalize(x_BSD)), angles)
-        x_BSD = x_BSD + self.cross_attention(normalize(x_BSD), text, text_mask_BT)
-        update_BSD, auxiliary_loss = self._feed_forward(normalize(x_BSD), ffn)
+        x_BSD = x_BSD + attention.gate * self.self_attention(attention.apply(layer_norm(x_BSD)), angles)
+        x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text, text_mask_BT)
+        update_BSD, auxiliary_loss = self._feed_forward(layer_norm(x_BSD), ffn)
         return x_BSD + ffn.gate * update_BSD, auxiliary_loss
 
     def _feed_forward(self, normed_BSD: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
@@ -100,9 +100,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, condition_BD: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(condition_BD))[:, None].chunk(2, dim=-1)
-        return self.linear(normalize(x_BSD) * (1 + scale) + shift)
+        return self.linear(layer_norm(x_BSD) * (1 + scale) + shift)
 
 
-def normalize(x_BSD: Tensor) -> Tensor:
+def layer_norm(x_BSD: Tensor) -> Tensor:
     """Return each token with zero mean and unit variance; scale and shift come from the modulation."""
     return F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)

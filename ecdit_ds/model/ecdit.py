@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ecdit_ds.config.model_config import ModelConfig
-from ecdit_ds.model.attention import TextMemory
+from ecdit_ds.model.attention import TextKV
 from ecdit_ds.model.block import DiTBlock, FinalLayer
-from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, absolute_positions, rotary_angles
+from ecdit_ds.model.embedders import ConditionEmbedder, PatchEmbed, rope_angles, sincos_pos_embed
 from ecdit_ds.model.layers import LayerFactory
 
 
@@ -61,38 +61,38 @@ class ECDiT(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(config.hidden_size)) if config.decoder_layers else None
         self.final = FinalLayer(config)
 
-    def remember(self, text_embeds_BTD: Tensor) -> list[TextMemory]:
+    def text_kv(self, text_embeds_BTD: Tensor) -> list[TextKV]:
         """Return each layer's keys and values of a text, to be used at every time."""
         text_embeds_BTD = text_embeds_BTD.to(self.patches.linear.weight.dtype)
         blocks = [*self.blocks, *self.decoder]
-        return [cast(DiTBlock, block).cross_attention.remember(text_embeds_BTD) for block in blocks]
+        return [cast(DiTBlock, block).cross_attention.text_kv(text_embeds_BTD) for block in blocks]
 
     def forward(
         self,
         noisy_latents_BCHW: Tensor,
         timesteps_B: Tensor,
-        text: Tensor | Sequence[TextMemory],
+        text: Tensor | Sequence[TextKV],
         text_mask_BT: Tensor,
         text_pooled_BD: Tensor,
-        kept_BN: Tensor | None = None,
+        visible_BN: Tensor | None = None,
     ) -> Prediction:
         """Predict the velocity `noise - latents`.
 
         Args:
             noisy_latents_BCHW: height and width multiples of patch_size; not necessarily those of training.
             timesteps_B: in [0, 1]; 0 is data, 1 is noise.
-            text: text_embeds_BTD, or what `remember` made of it.
+            text: text_embeds_BTD, or what `text_kv` made of it.
             text_mask_BT: bool, True for a real token; at least one a row.
-            kept_BN: int64, the tokens of each image that the main blocks see; None for all.
+            visible_BN: int64, the tokens of each image that the main blocks see; None for all.
         """
         dtype, p = self.patches.linear.weight.dtype, self.config.patch_size
         height, width = noisy_latents_BCHW.shape[-2] // p, noisy_latents_BCHW.shape[-1] // p
-        angles_SK = rotary_angles(height, width, self.config.head_dim, noisy_latents_BCHW.device)
+        angles_SK = rope_angles(height, width, self.config.head_dim, noisy_latents_BCHW.device)
 
         x_BSD = self.patches(noisy_latents_BCHW.to(dtype))
         places_SD = None
         if self.config.positions == "rotary_and_absolute":
-            places_SD = absolute_positions(height, width, self.config.hidden_size, x_BSD.device).to(dtype)
+            places_SD = sincos_pos_embed(height, width, self.config.hidden_size, x_BSD.device).to(dtype)
             x_BSD = x_BSD + places_SD
         condition_BD = self.condition(timesteps_B, text_pooled_BD.to(dtype))
         modulation_BMD = rearrange(self.modulation(F.silu(condition_BD)), "b (m d) -> b m d", m=6)
@@ -100,28 +100,28 @@ class ECDiT(nn.Module):
         num_blocks = len(self.blocks) + len(self.decoder)
         texts = [text.to(dtype)] * num_blocks if isinstance(text, Tensor) else text
         angles = angles_SK
-        if kept_BN is not None:
-            x_BSD, angles = take_tokens(x_BSD, kept_BN), rearrange(angles_SK[kept_BN], "b n k -> b 1 n k")
+        if visible_BN is not None:
+            x_BSD, angles = gather_visible(x_BSD, visible_BN), rearrange(angles_SK[visible_BN], "b n k -> b 1 n k")
         for layer, block in enumerate([*self.blocks, *self.decoder]):
-            if layer == len(self.blocks) and kept_BN is not None:
-                x_BSD, angles = self._put_back(x_BSD, kept_BN, height * width, places_SD), angles_SK
+            if layer == len(self.blocks) and visible_BN is not None:
+                x_BSD, angles = self._unmask(x_BSD, visible_BN, height * width, places_SD), angles_SK
             x_BSD, block_loss = self.run_block(layer, block, x_BSD, modulation_BMD, angles, texts[layer], text_mask_BT)
             auxiliary_loss = auxiliary_loss + block_loss.to(auxiliary_loss.device)  # a device map may spread blocks
-        if self.mask_token is not None and kept_BN is None:
+        if self.mask_token is not None and visible_BN is None:
             # To a parameter that a step does not reach, DeepSpeed's ZeRO-3 would give the gradient of an earlier step.
             auxiliary_loss = auxiliary_loss + 0.0 * self.mask_token.sum().to(auxiliary_loss)
         patches = self.final(x_BSD, condition_BD)
         velocity = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
         return Prediction(velocity_BCHW=velocity.to(noisy_latents_BCHW.dtype), auxiliary_loss=auxiliary_loss)
 
-    def _put_back(self, x_BND: Tensor, kept_BN: Tensor, num_tokens: int, places_SD: Tensor | None) -> Tensor:
+    def _unmask(self, x_BND: Tensor, visible_BN: Tensor, num_tokens: int, places_SD: Tensor | None) -> Tensor:
         """Return every position: the kept tokens in their places, and the mask token, told its place, in the others."""
         assert self.mask_token is not None, "a recipe that masks has decoder blocks"
         filler = self.mask_token if places_SD is None else self.mask_token + places_SD
         x_BSD = filler.to(x_BND.dtype).expand(len(x_BND), num_tokens, -1)
-        return x_BSD.scatter(1, kept_BN[:, :, None].expand_as(x_BND), x_BND)
+        return x_BSD.scatter(1, visible_BN[:, :, None].expand_as(x_BND), x_BND)
 
 
-def take_tokens(x_BSD: Tensor, kept_BN: Tensor) -> Tensor:
-    """Return the tokens at `kept_BN` of each image, x_BND."""
-    return x_BSD.gather(1, kept_BN[:, :, None].expand(-1, -1, x_BSD.shape[-1]))
+def gather_visible(x_BSD: Tensor, visible_BN: Tensor) -> Tensor:
+    """Return the tokens at `visible_BN` of each image, x_BND."""
+    return x_BSD.gather(1, visible_BN[:, :, None].expand(-1, -1, x_BSD.shape[-1]))

@@ -39,11 +39,11 @@ class ConditionEmbedder(nn.Module):
         self.text_out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, timesteps_B: Tensor, text_pooled_BD: Tensor) -> Tensor:
-        waves = timestep_waves(timesteps_B).to(self.time_in.weight.dtype)
+        waves = timestep_embedding(timesteps_B).to(self.time_in.weight.dtype)
         return self.time_out(F.silu(self.time_in(waves))) + self.text_out(F.silu(self.text_in(text_pooled_BD)))
 
 
-def timestep_waves(timesteps_B: Tensor) -> Tensor:
+def timestep_embedding(timesteps_B: Tensor) -> Tensor:
     """Return fp32 sinusoids (B, 256) of t in [0, 1], with periods from 2 pi / 1000 up to about 2 pi * 10."""
     half = _TIMESTEP_FREQUENCIES // 2
     exponent = torch.arange(half, device=timesteps_B.device, dtype=torch.float32) / half
@@ -51,7 +51,7 @@ def timestep_waves(timesteps_B: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+def rope_angles(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Return fp32 angles (S, head_dim / 2) of an image of height x width tokens.
 
     Half of the pairs turn with the row, half with the column, so attention sees relative positions in 2-D.
@@ -65,13 +65,13 @@ def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) 
     return rearrange(torch.cat([row_part, column_part], dim=-1), "h w k -> (h w) k")
 
 
-def absolute_positions(height: int, width: int, hidden_size: int, device: torch.device) -> Tensor:
+def sincos_pos_embed(height: int, width: int, hidden_size: int, device: torch.device) -> Tensor:
     """Return fp32 sines and cosines (S, D) of each token's row and column, a quarter of D each; D a multiple of 4."""
-    angles_SK = rotary_angles(height, width, hidden_size, device)
+    angles_SK = rope_angles(height, width, hidden_size, device)
     return torch.cat([angles_SK.sin(), angles_SK.cos()], dim=-1)
 
 
-def rotate(x_BHSK: Tensor, angles: Tensor) -> Tensor:
+def apply_rope(x_BHSK: Tensor, angles: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K/2]) of every head by its token's angle; norms are kept.
 
     Args:

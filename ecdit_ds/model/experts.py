@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ecdit_ds.config.model_config import Activation
-from ecdit_ds.model.sharding import WHOLE, Share, set_shard
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex, set_shard
 
 _MAX_SLICES = 8
 """Groups of experts that backward takes one after another; a handful keeps each product large."""
@@ -46,8 +46,8 @@ class Experts(nn.Module):
         ffn_hidden_size: int,
         *,
         activation: Activation,
-        ep: Share = WHOLE,
-        tp: Share = WHOLE,
+        ep: ShardIndex = UNSHARDED,
+        tp: ShardIndex = UNSHARDED,
     ) -> None:
         nn.Module.__init__(self)  # not super(): a marker class may stand between (deepspeed_moe.py)
         num_local, width = ep.of(num_experts), tp.of(ffn_hidden_size)
@@ -55,8 +55,8 @@ class Experts(nn.Module):
         self.activation = activation
         self.w1 = nn.Parameter(torch.empty(num_local, hidden_size, width * (2 if activation == "swiglu" else 1)))
         self.w2 = nn.Parameter(torch.empty(num_local, width, hidden_size))
-        set_shard(self.w1, (0, ep), (2, tp), is_cut_by_tp=tp.count > 1)
-        set_shard(self.w2, (0, ep), (1, tp), is_cut_by_tp=tp.count > 1)
+        set_shard(self.w1, (0, ep), (2, tp), is_tp_sharded=tp.count > 1)
+        set_shard(self.w2, (0, ep), (1, tp), is_tp_sharded=tp.count > 1)
 
     def forward(self, x_LRD: Tensor) -> Tensor:
         """Apply local expert l to its rows x_LRD[l]."""

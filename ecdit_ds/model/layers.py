@@ -19,10 +19,10 @@ from ecdit_ds.model.experts import Experts
 class LayerFactory(Protocol):
     """Builds what a layout can cut. No linear layer has a bias.
 
-    Between `entrance` and `row_linear` a rank computes its own heads, or its own part of the inner width.
+    Between `copy_to_tp` and `row_linear` a rank computes its own heads, or its own part of the inner width.
     """
 
-    def entrance(self) -> nn.Module:
+    def copy_to_tp(self) -> nn.Module:
         """Return the identity that tokens pass once before the column layers that read them."""
         ...
 
@@ -34,7 +34,7 @@ class LayerFactory(Protocol):
         """Return a linear layer whose input dimension may be cut and whose output is summed."""
         ...
 
-    def head_norm(self, head_dim: int) -> nn.Module:
+    def qk_norm(self, head_dim: int) -> nn.Module:
         """Return the RMS norm that all heads of a layer share, wherever they are."""
         ...
 
@@ -62,7 +62,7 @@ class SerialLayers:
 
     make_token_choice: Callable[[ModelConfig], nn.Module] | None = None
 
-    def entrance(self) -> nn.Module:
+    def copy_to_tp(self) -> nn.Module:
         return nn.Identity()
 
     def column_linear(self, in_features: int, out_features: int) -> nn.Module:
@@ -71,7 +71,7 @@ class SerialLayers:
     def row_linear(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=False)
 
-    def head_norm(self, head_dim: int) -> nn.Module:
+    def qk_norm(self, head_dim: int) -> nn.Module:
         return nn.RMSNorm(head_dim, eps=1e-6)
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:

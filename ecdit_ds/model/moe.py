@@ -135,9 +135,9 @@ class DenseFFN(nn.Module):
     def __init__(self, layers: LayerFactory, config: ModelConfig, *, copies: int = 1) -> None:
         super().__init__()
         width, self.activation = config.ffn_hidden_size * copies, config.ffn_activation
-        self.entrance = layers.entrance()
+        self.copy_to_tp = layers.copy_to_tp()
         self.up = layers.column_linear(config.hidden_size, width * (2 if config.ffn_activation == "swiglu" else 1))
         self.down = layers.row_linear(width, config.hidden_size)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(activate(self.up(self.entrance(x_BSD)), self.activation))
+        return self.down(activate(self.up(self.copy_to_tp(x_BSD)), self.activation))

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class ShardIndex:
     """One of `count` equal slices."""
 
     index: int = 0
@@ -21,7 +21,7 @@ class Share:
         return size // self.count
 
 
-WHOLE = Share()
+UNSHARDED = ShardIndex()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class ShardSpec:
 
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
-    is_cut_by_tp: bool = False
+    is_tp_sharded: bool = False
     """Whether tensor-parallel ranks hold different slices; else each holds the same."""
 
 
-def set_shard(parameter: nn.Parameter, *cuts: tuple[int, Share], is_cut_by_tp: bool = False) -> None:
+def set_shard(parameter: nn.Parameter, *cuts: tuple[int, ShardIndex], is_tp_sharded: bool = False) -> None:
     """Mark `parameter` as a slice of its global tensor: for each cut, which axis and which share of it."""
     shape, offset = list(parameter.shape), [0] * parameter.dim()
     for axis, share in cuts:
         offset[axis] = share.index * shape[axis]
         shape[axis] *= share.count
-    spec = ShardSpec(global_shape=tuple(shape), offset=tuple(offset), is_cut_by_tp=is_cut_by_tp)
+    spec = ShardSpec(global_shape=tuple(shape), offset=tuple(offset), is_tp_sharded=is_tp_sharded)
     parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from ecdit_ds.parallel.collectives import kept_exchanges
+from ecdit_ds.parallel.collectives import save_all_to_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,6 @@ class Recompute:
         is_chosen = self.mode != "none" and (layer + 1) % self.every == 0
         if not (is_chosen and torch.is_grad_enabled()):
             return block(*inputs)
-        context_fn = kept_exchanges if self.mode == "selective" else noop_context_fn
+        context_fn = save_all_to_all if self.mode == "selective" else noop_context_fn
         # Nothing in a block is random, so there is no random state to keep.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)

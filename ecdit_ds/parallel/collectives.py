@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Flight:
+class AsyncAllToAll:
     """One all-to-all on its way; shared by its two halves."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -41,7 +41,7 @@ class _Launch(torch.autograd.Function):
     """First half in forward; in backward the second half of the gradients' exchange, which `_Land` launched."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
         return _exchange.get()(lambda: flight.launch(x))
 
@@ -54,7 +54,7 @@ class _Land(torch.autograd.Function):
     """Second half in forward; an exchange is its own transpose, so backward launches one with the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, out: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
         return flight.land(out)
 
@@ -63,7 +63,7 @@ class _Land(torch.autograd.Function):
         return ctx.flight.launch(grads[0]), None
 
 
-def launch_all_to_all(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Flight]:
+def all_to_all_start(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, AsyncAllToAll]:
     """Begin to exchange equal chunks of dimension 0 among the ranks of `group`, with gradients.
 
     Args:
@@ -71,13 +71,13 @@ def launch_all_to_all(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Flig
         group: the ranks that take part.
 
     Returns:
-        What `land_all_to_all` wants; the tensor must go nowhere else.
+        What `all_to_all_wait` wants; the tensor must go nowhere else.
     """
-    flight = Flight(group)
+    flight = AsyncAllToAll(group)
     return _Launch.apply(x, flight), flight
 
 
-def land_all_to_all(launched: tuple[Tensor, Flight]) -> Tensor:
+def all_to_all_wait(launched: tuple[Tensor, AsyncAllToAll]) -> Tensor:
     """Return the exchanged tensor, of the shape that was sent; chunk j came from peer j."""
     return _Land.apply(*launched)
 
@@ -114,12 +114,12 @@ def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def copy_in(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def copy_to_tp_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Hand x, equal on all ranks, to computations that differ by rank; its gradient is the sum of theirs."""
     return _CopyIn.apply(x, group)
 
 
-def sum_out(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_from_tp_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of x over the ranks of `group`, equal on all; the gradient passes through unchanged."""
     return _SumOut.apply(x, group)
 
@@ -129,7 +129,7 @@ _exchange: ContextVar[Callable[[Launch], Tensor]] = ContextVar("exchange", defau
 """How exchanges of the forward pass are had: launched, launched and kept, or taken from those that were kept."""
 
 
-def kept_exchanges() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def save_all_to_all() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return two contexts: exchanges launched under the first are kept, and given again, in order, under the second.
 
     For activation checkpointing: computing a block again then communicates nothing. torch's own selective policy

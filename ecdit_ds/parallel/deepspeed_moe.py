@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.model_config import Activation, ModelConfig
 from ecdit_ds.model.experts import Experts
-from ecdit_ds.model.sharding import WHOLE, Share
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex
 
 
 def expert_group_name(ep_size: int) -> str:
@@ -37,14 +37,14 @@ class DeepSpeedExperts(Experts, AutoEPMoELayer):
         ffn_hidden_size: int,
         *,
         activation: Activation,
-        ep: Share = WHOLE,
-        tp: Share = WHOLE,
+        ep: ShardIndex = UNSHARDED,
+        tp: ShardIndex = UNSHARDED,
     ) -> None:
         Experts.__init__(self, num_experts, hidden_size, ffn_hidden_size, activation=activation, ep=ep, tp=tp)
         _mark_expert_parameters(self, ep)
         if tp.count > 1:
             for parameter in self.parameters():
-                mark_cut_by_tp(parameter)
+                mark_tp_sharded(parameter)
 
     def forward(self, x_LRD: Tensor) -> Tensor:
         return Experts.forward(self, x_LRD)
@@ -63,7 +63,7 @@ class TokenChoice(nn.Module):
         (y_BSD, auxiliary load-balance loss, a scalar)
     """
 
-    def __init__(self, config: ModelConfig, *, ep: Share) -> None:
+    def __init__(self, config: ModelConfig, *, ep: ShardIndex) -> None:
         super().__init__()
         places_per_choice = config.capacity_factor / config.top_k
         self.moe = MoE(
@@ -116,23 +116,23 @@ def create_expert_groups(ep_size: int, mpu: Any = None) -> Any:
     return groups._get_expert_parallel_group(expert_group_name(ep_size))
 
 
-def part_of(parameter: nn.Parameter) -> Share:
+def zero_shard_of(parameter: nn.Parameter) -> ShardIndex:
     """Return which part of how many this rank updates, of the ranks that hold the same weights."""
     name = getattr(parameter, "group_name", None)
     if name is None:
-        return Share(index=groups._get_data_parallel_rank(), count=groups._get_data_parallel_world_size())
-    return Share(
+        return ShardIndex(index=groups._get_data_parallel_rank(), count=groups._get_data_parallel_world_size())
+    return ShardIndex(
         index=groups._get_expert_data_parallel_rank(name), count=groups._get_expert_data_parallel_world_size(name)
     )
 
 
-def mark_cut_by_tp(parameter: nn.Parameter) -> None:
+def mark_tp_sharded(parameter: nn.Parameter) -> None:
     """Tell DeepSpeed that each tensor-parallel rank holds another slice, so that each counts in the gradient norm."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.model_parallel = True  # type: ignore[attr-defined]
 
 
-def _mark_expert_parameters(module: nn.Module, ep: Share) -> None:
+def _mark_expert_parameters(module: nn.Module, ep: ShardIndex) -> None:
     name = expert_group_name(ep.count)
     for parameter in module.parameters():
         parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's only test for "expert parameter"

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ecdit_ds.model.dispatch import ApplyExperts, Dispatcher, combine, gather
-from ecdit_ds.parallel.collectives import copy_in, land_all_to_all, launch_all_to_all, sum_out
+from ecdit_ds.parallel.collectives import all_to_all_start, all_to_all_wait, copy_to_tp_region, reduce_from_tp_region
 
 
 class AllToAllDispatcher:
@@ -26,14 +26,14 @@ class AllToAllDispatcher:
     def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
         peers, tokens = self._group.size(), x_BSD.shape[1]
         parts = list(zip(*(z.chunk(self._chunks) for z in (x_BSD, gates_BEC, indices_BEC)), strict=True))
-        to_experts = [launch_all_to_all(gather(x, indices), self._group) for x, _, indices in parts]
+        to_experts = [all_to_all_start(gather(x, indices), self._group) for x, _, indices in parts]
         to_tokens = []
         for launched in to_experts:
-            rows_LRD = rearrange(land_all_to_all(launched), "(ep l) r d -> l (ep r) d", ep=peers)
+            rows_LRD = rearrange(all_to_all_wait(launched), "(ep l) r d -> l (ep r) d", ep=peers)
             back_ERD = rearrange(experts(rows_LRD), "l (ep r) d -> (ep l) r d", ep=peers)
-            to_tokens.append(launch_all_to_all(back_ERD, self._group))
+            to_tokens.append(all_to_all_start(back_ERD, self._group))
         outputs = [
-            combine(land_all_to_all(launched), gates, indices, tokens)
+            combine(all_to_all_wait(launched), gates, indices, tokens)
             for launched, (_, gates, indices) in zip(to_tokens, parts, strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -50,5 +50,5 @@ class TensorParallelDispatcher:
         self._inner, self._group = inner, group
 
     def __call__(self, x_BSD: Tensor, gates_BEC: Tensor, indices_BEC: Tensor, experts: ApplyExperts) -> Tensor:
-        x_BSD, gates_BEC = copy_in(x_BSD, self._group), copy_in(gates_BEC, self._group)
-        return sum_out(self._inner(x_BSD, gates_BEC, indices_BEC, experts), self._group)
+        x_BSD, gates_BEC = copy_to_tp_region(x_BSD, self._group), copy_to_tp_region(gates_BEC, self._group)
+        return reduce_from_tp_region(self._inner(x_BSD, gates_BEC, indices_BEC, experts), self._group)

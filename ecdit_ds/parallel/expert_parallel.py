@@ -9,7 +9,7 @@ from ecdit_ds.config.model_config import Activation, ModelConfig
 from ecdit_ds.model.dispatch import Dispatcher, LocalDispatcher
 from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.layers import SerialLayers
-from ecdit_ds.model.sharding import WHOLE, Share
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 
 
@@ -18,7 +18,7 @@ def serial_layers() -> SerialLayers:
     return SerialLayers(make_token_choice=_token_choice)
 
 
-def _token_choice(config: ModelConfig, ep: Share = WHOLE) -> nn.Module:
+def _token_choice(config: ModelConfig, ep: ShardIndex = UNSHARDED) -> nn.Module:
     # DeepSpeed is needed for this baseline alone, so one process imports it only when asked.
     from ecdit_ds.parallel.deepspeed_moe import TokenChoice
 
@@ -32,7 +32,7 @@ class ExpertParallelLayers(SerialLayers):
     Its experts carry DeepSpeed's marks also when the group has one rank, because the engine trains through them.
     """
 
-    ep: Share
+    ep: ShardIndex
     ep_group: dist.ProcessGroup
     dispatch_chunks: int = 1
 

@@ -14,7 +14,7 @@ _EXPERTS = ("experts.w1", "experts.w2", "experts.bank.w1", "experts.bank.w2")
 """Ours, and those inside DeepSpeed's token-choice layer, which tensor parallelism never cuts."""
 
 
-def cut_axes(name: str) -> dict[str, int]:
+def sharded_axes(name: str) -> dict[str, int]:
     """Return which axis of parameter `name` tensor and expert parallelism cut: {"tp": axis, "ep": axis}.
 
     For tools that have a name and no model; a test compares it with the marks that the layers make.

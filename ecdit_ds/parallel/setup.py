@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
-from ecdit_ds.errors import LostRankError, TopologyError
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.errors import RankLostError, TopologyError
+from ecdit_ds.model.sharding import ShardIndex
 from ecdit_ds.parallel.deepspeed_moe import create_expert_groups
 from ecdit_ds.parallel.expert_parallel import ExpertParallelLayers
 from ecdit_ds.parallel.topology import Topology
@@ -47,9 +47,9 @@ def initialize_distributed() -> torch.device:
     except dist.DistNetworkError as error:
         told = f"MASTER_PORT {os.environ['MASTER_PORT']}: cannot be used ({str(error).splitlines()[0]})"
         if os.environ["RANK"] != "0":
-            raise LostRankError(f"{told}; rank 0 was to be there, at {os.environ['MASTER_ADDR']}") from None
+            raise RankLostError(f"{told}; rank 0 was to be there, at {os.environ['MASTER_ADDR']}") from None
         if "SLURM_STEP_ID" in os.environ:
-            raise LostRankError(f"{told}; the job's next life has another, unless ECDIT_MASTER_PORT is set") from None
+            raise RankLostError(f"{told}; the job's next life has another, unless ECDIT_MASTER_PORT is set") from None
         raise TopologyError(f"{told}; if another run holds it, start with deepspeed --master_port N") from None
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -59,27 +59,27 @@ def initialize_distributed() -> torch.device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class ParallelContext:
     """This rank's place in the layout, with its process groups."""
 
     layers: ExpertParallelLayers
-    tp: Share
+    tp: ShardIndex
     mpu: Any
     """DeepSpeed's view of the tensor-parallel groups; None without."""
 
 
-def create_grid(topology: Topology, dispatch_chunks: int) -> Grid:
+def init_process_groups(topology: Topology, dispatch_chunks: int) -> ParallelContext:
     """Create all process groups of a layout; collective, once a process."""
     at = topology.coordinates(dist.get_rank())
-    ep, tp = Share(index=at.ep, count=topology.ep), Share(index=at.tp, count=topology.tp)
+    ep, tp = ShardIndex(index=at.ep, count=topology.ep), ShardIndex(index=at.tp, count=topology.tp)
     if tp.count == 1:
         ep_group = create_expert_groups(ep.count)
         layers = ExpertParallelLayers(ep=ep, ep_group=ep_group, dispatch_chunks=dispatch_chunks)
-        return Grid(layers=layers, tp=tp, mpu=None)
+        return ParallelContext(layers=layers, tp=tp, mpu=None)
     from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
 
     mpu = create_tensor_groups(tp.count, TIMEOUT_MINUTES)
     ep_group = create_expert_groups(ep.count, mpu)
     tp_group = mpu.get_tensor_model_parallel_group()
     layers = TensorParallelLayers(ep=ep, ep_group=ep_group, dispatch_chunks=dispatch_chunks, tp=tp, tp_group=tp_group)
-    return Grid(layers=layers, tp=tp, mpu=mpu)
+    return ParallelContext(layers=layers, tp=tp, mpu=mpu)

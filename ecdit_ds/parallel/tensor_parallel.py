@@ -1,7 +1,7 @@
 """Tensor parallelism on megatron-core's linear layers. Imported only where parallel.tp is more than 1.
 
 Attention heads and inner widths are cut; the residual stream is whole, and the same bits, on every rank of a group.
-So gradients of what is not cut come out equal by themselves: between `entrance` and `row_linear` a rank sees only
+So gradients of what is not cut come out equal by themselves: between `copy_to_tp` and `row_linear` a rank sees only
 its own part, and all that enters there passes an operator whose backward adds the parts up.
 """
 
@@ -20,9 +20,9 @@ with warnings.catch_warnings():
 from ecdit_ds.config.model_config import Activation
 from ecdit_ds.model.dispatch import Dispatcher
 from ecdit_ds.model.experts import Experts
-from ecdit_ds.model.sharding import Share, set_shard
-from ecdit_ds.parallel.collectives import copy_in
-from ecdit_ds.parallel.deepspeed_moe import DeepSpeedExperts, mark_cut_by_tp
+from ecdit_ds.model.sharding import ShardIndex, set_shard
+from ecdit_ds.parallel.collectives import copy_to_tp_region
+from ecdit_ds.parallel.deepspeed_moe import DeepSpeedExperts, mark_tp_sharded
 from ecdit_ds.parallel.dispatch import TensorParallelDispatcher
 from ecdit_ds.parallel.expert_parallel import ExpertParallelLayers
 
@@ -56,10 +56,10 @@ def create_tensor_groups(tp_size: int, timeout_minutes: int) -> MegatronMPU:
 class TensorParallelLayers(ExpertParallelLayers):
     """Everything that can be cut is cut over `tp_group`; experts over the expert-parallel group besides."""
 
-    tp: Share
+    tp: ShardIndex
     tp_group: dist.ProcessGroup
 
-    def entrance(self) -> nn.Module:
+    def copy_to_tp(self) -> nn.Module:
         return _Entrance(self.tp_group)
 
     def column_linear(self, in_features: int, out_features: int) -> nn.Module:
@@ -68,7 +68,7 @@ class TensorParallelLayers(ExpertParallelLayers):
     def row_linear(self, in_features: int, out_features: int) -> nn.Module:
         return _Row(in_features, out_features, self.tp)
 
-    def head_norm(self, head_dim: int) -> nn.Module:
+    def qk_norm(self, head_dim: int) -> nn.Module:
         return _HeadNorm(head_dim, self.tp_group)
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
@@ -86,7 +86,7 @@ class _Entrance(nn.Module):
         self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return copy_in(x, self._group)
+        return copy_to_tp_region(x, self._group)
 
 
 class _HeadNorm(nn.RMSNorm):
@@ -97,12 +97,12 @@ class _HeadNorm(nn.RMSNorm):
         self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, copy_in(self.weight, self._group), self.eps)
+        return F.rms_norm(x, self.normalized_shape, copy_to_tp_region(self.weight, self._group), self.eps)
 
 
 class _Column(ColumnParallelLinear):
-    def __init__(self, in_features: int, out_features: int, tp: Share) -> None:
-        # The gradient of the input is summed once, by the entrance, for all layers that read it.
+    def __init__(self, in_features: int, out_features: int, tp: ShardIndex) -> None:
+        # The gradient of the input is summed once, by the copy_to_tp, for all layers that read it.
         super().__init__(
             in_features,
             out_features,
@@ -119,7 +119,7 @@ class _Column(ColumnParallelLinear):
 
 
 class _Row(RowParallelLinear):
-    def __init__(self, in_features: int, out_features: int, tp: Share) -> None:
+    def __init__(self, in_features: int, out_features: int, tp: ShardIndex) -> None:
         super().__init__(
             in_features,
             out_features,
@@ -135,7 +135,7 @@ class _Row(RowParallelLinear):
         return super().forward(x)[0]
 
 
-def _linear_config(tp: Share) -> ModelParallelConfig:
+def _linear_config(tp: ShardIndex) -> ModelParallelConfig:
     # "CPU initialization" leaves the weight to the surrounding torch.device, here meta; weights are filled by name.
     return ModelParallelConfig(
         tensor_model_parallel_size=tp.count, use_cpu_initialization=True, perform_initialization=False
@@ -146,6 +146,6 @@ def _no_init(weight: Tensor) -> Tensor:
     raise AssertionError("weights are initialised by name, in model/init.py")
 
 
-def _mark_cut(weight: nn.Parameter, *, axis: int, tp: Share) -> None:
-    set_shard(weight, (axis, tp), is_cut_by_tp=True)
-    mark_cut_by_tp(weight)
+def _mark_cut(weight: nn.Parameter, *, axis: int, tp: ShardIndex) -> None:
+    set_shard(weight, (axis, tp), is_tp_sharded=True)
+    mark_tp_sharded(weight)

@@ -14,13 +14,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ecdit_ds.errors import EcditError, LostRankError, TopologyError
+from ecdit_ds.errors import EcditError, RankLostError, TopologyError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankInfo:
     """This process among the others, as the launcher says."""
 
     rank: int
@@ -29,7 +29,7 @@ class Place:
     world_size: int
 
 
-def place_from_environment() -> Place:
+def rank_info_from_env() -> RankInfo:
     """Read RANK, LOCAL_RANK, LOCAL_SIZE and WORLD_SIZE; without a launcher, become a world of one and say so there."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -38,7 +38,7 @@ def place_from_environment() -> Place:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "WORLD_SIZE": "1"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     world_size = _number("WORLD_SIZE", None)
-    return Place(
+    return RankInfo(
         rank=_number("RANK", None),
         local_rank=_number("LOCAL_RANK", 0),
         local_size=_number("LOCAL_SIZE", _number("LOCAL_WORLD_SIZE", world_size)),
@@ -85,7 +85,7 @@ class World:
     def size(self) -> int:
         return dist.get_world_size()
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0 and return its value everywhere; where it raises an EcditError, all raise it.
 
         Where it raises anything else, which is a defect, the others raise that rank 0 was lost.
@@ -98,7 +98,7 @@ class World:
             except EcditError as error:
                 outcome = (None, error)
             except Exception as error:
-                defect, outcome = error, (None, LostRankError(f"rank 0 failed: {type(error).__name__}: {error}"))
+                defect, outcome = error, (None, RankLostError(f"rank 0 failed: {type(error).__name__}: {error}"))
         value, fault = self.broadcast(outcome)
         if defect is not None:
             raise defect
@@ -107,7 +107,7 @@ class World:
         result: T = value
         return result
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; where it raises an EcditError on any, all raise the first."""
         result, fault = None, None
         try:
@@ -136,7 +136,7 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         """Return whether everybody is; nobody goes on before all have answered."""
         flag = torch.tensor([int(ok)], device=_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)

@@ -58,7 +58,7 @@ class LinkBytes:
     network: float
 
 
-def place(topology: Topology, axis: Axis, gpus_per_node: int) -> Placement:
+def group_placement(topology: Topology, axis: Axis, gpus_per_node: int) -> Placement:
     """Return where the groups of an axis are when ranks fill one node after another.
 
     Ranks of a group stand `stride` apart: 1 for tp, tp for ep and dp, tp * ep for edp. With strides and node sizes
@@ -217,7 +217,7 @@ def weight_traffic(recipe: Recipe, topology: Topology, zero: ZeroSettings, micro
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class OwnedParameter:
     """A parameter, or the slice of it that one rank computes with."""
 
     name: str
@@ -227,10 +227,10 @@ class Held:
 
 
 @lru_cache(maxsize=256)
-def held_by_rank(config: ModelConfig, tp: int, ep: int) -> tuple[Held, ...]:
+def held_by_rank(config: ModelConfig, tp: int, ep: int) -> tuple[OwnedParameter, ...]:
     """Return what one rank computes with under tensor and expert parallelism."""
     return tuple(
-        Held(name=parameter.name, size=local_size(parameter, tp, ep), is_expert=parameter.is_expert)
+        OwnedParameter(name=parameter.name, size=local_size(parameter, tp, ep), is_expert=parameter.is_expert)
         for parameter in parameters(config)
     )
 

@@ -65,7 +65,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Cluster:
     """The machines that are planned for."""
 
     gpu: Gpu
@@ -101,7 +101,7 @@ class Machine:
         """What collectives reach between nodes, a GPU."""
         return self.gpu.network_bytes_per_s * self.assumptions.network_efficiency
 
-    def with_nodes(self, nodes: int) -> "Machine":
+    def with_nodes(self, nodes: int) -> "Cluster":
         """Return as many nodes of the same kind."""
         return replace(self, nodes=nodes)
 

@@ -18,7 +18,7 @@ MOST_SIGNAL_SECONDS = 3600
 """Slurm takes no more than 65535, and a job that is warned hours before its end stops hours too early."""
 
 
-def write_launch_files(plan: Plan, named: Recipe, deepspeed_file: Path, folder: Path, *, overwrite: bool) -> None:
+def write_run_files(plan: Plan, named: Recipe, deepspeed_file: Path, folder: Path, *, overwrite: bool) -> None:
     """Write FILES into `folder`, so that `train.py --config recipe.yaml --deepspeed deepspeed.json` is the plan.
 
     A micro-batch that only the first phase has room for is told in comments: a life that goes on into the next phase

@@ -6,23 +6,23 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import Flops, recomputed_flops, training_flops
-from ecdit_ds.planner.hardware import Machine
+from ecdit_ds.planner.hardware import Cluster
 from ecdit_ds.planner.memory import Memory, checkpoint_bytes, memory_of_rank
 from ecdit_ds.planner.parameters import ParameterCount, count_parameters
 from ecdit_ds.planner.reliability import (
     FAILURE_RATES,
     SECONDS_A_DAY,
     CheckpointCost,
-    Outlook,
+    GoodputEstimate,
     checkpoint_cost,
-    outlook,
+    estimate_goodput,
 )
 from ecdit_ds.planner.timing import StepTime, model_flops_utilization, step_time
 from ecdit_ds.planner.zero import ZeroSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class ClusterAssumptions:
     """What is known of the cluster beside its machines."""
 
     storage_bytes_per_s: float
@@ -73,13 +73,13 @@ class Plan:
     recipe: Recipe
     topology: Topology
     zero: ZeroSettings
-    machine: Machine
+    machine: Cluster
     parameters: ParameterCount
     phases: tuple[Phase, ...]
     checkpoint: CheckpointCost
     training_seconds: float
     """Of all steps, without stalls and interruptions."""
-    outlooks: tuple[Outlook, ...]
+    outlooks: tuple[GoodputEstimate, ...]
 
     @property
     def needed_bytes(self) -> int:
@@ -108,8 +108,8 @@ def make_plan(
     recipe: Recipe,
     topology: Topology,
     zero: ZeroSettings,
-    machine: Machine,
-    surroundings: Surroundings,
+    machine: Cluster,
+    surroundings: ClusterAssumptions,
     micro_batches: dict[str, int] | None = None,
 ) -> Plan:
     """Predict a layout.
@@ -134,7 +134,7 @@ def make_plan(
     )
     seconds = sum(phase.steps * phase.time.with_overlap for phase in phases)
     outlooks = tuple(
-        outlook(
+        estimate_goodput(
             rate,
             nodes=machine.nodes,
             training_seconds=seconds,
@@ -158,7 +158,7 @@ def make_plan(
 
 
 def _phase(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, name: str, steps: int, ratio: float
+    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Cluster, name: str, steps: int, ratio: float
 ) -> Phase:
     micro, batch = recipe.micro_batch_size(topology.dp), recipe.train.global_batch_size
     kept, pool = recipe.model.num_kept_tokens(ratio), recipe.model.pool_images(micro)

@@ -29,7 +29,7 @@ class CheckpointCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlook:
+class GoodputEstimate:
     """What a failure rate means for a run."""
 
     failures_per_1000_node_days: float
@@ -79,7 +79,7 @@ def effective_share(interval: float, cost: CheckpointCost, mean_seconds: float, 
     return (1 - lost / mean_seconds) / (1 + cost.stall_seconds / interval)
 
 
-def outlook(
+def estimate_goodput(
     rate: float,
     *,
     nodes: int,
@@ -87,7 +87,7 @@ def outlook(
     set_interval: float,
     cost: CheckpointCost,
     recovery_seconds: float,
-) -> Outlook:
+) -> GoodputEstimate:
     """Return what a failure rate means for a run of `training_seconds` of steps.
 
     Args:
@@ -98,7 +98,7 @@ def outlook(
     best = best_interval(cost.stall_seconds, mean, cost.save_seconds)
     share = effective_share(best, cost, mean, recovery_seconds)
     interruptions = training_seconds / share / mean if share else math.inf
-    return Outlook(
+    return GoodputEstimate(
         failures_per_1000_node_days=rate,
         mean_seconds_between=mean,
         interruptions=interruptions,

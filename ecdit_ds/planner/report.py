@@ -6,14 +6,14 @@ from typing import Any
 
 from ecdit_ds.planner.hardware import default_assumptions, reasons
 from ecdit_ds.planner.plan import Phase, Plan, days
-from ecdit_ds.planner.search import Candidate, Found
+from ecdit_ds.planner.search import Candidate, SearchResult
 
 GB = 1e9
 MAX_REASONS = 8
 _PARTS = ("attention", "cross_attention", "dense_ffn", "experts", "router", "modulation", "other")
 
 
-def describe(plan: Plan) -> list[str]:
+def describe_plan(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
     return [
         *_head(plan),
@@ -38,7 +38,7 @@ def describe_memory(plan: Plan) -> list[str]:
     return [*_head(plan), "", *_memory(plan), "", f"does not fit: {over / GB:.1f} GB too much on a GPU"]
 
 
-def describe_search(found: Found, top: int, usable_bytes: int) -> list[str]:
+def describe_search(found: SearchResult, top: int, usable_bytes: int) -> list[str]:
     """Return the fastest layouts, and why the others are not among them."""
     rows = [["", "layout", "GB of a GPU", "images/s", "days"]]
     for rank, candidate in enumerate(found.feasible[:top], start=1):
@@ -55,7 +55,7 @@ def describe_search(found: Found, top: int, usable_bytes: int) -> list[str]:
     return [*lines, *(_table(rows, left=(1,)) if found.feasible else []), *describe_refusals(found, usable_bytes)]
 
 
-def describe_refusals(found: Found, usable_bytes: int) -> list[str]:
+def describe_refusals(found: SearchResult, usable_bytes: int) -> list[str]:
     """Return why layouts are not possible: the kinds of reasons, with counts."""
     lines = []
     if found.too_large:
@@ -76,7 +76,7 @@ def _shortage(candidate: Candidate, usable_bytes: int) -> str:
     return f"{candidate.layout}: needs {candidate.needed_bytes / GB:.1f} GB of {usable_bytes / GB:.1f}"
 
 
-def to_json(plan: Plan, found: Found | None = None) -> dict[str, Any]:
+def to_json(plan: Plan, found: SearchResult | None = None) -> dict[str, Any]:
     """Return the plan as plain dicts of numbers.
 
     `per_gpu` is of the phase that needs most; `step` of the first phase, with all phases under `phases`.

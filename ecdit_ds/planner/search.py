@@ -19,7 +19,7 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.validation import divisors_of, require_divides
 from ecdit_ds.errors import ConfigError, EcditError
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.hardware import MOST_NODES, Machine
+from ecdit_ds.planner.hardware import MOST_NODES, Cluster
 from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
 from ecdit_ds.planner.timing import step_time
@@ -43,7 +43,7 @@ MAX_NODE_COUNTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class SearchSpace:
     """What is searched; a single value is fixed."""
 
     tp: tuple[int, ...]
@@ -93,7 +93,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """What a search found."""
 
     feasible: list[Candidate]
@@ -104,11 +104,11 @@ class Found:
     """Why, and how many layouts."""
 
 
-def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, ...]) -> Choices:
+def all_choices(recipe: Recipe, machine: Cluster, deepspeed_files: tuple[Path, ...]) -> SearchSpace:
     """Return every layout worth a try: tensor parallelism within a node, experts over any divisor of their number."""
     experts = recipe.model.num_experts if recipe.model.is_sparse else 1
     is_cut = recipe.model.ffn == "expert_choice" and recipe.model.routing_pool != "batch"
-    return Choices(
+    return SearchSpace(
         tp=divisors_of(machine.gpus_per_node),
         ep=divisors_of(experts),
         deepspeed_files=deepspeed_files,
@@ -118,7 +118,7 @@ def all_choices(recipe: Recipe, machine: Machine, deepspeed_files: tuple[Path, .
     )
 
 
-def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
+def search(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> SearchResult:
     """Try every layout of `choices`."""
     feasible, too_large, refusals = list[Candidate](), list[Candidate](), Counter[str]()
     for chosen, topology, path in _layouts(recipe, machine, choices, refusals):
@@ -128,14 +128,14 @@ def search(recipe: Recipe, machine: Machine, choices: Choices) -> Found:
             refusals[str(error)] += 1
             continue
         (feasible if candidate.needed_bytes <= machine.usable_bytes else too_large).append(candidate)
-    return Found(
+    return SearchResult(
         feasible=sorted(feasible, key=lambda candidate: (candidate.seconds, candidate.needed_bytes)),
         too_large=sorted(too_large, key=lambda candidate: candidate.needed_bytes),
         refusals=refusals,
     )
 
 
-def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | None:
+def smallest_nodes(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> int | None:
     """Return the smallest larger number of nodes on which a layout fits, or None among those that were tried."""
     strongest = replace(choices, recompute=choices.recompute[-1:])
     tried = 0
@@ -150,7 +150,7 @@ def smallest_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int | 
     return None
 
 
-def working_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> list[int]:
+def working_nodes(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> list[int]:
     """Return the nearest numbers of nodes, fewer and more, over which the batch splits as the recipe wants it."""
     above = range(machine.nodes + 1, _most_nodes(recipe, machine, choices) + 1)
     nearest = (
@@ -160,7 +160,7 @@ def working_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> list[in
     return [nodes for nodes in nearest if nodes is not None]
 
 
-def check_before_search(recipe: Recipe, machine: Machine, choices: Choices) -> None:
+def check_before_search(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> None:
     """Refuse what no layout can mend: a batch that no ranks share, experts, a DeepSpeed file given alone.
 
     Raises:
@@ -190,7 +190,7 @@ def check_before_search(recipe: Recipe, machine: Machine, choices: Choices) -> N
         _check_file(recipe, choices.deepspeed_files[0], sizes)
 
 
-def _other_batches(recipe: Recipe, machine: Machine, choices: Choices) -> str:
+def _other_batches(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> str:
     """Return the nearest batches, smaller and larger, that split over the machine as it is, in words."""
     batch, group = recipe.train.global_batch_size, recipe.model.routing_group
     units = {machine.world_size // tp * group for tp in choices.tp if machine.world_size % tp == 0}
@@ -232,7 +232,7 @@ def require_experts_divide(recipe: Recipe, dp: int, ep: int) -> None:
 
 
 def _layouts(
-    recipe: Recipe, machine: Machine, choices: Choices, refusals: Counter[str]
+    recipe: Recipe, machine: Cluster, choices: SearchSpace, refusals: Counter[str]
 ) -> Iterator[tuple[Recipe, Topology, Path]]:
     each = len(choices.deepspeed_files) * len(choices.recompute)
     for tp in choices.tp:
@@ -265,7 +265,7 @@ def _layouts(
                 yield from ((chosen, topology, path) for path in choices.deepspeed_files)
 
 
-def _fastest(recipe: Recipe, topology: Topology, path: Path, machine: Machine, choices: Choices) -> Candidate:
+def _fastest(recipe: Recipe, topology: Topology, path: Path, machine: Cluster, choices: SearchSpace) -> Candidate:
     """Return the layout with the number of dispatch chunks that is fastest, the smallest of several.
 
     Raises:
@@ -285,7 +285,7 @@ def _in_chunks(recipe: Recipe, chunks: int) -> Recipe:
     return replace(recipe, parallel=replace(recipe.parallel, dispatch_chunks=chunks))
 
 
-def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Machine, micro_batch: int | None) -> Candidate:
+def _candidate(recipe: Recipe, topology: Topology, path: Path, machine: Cluster, micro_batch: int | None) -> Candidate:
     """Return the layout with the largest micro-batches that fit, or else the smallest.
 
     Raises:
@@ -362,7 +362,7 @@ def _accepts(recipe: Recipe, topology: Topology, size: int) -> bool:
     return True
 
 
-def _split_sizes(recipe: Recipe, machine: Machine, nodes: int, choices: Choices) -> dict[int, int]:
+def _split_sizes(recipe: Recipe, machine: Cluster, nodes: int, choices: SearchSpace) -> dict[int, int]:
     """Return the data-parallel ranks among which `nodes` can split the batch, and the smallest micro-batch on each."""
     found, world = dict[int, int](), nodes * machine.gpus_per_node
     for tp in choices.tp:
@@ -385,5 +385,5 @@ def _refusal(recipe: Recipe, dp: int, micro_batch: int | None) -> str:
     return f"train.micro_batch_size: none is accepted on {dp} data-parallel ranks"
 
 
-def _most_nodes(recipe: Recipe, machine: Machine, choices: Choices) -> int:
+def _most_nodes(recipe: Recipe, machine: Cluster, choices: SearchSpace) -> int:
     return min(MOST_NODES, recipe.train.global_batch_size * max(choices.tp) // machine.gpus_per_node)

@@ -26,12 +26,12 @@ from ecdit_ds.planner.communication import (
     by_link,
     exchange_bytes,
     expert_rows,
+    group_placement,
     held_by_rank,
-    place,
     traffic_of_step,
 )
 from ecdit_ds.planner.flops import Flops, is_recomputed, recomputed_flops, training_flops
-from ecdit_ds.planner.hardware import Machine
+from ecdit_ds.planner.hardware import Cluster
 from ecdit_ds.planner.parameters import NUMBER_BYTES
 from ecdit_ds.planner.zero import ZeroSettings
 
@@ -71,7 +71,7 @@ class StepTime:
         return self.without_overlap - sum(self.hidden.values())
 
 
-def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, mask_ratio: float) -> StepTime:
+def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Cluster, mask_ratio: float) -> StepTime:
     """Predict one optimizer step of the phase that leaves out a share of `mask_ratio`.
 
     Raises:
@@ -80,7 +80,7 @@ def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: M
     compute = compute_seconds(recipe, topology, zero, machine, mask_ratio)
     communication = []
     for traffic in traffic_of_step(recipe, topology, zero, mask_ratio):
-        sent = by_link(traffic, place(topology, traffic.axis, machine.gpus_per_node))
+        sent = by_link(traffic, group_placement(topology, traffic.axis, machine.gpus_per_node))
         seconds = max(sent.link / machine.link_bytes_per_s, sent.network / machine.network_bytes_per_s)
         communication.append(CollectiveTime(traffic=traffic, bytes=sent, seconds=seconds))
     once = compute_seconds(_computed_once(recipe), topology, zero, machine, mask_ratio)
@@ -88,7 +88,7 @@ def step_time(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: M
     return StepTime(compute=compute, communication=communication, hidden=hidden)
 
 
-def model_flops_utilization(recipe: Recipe, machine: Machine, mask_ratio: float, pool: int, seconds: float) -> float:
+def model_flops_utilization(recipe: Recipe, machine: Cluster, mask_ratio: float, pool: int, seconds: float) -> float:
     """Return model FLOPs of a step, nothing computed again, over what all GPUs' bf16 peaks do in `seconds`."""
     flops = training_flops(recipe.model, recipe.model.num_kept_tokens(mask_ratio), pool).total
     return flops * recipe.train.global_batch_size / (machine.world_size * machine.gpu.bf16_flops_per_s * seconds)
@@ -116,7 +116,7 @@ def _image_flops(recipe: Recipe, kept_tokens: int, pool_images: int) -> Flops:
 
 
 def compute_seconds(
-    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine, mask_ratio: float
+    recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Cluster, mask_ratio: float
 ) -> dict[str, float]:
     """Return the seconds of each part in a step."""
     gpu, reached = machine.gpu, machine.assumptions
@@ -164,7 +164,7 @@ def elementwise_bytes(recipe: Recipe, topology: Topology, micro_batch: int, kept
     return total * NUMBER_BYTES[recipe.train.precision]
 
 
-def optimizer_seconds(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Machine) -> float:
+def optimizer_seconds(recipe: Recipe, topology: Topology, zero: ZeroSettings, machine: Cluster) -> float:
     """Return the seconds of the update: OPTIMIZER_BYTES for each number of this rank's part.
 
     Offloaded, they move in host memory, and gradients and weights cross PCIe besides.

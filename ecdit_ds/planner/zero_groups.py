@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.parallel.partition_rules import sharded_axes
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.parameters import Parameter, parameters
 
@@ -51,7 +51,7 @@ class Group:
 def local_size(parameter: Parameter, tp: int, ep: int) -> int:
     """Return how many of a parameter's numbers one rank's model has."""
     ways = {"tp": tp, "ep": ep}
-    return parameter.size // math.prod(ways[way] for way in cut_axes(parameter.name))
+    return parameter.size // math.prod(ways[way] for way in sharded_axes(parameter.name))
 
 
 def local_groups(recipe: Recipe, topology: Topology) -> list[Group]:

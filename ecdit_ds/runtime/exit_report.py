@@ -13,7 +13,7 @@ from typing import IO
 import psutil
 
 from ecdit_ds.checkpoint.naming import list_checkpoints
-from ecdit_ds.errors import CheckpointError, ExitCode, plain
+from ecdit_ds.errors import CheckpointError, ExitCode, escape_unprintable
 
 _PATIENCE_S = 3.0
 _LOOK_EVERY_S = 0.5
@@ -21,7 +21,7 @@ _SECONDS_TO_LEAVE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class ProcessInfo:
     """Where one rank runs."""
 
     host: str
@@ -38,9 +38,9 @@ class Seat:
             return True
 
 
-def own_seat() -> Seat:
+def current_process() -> ProcessInfo:
     """Return where this process runs."""
-    return Seat(host=socket.gethostname(), process=os.getpid(), born=psutil.Process().create_time())
+    return ProcessInfo(host=socket.gethostname(), process=os.getpid(), born=psutil.Process().create_time())
 
 
 @dataclass
@@ -51,13 +51,13 @@ class RunStatus:
     checkpoints: Path = Path()
     step: int | None = None
     """None until training begins: before, a refusal says it all."""
-    seats: list[Seat] = field(default_factory=list)
+    seats: list[ProcessInfo] = field(default_factory=list)
     """Of all ranks, by rank."""
-    asked_to_stop: str = ""
+    stop_reason: str = ""
     """Why and on which ranks, where it was; all ranks say the same."""
-    is_over: bool = False
+    is_exiting: bool = False
     """Whether this rank leaves of its own accord, so that nobody need end it."""
-    has_left: bool = False
+    has_exited: bool = False
     """Whether it has: there is nothing more that could keep it."""
 
     def watch_peers(self) -> None:
@@ -69,25 +69,25 @@ class RunStatus:
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def _watch(self) -> None:
-        here = own_seat().host
+        here = current_process().host
         peers = {rank: seat for rank, seat in enumerate(self.seats) if seat.host == here and rank != self.rank}
-        while not self.is_over:
+        while not self.is_exiting:
             lost = [rank for rank, seat in peers.items() if seat.is_empty()]
             if not lost:
                 time.sleep(_LOOK_EVERY_S)
                 continue
             time.sleep(_PATIENCE_S)
-            if not self.is_over:
-                if self.speaks(lost):
-                    say(last_line(self, "try again", f"rank {', '.join(map(str, lost))} died"), sys.stderr)
-                os._exit(ExitCode.TRY_AGAIN)
+            if not self.is_exiting:
+                if self.is_reporter(lost):
+                    print_quietly(exit_summary(self, "retry", f"rank {', '.join(map(str, lost))} died"), sys.stderr)
+                os._exit(ExitCode.RETRY)
         time.sleep(_SECONDS_TO_LEAVE)
-        if not self.has_left:  # such as where a killed loader worker held a lock: its peers still wait
-            os._exit(ExitCode.TRY_AGAIN)
+        if not self.has_exited:  # such as where a killed loader worker held a lock: its peers still wait
+            os._exit(ExitCode.RETRY)
 
     def lost_ranks(self) -> list[int]:
         """Return the ranks of this machine whose process died, after giving a dying one a moment to be gone."""
-        here = own_seat()
+        here = current_process()
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             lost = [rank for rank, seat in enumerate(self.seats) if seat.host == here.host and seat.is_empty()]
@@ -95,33 +95,35 @@ class RunStatus:
                 return lost
             time.sleep(0.05)
 
-    def speaks(self, lost: list[int]) -> bool:
+    def is_reporter(self, lost: list[int]) -> bool:
         """Return whether it falls to this rank to speak: the first that is left on this machine."""
-        here = own_seat().host
+        here = current_process().host
         left = [rank for rank, seat in enumerate(self.seats) if seat.host == here and rank not in lost]
         return not left or self.rank == min(left)
 
 
-def last_line(status: RunStatus, verdict: str, cause: str) -> str:
+def exit_summary(status: RunStatus, verdict: str, cause: str) -> str:
     """Return the summary, such as `end: crashed | cause: ... | rank 0 | step 7 | last valid checkpoint: ...`."""
-    from ecdit_ds.checkpoint.retention import fault_of  # with torch, which a recipe that is refused does not wait for
+    from ecdit_ds.checkpoint.retention import (
+        find_damage,  # with torch, which a recipe that is refused does not wait for
+    )
 
     newest = None
     with contextlib.suppress(CheckpointError):
-        newest = next((folder for folder in list_checkpoints(status.checkpoints) if fault_of(folder) is None), None)
+        newest = next((folder for folder in list_checkpoints(status.checkpoints) if find_damage(folder) is None), None)
     return (
         f"end: {verdict} | cause: {' '.join(cause.split())[:500]} | rank {status.rank} | step {status.step} | "
         f"last valid checkpoint: {newest or 'none'}"
     )
 
 
-def say(text: str, stream: IO[str]) -> None:
+def print_quietly(text: str, stream: IO[str]) -> None:
     """Print, where that is possible: nobody may be reading any more, and a run does not end for that."""
     with contextlib.suppress(OSError, ValueError):
-        print(plain(text), file=stream, flush=True)
+        print(escape_unprintable(text), file=stream, flush=True)
 
 
-def let_go_of_closed_streams() -> None:
+def ignore_broken_pipes() -> None:
     """Keep Python from failing at its end because nobody reads its output any more."""
     for stream in (sys.stdout, sys.stderr):
         try:

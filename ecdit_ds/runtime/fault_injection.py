@@ -12,11 +12,11 @@ import signal
 import time
 from dataclasses import dataclass, field
 
-from ecdit_ds.checkpoint.fault_points import PHASES
+from ecdit_ds.checkpoint.fault_points import SAVE_PHASES
 from ecdit_ds.errors import ConfigError
 
 VARIABLE = "ECDIT_FAULTS"
-MOMENTS = ("step", *PHASES, "any")
+MOMENTS = ("step", *SAVE_PHASES, "any")
 _SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 _MINUTES_TO_LEAVE = 10
 
 
-def die_with_launcher(ask_to_leave: Callable[[], object] | None = None) -> None:
+def exit_with_launcher(ask_to_leave: Callable[[], object] | None = None) -> None:
     """Start watching the launchers above this process; a process started by hand has none and is left alone.
 
     Call it first of all, before slow imports: a launcher that is killed meanwhile is not seen any more. A rank that

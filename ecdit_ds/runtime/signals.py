@@ -11,7 +11,7 @@ from types import FrameType
 _RANKS_NAMED = 8
 
 
-class StopRequest:
+class StopSignal:
     """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
 
 
-def reasons_of(reason_by_rank: Sequence[str | None]) -> str:
+def format_stop_reasons(reason_by_rank: Sequence[str | None]) -> str:
     """Return who was asked to stop and by what, such as `SIGTERM on rank 3` or `SIGUSR1 on all ranks`."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, reason in enumerate(reason_by_rank):

@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecdit_ds.errors import ConfigError, LostRankError
+from ecdit_ds.errors import ConfigError, RankLostError
 from ecdit_ds.files.durable import replace_durably
-from ecdit_ds.slurm.job_history import FOR_GOOD
+from ecdit_ds.slurm.job_history import NON_RETRYABLE
 
 VARIABLE = "ECDIT_COMPLETION"
 """Environment variable: how the path of a mark begins, to which each rank adds its number."""
@@ -68,7 +68,7 @@ def mark_complete(work: str) -> None:
 
 def mark_ended(code: int) -> None:
     """Leave this rank's mark where it ends for good."""
-    if code in FOR_GOOD:
+    if code in NON_RETRYABLE:
         mark_complete(f"{_ENDED}{code}")
 
 
@@ -124,13 +124,13 @@ class Completion:
         deadline = time.monotonic() + (SIGHT_SECONDS if patience_s is None else patience_s)
         while fault := self._fault(work()):
             if time.monotonic() > deadline:
-                raise LostRankError(f"srun ended with exit code 0, but {fault}")
+                raise RankLostError(f"srun ended with exit code 0, but {fault}")
             time.sleep(_LOOK_EVERY_S)
 
     def judge(self, code: int) -> int:
         """Return how the step ended, given srun's code, which is not 0: a rank that ended for good decides."""
         ends = set(map(self._end_told_by, self._marks()))
-        return next((end for end in FOR_GOOD if end in ends), code)
+        return next((end for end in NON_RETRYABLE if end in ends), code)
 
     def remove(self) -> None:
         """Remove all marks."""

@@ -30,7 +30,7 @@ _OF_ONE_THAT_IS_AWAY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SlurmJob:
     """This job, as its own environment tells."""
 
     name: str
@@ -48,7 +48,7 @@ class Job:
         return f"{self.number}.{self.restarts}"
 
 
-def own_job(environment: Mapping[str, str]) -> Job:
+def own_job(environment: Mapping[str, str]) -> SlurmJob:
     """Return the job whose batch script this process is part of.
 
     Raises:
@@ -57,7 +57,7 @@ def own_job(environment: Mapping[str, str]) -> Job:
     try:
         number = environment["SLURM_JOB_ID"]
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-        return Job(
+        return SlurmJob(
             name=f"{array}_{task}" if array else number,
             number=number,
             restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),  # not there in the first life
@@ -152,7 +152,7 @@ def ask_patiently(ask: Callable[[], T], patience_s: float, tell: Callable[[AwayE
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def ask_state(job: Job, patience_s: float, tell: Callable[[AwayError], object] = lambda _: None) -> JobState:
+def ask_state(job: SlurmJob, patience_s: float, tell: Callable[[AwayError], object] = lambda _: None) -> JobState:
     """Return the job's state; a controller that restarts is waited for, as in `ask_patiently`."""
     return ask_patiently(lambda: parse_state(_call("scontrol", "show", "job", job.name)), patience_s, tell)
 
@@ -171,7 +171,7 @@ def is_alive(job_number: str, patience_s: float) -> bool:
         time.sleep(_LOOK_EVERY_S)
 
 
-def seconds_of_warning(job: Job) -> int | None:
+def seconds_of_warning(job: SlurmJob) -> int | None:
     """Return how long before its end the job's script has the signal come; None where it says nothing.
 
     What sbatch's own --signal said instead, Slurm tells nobody; nor the script, on some sites.
@@ -191,7 +191,7 @@ def kill_wait_seconds() -> float:
     return 30.0
 
 
-def end_steps(job: Job, patience_s: float) -> None:
+def end_steps(job: SlurmJob, patience_s: float) -> None:
     """Ask what srun started within a job to end, by SIGTERM, and kill what has not ended after `patience_s`.
 
     A controller that does not answer is asked again: what it does not tell of may live.
@@ -209,12 +209,12 @@ def end_steps(job: Job, patience_s: float) -> None:
             time.sleep(_LOOK_AT_STEPS_EVERY_S)
 
 
-def _steps_of(job: Job) -> set[str]:
+def _steps_of(job: SlurmJob) -> set[str]:
     steps = _call("squeue", "--noheader", "--steps", "--jobs", job.name, "--format", "%i")
     return set(re.findall(rf"^\s*({re.escape(job.name)}\.[0-9]+)\s*$", steps, re.MULTILINE))  # not the batch script
 
 
-def requeue(job: Job) -> None:
+def requeue(job: SlurmJob) -> None:
     """Put the job back into the queue; Slurm then ends what is left of this life.
 
     Raises:

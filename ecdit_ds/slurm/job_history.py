@@ -22,16 +22,16 @@ from ecdit_ds.files.durable import make_folders, own_file, put_on_disk, replace_
 
 LOGS = "slurm"
 """Folder of a run's folder for what this package leaves."""
-FOR_GOOD = {
+NON_RETRYABLE = {
     ExitCode.USER_ERROR: "there is something to mend first, which the log names",
-    ExitCode.GAVE_UP: "training gave up, and would again",
+    ExitCode.UNRECOVERABLE: "training gave up, and would again",
     ExitCode.INTERRUPTED: "somebody interrupted it",
 }
 """Exit codes after which the job as it is would end the same way, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
+class AttemptStarted:
     """A life that began."""
 
     life: str
@@ -47,14 +47,14 @@ class Beginning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passed:
+class PreflightPassed:
     """A life that found the recipe in order."""
 
     life: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class RequeueDecision:
     """What becomes of a job after one of its lives."""
 
     is_again: bool
@@ -69,14 +69,14 @@ def newest_step(output: Path) -> int:
     return 0
 
 
-class Ledger:
+class JobHistory:
     """The lives of all jobs that wrote into one run's folder."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output / LOGS
         self._path, self._why = self.folder / "lives.jsonl", self.folder / "why_it_stopped.txt"
 
-    def begin(self, beginning: Beginning) -> None:
+    def begin(self, beginning: AttemptStarted) -> None:
         """Write down that a life begins; what stopped an earlier one is over."""
         make_folders(self.folder)
         self._why.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ class Ledger:
         """Write down that the recipe is in order, so that the job's later lives need not ask again."""
         self._append({"event": "checked", "time": _now(), "life": life})
 
-    def end(self, life: str, code: int, step: int, verdict: Verdict) -> None:
+    def end(self, life: str, code: int, step: int, verdict: RequeueDecision) -> None:
         """Write down how a life ended, and in why_it_stopped.txt for people, if there will be no other."""
         self._append({"event": "end", "time": _now(), "life": life, "code": code, "step": step} | asdict(verdict))
         if not (verdict.is_again or verdict.exit_code == ExitCode.DONE):
@@ -96,24 +96,24 @@ class Ledger:
         """Write why_it_stopped.txt."""
         replace_durably(self._why, f"{_now()} job {life}: {reason}\n".encode())
 
-    def beginnings(self) -> list[Beginning]:
+    def beginnings(self) -> list[AttemptStarted]:
         """Return all lives, the oldest first; a line that was cut off, or is no one's, is passed over."""
-        return [event for event in self._events() if isinstance(event, Beginning)]
+        return [event for event in self._events() if isinstance(event, AttemptStarted)]
 
-    def lives_of(self, job: str) -> list[Beginning]:
+    def lives_of(self, job: str) -> list[AttemptStarted]:
         """Return the lives of the job that has this number now, the oldest first."""
-        return [event for event in self._events_of(job) if isinstance(event, Beginning)]
+        return [event for event in self._events_of(job) if isinstance(event, AttemptStarted)]
 
     def is_checked(self, job: str) -> bool:
         """Return whether a life of the job that has this number now found the recipe in order."""
-        return any(isinstance(event, Passed) for event in self._events_of(job))
+        return any(isinstance(event, PreflightPassed) for event in self._events_of(job))
 
-    def _events_of(self, job: str) -> list[Beginning | Passed]:
+    def _events_of(self, job: str) -> list[AttemptStarted | PreflightPassed]:
         events = [event for event in self._events() if event.life.partition(".")[0] == job]
-        first_lives = [i for i, e in enumerate(events) if isinstance(e, Beginning) and e.life == f"{job}.0"]
+        first_lives = [i for i, e in enumerate(events) if isinstance(e, AttemptStarted) and e.life == f"{job}.0"]
         return events[first_lives[-1] :] if first_lives else events
 
-    def _events(self) -> Iterator[Beginning | Passed]:
+    def _events(self) -> Iterator[AttemptStarted | PreflightPassed]:
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -121,14 +121,14 @@ class Ledger:
                 if not re.fullmatch(r"[0-9]+\.[0-9]+", record["life"], re.ASCII):
                     continue
                 if record["event"] == "begin":
-                    yield Beginning(
+                    yield AttemptStarted(
                         life=str(record["life"]),
                         step=int(record["step"]),
                         nodes=str(record["nodes"]),
                         ranks=int(record["ranks"]),
                     )
                 elif record["event"] == "checked":
-                    yield Passed(life=str(record["life"]))
+                    yield PreflightPassed(life=str(record["life"]))
 
     def _append(self, record: dict[str, Any]) -> None:
         with open(self._path, "ab+", opener=own_file) as file:
@@ -142,7 +142,7 @@ class Ledger:
         put_on_disk(self.folder)
 
 
-def count_barren(lives: Iterable[Beginning], step: int) -> int:
+def count_barren(lives: Iterable[AttemptStarted], step: int) -> int:
     """Return how many of the last lives of a job, in a row, made no progress.
 
     Args:
@@ -154,7 +154,7 @@ def count_barren(lives: Iterable[Beginning], step: int) -> int:
     return barren
 
 
-def judge(code: int, *, barren: int, allowed: int, cause: str = "") -> Verdict:
+def decide_requeue(code: int, *, barren: int, allowed: int, cause: str = "") -> RequeueDecision:
     """Return what becomes of a job whose life ended with `code`.
 
     Args:
@@ -163,17 +163,21 @@ def judge(code: int, *, barren: int, allowed: int, cause: str = "") -> Verdict:
         cause: of the exit code, where it is known here.
     """
     if code == ExitCode.DONE:
-        return Verdict(is_again=False, exit_code=code, reason="training is done")
-    if code in FOR_GOOD:
-        return Verdict(is_again=False, exit_code=code, reason=f"exit code {code}: {FOR_GOOD[ExitCode(code)]}")
-    what = "saved" if code == ExitCode.SAVED else f"exit code {code}" + (f" ({cause})" if cause else "")
+        return RequeueDecision(is_again=False, exit_code=code, reason="training is done")
+    if code in NON_RETRYABLE:
+        return RequeueDecision(
+            is_again=False, exit_code=code, reason=f"exit code {code}: {NON_RETRYABLE[ExitCode(code)]}"
+        )
+    what = "saved" if code == ExitCode.CHECKPOINTED else f"exit code {code}" + (f" ({cause})" if cause else "")
     if barren >= allowed:
         reason = (
             f"{what}, and {barren} lives in a row published no later checkpoint (ECDIT_MAX_LIVES={allowed}); "
             "mend the cause and submit anew: it goes on from the newest checkpoint"
         )
-        return Verdict(is_again=False, exit_code=code, reason=reason)
-    return Verdict(is_again=True, exit_code=code, reason=f"{what}; {barren} of {allowed} lives without progress")
+        return RequeueDecision(is_again=False, exit_code=code, reason=reason)
+    return RequeueDecision(
+        is_again=True, exit_code=code, reason=f"{what}; {barren} of {allowed} lives without progress"
+    )
 
 
 def _now() -> str:

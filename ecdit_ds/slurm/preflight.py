@@ -29,13 +29,13 @@ import xxhash
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import DEFAULT_RECIPE, load_recipe
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, RankLostError, escape_unprintable, exit_code_of
 from ecdit_ds.files.durable import open_new, write_all
 from ecdit_ds.parallel.world import World, meet_alone
 from ecdit_ds.planner.memory import checkpoint_bytes
 from ecdit_ds.slurm.completion import NODE_CHECK, mark_complete, mark_ended
 from ecdit_ds.slurm.job_history import LOGS
-from ecdit_ds.slurm.rank import HELD
+from ecdit_ds.slurm.rank import DEFERRED_SIGNALS
 from ecdit_ds.slurm.ranks import VISIBLE_DEVICES
 
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
@@ -47,7 +47,7 @@ _START_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class NodeInfo:
     """What one rank is and has."""
 
     node: str
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_device(os.environ)
         world = _meet(options.patience_seconds)
     except EcditError as error:
-        print(plain(f"error: {_node()}: {error}"), file=sys.stderr)
+        print(escape_unprintable(f"error: {_node()}: {error}"), file=sys.stderr)
         mark_ended(exit_code_of(error))
         return exit_code_of(error)
     try:
@@ -72,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
             sum_bytes_per_s = _sum_up(world)
         with _others_there("checking the disk together"):
             speed = _check_disk(options.output, world, sight_s=options.patience_seconds / 6)
-            own = Facts(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed)
+            own = NodeInfo(node=_node(), installed=_installed(), device=_device_name(), write_bytes_per_s=speed)
             facts = world.share(own)
-            table = world.on_first(lambda: judge(facts, recipe, options.limit_seconds))
-            was_asked = any(world.share(not HELD.isdisjoint(signal.sigpending())))
+            table = world.on_rank0(lambda: check_nodes(facts, recipe, options.limit_seconds))
+            was_asked = any(world.share(not DEFERRED_SIGNALS.isdisjoint(signal.sigpending())))
         if was_asked:  # and training would never hear of it
-            raise LostRankError("a signal asked to stop before training began")
+            raise RankLostError("a signal asked to stop before training began")
     except EcditError as error:
         if world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -85,7 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code_of(error)
     if world.rank == 0:
         rate = f"sums of {_SUM_BYTES[_kind()] >> 20} MiB at {sum_bytes_per_s / 1e9:.3g} GB/s a rank"
-        print("\n".join([*map(plain, table), f"ranks        {world.size} summed up alike; {rate}"]), flush=True)
+        print(
+            "\n".join([*map(escape_unprintable, table), f"ranks        {world.size} summed up alike; {rate}"]),
+            flush=True,
+        )
     dist.destroy_process_group()
     mark_complete(NODE_CHECK)
     return ExitCode.DONE
@@ -136,7 +139,7 @@ def check_device(environment: Any) -> None:
         raise ConfigError(f"{environment['LOCAL_SIZE']} ranks on this node, and {count} GPUs; lower --ntasks-per-node")
 
 
-def judge(facts: list[Facts], recipe: Recipe, limit_seconds: float | None) -> list[str]:
+def check_nodes(facts: list[NodeInfo], recipe: Recipe, limit_seconds: float | None) -> list[str]:
     """Return lines about what all ranks are and have.
 
     Raises:
@@ -184,7 +187,7 @@ def _meet(patience_s: float) -> World:
         if not meet_alone(backend, patience):
             dist.init_process_group(backend, timeout=patience)
     except RuntimeError as error:
-        raise LostRankError(
+        raise RankLostError(
             f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{_first_line(error)}; leave a dead node out with --exclude, or set ECDIT_MASTER_ADDR"
         ) from None
@@ -197,7 +200,7 @@ def _others_there(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(f"{_node()}: {doing} failed: {_first_line(error)}") from None
+        raise RankLostError(f"{_node()}: {doing} failed: {_first_line(error)}") from None
 
 
 def _sum_up(world: World) -> float:
@@ -219,7 +222,7 @@ def _sum_up(world: World) -> float:
     is_right = bool((total == expected).all())
     wrong = sorted({node for node, right in world.share((_node(), is_right)) if not right})
     if wrong:
-        raise LostRankError(f"{_some(wrong)}: a sum over all ranks came out wrong; leave it out with --exclude")
+        raise RankLostError(f"{_some(wrong)}: a sum over all ranks came out wrong; leave it out with --exclude")
     return numbers.numel() * numbers.element_size() / seconds
 
 
@@ -233,9 +236,9 @@ def _check_disk(output: Path, world: World, sight_s: float) -> float:
     sign, speed = folder / f".sign-{token}", folder / f".speed-{token}-{world.rank}"
     is_writer = world.share(_node()).index(_node()) == world.rank
     try:
-        world.on_first(lambda: _touch(sign))
-        world.together(lambda: _see(sign, sight_s))
-        return world.together(lambda: _write_speed(speed) if is_writer else 0.0)
+        world.on_rank0(lambda: _touch(sign))
+        world.run_on_all(lambda: _see(sign, sight_s))
+        return world.run_on_all(lambda: _write_speed(speed) if is_writer else 0.0)
     finally:  # all have seen it
         if world.rank == 0:
             _remove(sign)

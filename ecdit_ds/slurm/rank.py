@@ -10,10 +10,10 @@ import signal
 import sys
 
 HOLD = "--hold-signals"
-HELD = frozenset((signal.SIGTERM, signal.SIGUSR1))
+DEFERRED_SIGNALS = frozenset((signal.SIGTERM, signal.SIGUSR1))
 if __name__ == "__main__" and HOLD in sys.argv[1:2]:
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    for _number in HELD:
+    signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED_SIGNALS)
+    for _number in DEFERRED_SIGNALS:
         signal.signal(_number, signal.SIG_DFL)  # rank.sh had them ignored until here
 
 import os

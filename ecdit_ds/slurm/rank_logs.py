@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from ecdit_ds.errors import ConfigError, plain
+from ecdit_ds.errors import ConfigError, escape_unprintable
 from ecdit_ds.files.durable import own_file
 
 LOGS_FLAG = "--logs"
@@ -67,7 +67,7 @@ def last_words(logs: Path, *, is_why_wanted: bool) -> list[str]:
             last_lines.setdefault(line, log)
     if not told and is_why_wanted:
         told = last_lines
-    return [plain(f"{log.name}: {line}") for line, log in list(told.items())[:_TOLD_LINES]]
+    return [escape_unprintable(f"{log.name}: {line}") for line, log in list(told.items())[:_TOLD_LINES]]
 
 
 def _tail(log: Path) -> list[str]:

@@ -6,7 +6,7 @@ import time
 _LAST_SECONDS = 5.0
 
 
-class Ending:
+class TerminationWatch:
     """Whether Slurm ends the whole job, and how long it is until it kills: it signals the batch script as well."""
 
     def __init__(self) -> None:

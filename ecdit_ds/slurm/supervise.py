@@ -21,7 +21,7 @@ from typing import NoReturn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from ecdit_ds.errors import ConfigError, EcditError, ExitCode, LostRankError, exit_code_of, plain
+from ecdit_ds.errors import ConfigError, EcditError, ExitCode, RankLostError, escape_unprintable, exit_code_of
 from ecdit_ds.slurm.completion import (
     DRY_RUN,
     NODE_CHECK,
@@ -32,8 +32,8 @@ from ecdit_ds.slurm.completion import (
 )
 from ecdit_ds.slurm.controller import (
     AwayError,
-    Job,
     JobState,
+    SlurmJob,
     ask_patiently,
     ask_state,
     end_steps,
@@ -44,9 +44,16 @@ from ecdit_ds.slurm.controller import (
     requeues_after,
     seconds_of_warning,
 )
-from ecdit_ds.slurm.job_history import Beginning, Ledger, Verdict, count_barren, judge, newest_step
+from ecdit_ds.slurm.job_history import (
+    AttemptStarted,
+    JobHistory,
+    RequeueDecision,
+    count_barren,
+    decide_requeue,
+    newest_step,
+)
 from ecdit_ds.slurm.rank_logs import flags_for_logs, last_words, remove_links
-from ecdit_ds.slurm.signals import Ending
+from ecdit_ds.slurm.signals import TerminationWatch
 
 CONTROLLER_PATIENCE_S = 600.0
 """How long a controller that does not answer is waited for before a job gives up asking for another life."""
@@ -63,20 +70,22 @@ LEAVING_PATIENCE_S = 600.0
 _LOOK_EVERY_S = 1.0
 
 
-class Life:
+class JobAttempt:
     """This life of this job."""
 
-    def __init__(self, job: Job, launcher: Sequence[str], program: Sequence[str], allowed: int, ending: Ending) -> None:
+    def __init__(
+        self, job: SlurmJob, launcher: Sequence[str], program: Sequence[str], allowed: int, ending: TerminationWatch
+    ) -> None:
         self._job, self._launcher, self._program, self._allowed = job, list(launcher), list(program), allowed
         self._ending, self._kill_wait_s = ending, kill_wait_seconds()
-        self._warning_s = number_of("ECDIT_SIGNAL_SECONDS", seconds_of_warning(job) or 0)
+        self._warning_s = int_from_env("ECDIT_SIGNAL_SECONDS", seconds_of_warning(job) or 0)
         self.output = output_of(program)
-        self._ledger = Ledger(self.output)
+        self._ledger = JobHistory(self.output)
         self._logs = self._ledger.folder / job.life
         self._doubt = ""
         """Why a 0 of srun was not believed."""
 
-    def live(self, *, is_checked: bool) -> Verdict:
+    def live(self, *, is_checked: bool) -> RequeueDecision:
         """Do all there is to do, but for asking Slurm for another life.
 
         Args:
@@ -92,20 +101,20 @@ class Life:
         code = self._check(limit) if is_checked else ExitCode.DONE
         is_late = limit is not None and time.monotonic() - began > limit - self._warning_s
         if code == ExitCode.DONE and (self._ending.was_asked or is_late):
-            say("the signal to stop came before training began")
-            code = ExitCode.TRY_AGAIN
+            log("the signal to stop came before training began")
+            code = ExitCode.RETRY
         elif code == ExitCode.DONE:
             code = self._train()
             for words in last_words(self._logs, is_why_wanted=code not in (ExitCode.DONE, 128 + signal.SIGKILL)):
-                say(words)
+                log(words)
         reached = newest_step(self.output)
         barren = count_barren(self._ledger.lives_of(self._job.number), reached)
-        verdict = judge(code, barren=barren, allowed=self._allowed, cause=self._doubt)
+        verdict = decide_requeue(code, barren=barren, allowed=self._allowed, cause=self._doubt)
         try:
             self._ledger.end(self._job.life, code, reached, verdict)
         except OSError as error:  # such as a full disk: what is decided stands all the same
-            say(f"{self._ledger.folder}: cannot be written: {error.strerror}")
-        say(
+            log(f"{self._ledger.folder}: cannot be written: {error.strerror}")
+        log(
             f"life {self._job.life} ended after {(time.monotonic() - began) / 60:.1f} min with exit code {code}; "
             f"newest checkpoint: step {reached}, {step} when it began"
         )
@@ -113,7 +122,7 @@ class Life:
 
     def stop(self, reason: str) -> None:
         """Say, for good, why there will be no other life."""
-        say(reason)
+        log(reason)
         with suppress(OSError):
             self._ledger.tell_why(self._job.life, reason)
 
@@ -122,7 +131,7 @@ class Life:
         try:
             return ask_state(self._job, CONTROLLER_PATIENCE_S, _tell_of_waiting).limit_seconds
         except ConfigError as error:
-            say(f"the time limit is not known here ({error}); going on without")
+            log(f"the time limit is not known here ({error}); going on without")
             return None
 
     def _refuse_what_is_known(self, step: int, limit_seconds: float | None) -> None:
@@ -156,14 +165,14 @@ class Life:
     def _begin(self, step: int) -> None:
         job = self._job
         try:
-            self._ledger.begin(Beginning(life=job.life, step=step, nodes=job.nodes, ranks=job.num_ranks))
+            self._ledger.begin(AttemptStarted(life=job.life, step=step, nodes=job.nodes, ranks=job.num_ranks))
             self._logs.mkdir(exist_ok=True)
             remove_links(self._logs)
         except OSError as error:
             raise ConfigError(
                 f"{self._ledger.folder}: cannot be written: {error.strerror}; choose another ECDIT_OUTPUT"
             ) from None
-        say(f"life {job.life} of {self.output}: {job.num_ranks} ranks on {job.nodes}, from step {step}")
+        log(f"life {job.life} of {self.output}: {job.num_ranks} ranks on {job.nodes}, from step {step}")
 
     def _check(self, limit: float | None) -> int:
         """Check the recipe, unless an earlier life of this job did, and every node; return 0 where all is well."""
@@ -180,14 +189,14 @@ class Life:
             node_check = ["ecdit_ds/slurm/preflight.py", *limit_flags, "--", *self._program[1:]]
             code = self._run_check([], node_check, NODE_CHECK)
         if code:
-            say(f"the check before training failed with exit code {code}; no rank was started")
+            log(f"the check before training failed with exit code {code}; no rank was started")
         return code
 
     def _run_check(self, flags: Sequence[str], program: Sequence[str], work: str) -> int:
         return self._srun([f"--time={CHECK_MINUTES}", *flags], program, lambda: work, may_leave=self._ending.is_near)
 
     def _train(self) -> int:
-        say(f"logs of ranks: {self._logs}/rank_*.log")
+        log(f"logs of ranks: {self._logs}/rank_*.log")
         flags, words = flags_for_logs(self._logs)
         # What the ranks say they have come to is to be what anybody finds published.
         return self._srun(
@@ -204,7 +213,7 @@ class Life:
     ) -> int:
         """Run a program on ranks; return the highest exit code, or OUT_OF_TIME where it does not leave in time.
 
-        A rank that ended for good decides, and a 0 is TRY_AGAIN where not every rank says that the work is complete.
+        A rank that ended for good decides, and a 0 is RETRY where not every rank says that the work is complete.
 
         Args:
             work: what is complete after a 0.
@@ -217,9 +226,9 @@ class Life:
             if code == ExitCode.DONE:
                 try:
                     completion.confirm(work)
-                except LostRankError as error:
+                except RankLostError as error:
                     self._doubt = str(error)
-                    say(f"error: {error}")
+                    log(f"error: {error}")
                     return exit_code_of(error)
                 return code
             return completion.judge(code)
@@ -250,7 +259,7 @@ class Life:
 
         As a rule a child of srun kills them when srun is killed, but that child may be killed as well.
         """
-        say(f"srun was killed by signal {number}; ranks that are left are asked to save")
+        log(f"srun was killed by signal {number}; ranks that are left are asked to save")
         end_steps(self._job, LEAVING_PATIENCE_S)
         return 128 + number
 
@@ -282,7 +291,7 @@ def output_of(program: Sequence[str]) -> Path:
     return output
 
 
-def may_ask_again(job: Job, state: JobState) -> str | None:
+def requeue_blocker(job: SlurmJob, state: JobState) -> str | None:
     """Return why a job must not be requeued from this life; None where it may.
 
     What somebody else has decided stands: a cancelled job stays cancelled, and a life that Slurm believed dead, and
@@ -295,43 +304,43 @@ def may_ask_again(job: Job, state: JobState) -> str | None:
     return f"Slurm is ending it (state {state.state}, reason {state.reason})"
 
 
-def ask_again(life: Life, job: Job, verdict: Verdict) -> int:
+def request_requeue(life: JobAttempt, job: SlurmJob, verdict: RequeueDecision) -> int:
     """Have Slurm give the job another life, if that is for this one to decide; return the exit code."""
 
     def ask() -> str | None:
-        against = may_ask_again(job, ask_state(job, 0))
+        against = requeue_blocker(job, ask_state(job, 0))
         if against is None:
-            say(f"to be requeued: {verdict.reason}")
+            log(f"to be requeued: {verdict.reason}")
             requeue(job)
         return against
 
     try:
-        against = ask_patiently(ask, CONTROLLER_PATIENCE_S, lambda error: say(f"not requeued yet: {error}"))
+        against = ask_patiently(ask, CONTROLLER_PATIENCE_S, lambda error: log(f"not requeued yet: {error}"))
     except ConfigError as error:
         by_itself = requeues_after(verdict.exit_code)
         if by_itself:
-            say(f"left to Slurm, which requeues after exit code {verdict.exit_code} (RequeueExit): {error}")
+            log(f"left to Slurm, which requeues after exit code {verdict.exit_code} (RequeueExit): {error}")
         else:
             unless = "" if by_itself is False else f"unless Slurm does after exit code {verdict.exit_code}, "
             life.stop(f"not requeued: {error}; {unless}submit anew: it goes on from the newest checkpoint")
         return verdict.exit_code
     if against is None:
         return ExitCode.DONE
-    say(f"not requeued from here: {against}")
+    log(f"not requeued from here: {against}")
     return verdict.exit_code
 
 
 def _tell_of_waiting(error: AwayError) -> None:
-    say(f"waiting for Slurm's controller: {error}")
+    log(f"waiting for Slurm's controller: {error}")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print into the job's log, with the time."""
     with suppress(OSError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), plain(text), flush=True)
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), escape_unprintable(text), flush=True)
 
 
-def main(arguments: list[str], ending: Ending) -> int:
+def main(arguments: list[str], ending: TerminationWatch) -> int:
     """Live once; return the exit code of the batch script."""
     try:
         if "--" not in arguments:
@@ -340,25 +349,25 @@ def main(arguments: list[str], ending: Ending) -> int:
         if at == 0 or at == len(arguments) - 1:
             raise ConfigError("supervise.py: nothing on one side of --; before it srun, after it what ranks run")
         job = own_job(os.environ)
-        allowed, is_checked = number_of("ECDIT_MAX_LIVES", 3, least=1), bool(number_of("ECDIT_PREFLIGHT", 1))
-        number_of("ECDIT_REHEARSAL", 0)  # "yes" would be no rehearsal, in silence
-        life = Life(job, arguments[:at], arguments[at + 1 :], allowed, ending)
+        allowed, is_checked = int_from_env("ECDIT_MAX_LIVES", 3, least=1), bool(int_from_env("ECDIT_PREFLIGHT", 1))
+        int_from_env("ECDIT_REHEARSAL", 0)  # "yes" would be no rehearsal, in silence
+        life = JobAttempt(job, arguments[:at], arguments[at + 1 :], allowed, ending)
         verdict = life.live(is_checked=is_checked)
     except EcditError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         return ExitCode.USER_ERROR
     except OSError as error:  # such as a run's folder that somebody else owns
-        say(f"error: {error.filename}: {error.strerror or error}")
+        log(f"error: {error.filename}: {error.strerror or error}")
         return ExitCode.USER_ERROR
     if verdict.is_again:
-        return ask_again(life, job, verdict)
+        return request_requeue(life, job, verdict)
     code = verdict.exit_code
     by_slurm = f"; but Slurm does it after exit code {code} (RequeueExit)" if code and requeues_after(code) else ""
-    say(f"not requeued: {verdict.reason}{by_slurm}")
+    log(f"not requeued: {verdict.reason}{by_slurm}")
     return code
 
 
-def number_of(variable: str, default: int, least: int = 0) -> int:
+def int_from_env(variable: str, default: int, least: int = 0) -> int:
     """Return an environment variable's whole number.
 
     Raises:
@@ -377,6 +386,6 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _ending = Ending()
+    _ending = TerminationWatch()
     _ending.listen()
     _leave(main(sys.argv[1:], _ending))

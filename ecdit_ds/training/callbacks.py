@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ecdit_ds.errors import plain
+from ecdit_ds.errors import escape_unprintable
 from ecdit_ds.files.durable import own_file
 
 Record = dict[str, Any]
@@ -72,9 +72,9 @@ class Console(Callback):
 
     def on_note(self, text: str) -> None:
         if self._bar.disable:
-            print(plain(text), flush=True)
+            print(escape_unprintable(text), flush=True)
         else:
-            self._bar.write(plain(text))
+            self._bar.write(escape_unprintable(text))
 
     def close(self) -> None:
         self._bar.close()

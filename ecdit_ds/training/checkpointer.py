@@ -19,16 +19,16 @@ import torch
 from ecdit_ds.checkpoint.finite import tell_nonfinite
 from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.checkpoint.naming import step_of
-from ecdit_ds.checkpoint.retention import remove_old
-from ecdit_ds.checkpoint.staging import HostCopy
+from ecdit_ds.checkpoint.retention import apply_retention
+from ecdit_ds.checkpoint.staging import StagingBuffer
 from ecdit_ds.checkpoint.writer import Save
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.errors import CheckpointError, GaveUpError, LostRankError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, RankLostError, StaleRunError, UnrecoverableError
 from ecdit_ds.parallel.world import World
-from ecdit_ds.runtime.exit_report import say
+from ecdit_ds.runtime.exit_report import print_quietly
 from ecdit_ds.runtime.fault_injection import Faults
 from ecdit_ds.training.engine import DeepSpeedEngine
-from ecdit_ds.training.train_state import Progress, meta_of, pieces_of
+from ecdit_ds.training.train_state import TrainProgress, checkpoint_metadata, local_shards
 
 _LOOK_EVERY_S = 1.0
 
@@ -46,7 +46,7 @@ class _InFlight:
     is_told: bool = False
 
 
-class Saver:
+class Checkpointer:
     """Saves the checkpoints of one run; all but `complain` is collective.
 
     Args:
@@ -78,9 +78,9 @@ class Saver:
         self.keeps_all = False
         """Whether nothing is removed for now: steps are skipped, and what makes them so may be in all that is newer."""
         self._in_flight: _InFlight | None = None
-        self._host: HostCopy | None = None
+        self._host: StagingBuffer | None = None
         if recipe.train.async_save:
-            self._host = HostCopy(pieces_of(engine), is_pinned=torch.cuda.is_available())
+            self._host = StagingBuffer(local_shards(engine), is_pinned=torch.cuda.is_available())
 
     @property
     def newest(self) -> Path | None:
@@ -98,9 +98,9 @@ class Saver:
         if flying and not flying.is_told and not flying.thread.is_alive() and flying.save.fault:
             flying.is_told = True
             text = f"rank {self._world.rank}: step {flying.save.step} will not be saved: {flying.save.fault}"
-            say(text, sys.stderr)
+            print_quietly(text, sys.stderr)
 
-    def start(self, progress: Progress) -> None:
+    def start(self, progress: TrainProgress) -> None:
         """Save in the background where the recipe says so; what cannot be saved is noted, and training goes on."""
         self.finish()
         with self._noted(progress.step):
@@ -119,7 +119,7 @@ class Saver:
             with self._noted(self._in_flight.save.step):
                 self._publish(self._in_flight)
 
-    def save_last(self, progress: Progress, *, read_back: bool) -> None:
+    def save_last(self, progress: TrainProgress, *, read_back: bool) -> None:
         """Save at once, because nothing comes after it.
 
         Raises:
@@ -129,14 +129,14 @@ class Saver:
         self.finish()
         self._publish(self._launch(progress, None, read_back=read_back))
 
-    def _launch(self, progress: Progress, host: HostCopy | None, *, read_back: bool) -> _InFlight:
+    def _launch(self, progress: TrainProgress, host: StagingBuffer | None, *, read_back: bool) -> _InFlight:
         """Let a thread write the state: a copy of it, or itself where nobody changes it meanwhile."""
         began = time.perf_counter()
-        meta = meta_of(progress, self._recipe, self._data, self._encoders)
+        meta = checkpoint_metadata(progress, self._recipe, self._data, self._encoders)
         save = Save(
             self._root,
             progress.step,
-            pieces_of(self._engine),
+            local_shards(self._engine),
             meta,
             self._world,
             self._lease,
@@ -161,7 +161,7 @@ class Saver:
         stall = total if flying.stall_seconds is None else flying.stall_seconds
         self._note(f"saved {folder}: held up training for {stall:.2f} s, published after {total:.2f} s")
         if flying.save.nonfinite:
-            raise GaveUpError(
+            raise UnrecoverableError(
                 f"{folder}: {tell_nonfinite(flying.save.nonfinite)}; it is kept for you to look into and counts for "
                 "nothing; go on from a checkpoint from before"
             )
@@ -173,7 +173,7 @@ class Saver:
     def _remove_old(self, newest: Path) -> None:
         train = self._recipe.train
         try:
-            remove_old(
+            apply_retention(
                 self._root,
                 train.keep_checkpoints,
                 keep_every=train.keep_every,
@@ -188,7 +188,7 @@ class Saver:
         """Let training go on without a save that failed; a stale attempt may not go on."""
         try:
             yield
-        except StaleAttemptError:
+        except StaleRunError:
             raise
         except CheckpointError as error:
             self._note(f"step {step}: not saved, training goes on: {error}")
@@ -198,12 +198,12 @@ class Saver:
         patience_s = 60 * self._recipe.train.save_timeout_minutes
         for _ in range(max(1, round(patience_s / _LOOK_EVERY_S))):
             flying.thread.join(_LOOK_EVERY_S)
-            if self._world.all_ok(not flying.thread.is_alive()):
+            if self._world.all_true(not flying.thread.is_alive()):
                 return
         slow = [rank for rank, is_alive in enumerate(self._world.share(flying.thread.is_alive())) if is_alive]
         if not slow:
             return
-        raise LostRankError(
+        raise RankLostError(
             f"{flying.save.folder}: ranks {', '.join(map(str, slow))} have not written their part within "
             f"{self._recipe.train.save_timeout_minutes:g} minutes (train.save_timeout_minutes); the storage may hang"
         )

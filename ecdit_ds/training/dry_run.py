@@ -22,19 +22,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config.recipe import STATE_NAMES, Recipe
 from ecdit_ds.data.digit_scenes.scenes import Split
-from ecdit_ds.data.encoders.base import Factor, PixelCodec
+from ecdit_ds.data.encoders.base import Factor, PixelVAE
 from ecdit_ds.data.encoders.from_recipe import check_encodable, encoders_of, runs_encoders
-from ecdit_ds.data.encoders.spec import count_frozen
+from ecdit_ds.data.encoders.spec import count_encoder_parameters
 from ecdit_ds.data.mixture import Bucket
-from ecdit_ds.data.splits import SplitFacts, check_split, pixel_codec
+from ecdit_ds.data.splits import SplitInfo, pixel_codec, validate_split
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.deepspeed_moe import part_of
+from ecdit_ds.parallel.deepspeed_moe import zero_shard_of
 from ecdit_ds.parallel.layout_table import MAX_RANKS, draw_layout
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.activations import peak_activations, shapes_of
 from ecdit_ds.planner.flops import training_flops
@@ -43,8 +43,8 @@ from ecdit_ds.planner.parameters import NUMBER_BYTES, count_parameters
 from ecdit_ds.planner.plan import phases_of
 from ecdit_ds.planner.zero import zero_settings
 from ecdit_ds.training.engine import optimizer_groups
-from ecdit_ds.training.memory_tracker import LiveBytes
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.memory_tracker import MemoryTracker
+from ecdit_ds.training.run_dir import RunDir
 from ecdit_ds.training.train_state import check_not_beyond, check_same_recipe, none_valid, rejection_of, schedule_jumps
 
 _FP32 = 4
@@ -143,7 +143,7 @@ def _data(recipe: Recipe) -> list[str]:
         if not paths:
             lines.append(f"data         data.{key} names no folder yet, and training will not start without")
             continue
-        facts = check_split(recipe, split)
+        facts = validate_split(recipe, split)
         lines.append(f"data         {_told(facts, 'raw' if data.is_online else 'encoded')}")
         lines += [f"warning      {', '.join(paths)}: {facts.warning}"] if facts.warning else []
         if split == "train":
@@ -155,7 +155,7 @@ def _pixels(recipe: Recipe) -> list[str]:
     """Say by what pixels become latents where no autoencoder makes them."""
     data = recipe.data
     codec = pixel_codec(recipe) if not data.is_online else encoders_of(recipe)[0] if data.paths else None
-    if not isinstance(codec, PixelCodec):
+    if not isinstance(codec, PixelVAE):
         return []
     whose = "as data.shift_factor and scaling_factor say" if data.shift_factor else "by the training set's own factors"
     shift, scale = (_numbers(factor) for factor in (codec.shift_factor, codec.scaling_factor))
@@ -182,14 +182,14 @@ def _beside(recipe: Recipe) -> list[str]:
     if not runs_encoders(recipe):
         return []
     what = "pictures and captions" if recipe.data.is_online else "captions"
-    (images, image_bytes), (texts, text_bytes) = (count_frozen(encoder) for encoder in encoders_of(recipe))
+    (images, image_bytes), (texts, text_bytes) = (count_encoder_parameters(encoder) for encoder in encoders_of(recipe))
     sizes = f"{images:,} parameters of the image encoder and {texts:,} of the text encoder"
     return [
         f"beside       {what} are encoded beside training: each device keeps {sizes}, {_gb(image_bytes + text_bytes)}"
     ]
 
 
-def _told(facts: SplitFacts, kind: str) -> str:
+def _told(facts: SplitInfo, kind: str) -> str:
     """Say how many samples a split has, in which sets, and of which sizes; shares where there are several."""
     sets = _with_shares(dict(facts.sets))
     sizes = _with_shares({f"{height} x {width}": share for (_, height, width), share in facts.buckets.items()})
@@ -230,7 +230,7 @@ def _resume(recipe: Recipe, output: Path, resume: str, is_named: bool) -> tuple[
 
     faults: list[str] = []
     try:
-        for folder in RunFolder(path=output).candidates(resume):
+        for folder in RunDir(path=output).candidates(resume):
             if fault := rejection_of(folder, check_same):
                 faults.append(fault)
                 continue
@@ -315,9 +315,11 @@ def count_group(parameters: list[nn.Parameter], *, is_cut_by_parameter: bool) ->
     """
     sizes = [parameter.numel() for parameter in parameters]
     if is_cut_by_parameter:
-        kept = sum(-(-size // part_of(parameter).count) for parameter, size in zip(parameters, sizes, strict=True))
+        kept = sum(
+            -(-size // zero_shard_of(parameter).count) for parameter, size in zip(parameters, sizes, strict=True)
+        )
         return sum(sizes), kept, kept
-    share = part_of(parameters[0])
+    share = zero_shard_of(parameters[0])
     part = -(-sum(sizes) // (2 * share.count)) * 2
     ends = list(itertools.accumulate(sizes))
     mine = range(share.index * part, (share.index + 1) * part)
@@ -330,7 +332,7 @@ def _layers_of_rank(topology: Topology, rank: int, dispatch_chunks: int) -> Laye
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(topology.world_size)}
     dist.init_process_group("fake", rank=rank, world_size=topology.world_size, store=FakeStore())
     initialize_distributed()
-    return create_grid(topology, dispatch_chunks).layers
+    return init_process_groups(topology, dispatch_chunks).layers
 
 
 class _Step(nn.Module):
@@ -346,7 +348,7 @@ class _Step(nn.Module):
 
 
 def _peak_of_a_step(model: ECDiT, recipe: Recipe, images: int, mask_ratio: float) -> int:
-    config, live = recipe.model, LiveBytes()
+    config, live = recipe.model, MemoryTracker()
     with FakeTensorMode():
         parameters = {f"model.{name}": _free_of_gradient(parameter) for name, parameter in model.named_parameters()}
         kept = config.num_kept_tokens(mask_ratio)
@@ -358,7 +360,7 @@ def _peak_of_a_step(model: ECDiT, recipe: Recipe, images: int, mask_ratio: float
             text_embeds_BTD=torch.empty(images, config.max_text_tokens, config.text_embed_dim),
             text_mask_BT=torch.ones(images, config.max_text_tokens, dtype=torch.bool),
             text_pooled_BD=torch.empty(images, config.text_embed_dim),
-            kept_BN=None if kept == config.num_tokens else torch.zeros(images, kept, dtype=torch.int64),
+            visible_BN=None if kept == config.num_tokens else torch.zeros(images, kept, dtype=torch.int64),
         )
         live.ignore(*parameters.values())
         with live:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecdit_ds.parallel.setup import Grid  # first: it names DeepSpeed's accelerator
+from ecdit_ds.parallel.setup import ParallelContext  # first: it names DeepSpeed's accelerator
 
 # isort: split
 import deepspeed
@@ -40,7 +40,7 @@ class Fragment:
     """Of the range, in the row-major local tensor."""
     states: dict[str, Tensor]
     """Flat fp32 views of equal length: weight, ema and the optimizer's own; writing to them changes the state."""
-    is_written_here: bool
+    is_saved_by_this_rank: bool
     """Whether this rank saves it; of tensor-parallel ranks that hold the same, the first does."""
 
 
@@ -75,7 +75,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], grid: Grid
+        self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: dict[str, Any], grid: ParallelContext
     ) -> None:
         zero = deepspeed_config["zero_optimization"]
         # Our RMSProp is not on DeepSpeed's list, nor is torch's AdamW for offloading; parity tests cover both.
@@ -137,7 +137,7 @@ class DeepSpeedEngine:
         )
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank keeps. Over all ranks, each element comes once where `is_written_here`."""
+        """Yield what this rank keeps. Over all ranks, each element comes once where `is_saved_by_this_rank`."""
         kept = self._kept()
         for here in self._partitions.ranges():
             name, shard, local_shape = self._places[id(here.parameter)]
@@ -147,7 +147,7 @@ class DeepSpeedEngine:
                 local_shape=local_shape,
                 start=here.start,
                 states={name: state.narrow(0, here.at, here.length) for name, state in kept[here.partition].items()},
-                is_written_here=shard.is_cut_by_tp or self._tp.index == 0,
+                is_saved_by_this_rank=shard.is_tp_sharded or self._tp.index == 0,
             )
 
     def is_finite(self) -> bool:
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         self._partitions.show()
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Let the model compute with the averaged weights; collective, exact to undo, and without a copy."""
         self._swap_average()
         try:

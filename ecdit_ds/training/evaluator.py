@@ -16,7 +16,7 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.scenes import Scene
 from ecdit_ds.data.encoders.base import TextEmbeddings
 from ecdit_ds.data.encoders.from_recipe import encoders_of
-from ecdit_ds.data.encoders.online import EncodersBeside
+from ecdit_ds.data.encoders.online import OnlineEncoders
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.evaluation.digit_scenes.alignment import drawn_alignment
 from ecdit_ds.evaluation.digit_scenes.score import heldout_prompts
@@ -24,13 +24,13 @@ from ecdit_ds.evaluation.heldout import heldout_loss
 from ecdit_ds.inference.images import to_uint8
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.model.sharding import ShardIndex
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monitor:
+class Evaluator:
     """Looks at the model of one run."""
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Monitor:
     heldout_set: SampleSet
     null_text: TextEmbeddings
     """What training drops texts to."""
-    encoders: EncodersBeside | None = None
+    encoders: OnlineEncoders | None = None
     """Those that run beside training; without any, prompts are drawn through encoders in host memory."""
 
     def heldout_losses(self, model: nn.Module) -> list[float]:
@@ -104,8 +104,8 @@ class Monitor:
         )
 
     @property
-    def _dp(self) -> Share:
-        return Share(index=self.topology.coordinates(self.world.rank).dp, count=self.topology.dp)
+    def _dp(self) -> ShardIndex:
+        return ShardIndex(index=self.topology.coordinates(self.world.rank).dp, count=self.topology.dp)
 
     @property
     def _batch_size(self) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ecdit_ds.data.sources.bad_sample import Replaced
-from ecdit_ds.errors import GaveUpError
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
+from ecdit_ds.errors import UnrecoverableError
 from ecdit_ds.model.moe import ExpertChoiceRouter, Routing, experts_per_token
 from ecdit_ds.parallel.world import World
 from ecdit_ds.planner.hardware import bf16_peak_of
@@ -116,7 +116,7 @@ class MetricLog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class BadSampleCounts:
     """Bad samples so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -131,9 +131,9 @@ class Tally:
             names.append(_in_one_line(key))
 
 
-def tally_of(lines: Iterable[str]) -> Tally:
+def count_bad_samples(lines: Iterable[str]) -> BadSampleCounts:
     """Return what the lines of bad_samples.jsonl say of earlier lives."""
-    tally = Tally()
+    tally = BadSampleCounts()
     for line in lines:
         bad = json.loads(line)
         tally.counts[str(bad.get("cause"))] += 1
@@ -144,7 +144,7 @@ def tally_of(lines: Iterable[str]) -> Tally:
 class BadSamples:
     """The bad samples of a run that others stand in for, as all ranks agree upon at reports."""
 
-    def __init__(self, max_share: float, *, before: Tally | None = None, num_trained: int = 0) -> None:
+    def __init__(self, max_share: float, *, before: BadSampleCounts | None = None, num_trained: int = 0) -> None:
         """Begin with those of earlier lives.
 
         Args:
@@ -153,20 +153,20 @@ class BadSamples:
             num_trained: samples trained on so far.
         """
         self._max_share = max_share
-        before = before or Tally()
+        before = before or BadSampleCounts()
         self._read = num_trained + before.counts.total()
-        self._tally = Tally(
+        self._tally = BadSampleCounts(
             counts=Counter(before.counts), names={cause: [*names] for cause, names in before.names.items()}
         )
-        self._here: list[Replaced] = []
+        self._here: list[ReplacedSample] = []
 
-    def note(self, replaced: Iterable[Replaced]) -> int:
+    def note(self, replaced: Iterable[ReplacedSample]) -> int:
         """Keep what this rank met in a step until the report; return how many."""
         found = list(replaced)
         self._here += found
         return len(found)
 
-    def agree(self, world: World, num_trained: int, num_bad: int) -> list[Replaced]:
+    def agree(self, world: World, num_trained: int, num_bad: int) -> list[ReplacedSample]:
         """Return what all ranks met since the last report, by position; collective where there are any, else silent.
 
         Args:
@@ -197,14 +197,14 @@ class BadSamples:
             return
         causes = ", ".join(f"{count} {cause}" for cause, count in self._tally.counts.most_common())
         worst = self._tally.counts.most_common(1)[0][0]
-        raise GaveUpError(
+        raise UnrecoverableError(
             f"data.max_bad: {bad} of {self._read} samples read are bad ({causes}), more than {self._max_share:g} of "
             f"{least}; the first that are {worst}: {', '.join(self._tally.names[worst])}; encode the sets anew "
             "without them, or go on from the last checkpoint with a higher data.max_bad"
         )
 
 
-def bad_sample_lines(told: Iterable[Replaced], step: int) -> list[str]:
+def bad_sample_lines(told: Iterable[ReplacedSample], step: int) -> list[str]:
     """Return a line a cause for people to read."""
     by_cause: dict[str, list[str]] = {}
     for bad in told:

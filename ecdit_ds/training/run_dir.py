@@ -25,10 +25,10 @@ from typing import IO
 
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints, misnamed_checkpoints
-from ecdit_ds.checkpoint.retention import remove_stale_attempts
+from ecdit_ds.checkpoint.retention import remove_incomplete_saves
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import dump_recipe, parse_yaml
-from ecdit_ds.errors import CheckpointError, ConfigError, plain
+from ecdit_ds.errors import CheckpointError, ConfigError, escape_unprintable
 from ecdit_ds.files.durable import is_still, make_folders, private_file, replace_durably
 from ecdit_ds.slurm.job_history import LOGS
 from ecdit_ds.training.train_state import check_same_recipe
@@ -41,7 +41,7 @@ _OPEN_TRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFolder:
+class RunDir:
     """Where a run keeps what it leaves behind."""
 
     path: Path
@@ -143,7 +143,9 @@ class RunFolder:
                         "or choose another folder"
                     ) from None
                 if not is_told:
-                    print(plain(f"waits for process {process or 'unknown'} to leave {self.path}"), flush=True)
+                    print(
+                        escape_unprintable(f"waits for process {process or 'unknown'} to leave {self.path}"), flush=True
+                    )
                     is_told = True
                 time.sleep(0.2)
 
@@ -271,7 +273,7 @@ class RunFolder:
         kept = {log: _lines_up_to(log, step) for log in logs if log.exists()}
         try:
             replace_durably(self.recipe, dump_recipe(recipe).encode("utf-8"))
-            remove_stale_attempts(self.checkpoints)
+            remove_incomplete_saves(self.checkpoints)
             for log, lines in kept.items():
                 replace_durably(log, "".join(lines).encode("utf-8"))
         except OSError as error:

@@ -13,35 +13,35 @@ import torch
 
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.retention import set_aside
+from ecdit_ds.checkpoint.retention import quarantine
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.from_recipe import check_encodable, describe_encoders, encoders_of, runs_encoders
-from ecdit_ds.data.encoders.online import EncodersBeside, encoders_beside
-from ecdit_ds.data.latents.index import Check
+from ecdit_ds.data.encoders.online import OnlineEncoders, online_encoders
+from ecdit_ds.data.latents.index import VerifyOptions
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Bucket, Mixture, SampleSet
-from ecdit_ds.data.prefetch import encoded_ahead
-from ecdit_ds.data.splits import check_split, open_split
+from ecdit_ds.data.prefetch import prefetch
+from ecdit_ds.data.splits import open_split, validate_split
 from ecdit_ds.errors import CheckpointError, ExitCode
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.layers import LayerFactory
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.parallel.world import Place, World
+from ecdit_ds.parallel.world import RankInfo, World
 from ecdit_ds.planner.flops import training_flops
-from ecdit_ds.runtime.exit_report import RunStatus, own_seat, say
+from ecdit_ds.runtime.exit_report import RunStatus, current_process, print_quietly
 from ecdit_ds.runtime.fault_injection import faults_from_environment
-from ecdit_ds.runtime.signals import StopRequest
-from ecdit_ds.training.batches import Draw, Finish
+from ecdit_ds.runtime.signals import StopSignal
+from ecdit_ds.training.batches import EncodeBatch, MakeBatch
 from ecdit_ds.training.callbacks import BadSampleLines, Callback, Console, JsonLines, TensorBoard
 from ecdit_ds.training.engine import DeepSpeedEngine
-from ecdit_ds.training.evaluator import Monitor
-from ecdit_ds.training.metrics import peak_flops_per_s, tally_of
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.evaluator import Evaluator
+from ecdit_ds.training.metrics import count_bad_samples, peak_flops_per_s
+from ecdit_ds.training.run_dir import RunDir
 from ecdit_ds.training.train_state import (
-    Progress,
+    TrainProgress,
     check_not_beyond,
     check_same_data,
     check_same_encoders,
@@ -58,12 +58,12 @@ def run(
     recipe: Recipe,
     topology: Topology,
     deepspeed_config: dict[str, Any],
-    folder: RunFolder,
+    folder: RunDir,
     resume: str,
-    stop: StopRequest,
+    stop: StopSignal,
     status: RunStatus,
 ) -> ExitCode:
-    """Build everything and train; every rank calls this. Return DONE, or SAVED after a stop.
+    """Build everything and train; every rank calls this. return DONE, or CHECKPOINTED after a stop.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint or run.
@@ -76,29 +76,29 @@ def run(
     if not runs_encoders(recipe):
         check_encodable(recipe)
     if recipe.data.dataset == "encoded":
-        check_split(recipe, "train")
-        check_split(recipe, "heldout")
+        validate_split(recipe, "train")
+        validate_split(recipe, "heldout")
     device = initialize_distributed()
     world = World()
-    faults = world.together(lambda: faults_from_environment(world.rank))
-    status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(own_seat())
+    faults = world.run_on_all(lambda: faults_from_environment(world.rank))
+    status.rank, status.checkpoints, status.seats = world.rank, folder.checkpoints, world.share(current_process())
     status.watch_peers()
-    encoders = world.together(partial(_open_encoders, recipe, device))
+    encoders = world.run_on_all(partial(_open_encoders, recipe, device))
     attempt = world.broadcast(attempt_name())
     held_locks: list[IO[str]] = []
     with ExitStack() as undo:  # a start that is refused leaves the folder as it was
-        lease, candidates = world.on_first(lambda: _claim(folder, recipe, resume, attempt, held_locks, undo))
+        lease, candidates = world.on_rank0(lambda: _claim(folder, recipe, resume, attempt, held_locks, undo))
         mixture, heldout_set = _open_data(recipe, world, encoders)
         data = _data_facts(recipe, mixture, encoders)
-        described = world.together(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
-        grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+        described = world.run_on_all(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
+        grid = init_process_groups(topology, recipe.parallel.dispatch_chunks)
         model = build_model(recipe, grid.layers, device)
         engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
         progress, resumed_from = _restore(
             candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
         )
         check_not_beyond(progress.step, recipe, folder.path)
-        bad_before = world.on_first(lambda: tally_of(folder.begin(recipe, progress.step)))
+        bad_before = world.on_rank0(lambda: count_bad_samples(folder.begin(recipe, progress.step)))
         undo.pop_all()
 
     surroundings = Surroundings(
@@ -121,8 +121,8 @@ def run(
         for callback in callbacks:
             with suppress(OSError):  # what could not be written was told already
                 callback.close()
-    world.all_ok(True)  # no rank leaves while another one may still need it
-    return ExitCode.SAVED if was_stopped else ExitCode.DONE
+    world.all_true(True)  # no rank leaves while another one may still need it
+    return ExitCode.CHECKPOINTED if was_stopped else ExitCode.DONE
 
 
 def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> ECDiT:
@@ -133,14 +133,14 @@ def build_model(recipe: Recipe, layers: LayerFactory, device: torch.device) -> E
     return model
 
 
-def share_cores(place: Place) -> None:
+def share_cores(place: RankInfo) -> None:
     """Give each rank of this machine its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
 
 
 def _claim(
-    folder: RunFolder, recipe: Recipe, resume: str, attempt: str, held_locks: list[IO[str]], undo: ExitStack
+    folder: RunDir, recipe: Recipe, resume: str, attempt: str, held_locks: list[IO[str]], undo: ExitStack
 ) -> tuple[Lease, list[Path]]:
     """Lock and claim the folder, and return its candidates; `undo` is given what takes that back."""
     if folder.path.is_dir():
@@ -153,15 +153,15 @@ def _claim(
     return lease, folder.candidates(resume)
 
 
-def _open_encoders(recipe: Recipe, device: torch.device) -> EncodersBeside | None:
+def _open_encoders(recipe: Recipe, device: torch.device) -> OnlineEncoders | None:
     """Return the frozen encoders on this rank's device, where some run beside training."""
     if not runs_encoders(recipe):
         return None
     check_encodable(recipe, device)  # here, so that they are loaded once
-    return encoders_beside(*encoders_of(recipe, device), device)
+    return online_encoders(*encoders_of(recipe, device), device)
 
 
-def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> tuple[Mixture, SampleSet]:
+def _open_data(recipe: Recipe, world: World, beside: OnlineEncoders | None) -> tuple[Mixture, SampleSet]:
     """Open what is trained on and the held-out set; rank 0 makes them first where they are missing.
 
     The ranks share out the shards that are compared with their sizes and checksums.
@@ -170,7 +170,7 @@ def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> t
     if recipe.data.dataset == "digit_scenes":
         encoders = encoders_of(recipe)
 
-    def open_both(check: Check) -> tuple[Mixture, SampleSet]:
+    def open_both(check: VerifyOptions) -> tuple[Mixture, SampleSet]:
         mixture = Mixture(
             open_split(recipe, "train", encoders, check=check),
             weights=recipe.data.weights,
@@ -180,17 +180,17 @@ def _open_data(recipe: Recipe, world: World, beside: EncodersBeside | None) -> t
         (heldout_set,) = open_split(recipe, "heldout", encoders, check=check)
         return mixture, heldout_set
 
-    world.on_first(lambda: open_both(Check(shards=slice(0))) and None)
-    share = Check(shards=slice(world.rank, None, world.size), checksums=recipe.data.verify == "checksums")
-    return world.together(lambda: open_both(share))
+    world.on_rank0(lambda: open_both(VerifyOptions(shards=slice(0))) and None)
+    share = VerifyOptions(shards=slice(world.rank, None, world.size), checksums=recipe.data.verify == "checksums")
+    return world.run_on_all(lambda: open_both(share))
 
 
-def _data_facts(recipe: Recipe, mixture: Mixture, encoders: EncodersBeside | None) -> dict[str, Any]:
+def _data_facts(recipe: Recipe, mixture: Mixture, encoders: OnlineEncoders | None) -> dict[str, Any]:
     """Return what checkpoints say of the data; digit scenes are a function of the recipe."""
     if recipe.data.dataset == "digit_scenes":
         return {}
     beside = [encoders.image_encoder.identity, encoders.text_encoder.identity] if encoders else []
-    return {"sets": [of_set.fingerprint for of_set in mixture.sets], "encoders_beside": beside}
+    return {"sets": [of_set.fingerprint for of_set in mixture.sets], "online_encoders": beside}
 
 
 def _restore(
@@ -200,7 +200,7 @@ def _restore(
     recipe: Recipe,
     world: World,
     check_same: Callable[[Mapping[str, Any], Path], None],
-) -> tuple[Progress, Path | None]:
+) -> tuple[TrainProgress, Path | None]:
     """Fill the engine from the first candidate that proves whole on every rank; `own` is this run's checkpoints.
 
     Return how far it is, and where from; (the beginning, None) without candidates.
@@ -213,29 +213,31 @@ def _restore(
     """
     rejections: dict[Path, str] = {}
     for folder in candidates:
-        fault = world.on_first(partial(rejection_of, folder, check_same))
+        fault = world.on_rank0(partial(rejection_of, folder, check_same))
         if fault is None:
             progress, own_fault = _try_load(folder, engine)
-            if world.all_ok(own_fault is None) and progress is not None:
+            if world.all_true(own_fault is None) and progress is not None:
                 engine.restored(progress.num_updates)
-                world.on_first(partial(_report_resume, folder, progress, rejections, own, recipe))
+                world.on_rank0(partial(_report_resume, folder, progress, rejections, own, recipe))
                 return progress, folder
             faults = world.broadcast(world.gather(own_fault))
             fault = next(reason for reason in faults if reason is not None)
         rejections[folder] = fault
     if rejections:
         raise none_valid(rejections.values())
-    return Progress(step=0, samples_seen=0, num_updates=0), None
+    return TrainProgress(step=0, samples_seen=0, num_updates=0), None
 
 
-def _report_resume(folder: Path, progress: Progress, rejections: dict[Path, str], own: Path, recipe: Recipe) -> None:
+def _report_resume(
+    folder: Path, progress: TrainProgress, rejections: dict[Path, str], own: Path, recipe: Recipe
+) -> None:
     """Say where the run goes on and what jumps there, and move its own damaged checkpoints out of the way."""
     for damaged, fault in rejections.items():
         is_own = damaged.parent.resolve() == own.resolve()
-        say(f"rejected {fault}; kept as {set_aside(damaged) if is_own else damaged}", sys.stdout)
-    say(f"goes on from {folder} at step {progress.step}", sys.stdout)
+        print_quietly(f"rejected {fault}; kept as {quarantine(damaged) if is_own else damaged}", sys.stdout)
+    print_quietly(f"goes on from {folder} at step {progress.step}", sys.stdout)
     for line in schedule_jumps(Reader(folder).manifest.meta["recipe"], recipe, progress.step):
-        say(line, sys.stdout)
+        print_quietly(line, sys.stdout)
 
 
 def _check_same(
@@ -247,7 +249,7 @@ def _check_same(
     check_same_encoders(meta.get("encoders"), encoders, folder)
 
 
-def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[Progress | None, str | None]:
+def _try_load(folder: Path, engine: DeepSpeedEngine) -> tuple[TrainProgress | None, str | None]:
     try:
         return load_snapshot(Reader(folder), engine), None
     except CheckpointError as error:
@@ -261,11 +263,11 @@ def _work(
     world: World,
     mixture: Mixture,
     heldout_set: SampleSet,
-    encoders: EncodersBeside | None,
+    encoders: OnlineEncoders | None,
 ) -> dict[str, Any]:
     """Return the part of a run's surroundings that says what there is to do."""
     micro = recipe.micro_batch_size(topology.dp)
-    transform = Draw(recipe, mixture.null_text)
+    transform = MakeBatch(recipe, mixture.null_text)
 
     def batches(start_sample: int) -> Any:
         steps = training_batches(
@@ -281,9 +283,9 @@ def _work(
         if mixture.is_whole:
             return steps
         assert encoders is not None
-        return encoded_ahead(steps, Finish(encoders=encoders, mixture=mixture))
+        return prefetch(steps, EncodeBatch(encoders=encoders, mixture=mixture))
 
-    monitor = Monitor(
+    monitor = Evaluator(
         recipe=recipe,
         topology=topology,
         world=world,
@@ -295,7 +297,7 @@ def _work(
     peak = peak_flops_per_s(device)
     return {
         "batches": batches,
-        "counts_samples": topology.coordinates(world.rank).tp == 0,
+        "is_tp_leader": topology.coordinates(world.rank).tp == 0,
         "heldout_losses": monitor.heldout_losses,
         "draw": monitor.draw,
         "scene_scores": monitor.scene_scores if recipe.sample.scenes_per_kind else None,
@@ -332,7 +334,7 @@ class _SampleFiles(Callback):
         save_grid(images_BHWC, captions, min(4, len(captions)), self._folder / f"step_{step}.png")
 
 
-def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Callback]:
+def _callbacks(folder: RunDir, recipe: Recipe, progress: TrainProgress) -> list[Callback]:
     return [
         Console(progress.step, recipe.train.max_steps),
         JsonLines(folder.metrics, folder.evaluations),
@@ -342,10 +344,12 @@ def _callbacks(folder: RunFolder, recipe: Recipe, progress: Progress) -> list[Ca
     ]
 
 
-def _tensorboard(folder: Path, progress: Progress) -> list[Callback]:
+def _tensorboard(folder: Path, progress: TrainProgress) -> list[Callback]:
     """Return the writer of TensorBoard's files; none where they cannot be written, since metrics.jsonl has it all."""
     try:
         return [TensorBoard(folder, progress.step, progress.step - progress.num_updates)]
     except OSError as error:
-        say(f"warning: {folder}: cannot be written: {error.strerror or error}; training goes on without", sys.stderr)
+        print_quietly(
+            f"warning: {folder}: cannot be written: {error.strerror or error}; training goes on without", sys.stderr
+        )
         return []

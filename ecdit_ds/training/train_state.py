@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.checkpoint.boxes import flat_range_boxes, shifted
-from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite, sum_nonfinite
+from ecdit_ds.checkpoint.finite import count_nonfinite, require_finite_tensors, sum_nonfinite
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.writer import Piece
+from ecdit_ds.checkpoint.writer import TensorShard
 from ecdit_ds.config.recipe import MAY_CHANGE_ON_RESUME, Recipe, changed_fields, with_defaults
 from ecdit_ds.config.yaml_loader import recipe_from_dict
 from ecdit_ds.errors import CheckpointError, ConfigError
@@ -22,7 +22,7 @@ from ecdit_ds.training.optimizer import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainProgress:
     """How far a run is."""
 
     step: int
@@ -35,8 +35,8 @@ class Progress:
     """Steps up to this one whose gradients were not finite."""
 
 
-def meta_of(
-    progress: Progress,
+def checkpoint_metadata(
+    progress: TrainProgress,
     recipe: Recipe,
     data: Mapping[str, Any] | None = None,
     encoders: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ def meta_of(
     }
 
 
-def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
+def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> TrainProgress:
     """Fill the engine's fragments from a checkpoint written under any layout.
 
     The caller makes sure that all ranks succeeded before it calls `engine.restored`.
@@ -68,11 +68,11 @@ def load_snapshot(reader: Reader, engine: DeepSpeedEngine) -> Progress:
     for piece in pieces:
         reader.expect(piece.name, piece.global_shape)
     reader.read_all_into((piece.name, piece.box, piece.data) for piece in pieces)
-    require_finite(reader.folder, _nonfinite_in(pieces))  # the first releases did not count
+    require_finite_tensors(reader.folder, _nonfinite_in(pieces))  # the first releases did not count
     return progress_of(reader)
 
 
-def progress_of(reader: Reader) -> Progress:
+def progress_of(reader: Reader) -> TrainProgress:
     """Return how far the run was that wrote the checkpoint.
 
     Raises:
@@ -83,7 +83,7 @@ def progress_of(reader: Reader) -> Progress:
     for name, count in counts.items():
         if type(count) is not int or not 0 <= count < 2**63:
             raise CheckpointError(f"{reader.folder}: its manifest says {name}: {count!r}, not a whole number from 0 on")
-    return Progress(step=reader.manifest.step, **counts)
+    return TrainProgress(step=reader.manifest.step, **counts)
 
 
 def check_same_recipe(written: dict[str, Any], recipe: Recipe, where: Path) -> None:
@@ -112,7 +112,7 @@ def rejection_of(folder: Path, check_same: Callable[[Mapping[str, Any], Path], N
     try:
         reader = Reader(folder)
         progress_of(reader)
-        require_finite(folder, reader.manifest.nonfinite)
+        require_finite_tensors(folder, reader.manifest.nonfinite)
     except CheckpointError as error:
         return str(error)
     recipe = reader.manifest.meta.get("recipe")
@@ -233,29 +233,29 @@ def _as_flag(factor: Any) -> str:
     return f"[{','.join(map(str, factor))}]" if isinstance(factor, list | tuple) else f"[{factor}]"
 
 
-def pieces_of(engine: DeepSpeedEngine) -> Iterator[Piece]:
+def local_shards(engine: DeepSpeedEngine) -> Iterator[TensorShard]:
     """Yield what this rank writes: views of the engine's state, in global coordinates."""
     return _pieces_held(engine, of_others=False)
 
 
-def nonfinite_of(engine: DeepSpeedEngine) -> dict[str, int]:
+def count_nonfinite_shards(engine: DeepSpeedEngine) -> dict[str, int]:
     """Return how many numbers that this rank writes are NaN or infinite, by tensor that has any."""
-    return _nonfinite_in(pieces_of(engine))
+    return _nonfinite_in(local_shards(engine))
 
 
-def _nonfinite_in(pieces: Iterable[Piece]) -> dict[str, int]:
+def _nonfinite_in(pieces: Iterable[TensorShard]) -> dict[str, int]:
     return sum_nonfinite((piece.name, count_nonfinite(piece.data)) for piece in pieces)
 
 
-def _pieces_held(engine: DeepSpeedEngine, *, of_others: bool) -> Iterator[Piece]:
+def _pieces_held(engine: DeepSpeedEngine, *, of_others: bool) -> Iterator[TensorShard]:
     """Yield what this rank holds, with or without what another one writes."""
     for fragment in engine.fragments():
-        if not (fragment.is_written_here or of_others):
+        if not (fragment.is_saved_by_this_rank or of_others):
             continue
         stop = fragment.start + next(iter(fragment.states.values())).numel()
         for state_name, values in fragment.states.items():
             for box, at in flat_range_boxes(fragment.local_shape, fragment.start, stop):
-                yield Piece(
+                yield TensorShard(
                     name=f"{state_name}/{fragment.name}",
                     global_shape=fragment.shard.global_shape,
                     box=shifted(box, fragment.shard.offset),

@@ -17,21 +17,28 @@ from torch import Tensor, nn
 from ecdit_ds.checkpoint.finite import sum_nonfinite, tell_nonfinite
 from ecdit_ds.checkpoint.lease import Lease
 from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
-from ecdit_ds.checkpoint.retention import fault_of
+from ecdit_ds.checkpoint.retention import find_damage
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.sources.bad_sample import Replaced
-from ecdit_ds.errors import GaveUpError, NonFiniteError
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
+from ecdit_ds.errors import NonFiniteError, UnrecoverableError
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.parallel.world import World
-from ecdit_ds.runtime.exit_report import RunStatus, say
+from ecdit_ds.runtime.exit_report import RunStatus, print_quietly
 from ecdit_ds.runtime.fault_injection import Faults
-from ecdit_ds.runtime.signals import StopRequest, reasons_of
+from ecdit_ds.runtime.signals import StopSignal, format_stop_reasons
 from ecdit_ds.training.callbacks import Callback
-from ecdit_ds.training.checkpointer import Saver
+from ecdit_ds.training.checkpointer import Checkpointer
 from ecdit_ds.training.engine import DeepSpeedEngine, StepResult
-from ecdit_ds.training.metrics import BadSamples, MetricLog, RoutingProbe, Tally, bad_sample_lines, finite_or_none
+from ecdit_ds.training.metrics import (
+    BadSampleCounts,
+    BadSamples,
+    MetricLog,
+    RoutingProbe,
+    bad_sample_lines,
+    finite_or_none,
+)
 from ecdit_ds.training.optimizer import learning_rate
-from ecdit_ds.training.train_state import Progress, nonfinite_of
+from ecdit_ds.training.train_state import TrainProgress, count_nonfinite_shards
 
 T = TypeVar("T")
 Batches = Callable[[int], Iterable[list[FlowBatch]]]
@@ -58,14 +65,14 @@ class Surroundings:
     """model -> how many held-out digit scenes it draws right (`Alignment.summary`); collective. None: not asked for."""
     flops_per_image: Callable[[int], float]
     """Step (from 0) -> model FLOPs of an image in it, which depend on how many tokens it leaves out."""
-    stop: StopRequest
-    counts_samples: bool
+    stop: StopSignal
+    is_tp_leader: bool
     """Whether this rank counts those of its batches: one of each group that trains on the same does."""
     data: Mapping[str, Any]
     """What is trained on, for checkpoints to say; empty where the recipe says it all."""
     encoders: Mapping[str, Any]
     """What that went through, for checkpoints to say."""
-    bad_before: Tally
+    bad_before: BadSampleCounts
     """Bad samples that earlier lives met, up to the step that is gone on from."""
     peak_flops_per_s: float | None
     """Of all devices together; None where it is not known."""
@@ -87,7 +94,7 @@ class Trainer:
         self._log, self._probe = MetricLog(), RoutingProbe(engine.module)
         self._bad = BadSamples(recipe.data.max_bad)  # `fit` knows what earlier lives met
         given = surroundings
-        self._saver = Saver(
+        self._saver = Checkpointer(
             given.checkpoints,
             recipe,
             engine,
@@ -103,7 +110,7 @@ class Trainer:
         self._heldout: float | None = None
         """Mean held-out loss of weights and average as last looked at in this life: finite only where both are."""
 
-    def fit(self, progress: Progress) -> bool:
+    def fit(self, progress: TrainProgress) -> bool:
         """Train on from `progress` until train.max_steps, or until any rank was asked to stop; return whether one was.
 
         A stop is agreed at a report: all ranks save that step and leave.
@@ -127,7 +134,7 @@ class Trainer:
             started = time.perf_counter()
             result = self._step(micro_batches, progress.step)
             num_bad = self._bad.note(bad for batch in micro_batches for bad in self._counted(batch))
-            progress = Progress(
+            progress = TrainProgress(
                 step=progress.step + 1,
                 samples_seen=progress.samples_seen + train.global_batch_size,
                 num_updates=self.engine.num_updates,
@@ -143,7 +150,7 @@ class Trainer:
             is_report = is_last or is_checkpoint or progress.step % train.log_every == 0
             was_stopped = is_report and self._report() and not is_last
             if was_stopped:
-                self._given.status.asked_to_stop = reasons_of(self.world.share(self._given.stop.reason))
+                self._given.status.stop_reason = format_stop_reasons(self.world.share(self._given.stop.reason))
                 self._saver.save_last(progress, read_back=False)  # first of all: whoever asked may not wait
             if is_last or progress.step % train.evaluate_every == 0:
                 self._evaluate(progress.step)
@@ -159,7 +166,7 @@ class Trainer:
         self._conclude(progress)
         return False
 
-    def _batches(self, progress: Progress) -> Iterator[list[FlowBatch]]:
+    def _batches(self, progress: TrainProgress) -> Iterator[list[FlowBatch]]:
         if progress.step < self.recipe.train.max_steps:
             yield from self._given.batches(progress.samples_seen)
 
@@ -177,11 +184,11 @@ class Trainer:
         )
         return losses.flow_B.mean(), others
 
-    def _counted(self, batch: FlowBatch) -> tuple[Replaced, ...]:
+    def _counted(self, batch: FlowBatch) -> tuple[ReplacedSample, ...]:
         """Return the bad samples of a batch on one rank of those that train on it together."""
-        return batch.replaced if self._given.counts_samples else ()
+        return batch.replaced if self._given.is_tp_leader else ()
 
-    def _record(self, progress: Progress, result: StepResult, seconds: float, num_bad: int) -> None:
+    def _record(self, progress: TrainProgress, result: StepResult, seconds: float, num_bad: int) -> None:
         images_per_second = self.recipe.train.global_batch_size / seconds
         flops_per_second = images_per_second * self._given.flops_per_image(progress.step - 1)
         peak = self._given.peak_flops_per_s
@@ -208,7 +215,7 @@ class Trainer:
             tensors |= {name: values for name, values in routing.items() if name != "experts_per_token"}
         self._log.record(facts, tensors, {"bad_samples": num_bad})
 
-    def _check_finite(self, progress: Progress) -> None:
+    def _check_finite(self, progress: TrainProgress) -> None:
         limit = self.recipe.train.max_skipped_steps
         if not progress.skipped_in_a_row:
             return
@@ -219,7 +226,7 @@ class Trainer:
         if progress.skipped_in_a_row >= limit:
             self._report()
             self._saver.finish()
-            raise GaveUpError(
+            raise UnrecoverableError(
                 f"step {progress.step}: {limit} steps in a row had a non-finite gradient (train.max_skipped_steps); "
                 "inspect the data, or train with a lower optimizer.learning_rate and another --output"
             )
@@ -239,16 +246,16 @@ class Trainer:
         return stops > 0
 
     def _give_up_on_state(self) -> NoReturn:
-        found = self.world.share(nonfinite_of(self.engine))
+        found = self.world.share(count_nonfinite_shards(self.engine))
         told = tell_nonfinite(sum_nonfinite(item for of_rank in found for item in of_rank.items()))
         newest = self._saver.newest
-        raise GaveUpError(
+        raise UnrecoverableError(
             f"step {self._given.status.step}: {told}, though gradients may be; no later step mends that, and it is not "
             "saved; train with a lower optimizer.learning_rate or optimizer.weight_decay and another --output, since "
             f"as it is this run would go on from {newest.name if newest else 'the beginning'} and come here again"
         )
 
-    def _conclude(self, progress: Progress) -> None:
+    def _conclude(self, progress: TrainProgress) -> None:
         """Say that the run is done, unless its finite weights have grown so large that what they predict is not.
 
         A last step that was skipped says nothing by itself: a bad batch leaves good weights behind.
@@ -256,15 +263,15 @@ class Trainer:
         if self._heldout is None:  # at its end before this life began
             with _evaluating(self.engine.module) as model:
                 losses = self._given.heldout_losses(model)
-                with self.engine.averaged_weights():
+                with self.engine.ema_weights():
                     self._heldout = float(np.mean([*losses, *self._given.heldout_losses(model)]))
         skipped = progress.skipped_in_a_row
         told = f", the last {skipped} skipped" if skipped else ""
         if not np.isfinite(self._heldout):
             last_update = progress.step - skipped
             older = (f for f in list_checkpoints(self._given.checkpoints) if step_of(f) < last_update)
-            before = next((folder for folder in older if fault_of(folder) is None), None)
-            raise GaveUpError(
+            before = next((folder for folder in older if find_damage(folder) is None), None)
+            raise UnrecoverableError(
                 f"all {progress.step} steps are done{told}, and the held-out loss is {self._heldout}: as a rule, "
                 f"weights grew too large by step {last_update}; newest checkpoint from before it: {before or 'none'}; "
                 "train with a lower optimizer.learning_rate and another --output"
@@ -284,12 +291,12 @@ class Trainer:
             self._note(line)
         try:
             self._bad.check()
-        except GaveUpError:
+        except UnrecoverableError:
             self._saver.finish()
             raise
 
-    def _farewell(self, progress: Progress) -> str:
-        asked = self._given.status.asked_to_stop
+    def _farewell(self, progress: TrainProgress) -> str:
+        asked = self._given.status.stop_reason
         return f"stopped at step {progress.step} ({asked}): saved; the same command goes on from there"
 
     def _evaluate(self, step: int) -> None:
@@ -297,7 +304,7 @@ class Trainer:
         with _evaluating(self.engine.module) as model:
             losses = averaged = self._given.heldout_losses(model)
             if step > 0:
-                with self.engine.averaged_weights():
+                with self.engine.ema_weights():
                     averaged = self._given.heldout_losses(model)
                     scores = self._looked_at(step, lambda: score(model)) if score else None
         self._heldout = float(np.mean([*losses, *averaged]))
@@ -312,7 +319,7 @@ class Trainer:
     def _draw(self, step: int) -> None:
         prompts = list(self.recipe.sample.prompts)
         if prompts:
-            with _evaluating(self.engine.module) as model, self.engine.averaged_weights():
+            with _evaluating(self.engine.module) as model, self.engine.ema_weights():
                 pictures = self._looked_at(step, lambda: self._given.draw(model))
             if pictures is not None:
                 self._tell(lambda callback: callback.on_samples(step, pictures, prompts))
@@ -335,7 +342,7 @@ class Trainer:
             except OSError as error:  # training goes on without; once is enough to know it
                 name = type(callback).__name__
                 if name not in self._mute:
-                    say(f"{name} cannot write: {error.strerror or error}; training goes on", sys.stderr)
+                    print_quietly(f"{name} cannot write: {error.strerror or error}; training goes on", sys.stderr)
                 self._mute.add(name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert.sources import CONFIG_NAME, INDEX_NAME
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from tools import convert_ckpt
 
 Run = Callable[..., tuple[int, str, str]]
@@ -39,7 +39,7 @@ def save_tensors(
         whole = Box((0,) * data.dim(), tuple(data.shape))
         for box in (boxes or {}).get(name, [whole]):
             part = data[box.within((0,) * data.dim())].contiguous()
-            pieces.append(Piece(name=name, global_shape=whole.shape, box=box, data=part))
+            pieces.append(TensorShard(name=name, global_shape=whole.shape, box=box, data=part))
     return save_checkpoint(root, 1, pieces, meta, SoloPeers())
 
 

@@ -29,7 +29,7 @@ from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
-from ecdit_ds.parallel.setup import create_grid
+from ecdit_ds.parallel.setup import init_process_groups
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
@@ -87,7 +87,7 @@ def count(case: dict[str, Any]) -> dict[str, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, for inference
     dist.init_process_group("fake", rank=0, world_size=case["ranks"], store=FakeStore())
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
-    grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+    grid = init_process_groups(topology, recipe.parallel.dispatch_chunks)
     model = build_model(recipe, grid.layers, torch.device("cpu"))
     config = load_deepspeed_config(Path(case["deepspeed"]), recipe, topology.dp)
     engine = DeepSpeedEngine(model, recipe.optimizer, config, grid)

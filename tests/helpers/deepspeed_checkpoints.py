@@ -27,14 +27,14 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
 from ecdit_ds.model.sharding import shard_of
-from ecdit_ds.parallel.partition_rules import cut_axes
-from ecdit_ds.parallel.setup import Grid, create_grid, initialize_distributed
+from ecdit_ds.parallel.partition_rules import sharded_axes
+from ecdit_ds.parallel.setup import ParallelContext, init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import World
-from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.runtime.signals import StopSignal
 from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
-from ecdit_ds.training.train_state import Progress, load_snapshot, meta_of, pieces_of
+from ecdit_ds.training.train_state import TrainProgress, checkpoint_metadata, load_snapshot, local_shards
 from tests.helpers.random_model import random_values
 from tools import convert_ckpt
 
@@ -43,7 +43,7 @@ STEPS = 3
 RATE = 1e-3
 
 
-def run_job(arguments: list[str], _: StopRequest) -> int:
+def run_job(arguments: list[str], _: StopSignal) -> int:
     """Do one job on this rank, and write down what was seen.
 
     Its keys: `convert` (a command line) or `ds_to_universal` (source, destination) alone; or `recipe` (name,
@@ -58,7 +58,7 @@ def run_job(arguments: list[str], _: StopRequest) -> int:
     recipe, output = load_recipe(*job["recipe"]), Path(job["output"])
     initialize_distributed()
     topology = Topology(world_size=dist.get_world_size(), tp=recipe.parallel.tp, ep=recipe.parallel.ep)
-    grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+    grid = init_process_groups(topology, recipe.parallel.dispatch_chunks)
     config = load_deepspeed_config(ROOT / f"ds_configs/zero{job['zero']}.json", recipe, topology.dp)
     place = topology.coordinates(dist.get_rank()).dp, topology.dp
 
@@ -73,10 +73,10 @@ def run_job(arguments: list[str], _: StopRequest) -> int:
     seen: dict[str, Any] = {"ours": _train(engine, recipe, place)}
     if job["zero"] < 3 or not recipe.model.is_sparse:
         step = progress.step + STEPS
-        progress = Progress(
+        progress = TrainProgress(
             step=step, samples_seen=step * recipe.train.global_batch_size, num_updates=engine.num_updates
         )
-        save_checkpoint(output / "ours", step, pieces_of(engine), meta_of(progress, recipe), World())
+        save_checkpoint(output / "ours", step, local_shards(engine), checkpoint_metadata(progress, recipe), World())
         engine._engine.skipped_steps = progress.step - progress.num_updates  # it would know, had it made them all
         save_natively(engine, output / "native")
     if "universal" in job:
@@ -110,13 +110,13 @@ def convert_as_deepspeed_does(source: Path, destination: Path) -> int:
     return 0
 
 
-def load_universal(engine: DeepSpeedEngine, folder: Path, grid: Grid) -> dict[str, Any]:
+def load_universal(engine: DeepSpeedEngine, folder: Path, grid: ParallelContext) -> dict[str, Any]:
     """Load a Universal Checkpoint with DeepSpeed's own loader, and mend what it leaves wrong; return its counts."""
     zero, is_zero_3 = engine._zero, hasattr(engine._zero, "fp32_partitioned_groups_flat")
     if is_zero_3 and grid.tp.count > 1:  # its ZeRO-3 loader cuts over tensor-parallel ranks only what is marked so
         groups._TENSOR_MODEL_PARALLEL_GROUP = grid.mpu.get_tensor_model_parallel_group()
         for name, parameter in engine._engine.module.named_parameters():
-            axis = cut_axes(name).get("tp")
+            axis = sharded_axes(name).get("tp")
             whole = list(parameter.ds_shape)
             if axis is not None:
                 whole[axis] = shard_of(parameter).global_shape[axis]

@@ -27,14 +27,14 @@ from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.runtime.signals import StopSignal
 from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
 
 
-def run_job(arguments: list[str], stop: StopRequest | None = None) -> int:
+def run_job(arguments: list[str], stop: StopSignal | None = None) -> int:
     """Build, run backward, and write down what is held."""
     job = json.loads(arguments[0])
     recipe = load_recipe("demo", job["overrides"])
@@ -45,7 +45,7 @@ def run_job(arguments: list[str], stop: StopRequest | None = None) -> int:
             utils.split_params_into_different_moe_groups_for_optimizer, max_group_size=job["max_expert_group"]
         )
     config = load_deepspeed_config(DEFAULT_PATH, recipe, topology.dp) | {"zero_optimization": job["zero"]}
-    grid = create_grid(topology, recipe.parallel.dispatch_chunks)
+    grid = init_process_groups(topology, recipe.parallel.dispatch_chunks)
     engine = DeepSpeedEngine(build_model(recipe, grid.layers, device), recipe.optimizer, config, grid)
     held = _held(engine)
     (Path(job["output"]) / f"rank_{dist.get_rank()}.json").write_text(json.dumps(held | _gradients(engine, recipe)))

@@ -7,8 +7,8 @@ from types import MappingProxyType
 import torch
 
 from ecdit_ds.data.encoders.base import TextEmbeddings
-from ecdit_ds.data.latents.columns import DTYPES, table_of
-from ecdit_ds.data.latents.index import SCHEMA_VERSION, SetIndex, ShardInfo
+from ecdit_ds.data.latents.columns import DTYPES, to_table
+from ecdit_ds.data.latents.index import SCHEMA_VERSION, LatentIndex, ShardInfo
 from ecdit_ds.data.latents.shard_writer import write_arrow_shard, write_index, write_null_text
 
 Shape = tuple[int, int, int]
@@ -58,7 +58,7 @@ def write_set(
                 made.mask_BT[sample - first] = False
             else:
                 tensors[tensor][sample - first].view(-1)[-1] = float(broken_number)
-        table = table_of(
+        table = to_table(
             keys=[str(i) for i in range(count)],
             captions=[f"{folder.name} {first + i}" for i in range(count)],
             kinds=["made"] * count,
@@ -75,7 +75,7 @@ def write_set(
         "text_mask": torch.ones(1, tokens, dtype=torch.bool),
         "text_pooled": torch.zeros(1, pooled or width),
     }
-    index = SetIndex(
+    index = LatentIndex(
         schema=SCHEMA_VERSION,
         count=first,
         image_encoder={"identity": image},

@@ -25,7 +25,7 @@ import torch.utils.tensorboard  # noqa: F401
 import ecdit_ds.training.setup
 import ecdit_ds.training.trainer
 from ecdit_ds.parallel import tensor_parallel  # noqa: F401
-from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.runtime.signals import StopSignal
 from ecdit_ds.train import main
 from tests.helpers.launch import free_port
 from tests.helpers.witness import SAMPLES_FILE, WitnessedDraw, WitnessedSaver, WitnessedTrainer
@@ -68,11 +68,11 @@ def fork_rank(rank: int, run: dict[str, Any], port: int) -> int:
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
         os.environ |= run["environment"]
         if SAMPLES_FILE in os.environ:
-            ecdit_ds.training.setup.Draw = WitnessedDraw  # type: ignore[misc]
+            ecdit_ds.training.setup.MakeBatch = WitnessedDraw  # type: ignore[misc]
         if run["tool"]:
             code = _run_tool(run["tool"], run["arguments"])
         else:
-            stop = StopRequest()
+            stop = StopSignal()
             stop.listen()
             code = main(run["arguments"], stop)
     except BaseException:
@@ -94,5 +94,5 @@ def _run_tool(name: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     ecdit_ds.training.setup.Trainer = WitnessedTrainer  # type: ignore[misc]
-    ecdit_ds.training.trainer.Saver = WitnessedSaver  # type: ignore[misc]
+    ecdit_ds.training.trainer.Checkpointer = WitnessedSaver  # type: ignore[misc]
     sys.exit(run_waves(Path(sys.argv[1])))

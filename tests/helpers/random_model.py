@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.inference.text_to_image import TextToImage
@@ -31,7 +31,7 @@ def save_random_model(
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, SerialLayers()).named_parameters()}
     pieces = [
-        Piece(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
+        TensorShard(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
         for name, shape in ((f"{kind}/{name}", shape) for kind in kinds for name, shape in shapes.items())
     ]
     usual = {"recipe": recipe.to_dict(), "samples_seen": recipe.train.global_batch_size * step, "num_updates": step}

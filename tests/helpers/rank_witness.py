@@ -52,7 +52,7 @@ def main() -> int:
         signal.sigwait((signal.SIGTERM, signal.SIGUSR1))  # held back by slurm/rank.sh
         (output / "checkpoints" / "step_40").mkdir(parents=True)
         (output / "checkpoints" / "step_40" / "manifest.json").touch()
-        return ExitCode.SAVED
+        return ExitCode.CHECKPOINTED
     if code == "0":
         mark_complete({"dry_run": DRY_RUN, "node_check": NODE_CHECK}.get(what) or training_to(newest_step(output)))
     return int(code)

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from ecdit_ds.slurm.job_history import Ledger
+from ecdit_ds.slurm.job_history import JobHistory
 from tests.helpers.checkpoints import digest
 from tests.helpers.launch import ROOT, metrics_of
-from tools.local_slurm import Lab
+from tools.local_slurm import LocalSlurm
 
 SCRIPT = str(ROOT / "slurm" / "train_97b.sh")
 STEPS = 30
@@ -39,7 +39,7 @@ PATIENCE_S = 900.0
 class Job:
     """A job that was submitted."""
 
-    lab: Lab
+    lab: LocalSlurm
     number: str
     output: Path
     log: Path
@@ -62,7 +62,7 @@ class Job:
 
     def nodes(self) -> list[str]:
         """Return the nodes of each life, as Slurm writes them."""
-        return [life.nodes for life in Ledger(self.output).beginnings()]
+        return [life.nodes for life in JobHistory(self.output).beginnings()]
 
     def hosts(self) -> list[str]:
         """Return the nodes of the newest life, one by one."""
@@ -134,7 +134,7 @@ class Job:
 class Submitter:
     """Submits jobs that share encoded data."""
 
-    def __init__(self, lab: Lab, root: Path) -> None:
+    def __init__(self, lab: LocalSlurm, root: Path) -> None:
         self.lab, self.root = lab, root
 
     @property
@@ -201,7 +201,7 @@ def is_gone(pid: int) -> bool:
 
 
 def submit_witness(
-    lab: Lab, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
+    lab: LocalSlurm, folder: Path, name: str, codes: str, *flags: str, environment: dict[str, str] | None = None
 ) -> Job:
     """Submit a job whose ranks only tell, in `folder`, what they see."""
     log, given = folder / f"{name}.log", without_a_model(folder, name, codes)

@@ -19,10 +19,10 @@ from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.writer import save_checkpoint
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.flow.objective import FlowBatch
-from ecdit_ds.training.batches import Draw, Unfinished
-from ecdit_ds.training.checkpointer import Saver
+from ecdit_ds.training.batches import MakeBatch, PendingBatch
+from ecdit_ds.training.checkpointer import Checkpointer
 from ecdit_ds.training.engine import StepResult
-from ecdit_ds.training.train_state import Progress, load_snapshot, meta_of, pieces_of
+from ecdit_ds.training.train_state import TrainProgress, checkpoint_metadata, load_snapshot, local_shards
 from ecdit_ds.training.trainer import Trainer
 
 # Not by a folder's name: a clone may be called like the package, and hold the environment too.
@@ -35,18 +35,18 @@ HOST_WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "
 """Operators whose result the host must wait for."""
 
 
-class WitnessedSaver(Saver):
+class WitnessedSaver(Checkpointer):
     """Saves as ever, and notes what its collectives move."""
 
     collective_dtypes: ClassVar[set[str]] = set()
 
-    def start(self, progress: Progress) -> None:
+    def start(self, progress: TrainProgress) -> None:
         self._watched(lambda: super(WitnessedSaver, self).start(progress))
 
     def finish(self) -> None:
         self._watched(super().finish)
 
-    def save_last(self, progress: Progress, *, read_back: bool) -> None:
+    def save_last(self, progress: TrainProgress, *, read_back: bool) -> None:
         self._watched(lambda: super(WitnessedSaver, self).save_last(progress, read_back=read_back))
 
     def _watched(self, save: Callable[[], None]) -> None:
@@ -58,7 +58,7 @@ class WitnessedSaver(Saver):
 class WitnessedTrainer(Trainer):
     """Trains as ever."""
 
-    def fit(self, progress: Progress) -> bool:
+    def fit(self, progress: TrainProgress) -> bool:
         """Also go on from each checkpoint of SOURCES, and write `rank_R.json` at the end."""
         self._run = self._given.checkpoints.parent
         self._grad_norms: list[float] = []
@@ -80,8 +80,8 @@ class WitnessedTrainer(Trainer):
         """Load a checkpoint, save what was loaded under `loaded/NAME`, and train to the end from there."""
         progress = load_snapshot(Reader(source), self.engine)
         self.engine.restored(progress.num_updates)
-        meta = meta_of(progress, self.recipe)
-        save_checkpoint(self._run / "loaded" / name, progress.step, pieces_of(self.engine), meta, self.world)
+        meta = checkpoint_metadata(progress, self.recipe)
+        save_checkpoint(self._run / "loaded" / name, progress.step, local_shards(self.engine), meta, self.world)
         results = [
             Trainer._step(self, micro_batches, progress.step + done)
             for done, micro_batches in enumerate(self._batches(progress))
@@ -109,15 +109,15 @@ class WitnessedTrainer(Trainer):
 
     def _uncut_weights(self) -> Iterator[tuple[str, str]]:
         for fragment in self.engine.fragments():
-            if not fragment.shard.is_cut_by_tp:
+            if not fragment.shard.is_tp_sharded:
                 weight = fragment.states["weight"]
                 yield f"{fragment.name} {fragment.start}", xxh3_64_hexdigest(weight.numpy().tobytes())
 
 
-class WitnessedDraw(Draw):
+class WitnessedDraw(MakeBatch):
     """Makes batches as ever, and writes down which samples they are of."""
 
-    def __call__(self, samples: Samples) -> FlowBatch | Unfinished:
+    def __call__(self, samples: Samples) -> FlowBatch | PendingBatch:
         line = json.dumps([int(os.environ["RANK"]), samples.stream_index_B.tolist()])
         with open(os.environ[SAMPLES_FILE], "a", encoding="ascii") as file:
             file.write(f"{line}\n")

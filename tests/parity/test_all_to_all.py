@@ -18,7 +18,7 @@ from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.model.moe import ExpertChoiceFFN
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.model.sharding import ShardIndex
 from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 
@@ -32,7 +32,7 @@ class _Spread(SerialLayers):
     """Experts over the default group, without DeepSpeed's marks."""
 
     def __init__(self, rank: int, chunks: int) -> None:
-        self._ep, self._chunks = Share(index=rank, count=RANKS), chunks
+        self._ep, self._chunks = ShardIndex(index=rank, count=RANKS), chunks
 
     def experts(self, num_experts: int, hidden_size: int, ffn_hidden_size: int, *, activation: Activation) -> Experts:
         return Experts(num_experts, hidden_size, ffn_hidden_size, activation=activation, ep=self._ep)

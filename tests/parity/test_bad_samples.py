@@ -23,7 +23,7 @@ BROKEN = {
     31: "mask",
     38: "latents nan",
 }
-GAVE_UP = (ExitCode.GAVE_UP,)
+UNRECOVERABLE = (ExitCode.UNRECOVERABLE,)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             planned("four", 4, "parallel.tp=2", "parallel.ep=2", "data.num_workers=1"),
             planned("lives", 1, f"train.max_steps={HALFWAY}", "data.num_workers=2"),
             planned("none", 1, f"data.path={root / 'whole'}", "data.max_bad=0"),
-            planned("strict", 2, "data.max_bad=0.008", codes=GAVE_UP),
+            planned("strict", 2, "data.max_bad=0.008", codes=UNRECOVERABLE),
             planned(
                 "hopeless", 1, f"data.path={root / 'hopeless_set'}", "data.num_workers=1", codes=(ExitCode.USER_ERROR,)
             ),

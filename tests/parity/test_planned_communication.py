@@ -11,7 +11,7 @@ import pytest
 from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.communication import place, traffic_of_step
+from ecdit_ds.planner.communication import group_placement, traffic_of_step
 from ecdit_ds.planner.zero import zero_settings
 from tests.helpers.launch import ROOT
 from tests.helpers.recipes import SMALL_MODEL
@@ -95,7 +95,7 @@ def test_a_real_step_calls_the_collectives_that_were_planned_with_as_many_bytes(
     strides = {"tp": 1, "dp": topology.tp, "ep": topology.tp, "edp": topology.tp * topology.ep}
     planned: dict[str, float] = {}
     for traffic in traffic_of_step(recipe, topology, zero, recipe.train.mask_ratio):
-        ranks = place(topology, traffic.axis, case.ranks).ranks
+        ranks = group_placement(topology, traffic.axis, case.ranks).ranks
         key = f"{traffic.collective} {ranks} {strides[traffic.axis]}"
         planned[key] = planned.get(key, 0) + traffic.payload_bytes
     assert counted[name] == pytest.approx(planned, rel=0.01)

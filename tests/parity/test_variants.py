@@ -208,7 +208,7 @@ def test_gradients_that_stay_non_finite_skip_every_step_on_every_rank_and_end_th
             "train.max_skipped_steps=3",
         ),
     )
-    assert code == ExitCode.GAVE_UP
+    assert code == ExitCode.UNRECOVERABLE
     steps = metrics_of(tmp_path / "run")
     assert [m["is_skipped"] for m in steps] == [False, True, True, True]
     assert steps[-1]["loss"] is None

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ecdit_ds.checkpoint.fault_points import PHASES
+from ecdit_ds.checkpoint.fault_points import SAVE_PHASES
 from ecdit_ds.checkpoint.naming import list_checkpoints
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.data.order import sample_order
@@ -36,7 +36,7 @@ SMALL = (
     "train.log_every=1",
     f"data.num_train={NUM_TRAIN}",
 )
-KILLED_OR_ALONE = (-signal.SIGKILL, ExitCode.TRY_AGAIN)
+KILLED_OR_ALONE = (-signal.SIGKILL, ExitCode.RETRY)
 STOPS = sorted(random.Random(9).sample(range(1, STEPS), 5))
 RESIZED = ((4, 4), (2, 4), (1, 4), (4, 2))
 """(ranks, ranks that wrote the checkpoint)"""
@@ -124,16 +124,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         *elastic_first,
         lives.life("reference", environment=samples["reference"]),
         lives.life("at once", "", (0,), "train.async_save=false", "train.keep_every=6"),
-        *(lives.life(phase, f"kill@{phase},step=9", KILLED_OR_ALONE) for phase in PHASES),
+        *(lives.life(phase, f"kill@{phase},step=9", KILLED_OR_ALONE) for phase in SAVE_PHASES),
         lives.life("slow writer", "delay=3@mid-shard,rank=1,step=6", (0,), "train.keep_every=6"),
         lives.life("full disk", "full@mid-shard,rank=1,step=6"),
-        lives.life(
-            "hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.TRY_AGAIN,), "train.save_timeout_minutes=0.03"
-        ),
+        lives.life("hanging", "delay=60@mid-shard,rank=1,step=6", (ExitCode.RETRY,), "train.save_timeout_minutes=0.03"),
         lives.life(
             "hanging at once",
             "delay=60@mid-shard,rank=1,step=6",
-            (ExitCode.TRY_AGAIN,),
+            (ExitCode.RETRY,),
             "train.save_timeout_minutes=0.03",
             "train.async_save=false",
         ),
@@ -143,13 +141,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         lives.life("anchored", "", (0,), "train.keep_every=6"),
         lives.life("thrice", "kill@step,step=4", KILLED_OR_ALONE, environment=samples["thrice"]),
         *(
-            lives.life(f"loser {fault}", f"{fault}@step,step=8,rank=1", (code, ExitCode.TRY_AGAIN))
+            lives.life(f"loser {fault}", f"{fault}@step,step=8,rank=1", (code, ExitCode.RETRY))
             for fault, code in LOSSES
         ),
     ]
     second = [
         *elastic_second,
-        *(lives.life(phase) for phase in PHASES),
+        *(lives.life(phase) for phase in SAVE_PHASES),
         lives.life("hanging"),
         lives.life("thrice", "kill@step,step=8,rank=1", KILLED_OR_ALONE, environment=samples["thrice"]),
     ]
@@ -159,7 +157,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             lives.life(
                 f"stopped, {n} workers",
                 f"sigusr1@step,step={step},rank={step % 2}",
-                (ExitCode.SAVED,),
+                (ExitCode.CHECKPOINTED,),
                 f"data.num_workers={n}",
             )
             for n in (0, 2)
@@ -173,7 +171,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, train_many(root, first, second, third, *stops, last)
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", SAVE_PHASES)
 def test_a_run_killed_in_any_phase_of_a_save_goes_on_from_the_newest_published_and_ends_the_same_bitwise(
     story: tuple[Path, str], phase: str
 ) -> None:
@@ -277,7 +275,7 @@ def test_a_lost_rank_is_named_in_one_line_and_its_peers_end_within_five_seconds(
 ) -> None:
     root, said = story
     newest = f"{root}/loser {fault}/checkpoints/step_"  # 6 if its files were on the disk by then, else 3
-    line = "end: try again | cause: rank 1 died | rank 0 | step 7 | last valid checkpoint: "
+    line = "end: retry | cause: rank 1 died | rank 0 | step 7 | last valid checkpoint: "
     [end] = re.finditer(rf"{re.escape(line + newest)}[36]\n", said)
     [(dead, at)] = re.findall(rf"process ([0-9]+) ended with {code} at ([0-9.]+)\n", said[: end.end()])[-1:]
     [(peer, later)] = re.findall(r"process ([0-9]+) ended with 75 at ([0-9.]+)\n", said[end.end() :])[:1]
@@ -300,7 +298,7 @@ def test_an_old_life_that_did_not_die_cannot_publish_over_the_new_one(story: tup
     root, _ = story
     lives, output, job = Lives(root), root / "two lives", {"SLURM_JOB_ID": "7"}
     old = start_many(
-        root, [lives.life("two lives", "stop@before-rename,rank=0,step=6", (ExitCode.GAVE_UP,), environment=job)]
+        root, [lives.life("two lives", "stop@before-rename,rank=0,step=6", (ExitCode.UNRECOVERABLE,), environment=job)]
     )
     holder = _wait_for_stopped(output)
     said = train_many(root, [lives.life("two lives", environment=job | {"SLURM_RESTART_COUNT": "1"})])
@@ -308,7 +306,7 @@ def test_an_old_life_that_did_not_die_cannot_publish_over_the_new_one(story: tup
     before = {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")}
     holder.send_signal(signal.SIGCONT)
     code, told = finish(old)
-    assert code == 0, told  # both ranks ended with GAVE_UP, as planned
+    assert code == 0, told  # both ranks ended with UNRECOVERABLE, as planned
     assert re.search(r"attempt 7\.1\.\S+ has taken over from this one, 7\.0\.", told)
     assert {path: path.stat().st_mtime_ns for path in (output / "checkpoints").rglob("*")} == before
     assert_same(output, root / "reference")

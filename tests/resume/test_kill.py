@@ -79,10 +79,10 @@ def test_signals_to_one_rank_save_the_same_step_on_all_once_and_the_same_command
         time.sleep(0.05)  # signals that wait together are delivered in no order
     code, text = finish(life)
     steps = len(metrics_of(output))
-    assert code == ExitCode.SAVED, text
+    assert code == ExitCode.CHECKPOINTED, text
     assert 8 <= steps < STEPS
     assert f"stopped at step {steps} (SIGTERM on rank 1): saved" in text
-    assert f"end: saved | cause: SIGTERM on rank 1 | rank 0 | step {steps} |" in text
+    assert f"end: checkpointed | cause: SIGTERM on rank 1 | rank 0 | step {steps} |" in text
     assert text.count(f"saved {output / 'checkpoints' / f'step_{steps}'}") == 1
     assert "Traceback" not in text
     assert read_manifest(list_checkpoints(output / "checkpoints")[0]).step == steps
@@ -110,7 +110,7 @@ def test_a_signal_of_which_launchers_die_still_lets_ranks_save(
     # Of a signal to all, launchers die too, and a rank may notice that first.
     reason = f"({number.name}|the launcher died)" if is_to_all else "the launcher died"
     cause = rf"{reason} on (all ranks|rank [01])(; {reason} on rank 1)?"
-    assert re.search(rf"end: saved \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
+    assert re.search(rf"end: checkpointed \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
     text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
     assert f"at step {step}" in text
     assert digest(output, STEPS) == digest(uninterrupted, STEPS)
@@ -139,7 +139,7 @@ def test_a_rank_killed_under_a_launcher_leaves_one_line_and_nothing_behind(
     assert ended.returncode != 0
     [line] = [line for line in said.splitlines() if line.startswith("end: ")]
     assert re.fullmatch(
-        rf"end: try again \| cause: rank 1 died \| rank 0 \| step 13 \| last valid checkpoint: {output}/.*/step_(6|12)",
+        rf"end: retry \| cause: rank 1 died \| rank 0 \| step 13 \| last valid checkpoint: {output}/.*/step_(6|12)",
         line,
     )
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or ())]
@@ -160,7 +160,7 @@ def test_a_signal_while_a_rank_still_imports_kills_nobody(cache: Path, tmp_path:
     assert not output.exists()
     ranks[0].send_signal(signal.SIGUSR1)
     code, text = finish(life)
-    assert code == ExitCode.SAVED, text
+    assert code == ExitCode.CHECKPOINTED, text
     assert "stopped at step 1 (SIGUSR1 on rank 0): saved" in text
 
 

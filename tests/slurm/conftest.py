@@ -9,22 +9,22 @@ import pytest
 
 from tests.helpers.launch import train_many
 from tests.helpers.slurm_jobs import PATIENCE_S, Submitter
-from tools.local_slurm import Lab, why_not
+from tools.local_slurm import LocalSlurm, why_not
 
 NODES = 12
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[LocalSlurm]:
     """Start a Slurm of our own, and leave nothing of it."""
     if reason := why_not():
         pytest.skip(f"no Slurm here: {reason}")
-    with Lab(nodes=NODES) as running:
+    with LocalSlurm(nodes=NODES) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def submit(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Submitter:
+def submit(lab: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Submitter:
     """Return `submit(name, *sbatch_flags, ...)`: a rehearsal of two ranks of slurm/train_97b.sh."""
     return Submitter(lab, tmp_path_factory.mktemp("slurm"))
 

@@ -16,7 +16,7 @@ from tests.conftest import TINY_RECIPE
 from tests.helpers.launch import ROOT
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.random_model import save_random_model
-from tools.local_slurm import Lab, why_not
+from tools.local_slurm import LocalSlurm, why_not
 from tools.sample import draw, parse_arguments
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -49,7 +49,7 @@ class Ended:
 class Arrays:
     """Submits scripts of slurm/, and waits for them."""
 
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    def __init__(self, lab: LocalSlurm, folder: Path) -> None:
         self.lab, self.folder = lab, folder
         self._jobs: dict[str, str] = {}
 
@@ -113,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arrays(folder: Path) -> Iterator[Arrays]:
     """Return a lab in which all jobs of this file were submitted, and a task that draws was begun twice."""
     checkpoint = folder / "run" / "checkpoints" / "step_2"
-    with Lab(nodes=1, gpus=1) as lab:
+    with LocalSlurm(nodes=1, gpus=1) as lab:
         arrays = Arrays(lab, folder)
         drawing = arrays.submit(
             "sample",

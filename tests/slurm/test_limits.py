@@ -57,7 +57,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_as_the_uninterrupted
     assert job.restarts >= 1
     *before, last = job.ends()
     assert len(before) == job.restarts
-    assert {(end["code"], end["is_again"]) for end in before} == {(ExitCode.SAVED, True)}
+    assert {(end["code"], end["is_again"]) for end in before} == {(ExitCode.CHECKPOINTED, True)}
     assert (last["code"], last["step"]) == (ExitCode.DONE, STEPS)
     assert "DUE TO TIME LIMIT" not in job.text
     check_equal(job, uninterrupted)

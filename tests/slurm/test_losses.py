@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from tests.helpers.slurm_jobs import Submitter, check_equal, is_gone
-from tools.local_slurm import Lab
+from tools.local_slurm import LocalSlurm
 
 
 def test_a_job_goes_on_elsewhere_when_a_node_is_lost_with_all_that_ran_on_it(
-    lab: Lab, submit: Submitter, uninterrupted: Path
+    lab: LocalSlurm, submit: Submitter, uninterrupted: Path
 ) -> None:
     job = submit("lost node")
     job.wait_for_step(7)
@@ -27,7 +27,7 @@ def test_a_job_goes_on_elsewhere_when_a_node_is_lost_with_all_that_ran_on_it(
 
 
 def test_a_life_that_slurm_lost_sight_of_neither_publishes_nor_ends_the_one_that_took_over(
-    lab: Lab, submit: Submitter, uninterrupted: Path
+    lab: LocalSlurm, submit: Submitter, uninterrupted: Path
 ) -> None:
     # On the first node are the batch script, srun and rank 0. Its daemon dies and they do not; rank 0 stands still in
     # the midst of a save until the second life has begun.
@@ -51,7 +51,7 @@ def test_a_life_that_slurm_lost_sight_of_neither_publishes_nor_ends_the_one_that
 
 
 def test_a_controller_that_dies_and_comes_back_disturbs_nobody(
-    lab: Lab, submit: Submitter, uninterrupted: Path
+    lab: LocalSlurm, submit: Submitter, uninterrupted: Path
 ) -> None:
     job = submit("controller", faults="delay=0.6@step")
     job.wait_for_step(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
-from ecdit_ds.checkpoint.retention import fault_of
+from ecdit_ds.checkpoint.retention import find_damage
 from ecdit_ds.errors import ExitCode
 from tests.helpers.slurm_jobs import STEPS, Submitter, check_equal
 
@@ -23,7 +23,7 @@ def test_a_signal_while_ranks_import_and_signals_during_a_save_end_in_one_save_a
     submit.lab.ask("scancel", "--signal=USR1", f"{job.number}.0")  # no rank has imported anything yet
     job.wait_until(lambda: len(job.ends()) == 1, "the first life's end")
     first = job.ends()[0]
-    assert (first["code"], first["is_again"]) == (ExitCode.SAVED, True), job.text
+    assert (first["code"], first["is_again"]) == (ExitCode.CHECKPOINTED, True), job.text
     assert first["step"] >= 1
 
     job.wait_until(lambda: bool(list(job.output.glob("checkpoints/step_12.tmp-*"))), "the save of step 12")
@@ -31,7 +31,7 @@ def test_a_signal_while_ranks_import_and_signals_during_a_save_end_in_one_save_a
     job.signal(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, rank=1)
     assert job.wait() == "COMPLETED", job.text
     second = job.ends()[1]
-    assert second["code"] == ExitCode.SAVED
+    assert second["code"] == ExitCode.CHECKPOINTED
     assert 12 <= second["step"] < STEPS
     said = job.said_by_first_rank(life=1)
     assert said.count(f"saved {job.output / 'checkpoints' / 'step_'}{second['step']}:") == 1
@@ -84,5 +84,5 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_a_valid_checkpoint(submit: S
     assert job.restarts == 0
     assert len(job.nodes()) == 1
     newest = list_checkpoints(job.output / "checkpoints")[0]
-    assert fault_of(newest) is None
+    assert find_damage(newest) is None
     assert step_of(newest) >= 8

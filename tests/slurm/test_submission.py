@@ -18,22 +18,22 @@ import psutil
 import pytest
 
 from ecdit_ds.errors import ConfigError, ExitCode
-from ecdit_ds.slurm.job_history import Beginning, Ledger
+from ecdit_ds.slurm.job_history import AttemptStarted, JobHistory
 from tests.helpers.launch import ROOT
 from tests.helpers.slurm_jobs import SCRIPT, Job, Submitter, seen, submit_witness, without_a_model
-from tools.local_slurm import Lab
+from tools.local_slurm import LocalSlurm
 
 Witness = Callable[..., Job]
 
 
 @pytest.fixture
-def witness(lab: Lab, hanging: Job, tmp_path: Path) -> Witness:
+def witness(lab: LocalSlurm, hanging: Job, tmp_path: Path) -> Witness:
     """Return `witness(name, codes, *sbatch_flags, environment=...)`, with files in the test's own folder."""
     return partial(submit_witness, lab, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def hanging(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def hanging(lab: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Submit a job that waits for its time limit, which takes a minute, beside all others."""
     environment = {"ECDIT_PREFLIGHT": "0", "ECDIT_SIGNAL_SECONDS": "0"}
     flags = ("--ntasks-per-node=1", "--time=1", "--signal=USR1@10")
@@ -41,7 +41,7 @@ def hanging(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def test_the_production_script_starts_32_ranks_on_4_nodes_of_8_gpus_and_checks_them_first(
-    lab: Lab, witness: Witness, tmp_path: Path
+    lab: LocalSlurm, witness: Witness, tmp_path: Path
 ) -> None:
     tested = subprocess.run(
         ["sbatch", "--test-only", "--nodes=4", SCRIPT], env=lab.environment, capture_output=True, text=True, check=True
@@ -75,7 +75,7 @@ def test_the_production_script_starts_32_ranks_on_4_nodes_of_8_gpus_and_checks_t
 
 
 def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
-    lab: Lab, witness: Witness, tmp_path: Path
+    lab: LocalSlurm, witness: Witness, tmp_path: Path
 ) -> None:
     # The last task's own number is the array's too, so that asking for it by number would requeue all.
     script = tmp_path / "codes.sh"
@@ -87,14 +87,14 @@ def test_a_task_of_an_array_requeues_itself_only_and_has_a_folder_of_its_own(
     folders = [tmp_path / f"array_{task}" for task in (0, 1)]
 
     def lives() -> list[int]:
-        return [len(Ledger(folder).beginnings()) for folder in folders]
+        return [len(JobHistory(folder).beginnings()) for folder in folders]
 
     job.wait_until(lambda: lives() == [1, 2], "a second life of task 1")
     job.wait_until(lambda: not lab.ask("squeue", "-h", "-j", job.number).strip(), "its end")
     assert lives() == [1, 2]
 
 
-def test_a_job_that_a_task_of_an_array_submits_is_requeued_itself(lab: Lab, tmp_path: Path) -> None:
+def test_a_job_that_a_task_of_an_array_submits_is_requeued_itself(lab: LocalSlurm, tmp_path: Path) -> None:
     log, number = tmp_path / "inner.log", tmp_path / "number"
     inner = f"sbatch --parsable --nodes=1 --ntasks-per-node=1 --output={log} {SCRIPT} > {number}; sleep 300"
     environment = without_a_model(tmp_path, "inner", "42,0") | {"ECDIT_PREFLIGHT": "0"}
@@ -161,7 +161,7 @@ def test_what_cannot_go_well_is_refused_before_ranks_start(
     assert job.restarts == 0
 
 
-def test_a_folder_that_another_job_trains_in_is_refused(lab: Lab, witness: Witness, tmp_path: Path) -> None:
+def test_a_folder_that_another_job_trains_in_is_refused(lab: LocalSlurm, witness: Witness, tmp_path: Path) -> None:
     one_rank = ("--ntasks-per-node=1",)
     first = witness("owned", "hang,0", *one_rank, environment={"ECDIT_PREFLIGHT": "0"})
     first.wait_until(lambda: bool(seen(tmp_path, first, 0, "train")), "its rank")
@@ -169,22 +169,22 @@ def test_a_folder_that_another_job_trains_in_is_refused(lab: Lab, witness: Witne
     assert second.wait() == "FAILED"
     assert f"job {first.number} is not over and trains there" in (tmp_path / "second.log").read_text()
     lab.ask("scancel", "--signal=KILL", "--full", first.number)
-    assert [life.job for life in Ledger(first.output).beginnings()] == [first.number]
+    assert [life.job for life in JobHistory(first.output).beginnings()] == [first.number]
 
 
 def test_a_job_inherits_no_spent_lives_from_an_earlier_one_of_its_number(
-    lab: Lab, witness: Witness, tmp_path: Path
+    lab: LocalSlurm, witness: Witness, tmp_path: Path
 ) -> None:
     job = witness("again", "0", "--ntasks-per-node=1", "--hold", environment={"ECDIT_PREFLIGHT": "0"})
     for restarts in range(3):
-        Ledger(job.output).begin(Beginning(life=f"{job.number}.{restarts}", step=0, nodes="n1", ranks=1))
+        JobHistory(job.output).begin(AttemptStarted(life=f"{job.number}.{restarts}", step=0, nodes="n1", ranks=1))
     lab.ask("scontrol", "release", job.number)
     assert job.wait() == "COMPLETED", job.text
     assert len(seen(tmp_path, job, 0, "train")) == 1
 
 
 def test_a_job_cancelled_in_its_checks_tells_its_end_and_one_requeued_there_checks_again(
-    lab: Lab, witness: Witness, tmp_path: Path
+    lab: LocalSlurm, witness: Witness, tmp_path: Path
 ) -> None:
     one_rank = ("--ntasks-per-node=1",)
     cancelled = witness("cancelled", "0", *one_rank, environment={"WITNESS_DRY_RUNS": "hang"})
@@ -213,7 +213,9 @@ def test_ranks_that_lose_their_srun_save_before_their_life_is_judged(witness: Wi
     assert "srun was killed by signal 9" in job.text
 
 
-def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(lab: Lab, witness: Witness, tmp_path: Path) -> None:
+def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(
+    lab: LocalSlurm, witness: Witness, tmp_path: Path
+) -> None:
     job = witness("script", "save,0", "--ntasks-per-node=1", environment={"ECDIT_PREFLIGHT": "0"})
     job.wait_until(lambda: bool(seen(tmp_path, job, 0, "train")), "its rank")
     lab.ask("scancel", "--batch", "--signal=TERM", job.number)  # as --signal=B:TERM@S does
@@ -223,7 +225,7 @@ def test_a_job_whose_script_alone_gets_sigterm_saves_and_goes_on(lab: Lab, witne
 
 def test_a_job_that_may_not_requeue_itself_is_left_to_slurm_where_that_does_it(tmp_path: Path) -> None:
     flags = ("--no-requeue", "--ntasks-per-node=1")
-    with Lab(nodes=1, settings={"RequeueExit": "42"}) as lab:
+    with LocalSlurm(nodes=1, settings={"RequeueExit": "42"}) as lab:
         job = submit_witness(lab, tmp_path, "left", "42,0", *flags, environment={"ECDIT_PREFLIGHT": "0"})
         assert job.wait() == "COMPLETED", job.text
         assert job.restarts == 1
@@ -252,7 +254,7 @@ def test_a_program_that_cannot_start_is_told_in_the_jobs_log(witness: Witness, t
     assert "rank_0000.log: " in job.text and "/no/python: No such file" in job.text
 
 
-def test_gpus_are_asked_of_a_partition_that_has_them(lab: Lab) -> None:
+def test_gpus_are_asked_of_a_partition_that_has_them(lab: LocalSlurm) -> None:
     with pytest.raises(ConfigError, match="node configuration is not available"):
         lab.ask("sbatch", "--partition=cpu", "--nodes=1", SCRIPT)
 
@@ -372,7 +374,7 @@ def test_a_lab_listens_to_this_machine_only_whatever_its_name_stands_for(host: s
 def test_a_lab_that_cannot_start_says_why() -> None:
     began = time.monotonic()
     refusal = r"(slurmctld|n1) ended with exit code 1: .*select/nonsense"  # whichever is looked at first
-    with pytest.raises(ConfigError, match=refusal), Lab(nodes=1, settings={"SelectType": "select/nonsense"}):
+    with pytest.raises(ConfigError, match=refusal), LocalSlurm(nodes=1, settings={"SelectType": "select/nonsense"}):
         pass
     assert time.monotonic() - began < 20
 

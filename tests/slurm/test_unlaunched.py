@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.slurm.job_history import Ledger
+from ecdit_ds.slurm.job_history import JobHistory
 from tests.helpers.launch import ROOT
 from tests.helpers.slurm_jobs import ON_CPUS, Job, seen, submit_witness
-from tools.local_slurm import Lab
+from tools.local_slurm import LocalSlurm
 
 PMI = {"ECDIT_SRUN_FLAGS": "--mpi=pmi2"}
 ARRAYS = {"sample.sh": ("--checkpoint", "RUN"), "evaluate.sh": ("RUN", "loss"), "encode.sh": ("SRC", "DST")}
@@ -36,7 +36,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def story(lab: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Submit all jobs side by side."""
     folder = tmp_path_factory.mktemp("unlaunched")
 
@@ -100,7 +100,7 @@ def test_a_step_that_was_started_on_no_node_is_neither_passed_nor_done(story: St
     job = story.trainings[step]
     assert job.wait() == "FAILED", job.text
     (end,) = job.ends()
-    assert (end["code"], end["is_again"], end["step"]) == (ExitCode.TRY_AGAIN, False, 0)
+    assert (end["code"], end["is_again"], end["step"]) == (ExitCode.RETRY, False, 0)
     assert "launch failed" in job.text + "".join(log.read_text() for log in job.output.glob("slurm/*/rank_*.log"))
     (line,) = [line for line in job.text.splitlines() if " error: srun ended with exit code 0, but rank 0 " in line]
     assert "not started by Slurm" in line
@@ -108,7 +108,7 @@ def test_a_step_that_was_started_on_no_node_is_neither_passed_nor_done(story: St
     assert "exit code 75 (srun ended with exit code 0, but rank 0 never reported" in why
     started = [what for what in ("dry_run", "node_check", "train") if seen(story.folder, job, 0, what)]
     assert started == ["dry_run", "node_check", "train"][: ["dry_run", "node_check", "train"].index(step)]
-    assert Ledger(job.output).is_checked(job.number) == (step != "dry_run")
+    assert JobHistory(job.output).is_checked(job.number) == (step != "dry_run")
     assert not list(job.output.glob("slurm/*/.complete-*"))
 
 
@@ -121,7 +121,7 @@ def test_a_job_that_waits_for_a_good_end_does_not_start_after_a_launch_that_fail
 def test_training_that_was_started_on_one_of_two_nodes_has_another_life(story: Story) -> None:
     job = story.one_node
     assert job.wait() == "COMPLETED", job.text
-    assert [(end["code"], end["is_again"]) for end in job.ends()] == [(ExitCode.TRY_AGAIN, True), (0, False)]
+    assert [(end["code"], end["is_again"]) for end in job.ends()] == [(ExitCode.RETRY, True), (0, False)]
     assert [len(seen(story.folder, job, life, "train")) for life in (0, 1)] == [1, 2]
     assert job.text.count(" error: srun ended with exit code 0, but rank 1 of 2 never reported its training") == 1
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ecdit_ds import errors
-from ecdit_ds.data.sources.bad_sample import Replaced
-from ecdit_ds.errors import EcditError, plain, shown
-from ecdit_ds.runtime.exit_report import say
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
+from ecdit_ds.errors import EcditError, escape_unprintable, shown
+from ecdit_ds.runtime.exit_report import print_quietly
 from ecdit_ds.slurm.rank_logs import last_words
 from ecdit_ds.training.callbacks import Console
 from ecdit_ds.training.metrics import bad_sample_lines
@@ -39,17 +39,17 @@ def test_all_errors_are_of_one_family() -> None:
 
 def test_plain_text_stays_as_it_is() -> None:
     text = "step_500: 日本語, naïve — 50 % | [x] {y} \\n"
-    assert plain(text) == text
+    assert escape_unprintable(text) == text
     assert shown(text) == repr(text)
 
 
 def test_what_a_run_says_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    bad = Replaced(position=3, set="set", key=NASTY, cause="not an image")
+    bad = ReplacedSample(position=3, set="set", key=NASTY, cause="not an image")
     console = Console(0, 10)
     for line in bad_sample_lines([bad], 5):
         console.on_note(line)
     console.close()
-    say(f"rank 0: {NASTY}", sys.stdout)
+    print_quietly(f"rank 0: {NASTY}", sys.stdout)
     lines = capsys.readouterr().out.split("\n")
     assert len(lines) == 3 and all(line.isprintable() for line in lines)
 

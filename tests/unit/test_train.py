@@ -13,7 +13,7 @@ import pytest
 from ecdit_ds import train
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import dump_recipe, load_recipe
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.run_dir import RunDir
 from tests.helpers.forked import in_a_copy
 
 MakeRecipe = Callable[..., Recipe]
@@ -205,7 +205,7 @@ def test_run_by_path_from_anywhere_it_gives_its_exit_code_and_no_traceback(
 def folders(tmp_path: Path, make_recipe: MakeRecipe) -> Path:
     """Return a place with a `used` run, an `other` recipe's, `foreign` files, a `damaged` recipe and a `file`."""
     for name, recipe in (("used", make_recipe()), ("other", make_recipe("train.seed=5")), ("damaged", make_recipe())):
-        folder = RunFolder(path=tmp_path / name)
+        folder = RunDir(path=tmp_path / name)
         folder.path.mkdir()
         folder.begin(recipe, step=0)
         folder.metrics.write_text('{"step": 1}\n', encoding="ascii")

@@ -29,8 +29,8 @@ from ecdit_ds.checkpoint.convert.file_plan import plan_files
 from ecdit_ds.checkpoint.convert.sources import EcditSource
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.staging import HostCopy
-from ecdit_ds.checkpoint.writer import Piece, Save, save_checkpoint
+from ecdit_ds.checkpoint.staging import StagingBuffer
+from ecdit_ds.checkpoint.writer import Save, TensorShard, save_checkpoint
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.files.durable import put_on_disk
 from ecdit_ds.files.provenance import describe_run
@@ -49,14 +49,14 @@ class Bench:
 
     folder: Path
     state: dict[str, Tensor]
-    host: HostCopy
+    host: StagingBuffer
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.state.values())
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorShard]:
         return pieces_of(self.state)
 
     def time(self, case: str, side: str, work: Callable[[], object]) -> None:
@@ -81,7 +81,7 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     folder.mkdir()
     try:
         state = synthetic_state(options.gigabytes, options.experts)
-        bench = Bench(folder=folder, state=state, host=HostCopy(pieces_of(state), is_pinned=False))
+        bench = Bench(folder=folder, state=state, host=StagingBuffer(pieces_of(state), is_pinned=False))
         steps = [save_all, load_all, convert_all]
         with tqdm(total=len(steps) * options.rounds, unit="part", disable=None) as bar:
             for turn in range(options.rounds):
@@ -118,10 +118,10 @@ def synthetic_state(gigabytes: float, num_experts: int) -> dict[str, Tensor]:
     }
 
 
-def pieces_of(state: dict[str, Tensor]) -> list[Piece]:
+def pieces_of(state: dict[str, Tensor]) -> list[TensorShard]:
     """Return each tensor as one piece."""
     return [
-        Piece(name=name, global_shape=tuple(t.shape), box=Box((0,) * t.dim(), tuple(t.shape)), data=t)
+        TensorShard(name=name, global_shape=tuple(t.shape), box=Box((0,) * t.dim(), tuple(t.shape)), data=t)
         for name, t in state.items()
     ]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.base import TextEmbeddings
-from ecdit_ds.data.latents.columns import DTYPES, table_of
+from ecdit_ds.data.latents.columns import DTYPES, to_table
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.latents.index import (
     SCHEMA_VERSION,
     TENSOR_COLUMNS,
-    SetIndex,
+    LatentIndex,
     ShardInfo,
 )
 from ecdit_ds.data.latents.shard_writer import write_arrow_shard, write_index, write_null_text
@@ -117,7 +117,7 @@ class _Writer:
         for part in range(writes):
             latents_BCHW, text = self._draw()
             captions = [f"picture {row} of part {part} of shard {number}" for row in range(ROWS_A_WRITE)]
-            table = table_of(
+            table = to_table(
                 keys=captions,
                 captions=captions,
                 kinds=[""] * ROWS_A_WRITE,
@@ -154,7 +154,7 @@ def _write_index(
     }
     write_index(
         folder,
-        SetIndex(
+        LatentIndex(
             schema=SCHEMA_VERSION,
             has_text=True,
             count=sum(shard.count for shard in shards),

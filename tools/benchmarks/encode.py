@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEmbeddings, TextEncoder
-from ecdit_ds.data.encoders.spec import image_facts, text_facts
-from ecdit_ds.data.latents.columns import DTYPES, LatentSums, table_of
+from ecdit_ds.data.encoders.spec import image_encoder_spec, text_encoder_spec
+from ecdit_ds.data.latents.columns import DTYPES, LatentStats, to_table
 from ecdit_ds.data.latents.shard_writer import write_arrow_shard
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
 from ecdit_ds.data.sources.images import decode_image, fit_image, to_tensor
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import ConfigError
@@ -235,10 +235,10 @@ def measure(
     """Encode the corpus once; return the seconds of each encoder, and of all."""
     clock = Clock()
     images, texts = TimedImages(inner=encoders[0], clock=clock), TimedTexts(inner=encoders[1], clock=clock)
-    job = Job(
+    job = PrecomputeJob(
         source=open_source(str(folder / "photographs"), unit_samples=options.images),
         destination=folder / name,
-        encoding=Encoding(
+        encoding=EncodeSettings(
             image_encoder=images,
             text_encoder=texts,
             sizes=((options.size, options.size),),
@@ -246,8 +246,8 @@ def measure(
             batch_size=options.batch_size,
             threads=threads,
         ),
-        image_facts=image_facts(encoders[0], str(folder / "vae")),
-        text_facts=text_facts(encoders[1], [str(folder / "t5")]),
+        image_facts=image_encoder_spec(encoders[0], str(folder / "vae")),
+        text_facts=text_encoder_spec(encoders[1], [str(folder / "t5")]),
         settings={},
     )
     began = time.perf_counter()
@@ -274,8 +274,8 @@ def parts_outside(
         latents_BCHW, text = encoders[0].encode(images_B3HW), encoders[1].encode(captions)
 
     def rows() -> Any:
-        LatentSums.of(latents_BCHW)
-        return table_of(
+        LatentStats.of(latents_BCHW)
+        return to_table(
             keys=captions,
             captions=captions,
             kinds=[""] * count,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.config.yaml_loader import load_recipe
-from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings
+from ecdit_ds.data.encoders.base import PixelVAE, TextEmbeddings
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.files.provenance import describe_run
 from ecdit_ds.flow.samplers import VelocityFn
@@ -57,7 +57,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class Contender:
     """One model, drawing in one of two ways."""
 
     model: str
@@ -136,7 +136,7 @@ def run_sample(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps({"meta": _describe(case, options.rounds), "rows": rows}, indent=1) + "\n")
 
 
-def to_rows(sides: list[Side]) -> list[dict[str, Any]]:
+def to_rows(sides: list[Contender]) -> list[dict[str, Any]]:
     """Return a row for the expert-choice model beside each dense one, both ways, and for reuse beside none in each."""
     found = {(side.model, side.reuses_text): side for side in sides}
     rows = []
@@ -148,7 +148,7 @@ def to_rows(sides: list[Side]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(case: str, peer: str, ours: Side, theirs: Side) -> dict[str, Any]:
+def _row(case: str, peer: str, ours: Contender, theirs: Contender) -> dict[str, Any]:
     row = compare(case, peer, ours.times_ms, theirs.times_ms)
     flops_ratio = ours.flops / theirs.flops
     return row | {
@@ -193,7 +193,7 @@ def _case_of(options: argparse.Namespace) -> Case:
     return Case(recipe=recipe, batch_size=options.batch_size, sample=sample, device=options.device, dtype=options.dtype)
 
 
-def _build_sides(case: Case) -> list[Side]:
+def _build_sides(case: Case) -> list[Contender]:
     sides = []
     for name, config in case.models.items():
         model = empty_model(config, SerialLayers(), case.device, dtype=case.dtype)
@@ -203,7 +203,7 @@ def _build_sides(case: Case) -> list[Side]:
             drawer = kind(
                 model=model,
                 recipe=replace(case.recipe, model=config),
-                image_encoder=PixelCodec(),
+                image_encoder=PixelVAE(),
                 text_encoder=text_encoder,
                 device=case.device,
             )
@@ -214,7 +214,7 @@ def _build_sides(case: Case) -> list[Side]:
                 is_guided=case.sample.guidance_scale != 1.0,
                 reuses_text=reuses_text,
             )
-            sides.append(Side(model=name, reuses_text=reuses_text, drawer=drawer, flops=flops))
+            sides.append(Contender(model=name, reuses_text=reuses_text, drawer=drawer, flops=flops))
     return sides
 
 

@@ -18,13 +18,13 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.replacement import read_good
-from ecdit_ds.flow.objective import FlowBatch, draw_noise, flow_losses
+from ecdit_ds.data.replacement import read_valid
+from ecdit_ds.flow.objective import FlowBatch, flow_losses, sample_noise
 from ecdit_ds.model.init import empty_model, initialize_by_name
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.planner.hardware import bf16_peak_of
-from ecdit_ds.training.batches import Draw
+from ecdit_ds.training.batches import MakeBatch
 from tools.benchmarks.corpus import Corpus
 
 MEASURED_STEPS = 5
@@ -117,7 +117,7 @@ def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: in
         threads: of the step, where it is measured; loading has one.
     """
     recipe, order = corpus.recipe, corpus.order()
-    transform = Draw(recipe, corpus.ours.null_text)
+    transform = MakeBatch(recipe, corpus.ours.null_text)
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -130,10 +130,10 @@ def way_to_a_step(corpus: Corpus, step: StepTime, workers: list[int], rounds: in
     for turn in range(max(rounds, 3)):
         positions = turn * corpus.batch_size + np.arange(corpus.batch_size)
         timed("gather", partial(corpus.ours.gather, order[turn % len(order)], positions))
-        samples = timed("read", partial(read_good, mixture, positions))
+        samples = timed("read", partial(read_valid, mixture, positions))
         batch = timed("transform", partial(transform, samples))
         shape, index_B = tuple(samples.latents_BCHW.shape[1:]), samples.stream_index_B
-        timed("noise", partial(draw_noise, shape, index_B, recipe.train.seed))
+        timed("noise", partial(sample_noise, shape, index_B, recipe.train.seed))
     parts = {name: statistics.median(values) for name, values in seconds.items()}
     split = {
         "gather": parts["gather"],

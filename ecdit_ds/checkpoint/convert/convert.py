@@ -17,8 +17,8 @@ import xxhash
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.file_plan import FilePlan, Held, Target
-from ecdit_ds.checkpoint.convert.sources import CONFIG_NAME, INDEX_NAME, Source, Tick, parts_of, read_part
+from ecdit_ds.checkpoint.convert.file_plan import FileDigest, FilePlan, OutputTensor
+from ecdit_ds.checkpoint.convert.sources import CONFIG_NAME, INDEX_NAME, CheckpointSource, Tick, read_part, split_box
 from ecdit_ds.checkpoint.convert.workspace import Workspace, workspace
 from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite
 from ecdit_ds.checkpoint.manifest import (
@@ -43,20 +43,20 @@ class _Note:
 
     plan: str
     """Of the whole conversion: source, names, boxes, types."""
-    held: Held
+    held: FileDigest
 
 
-def convert_to_ecdit(source: Source, destination: Path, files: list[FilePlan], tick: Tick) -> dict[str, int]:
+def convert_to_ecdit(source: CheckpointSource, destination: Path, files: list[FilePlan], tick: Tick) -> dict[str, int]:
     """Write our format; as `convert`."""
 
-    def texts(held: Sequence[Held]) -> dict[str, bytes]:
+    def texts(held: Sequence[FileDigest]) -> dict[str, bytes]:
         return {MANIFEST_NAME: _encoded_manifest(source, destination, files, held)}
 
     return convert(source, destination, files, texts, tick)
 
 
 def convert_to_safetensors(
-    source: Source, destination: Path, kind: str, files: list[FilePlan], tick: Tick
+    source: CheckpointSource, destination: Path, kind: str, files: list[FilePlan], tick: Tick
 ) -> dict[str, int]:
     """Write weights of one kind as Hugging Face's libraries do, with an index and our `config.json`; as `convert`."""
     weight_map = {target.key: plan.name for plan in files for target in plan.targets}
@@ -64,14 +64,14 @@ def convert_to_safetensors(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     config = {"model_type": "ecdit", "step": source.step, "kind": kind, "meta": dict(source.meta)}
 
-    def texts(held: Sequence[Held]) -> dict[str, bytes]:
+    def texts(held: Sequence[FileDigest]) -> dict[str, bytes]:
         contents = {INDEX_NAME: index, CONFIG_NAME: config | {"nonfinite": nonfinite_of(files, held)}}
         return {name: json.dumps(text, indent=1, sort_keys=True).encode() + b"\n" for name, text in contents.items()}
 
     return convert(source, destination, files, texts, tick)
 
 
-def nonfinite_of(files: Sequence[FilePlan], held: Sequence[Held]) -> dict[str, int]:
+def nonfinite_of(files: Sequence[FilePlan], held: Sequence[FileDigest]) -> dict[str, int]:
     """Return how many numbers are NaN or infinite in what was written, by global tensor that has any."""
     return sum_nonfinite(
         (target.name, count)
@@ -86,10 +86,10 @@ def bytes_to_move(files: list[FilePlan]) -> int:
 
 
 def convert(
-    source: Source,
+    source: CheckpointSource,
     destination: Path,
     files: list[FilePlan],
-    texts: Callable[[Sequence[Held]], dict[str, bytes]],
+    texts: Callable[[Sequence[FileDigest]], dict[str, bytes]],
     tick: Tick,
 ) -> dict[str, int]:
     """Write all files, then the texts about them, and publish; return the numbers that are not finite, by tensor.
@@ -99,7 +99,7 @@ def convert(
             written as well, for its names and for what it refuses.
     """
     blank = [
-        Held(xxh3=("",) * (count := len(file.targets)), header_xxh3="", size_bytes=0, nonfinite=(0,) * count)
+        FileDigest(xxh3=("",) * (count := len(file.targets)), header_xxh3="", size_bytes=0, nonfinite=(0,) * count)
         for file in files
     ]
     try:
@@ -118,8 +118,8 @@ def convert(
 
 
 def _write_file(
-    source: Source, space: Workspace, file: FilePlan, plan: str, reader: ThreadPoolExecutor, tick: Tick
-) -> Held:
+    source: CheckpointSource, space: Workspace, file: FilePlan, plan: str, reader: ThreadPoolExecutor, tick: Tick
+) -> FileDigest:
     """Write one file, or find it whole from an earlier attempt; return what it holds."""
     path = space.place(file.name)
     earlier = _read_note(space.note(file.name), plan)
@@ -134,7 +134,7 @@ def _write_file(
         nonfinite[index] += count_nonfinite(data)
         tick(len(values))
     xxh3 = tuple(checksum.hexdigest() for checksum in checksums)
-    held = Held(xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close(), nonfinite=tuple(nonfinite))
+    held = FileDigest(xxh3=xxh3, header_xxh3=writer.header_xxh3, size_bytes=writer.close(), nonfinite=tuple(nonfinite))
     if held != _read_back(file, path):
         raise CheckpointError(f"{path}: reads back other than written; the disk may be failing, use another")
     write_durably(space.note(file.name), json.dumps(asdict(_Note(plan=plan, held=held))).encode())
@@ -142,7 +142,7 @@ def _write_file(
     return held
 
 
-def _read_back(file: FilePlan, path: Path) -> Held | None:
+def _read_back(file: FilePlan, path: Path) -> FileDigest | None:
     try:
         return file.read_back(path)
     except CheckpointError:
@@ -150,12 +150,12 @@ def _read_back(file: FilePlan, path: Path) -> Held | None:
 
 
 def _read_ahead(
-    source: Source, targets: tuple[Target, ...], reader: ThreadPoolExecutor
+    source: CheckpointSource, targets: tuple[OutputTensor, ...], reader: ThreadPoolExecutor
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield all parts of all targets in order, while the next ones are being read."""
     waiting: deque[tuple[int, Future[Tensor]]] = deque()
     for index, target in enumerate(targets):
-        for box in parts_of(target.box, target.dtype.itemsize):
+        for box in split_box(target.box, target.dtype.itemsize):
             waiting.append((index, reader.submit(_read_part, source, target, box)))
             if len(waiting) > _READ_AHEAD:
                 first, data = waiting.popleft()
@@ -164,7 +164,7 @@ def _read_ahead(
         yield index, data.result()
 
 
-def _read_part(source: Source, target: Target, box: Box) -> Tensor:
+def _read_part(source: CheckpointSource, target: OutputTensor, box: Box) -> Tensor:
     held = read_part(source, target.name, box)
     cast = held.to(target.dtype)
     if held.dtype != cast.dtype and _num_overflows(held, cast):
@@ -180,11 +180,11 @@ def _num_overflows(held: Tensor, cast: Tensor) -> int:
     return int((cast.isinf() & held.isfinite()).sum())
 
 
-def _overflow(source: Source, target: Target) -> CheckpointError:
+def _overflow(source: CheckpointSource, target: OutputTensor) -> CheckpointError:
     """Return what to say of a tensor whose numbers do not fit into another type; reads all of it."""
     held, shape = source.tensors[target.name]
     count, largest = 0, 0.0
-    for part in parts_of(Box((0,) * len(shape), shape), held.itemsize):
+    for part in split_box(Box((0,) * len(shape), shape), held.itemsize):
         data = read_part(source, target.name, part)
         count += _num_overflows(data, data.to(target.dtype))
         largest = max(largest, float(data[data.isfinite()].abs().double().amax()) if data.isfinite().any() else 0.0)
@@ -195,7 +195,9 @@ def _overflow(source: Source, target: Target) -> CheckpointError:
     )
 
 
-def _encoded_manifest(source: Source, destination: Path, files: list[FilePlan], held: Sequence[Held]) -> bytes:
+def _encoded_manifest(
+    source: CheckpointSource, destination: Path, files: list[FilePlan], held: Sequence[FileDigest]
+) -> bytes:
     """Return the bytes of a manifest that the reader accepts."""
     slices: dict[str, list[StoredSlice]] = {}
     dtypes: dict[str, str] = {}
@@ -223,12 +225,12 @@ def _encoded_manifest(source: Source, destination: Path, files: list[FilePlan], 
     return encoded
 
 
-def _read_note(path: Path, plan: str) -> Held | None:
+def _read_note(path: Path, plan: str) -> FileDigest | None:
     try:
         note = json.loads(path.read_bytes())
         held = note["held"]
         lists = {"xxh3": tuple(held["xxh3"]), "nonfinite": tuple(held["nonfinite"])}
-        return Held(**held | lists) if note["plan"] == plan else None
+        return FileDigest(**held | lists) if note["plan"] == plan else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

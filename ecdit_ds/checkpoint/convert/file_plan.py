@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.sources import Source
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource
 from ecdit_ds.checkpoint.manifest import shard_name
 from ecdit_ds.checkpoint.safetensors_file import TensorFile, TensorFileWriter
 from ecdit_ds.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class OutputTensor:
     """One tensor of a new file: a box of a global tensor."""
 
     key: str
@@ -30,7 +30,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class FileDigest:
     """What one file holds, by checksums."""
 
     xxh3: tuple[str, ...]
@@ -63,7 +63,7 @@ class FilePlan:
 
     name: str
     """Within the new folder."""
-    targets: tuple[Target, ...]
+    targets: tuple[OutputTensor, ...]
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +73,7 @@ class FilePlan:
         """Begin the file; what was there is unlinked."""
         return TensorFileWriter(path, [(t.key, t.dtype, t.box.shape) for t in self.targets], {"format": "pt"})
 
-    def read_back(self, path: Path) -> Held:
+    def read_back(self, path: Path) -> FileDigest:
         """Return what a file on the disk holds of this plan.
 
         Raises:
@@ -81,10 +81,12 @@ class FilePlan:
         """
         file = TensorFile(path)
         xxh3 = tuple(file.xxh3(target.key) for target in self.targets if target.key in file.entries)
-        return Held(xxh3=xxh3, header_xxh3=file.header_xxh3, size_bytes=file.size_bytes)
+        return FileDigest(xxh3=xxh3, header_xxh3=file.header_xxh3, size_bytes=file.size_bytes)
 
 
-def plan_files(source: Source, names: Sequence[str], num_files: int, dtype: torch.dtype | None) -> list[FilePlan]:
+def plan_files(
+    source: CheckpointSource, names: Sequence[str], num_files: int, dtype: torch.dtype | None
+) -> list[FilePlan]:
     """Deal whole tensors out over files of about equal size, in order; fewer files if there are fewer tensors."""
     targets = [whole_target(source, name, dtype) for name in names]
     total, files, filled = sum(target.nbytes for target in targets), [[]], 0  # type: ignore[var-annotated]
@@ -97,7 +99,7 @@ def plan_files(source: Source, names: Sequence[str], num_files: int, dtype: torc
 
 
 def plan_layout(
-    source: Source,
+    source: CheckpointSource,
     names: Sequence[str],
     cuts: Callable[[str], dict[int, int]],
     tp: int,
@@ -109,8 +111,8 @@ def plan_layout(
     Args:
         cuts: name -> {axis: number of slices}; axis 0 of experts is cut over ep, the other over tp.
     """
-    ranks: dict[int, list[Target]] = {}
-    shared: list[Target] = []
+    ranks: dict[int, list[OutputTensor]] = {}
+    shared: list[OutputTensor] = []
     for name in names:
         whole = whole_target(source, name, dtype)
         if not (by_axis := cuts(name)):
@@ -125,9 +127,11 @@ def plan_layout(
     return [_file(shard_name(index), found) for index, found in enumerate(filled)]
 
 
-def plan_safetensors(source: Source, kind: str, max_file_bytes: int, dtype: torch.dtype | None) -> list[FilePlan]:
+def plan_safetensors(
+    source: CheckpointSource, kind: str, max_file_bytes: int, dtype: torch.dtype | None
+) -> list[FilePlan]:
     """Deal the tensors of one kind out as Hugging Face's libraries do: parameter names, numbered files."""
-    files: list[list[Target]] = [[]]
+    files: list[list[OutputTensor]] = [[]]
     filled = 0
     for name in source.tensors:
         if name.startswith(f"{kind}/"):
@@ -141,14 +145,14 @@ def plan_safetensors(source: Source, kind: str, max_file_bytes: int, dtype: torc
     return [_file(name, found) for name, found in zip(names, files, strict=True)]
 
 
-def whole_target(source: Source, name: str, dtype: torch.dtype | None) -> Target:
+def whole_target(source: CheckpointSource, name: str, dtype: torch.dtype | None) -> OutputTensor:
     """Return a whole tensor; floating-point numbers become `dtype`, if it is one."""
     held, shape = source.tensors[name]
     new = dtype if dtype is not None and held.is_floating_point else held
-    return Target(key=name, name=name, box=Box((0,) * len(shape), shape), dtype=new)
+    return OutputTensor(key=name, name=name, box=Box((0,) * len(shape), shape), dtype=new)
 
 
-def _slice_of(whole: Target, by_axis: dict[int, int], index: dict[int, int]) -> Target:
+def _slice_of(whole: OutputTensor, by_axis: dict[int, int], index: dict[int, int]) -> OutputTensor:
     offset, shape = list(whole.box.offset), list(whole.box.shape)
     for axis, count in by_axis.items():
         if axis >= len(shape) or shape[axis] % count:
@@ -156,8 +160,8 @@ def _slice_of(whole: Target, by_axis: dict[int, int], index: dict[int, int]) -> 
             raise CheckpointError(f"tensor {whole.name}: {count} slices do not divide axis {axis} of shape {held}")
         shape[axis] //= count
         offset[axis] = index[axis] * shape[axis]
-    return Target(key=whole.key, name=whole.name, box=Box(tuple(offset), tuple(shape)), dtype=whole.dtype)
+    return OutputTensor(key=whole.key, name=whole.name, box=Box(tuple(offset), tuple(shape)), dtype=whole.dtype)
 
 
-def _file(name: str, targets: Sequence[Target]) -> FilePlan:
+def _file(name: str, targets: Sequence[OutputTensor]) -> FilePlan:
     return FilePlan(name=name, targets=tuple(targets))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.sources import EcditSource, Source, Tick, parts_of, read_part
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource, EcditSource, Tick, read_part, split_box
 from ecdit_ds.checkpoint.convert.universal import UniversalSource
 from ecdit_ds.checkpoint.finite import count_nonfinite, sum_nonfinite, tell_nonfinite
 from ecdit_ds.config.recipe import changed_fields, with_defaults
@@ -20,7 +20,7 @@ _LONGEST_VALUE = 1000
 """Characters of a value of meta that are told."""
 
 
-def describe(source: Source) -> list[str]:
+def describe_checkpoint(source: CheckpointSource) -> list[str]:
     """Return lines: step, recipe, kinds with their sizes, files and slices, and numbers that are not finite."""
     meta, recipe = source.meta, _section(source.meta, "recipe")
     model, parallel = _section(recipe, "model"), _section(recipe, "parallel")
@@ -48,7 +48,9 @@ def describe(source: Source) -> list[str]:
     return [*lines, f"finite       {said}"]
 
 
-def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names: Collection[str], tick: Tick) -> int:
+def verify(
+    source: CheckpointSource, expected: Mapping[str, tuple[int, ...]], state_names: Collection[str], tick: Tick
+) -> int:
     """Check everything there is to check and return the bytes of tensors that were read.
 
     That slices tile each tensor, without gap or overlap, every expert's included, was proven when the manifest was
@@ -82,7 +84,7 @@ def verify(source: Source, expected: Mapping[str, tuple[int, ...]], state_names:
     return total_bytes(source)
 
 
-def _nonfinite_parts(source: Source, name: str, tick: Tick) -> Iterator[int]:
+def _nonfinite_parts(source: CheckpointSource, name: str, tick: Tick) -> Iterator[int]:
     """Read all of a tensor, compared with its checksums; yield of each part how many numbers are not finite."""
     if isinstance(source, EcditSource):
         stored = source.manifest.tensors[name]
@@ -96,13 +98,13 @@ def _nonfinite_parts(source: Source, name: str, tick: Tick) -> Iterator[int]:
             tick(data.nbytes)
 
 
-def _require_all_kinds(source: Source, held: Collection[str], state_names: Collection[str]) -> None:
+def _require_all_kinds(source: CheckpointSource, held: Collection[str], state_names: Collection[str]) -> None:
     needed = ["weight", *state_names, *(["ema"] if isinstance(source, EcditSource) else [])]
     if lacking := [kind for kind in needed if kind not in held]:
         raise CheckpointError(f"holds {', '.join(held)}, but no {lacking[0]}; training cannot go on from it")
 
 
-def differences(first: Source, second: Source, tick: Tick) -> Iterator[str]:
+def differences(first: CheckpointSource, second: CheckpointSource, tick: Tick) -> Iterator[str]:
     """Yield a line for each way in which two checkpoints differ; none if they hold the same."""
     if first.step != second.step:
         yield f"step: {first.step} and {second.step}"
@@ -134,7 +136,7 @@ def _filled(meta: Mapping[str, Any]) -> dict[str, Any]:
     return dict(meta) | ({"recipe": with_defaults(recipe)} if isinstance(recipe, dict) else {})
 
 
-def total_bytes(source: Source) -> int:
+def total_bytes(source: CheckpointSource) -> int:
     """Return the bytes of all tensors."""
     return sum(_nbytes(source, name) for name in source.tensors)
 
@@ -176,7 +178,7 @@ def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _by_kind(source: Source) -> dict[str, list[str]]:
+def _by_kind(source: CheckpointSource) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
     for name in source.tensors:
         kinds.setdefault(name.split("/", 1)[0], []).append(name)
@@ -193,14 +195,14 @@ def _compare_names(kind: str, held: dict[str, Any], expected: Mapping[str, tuple
         raise CheckpointError(f"{kind}/{surplus[0]}: is not in the recipe's model")
 
 
-def _parts(source: Source, name: str) -> Iterator[Box]:
+def _parts(source: CheckpointSource, name: str) -> Iterator[Box]:
     dtype, shape = source.tensors[name]
-    return parts_of(Box((0,) * len(shape), shape), dtype.itemsize)
+    return split_box(Box((0,) * len(shape), shape), dtype.itemsize)
 
 
-def _numel(source: Source, name: str) -> int:
+def _numel(source: CheckpointSource, name: str) -> int:
     return math.prod(source.tensors[name][1])
 
 
-def _nbytes(source: Source, name: str) -> int:
+def _nbytes(source: CheckpointSource, name: str) -> int:
     return _numel(source, name) * source.tensors[name][0].itemsize

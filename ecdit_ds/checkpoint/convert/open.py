@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.convert.formats import deepspeed_folder, lacks_recipe, open_deepspeed
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
-from ecdit_ds.checkpoint.convert.sources import INDEX_NAME, Source, open_source
-from ecdit_ds.checkpoint.convert.upcycle import UpcycledSource, Upcycling
+from ecdit_ds.checkpoint.convert.sources import INDEX_NAME, CheckpointSource, open_checkpoint_source
+from ecdit_ds.checkpoint.convert.upcycle import UpcycledSource, UpcycleSpec
 from ecdit_ds.checkpoint.file_ranges import reading
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints
 from ecdit_ds.config.recipe import STATE_NAMES, Recipe
@@ -19,16 +19,16 @@ from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_parameter
 from ecdit_ds.parallel.expert_parallel import serial_layers
-from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.parallel.partition_rules import sharded_axes
 
 
 def model_facts(name_or_path: str, overrides: Sequence[str]) -> ModelFacts:
     """Return what a folder of DeepSpeed's does not say, from the recipe that was trained."""
     recipe = load_recipe(name_or_path, overrides)
-    return ModelFacts(recipe=recipe, shapes=parameter_shapes(recipe), cut_axes=cut_axes)
+    return ModelFacts(recipe=recipe, shapes=parameter_shapes(recipe), cut_axes=sharded_axes)
 
 
-def upcycled(source: Source, name_or_path: str, overrides: Sequence[str]) -> UpcycledSource:
+def upcycled(source: CheckpointSource, name_or_path: str, overrides: Sequence[str]) -> UpcycledSource:
     """Return a dense checkpoint as one of the recipe's model of experts."""
     recipe = load_recipe(name_or_path, overrides)
 
@@ -37,13 +37,13 @@ def upcycled(source: Source, name_or_path: str, overrides: Sequence[str]) -> Upc
         initialize_parameter(parameter, torch.nn.Parameter(weight), recipe.train.seed)
         return weight
 
-    upcycling = Upcycling(
+    upcycling = UpcycleSpec(
         recipe=recipe, shapes=parameter_shapes(recipe), state_names=STATE_NAMES[recipe.optimizer.name], initial=initial
     )
     return UpcycledSource(source, upcycling)
 
 
-def open_checkpoint(path: Path, facts: ModelFacts | None) -> tuple[Path, Source]:
+def open_checkpoint(path: Path, facts: ModelFacts | None) -> tuple[Path, CheckpointSource]:
     """Open a checkpoint's folder, or the newest of a run's; return the folder with it."""
     if facts is not None and not lacks_recipe(path):
         raise ConfigError(f"--config: {path} is no folder of DeepSpeed's own and has its recipe; leave the flag away")
@@ -51,14 +51,14 @@ def open_checkpoint(path: Path, facts: ModelFacts | None) -> tuple[Path, Source]
         return folder, open_deepspeed(folder, facts)
     with reading(path):
         if (path / MANIFEST_NAME).exists() or (path / INDEX_NAME).exists():
-            return path, open_source(path)
+            return path, open_checkpoint_source(path)
     for root in (path / "checkpoints", path):
         if found := list_checkpoints(root):
-            return found[0], open_source(found[0])
+            return found[0], open_checkpoint_source(found[0])
     raise CheckpointError(f"{path}: is neither a checkpoint nor a run with checkpoints")
 
 
-def recipe_of(source: Source) -> Recipe:
+def recipe_of(source: CheckpointSource) -> Recipe:
     """Return the recipe that a checkpoint holds; whoever wrote it, of no more layers than it has tensors."""
     with _told_of_recipe():
         recipe = recipe_from_dict(source.meta["recipe"])
@@ -67,7 +67,7 @@ def recipe_of(source: Source) -> Recipe:
         return recipe
 
 
-def expected_of(source: Source) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+def expected_of(source: CheckpointSource) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
     """Return what a checkpoint must hold by its own recipe: parameters with shapes, and what the optimizer keeps."""
     recipe = recipe_of(source)
     with _told_of_recipe():

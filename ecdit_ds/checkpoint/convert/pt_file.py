@@ -32,7 +32,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredTensor:
+class PtTensor:
     """A tensor of a file, without its data."""
 
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-class Skipped:
+class Placeholder:
     """Takes the place of an object that is known, and of no use here."""
 
     def __init__(self, *_: Any) -> None:
@@ -90,7 +90,7 @@ class TorchFile(RangedFile):
         crc = zlib.crc32(repr([(name, info.CRC) for name, (info, _) in self._records.items()]).encode())
         return f"{self.path.name} {self.size_bytes} {self._modified_ns} {crc:08x}"
 
-    def read(self, tensor: StoredTensor, box: Box, *, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+    def read(self, tensor: PtTensor, box: Box, *, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         """Return a box of a tensor; all of its storage was compared with its checksum before.
 
         Args:
@@ -106,7 +106,7 @@ class TorchFile(RangedFile):
                 self._read_box(file, tensor.begin + start * out.itemsize, shape, box, out)
         return out
 
-    def xxh3(self, tensor: StoredTensor) -> str:
+    def xxh3(self, tensor: PtTensor) -> str:
         """Return the checksum of a contiguous tensor's bytes, read a chunk at a time."""
         with self._open() as file:
             self._verify_once(file, tensor)
@@ -118,13 +118,13 @@ class TorchFile(RangedFile):
         Raises:
             CheckpointError: it is none.
         """
-        if isinstance(value, StoredTensor) and value.numel == 1:
+        if isinstance(value, PtTensor) and value.numel == 1:
             value = self.read(value, Box((0,) * len(value.shape), value.shape)).item()
         if not isinstance(value, int | float) or not 0 <= value < 2**63:
             raise CheckpointError(f"{self.path}: does not say how many steps were taken; use another checkpoint")
         return int(value)
 
-    def _verify_once(self, file: FileIO, tensor: StoredTensor) -> None:
+    def _verify_once(self, file: FileIO, tensor: PtTensor) -> None:
         if tensor.numel and tensor.record not in self._verified:
             self._verify(file, tensor.record)
 
@@ -199,7 +199,7 @@ class TorchFile(RangedFile):
     def _describe(self, value: Any, where: str, seen: dict[int, Any]) -> Any:
         if isinstance(value, Tensor):
             return self._stored(value, where)
-        if isinstance(value, torch.dtype | Skipped) or type(value) in self._stand_ins.values():
+        if isinstance(value, torch.dtype | Placeholder) or type(value) in self._stand_ins.values():
             return value
         if isinstance(value, dict):
             keys = {key: self._described(key, where, seen) for key in value}
@@ -212,7 +212,7 @@ class TorchFile(RangedFile):
             "container; use a file that holds data only"
         )
 
-    def _stored(self, tensor: Tensor, where: str) -> StoredTensor:
+    def _stored(self, tensor: Tensor, where: str) -> PtTensor:
         fault = f"tensor {where.lstrip('.') or 'it'}"
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "meta":
             raise CheckpointError(f"{self.path}: {fault} is not a plain dense one; use a file that holds such only")
@@ -222,7 +222,7 @@ class TorchFile(RangedFile):
         record, size, is_contiguous = self._record_at[begin], tensor.dtype.itemsize, tensor.is_contiguous()
         if is_contiguous and (tensor.storage_offset() + tensor.numel()) * size > self._records[record][0].file_size:
             raise self._damaged(f"{fault} of shape {list(tensor.shape)} reaches beyond its record")
-        return StoredTensor(
+        return PtTensor(
             dtype=tensor.dtype,
             shape=tuple(tensor.shape),
             record=record,

@@ -33,7 +33,7 @@ Tick = Callable[[int], object]
 """Called with the bytes that were just dealt with."""
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A checkpoint of any format."""
 
     @property
@@ -131,7 +131,7 @@ class SafetensorsSource:
                     raise CheckpointError(f"{file.path}: tensor {key} is not in {INDEX_NAME}; add it or remove it")
 
 
-def parts_of(box: Box, itemsize: int) -> Iterator[Box]:
+def split_box(box: Box, itemsize: int) -> Iterator[Box]:
     """Cut a box into parts of at most PART_BYTES that follow one another in its row-major data; none if it is empty."""
     if box.numel * itemsize <= PART_BYTES:
         if box.numel:
@@ -144,11 +144,11 @@ def parts_of(box: Box, itemsize: int) -> Iterator[Box]:
             yield Box((first + start, *offset), (min(num_rows, rows - start), *shape))
         return
     for row in range(rows):
-        for part in parts_of(Box(tuple(offset), tuple(shape)), itemsize):
+        for part in split_box(Box(tuple(offset), tuple(shape)), itemsize):
             yield Box((first + row, *part.offset), (1, *part.shape))
 
 
-def open_source(path: Path) -> EcditSource | SafetensorsSource:
+def open_checkpoint_source(path: Path) -> EcditSource | SafetensorsSource:
     """Open a checkpoint folder of a format that is known here.
 
     Raises:
@@ -163,7 +163,7 @@ def open_source(path: Path) -> EcditSource | SafetensorsSource:
     )
 
 
-def read_part(source: Source, name: str, box: Box) -> Tensor:
+def read_part(source: CheckpointSource, name: str, box: Box) -> Tensor:
     """Return a box of a global tensor.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
-from ecdit_ds.checkpoint.convert.pt_file import Skipped, StoredTensor, TorchFile
+from ecdit_ds.checkpoint.convert.pt_file import Placeholder, PtTensor, TorchFile
 from ecdit_ds.checkpoint.convert.sources import check_tensors, nonfinite_said, read_json, step_and_meta
 from ecdit_ds.checkpoint.file_ranges import reading
 from ecdit_ds.errors import CheckpointError
@@ -32,8 +32,8 @@ OPTIMIZER_STATE = "optimizer_state.pt"
 OURS = "ecdit_ds.json"
 STEP = "step"
 STAND_INS = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": Skipped,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": Skipped,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": Placeholder,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": Placeholder,
 }
 """What DeepSpeed's own tool leaves in these files, and nobody here needs."""
 _WEIGHT, _THEIR_WEIGHT = "weight", "fp32"
@@ -161,10 +161,10 @@ def _check_all_there(folder: Path, held: Collection[str], expected: set[str]) ->
         raise CheckpointError(f"{folder}: holds {surplus[0]}, which {OURS} does not know; copy the folder again")
 
 
-def tensor_in(file: TorchFile) -> StoredTensor:
+def tensor_in(file: TorchFile) -> PtTensor:
     """Return a file's tensor: in a dict under `param`, or bare and flat, as `ds_to_universal` writes of ZeRO-3."""
     stored = file.content.get("param") if isinstance(file.content, dict) else file.content
-    if not isinstance(stored, StoredTensor) or not stored.is_contiguous:
+    if not isinstance(stored, PtTensor) or not stored.is_contiguous:
         raise CheckpointError(f"{file.path}: holds no tensor `param` in one piece; use another checkpoint")
     return stored
 

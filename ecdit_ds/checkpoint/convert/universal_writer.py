@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.convert.convert import convert, nonfinite_of
-from ecdit_ds.checkpoint.convert.file_plan import FilePlan, Held, Target, whole_target
+from ecdit_ds.checkpoint.convert.file_plan import FileDigest, FilePlan, OutputTensor, whole_target
 from ecdit_ds.checkpoint.convert.pt_file import TorchFile, torch_bytes, write_torch_file
-from ecdit_ds.checkpoint.convert.sources import Source, Tick
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource, Tick
 from ecdit_ds.checkpoint.convert.universal import LATEST, OPTIMIZER_STATE, OURS, STEP, checksum, path_of, tensor_in
 from ecdit_ds.checkpoint.file_ranges import bytes_of
 from ecdit_ds.errors import CheckpointError
@@ -35,19 +35,19 @@ class _ParameterFile(FilePlan):
         """Begin the file."""
         return _ParameterWriter(path, self.targets[0], self.marks)
 
-    def read_back(self, path: Path) -> Held:
+    def read_back(self, path: Path) -> FileDigest:
         """Return what a file on the disk holds of this plan."""
         file = TorchFile(path)
         stored = tensor_in(file)
         marks = {key: mark for key, mark in file.content.items() if key != _PARAM}
         header = _checksum_of(stored.dtype, stored.shape, marks)
-        return Held(xxh3=(file.xxh3(stored),), header_xxh3=header, size_bytes=file.size_bytes)
+        return FileDigest(xxh3=(file.xxh3(stored),), header_xxh3=header, size_bytes=file.size_bytes)
 
 
 class _ParameterWriter:
     """Holds the whole tensor until it is written, as PyTorch wants it."""
 
-    def __init__(self, path: Path, target: Target, marks: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, target: OutputTensor, marks: Mapping[str, Any]) -> None:
         self._path, self._marks = path, marks
         self._whole, self._filled = torch.empty(target.box.shape, dtype=target.dtype), 0
         self.header_xxh3 = _checksum_of(target.dtype, target.box.shape, marks)
@@ -66,7 +66,7 @@ class _ParameterWriter:
 
 
 def plan_universal(
-    source: Source, cut_axes: Callable[[str], dict[str, int]], tp: int, *, marks_experts: bool = True
+    source: CheckpointSource, cut_axes: Callable[[str], dict[str, int]], tp: int, *, marks_experts: bool = True
 ) -> list[FilePlan]:
     """Give each tensor a file.
 
@@ -100,7 +100,7 @@ def plan_universal(
 
 
 def convert_to_universal(
-    source: Source, destination: Path, files: list[FilePlan], tp: int, tick: Tick
+    source: CheckpointSource, destination: Path, files: list[FilePlan], tp: int, tick: Tick
 ) -> dict[str, int]:
     """Write a Universal Checkpoint; as `convert`.
 
@@ -109,7 +109,7 @@ def convert_to_universal(
         tp: as many files tell the tensor-parallel ranks where training is.
     """
 
-    def texts(held: Sequence[Held]) -> dict[str, bytes]:
+    def texts(held: Sequence[FileDigest]) -> dict[str, bytes]:
         tag, contents = _tag(source), _torch_texts(source, tp)
         folders = sorted({file.name.rsplit("/", 1)[0] for file in files})
         step = torch_bytes(_step(source))
@@ -129,7 +129,7 @@ def convert_to_universal(
     return convert(source, destination, files, texts, tick)
 
 
-def _torch_texts(source: Source, tp: int) -> dict[str, Any]:
+def _torch_texts(source: CheckpointSource, tp: int) -> dict[str, Any]:
     """Return what is not a parameter's, by its name in the tag's folder: the counts."""
     common = {
         "ds_version": _DEEPSPEED_VERSION,
@@ -154,11 +154,11 @@ def _torch_texts(source: Source, tp: int) -> dict[str, Any]:
     }
 
 
-def _step(source: Source) -> Tensor:
+def _step(source: CheckpointSource) -> Tensor:
     return torch.tensor(float(source.meta["num_updates"]))  # what torch's optimizers keep
 
 
-def _tag(source: Source) -> str:
+def _tag(source: CheckpointSource) -> str:
     return f"global_step{source.step}_universal"
 
 

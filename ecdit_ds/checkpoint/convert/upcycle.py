@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.sources import Source
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource
 from ecdit_ds.config.model_config import EXPERT_FIELDS
 from ecdit_ds.config.recipe import Recipe, with_defaults
 from ecdit_ds.errors import CheckpointError
@@ -17,12 +17,12 @@ _WEIGHT, _EMA = "weight", "ema"
 _DENSE_OF = {"ffn.experts.w1": "ffn.up.weight", "ffn.experts.w2": "ffn.down.weight"}
 
 
-class WithAverage:
+class WithEmaFromWeights:
     """A checkpoint without an average, which then begins at the weights."""
 
     nonfinite: Mapping[str, int] | None = None
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CheckpointSource) -> None:
         if any(name.startswith(f"{_EMA}/") for name in source.tensors):
             raise CheckpointError("--ema-from-weights: the checkpoint holds an ema already; leave the flag away")
         self._source, self.step, self.meta = source, source.step, source.meta
@@ -40,7 +40,7 @@ class WithAverage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycling:
+class UpcycleSpec:
     """Into what a dense model is made."""
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class UpcycledSource:
 
     nonfinite: Mapping[str, int] | None = None
 
-    def __init__(self, source: Source, upcycling: Upcycling) -> None:
+    def __init__(self, source: CheckpointSource, upcycling: UpcycleSpec) -> None:
         check_upcyclable(source, upcycling.recipe)
         self._source, self._made = source, upcycling
         self.step = 0
@@ -118,7 +118,7 @@ class UpcycledSource:
             raise CheckpointError(f"{kind}/{origin}: {told} in the dense checkpoint; {parameter} needs {list(needed)}")
 
 
-def check_upcyclable(source: Source, recipe: Recipe) -> None:
+def check_upcyclable(source: CheckpointSource, recipe: Recipe) -> None:
     """Refuse what is no dense checkpoint, or differs from the new recipe in more than its experts.
 
     Raises:

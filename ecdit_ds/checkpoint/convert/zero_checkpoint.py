@@ -23,7 +23,7 @@ from torch import Tensor
 from ecdit_ds.checkpoint.boxes import Box, check_cover, flat_range_boxes, shifted
 from ecdit_ds.checkpoint.convert import universal
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
-from ecdit_ds.checkpoint.convert.pt_file import StoredTensor, TorchFile
+from ecdit_ds.checkpoint.convert.pt_file import PtTensor, TorchFile
 from ecdit_ds.checkpoint.convert.sources import check_tensors
 from ecdit_ds.checkpoint.file_ranges import reading
 from ecdit_ds.errors import CheckpointError
@@ -60,7 +60,7 @@ class _Group:
     """One rank's part of one optimizer group."""
 
     file: TorchFile
-    flats: dict[str, StoredTensor]
+    flats: dict[str, PtTensor]
     """Kind (`weight`, `exp_avg`, ...) -> flat tensor."""
     places: dict[str, FragmentAddress]
     """Parameter -> where it lies in each of them; those that other ranks hold are not there."""
@@ -74,7 +74,7 @@ class _Piece:
     """A box of a global tensor, and where its numbers lie one after another."""
 
     file: TorchFile
-    flat: StoredTensor
+    flat: PtTensor
     at: int
     box: Box
 
@@ -245,13 +245,13 @@ def _groups_of(file: TorchFile) -> list[_Group]:
 
 
 def _group(
-    file: TorchFile, flat: StoredTensor, kept: dict[str, Any], group: dict[str, Any], places: dict[str, FragmentAddress]
+    file: TorchFile, flat: PtTensor, kept: dict[str, Any], group: dict[str, Any], places: dict[str, FragmentAddress]
 ) -> _Group:
     for place in places.values():
         if type(place.numel) is not int or type(place.start) is not int or min(place.numel, place.start) < 0:
             raise ValueError("a place in a flat tensor is no pair of whole numbers")
     flats = {"weight": flat} | {
-        kind: value for kind, value in kept.items() if isinstance(value, StoredTensor) and len(value.shape) == 1
+        kind: value for kind, value in kept.items() if isinstance(value, PtTensor) and len(value.shape) == 1
     }
     expert_group = _EXPERT_GROUP.fullmatch(str(group.get("name", ""))) if group.get("moe") else None
     return _Group(

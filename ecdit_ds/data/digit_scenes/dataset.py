@@ -18,12 +18,12 @@ from tqdm import tqdm
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.data.digit_scenes.scenes import Split, check_canvas, draw_scene
-from ecdit_ds.data.encoders.base import ImageEncoder, PixelCodec, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, ImageEncoder, PixelVAE, TextEncoder
 from ecdit_ds.data.encoders.online import check_encoders_fit
-from ecdit_ds.data.encoders.spec import image_facts, text_facts
-from ecdit_ds.data.latents.columns import LatentSums, null_columns, table_of, total_of
+from ecdit_ds.data.encoders.spec import image_encoder_spec, text_encoder_spec
+from ecdit_ds.data.latents.columns import LatentStats, null_columns, sum_stats, to_table
 from ecdit_ds.data.latents.dataset import LatentDataset
-from ecdit_ds.data.latents.index import SCHEMA_VERSION, SetIndex, ShardInfo, read_index
+from ecdit_ds.data.latents.index import SCHEMA_VERSION, LatentIndex, ShardInfo, read_index
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
 
@@ -88,26 +88,26 @@ def _write_scenes(
 ) -> None:
     """Write a split beside its place, and publish it."""
     from ecdit_ds.data.latents.shard_writer import (
-        new_draft,
-        publish_set,
+        commit_dataset,
+        create_staging_dir,
         write_arrow_shard,
         write_index,
         write_null_text,
     )
 
-    draft = new_draft(folder)
+    draft = create_staging_dir(folder)
     try:
-        parts: list[LatentSums] = []
+        parts: list[LatentStats] = []
         tables = _encode_scenes(settings, image_encoder, text_encoder, parts)
         count, size, checksum = write_arrow_shard(draft / _SHARD_FILE, tables)
         shard = ShardInfo(file=_SHARD_FILE, bucket=0, count=count, bytes=size, xxh3=checksum)
         null_text = null_columns(text_encoder, torch.float32)
-        mean, std = total_of(parts).statistics()
-        index = SetIndex(
+        mean, std = sum_stats(parts).statistics()
+        index = LatentIndex(
             schema=SCHEMA_VERSION,
             count=count,
-            image_encoder=image_facts(image_encoder),
-            text_encoder=text_facts(text_encoder),
+            image_encoder=image_encoder_spec(image_encoder),
+            text_encoder=text_encoder_spec(text_encoder),
             latents_dtype="float32",
             text_shape=(model.max_text_tokens, model.text_embed_dim),
             pooled_width=null_text["text_pooled"].shape[1],
@@ -120,7 +120,7 @@ def _write_scenes(
             **write_null_text(draft, null_text),
         )
         write_index(draft, index)
-        publish_set(draft, folder)
+        commit_dataset(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -178,8 +178,8 @@ def is_of_digit_scenes(data: DataConfig, model: ModelConfig, encoders: Mapping[s
 
 
 def _are_of_scenes(model: ModelConfig, encoders: Mapping[str, Any]) -> bool:
-    words = WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
-    of_scenes = {"image": PixelCodec().identity, "text": words.identity}
+    words = HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    of_scenes = {"image": PixelVAE().identity, "text": words.identity}
     return all(
         isinstance(facts := encoders.get(what), dict) and facts.get("identity") == identity
         for what, identity in of_scenes.items()
@@ -187,7 +187,7 @@ def _are_of_scenes(model: ModelConfig, encoders: Mapping[str, Any]) -> bool:
 
 
 def _encode_scenes(
-    settings: dict[str, str | int], image_encoder: ImageEncoder, text_encoder: TextEncoder, parts: list[LatentSums]
+    settings: dict[str, str | int], image_encoder: ImageEncoder, text_encoder: TextEncoder, parts: list[LatentStats]
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded scenes, in order, and append the sums of each to `parts`."""
     seed, count, split = int(settings["seed"]), int(settings["count"]), cast(Split, settings["split"])
@@ -204,8 +204,8 @@ def _encode_scenes(
             captions = [scene.caption for scene in scenes]
             with torch.no_grad():
                 latents_BCHW, text = image_encoder.encode(images_B3HW), text_encoder.encode(captions)
-            parts.append(LatentSums.of(latents_BCHW))
-            yield table_of(
+            parts.append(LatentStats.of(latents_BCHW))
+            yield to_table(
                 keys=[f"{split}-{i}" for i in indices],
                 captions=captions,
                 kinds=[scene.kind for scene in scenes],

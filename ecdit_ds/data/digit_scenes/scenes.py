@@ -58,7 +58,7 @@ _MIRRORED: Mapping[str | None, Relation] = types.MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
+class SceneSpec:
     """What a caption says: its digits in order, their colours where it names them, and a relation where it has one."""
 
     kind: Kind
@@ -112,7 +112,7 @@ class Scene:
     """An image, its caption, and the truth behind both; objects stand in the order the caption names them."""
 
     image_HWC: npt.NDArray[np.uint8]
-    claim: Claim
+    claim: SceneSpec
     objects: tuple[SceneObject, ...]
 
     @property
@@ -196,30 +196,32 @@ def digit_images(split: Split) -> DigitImages:
 
 
 @functools.cache
-def possible_claims(kind: Kind) -> tuple[Claim, ...]:
+def possible_claims(kind: Kind) -> tuple[SceneSpec, ...]:
     """Return everything that captions of a kind can say, in both splits, each once."""
     pairs, palette = tuple(itertools.permutations(range(10), 2)), tuple(PALETTE)
     any_colours = ((None, None), *itertools.product(palette, repeat=2))
     match kind:
         case "single":
-            return tuple(Claim(kind=kind, digits=(digit,), colours=(None,)) for digit in range(10))
+            return tuple(SceneSpec(kind=kind, digits=(digit,), colours=(None,)) for digit in range(10))
         case "colour":
             said = itertools.product(range(10), palette)
-            return tuple(Claim(kind=kind, digits=(digit,), colours=(colour,)) for digit, colour in said)
+            return tuple(SceneSpec(kind=kind, digits=(digit,), colours=(colour,)) for digit, colour in said)
         case "counting":
             counted = itertools.product(_COUNTS, (None, *palette), range(10))
-            return tuple(Claim(kind=kind, digits=(digit,) * n, colours=(colour,) * n) for n, colour, digit in counted)
+            return tuple(
+                SceneSpec(kind=kind, digits=(digit,) * n, colours=(colour,) * n) for n, colour, digit in counted
+            )
         case "two":
-            return tuple(Claim(kind=kind, digits=pair, colours=(None, None)) for pair in pairs)
+            return tuple(SceneSpec(kind=kind, digits=pair, colours=(None, None)) for pair in pairs)
         case "position":
             related = itertools.product(pairs, any_colours, RELATIONS)
-            return tuple(Claim(kind=kind, digits=pair, colours=two, relation=side) for pair, two, side in related)
+            return tuple(SceneSpec(kind=kind, digits=pair, colours=two, relation=side) for pair, two, side in related)
         case "attribution":
             coloured = itertools.product(pairs, itertools.permutations(palette, 2))
-            return tuple(Claim(kind=kind, digits=pair, colours=two) for pair, two in coloured)
+            return tuple(SceneSpec(kind=kind, digits=pair, colours=two) for pair, two in coloured)
 
 
-def parse_caption(caption: str) -> Claim:
+def parse_caption(caption: str) -> SceneSpec:
     """Return what a caption says: the inverse of `Claim.caption`, for every caption that a scene can have.
 
     Raises:
@@ -235,7 +237,7 @@ def parse_caption(caption: str) -> Claim:
 
 
 @functools.cache
-def _claims_by_caption() -> Mapping[str, Claim]:
+def _claims_by_caption() -> Mapping[str, SceneSpec]:
     return types.MappingProxyType({claim.caption: claim for kind in KINDS for claim in possible_claims(kind)})
 
 
@@ -266,7 +268,7 @@ def _glyphs_by_digit(split: Split) -> tuple[npt.NDArray[np.int64], ...]:
     return tuple(images.glyph_N[images.digit_N == digit] for digit in range(10))
 
 
-def _draw_claim(kind: Kind, split: Split, rng: np.random.Generator) -> Claim:
+def _draw_claim(kind: Kind, split: Split, rng: np.random.Generator) -> SceneSpec:
     """Draw what the caption says, by rejection, so that every claim of a kind and split is equally likely."""
     while True:
         claim = _propose_claim(kind, rng)
@@ -274,30 +276,30 @@ def _draw_claim(kind: Kind, split: Split, rng: np.random.Generator) -> Claim:
             return claim
 
 
-def _propose_claim(kind: Kind, rng: np.random.Generator) -> Claim:
+def _propose_claim(kind: Kind, rng: np.random.Generator) -> SceneSpec:
     first = _pick(rng, 10)
     second = (first + 1 + _pick(rng, 9)) % 10  # of two named digits no caption names the same twice
     match kind:
         case "single":
-            return Claim(kind=kind, digits=(first,), colours=(None,))
+            return SceneSpec(kind=kind, digits=(first,), colours=(None,))
         case "colour":
-            return Claim(kind=kind, digits=(first,), colours=(_draw_colour(rng),))
+            return SceneSpec(kind=kind, digits=(first,), colours=(_draw_colour(rng),))
         case "counting":
             count, shared = _COUNTS[_pick(rng, len(_COUNTS))], _draw_colour(rng) if _pick(rng, 2) else None
-            return Claim(kind=kind, digits=(first,) * count, colours=(shared,) * count)
+            return SceneSpec(kind=kind, digits=(first,) * count, colours=(shared,) * count)
         case "two":
-            return Claim(kind=kind, digits=(first, second), colours=(None, None))
+            return SceneSpec(kind=kind, digits=(first, second), colours=(None, None))
         case "position":
             relation = RELATIONS[_pick(rng, len(RELATIONS))]
             colours = (_draw_colour(rng), _draw_colour(rng)) if _pick(rng, 2) else (None, None)
-            return Claim(kind=kind, digits=(first, second), colours=colours, relation=relation)
+            return SceneSpec(kind=kind, digits=(first, second), colours=colours, relation=relation)
         case "attribution":
             names, colour = tuple(PALETTE), _pick(rng, len(PALETTE))
             other = (colour + 1 + _pick(rng, len(names) - 1)) % len(names)
-            return Claim(kind=kind, digits=(first, second), colours=(names[colour], names[other]))
+            return SceneSpec(kind=kind, digits=(first, second), colours=(names[colour], names[other]))
 
 
-def is_held_out(claim: Claim) -> bool:
+def is_held_out(claim: SceneSpec) -> bool:
     """Whether a caption belongs to the held-out split: about one in eight, alike for all ways to say the same thing."""
     return stable_seed("digit_scenes caption 1", *claim.meaning) % 8 == 0
 
@@ -313,7 +315,7 @@ def _thing(digit: int, colour: str | None) -> str:
     return f"an {words}" if words == "eight" else f"a {words}"
 
 
-def _draw_cells(claim: Claim, rows: int, columns: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def _draw_cells(claim: SceneSpec, rows: int, columns: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Draw a distinct (row, column) for each digit, such that a relation holds and is the only one that does."""
     if claim.relation is None:
         chosen = rng.permutation(rows * columns)[: len(claim.digits)].tolist()
@@ -327,7 +329,7 @@ def _draw_cells(claim: Claim, rows: int, columns: int, rng: np.random.Generator)
 
 
 @functools.cache
-def enlargement(scale: int) -> npt.NDArray[np.float32]:
+def upsampling_matrix(scale: int) -> npt.NDArray[np.float32]:
     """Return the (8 * scale, 8) matrix of linear interpolation between pixel centres; the identity for scale 1."""
     centres = (np.arange(DIGIT_PIXELS * scale) + 0.5) / scale - 0.5
     distances = np.abs(np.clip(centres, 0, DIGIT_PIXELS - 1)[:, None] - np.arange(DIGIT_PIXELS))
@@ -338,7 +340,7 @@ def _render(objects: tuple[SceneObject, ...], canvas_height: int, canvas_width: 
     uci_ink_NHW, _ = _uci_digits()
     image_HWC = np.zeros((canvas_height, canvas_width, 3), dtype=np.uint8)
     for thing in objects:
-        enlarge = enlargement(thing.scale)
+        enlarge = upsampling_matrix(thing.scale)
         ink_HW = enlarge @ uci_ink_NHW[thing.glyph] @ enlarge.T
         rgb_C = np.array(PALETTE[thing.colour], dtype=np.float32)
         image_HWC[thing.box] = np.rint(ink_HW[:, :, None] * rgb_C)

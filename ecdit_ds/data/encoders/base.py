@@ -81,7 +81,7 @@ Factor = float | tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelCodec:
+class PixelVAE:
     """The image encoder of small canvases: a latent is a pixel, shifted and scaled to about unit variance.
 
     The factors, as an autoencoder's, are the statistics of its images. Those of digit scenes are the defaults: they are
@@ -115,7 +115,7 @@ class PixelCodec:
         return (images_B3HW + _over_channels(self.shift_factor, latents_BCHW)).clamp(-1.0, 1.0)
 
 
-RAW_PIXELS = PixelCodec(shift_factor=0.0, scaling_factor=1.0)
+RAW_PIXELS = PixelVAE(shift_factor=0.0, scaling_factor=1.0)
 """What corpora without an autoencoder are stored by: pixels in [-1, 1], which training normalises."""
 
 
@@ -124,7 +124,7 @@ def _over_channels(factor: Factor, like_BCHW: Tensor) -> float | Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordEncoder:
+class HashedWordEncoder:
     """The embedded text encoder: each word a fixed standard-normal vector drawn from the word itself, plus position.
 
     To each word's vector those of the other words are added, weaker the farther away, and with their components

@@ -10,15 +10,15 @@ from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.dataset import check_digit_scenes
-from ecdit_ds.data.encoders.base import ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, ImageEncoder, PixelVAE, TextEmbeddings, TextEncoder
 from ecdit_ds.data.encoders.online import check_encoders_fit
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.encoders.spec import (
-    image_facts,
+    image_encoder_spec,
     null_text_facts,
     open_image_encoder,
     open_text_encoder,
-    text_facts,
+    text_encoder_spec,
 )
 from ecdit_ds.data.latents.index import read_index
 from ecdit_ds.data.splits import measured_codec, pixel_codec, sets_without_text
@@ -42,7 +42,7 @@ def encoders_of(recipe: Recipe, device: torch.device | None = None) -> tuple[Ima
             raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
         image_encoder, text_encoder = _encoders_of_set(data.paths[0], place)  # of several sets, all have the same
         return pixel_codec(recipe) or image_encoder, text_encoder
-    return PixelCodec(), WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    return PixelVAE(), HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
 
 
 def describe_encoders(recipe: Recipe, null_text: TextEmbeddings, device: torch.device | None = None) -> dict[str, Any]:
@@ -58,11 +58,11 @@ def describe_encoders(recipe: Recipe, null_text: TextEmbeddings, device: torch.d
     if data.dataset == "encoded" and not data.is_online:
         index = read_index(Path(data.paths[0]))
         codec = pixel_codec(recipe)
-        image, text = image_facts(codec) if codec else dict(index.image_encoder), dict(index.text_encoder)
+        image, text = image_encoder_spec(codec) if codec else dict(index.image_encoder), dict(index.text_encoder)
     else:
         image_encoder, text_encoder = encoders_of(recipe, device)
-        image = image_facts(image_encoder, data.vae and place_of(data.vae))
-        text = text_facts(text_encoder, [place_of(name) for name in data.text])
+        image = image_encoder_spec(image_encoder, data.vae and place_of(data.vae))
+        text = text_encoder_spec(text_encoder, [place_of(name) for name in data.text])
     return {"image": image, "text": text, "null_text": null_text_facts(null_text)}
 
 
@@ -75,18 +75,18 @@ def earlier_encoder_facts(recipe: Recipe) -> dict[str, Any]:
         DataError: the encoded set that the recipe names is not there.
     """
     data, model = recipe.data, recipe.model
-    image = image_facts(PixelCodec())
-    text = text_facts(WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens))
+    image = image_encoder_spec(PixelVAE())
+    text = text_encoder_spec(HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens))
     if data.dataset == "encoded" and not data.is_online:
         if not data.paths:
             raise DataError("data.path: names no encoded set, which would say what encoders draw; --set data.path=DIR")
         index = read_index(Path(data.paths[0]))
         image, text = image if index.holds_pixels else dict(index.image_encoder), dict(index.text_encoder)
     if data.vae:
-        image = image_facts(load_image_encoder(data.vae, may_fetch=False), data.vae)
+        image = image_encoder_spec(load_image_encoder(data.vae, may_fetch=False), data.vae)
     if data.text:
         encoder = load_text_encoder(data.text, max_tokens=model.max_text_tokens, may_fetch=False)
-        text = text_facts(encoder, data.text)
+        text = text_encoder_spec(encoder, data.text)
     return {"image": image, "text": text}
 
 
@@ -105,7 +105,7 @@ def _encoders_of_set(path: str, device: str) -> tuple[ImageEncoder, TextEncoder]
 @functools.lru_cache(maxsize=1)
 def _encoders_online(data: DataConfig, model: ModelConfig, device: str) -> tuple[ImageEncoder, TextEncoder]:
     at = torch.device(device)
-    text: TextEncoder = WordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+    text: TextEncoder = HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
     if data.text:
         text = load_text_encoder(data.text, max_tokens=model.max_text_tokens, device=at)
     return measured_codec(data, model, text) if data.vae is None else load_image_encoder(data.vae, device=at), text

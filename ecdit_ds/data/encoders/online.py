@@ -21,7 +21,7 @@ CAPTIONS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodersBeside:
+class OnlineEncoders:
     """Both encoders of a corpus, and how samples go through them."""
 
     image_encoder: ImageEncoder
@@ -78,13 +78,13 @@ class EncodersBeside:
                 yield
 
 
-def encoders_beside(image_encoder: ImageEncoder, text_encoder: TextEncoder, device: torch.device) -> EncodersBeside:
+def online_encoders(image_encoder: ImageEncoder, text_encoder: TextEncoder, device: torch.device) -> OnlineEncoders:
     """Return encoders that are on `device` already, with a stream of their own on a GPU."""
     stream = None
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))  # until their weights are there
-    return EncodersBeside(image_encoder=image_encoder, text_encoder=text_encoder, stream=stream)
+    return OnlineEncoders(image_encoder=image_encoder, text_encoder=text_encoder, stream=stream)
 
 
 def check_encoders_fit(model: ModelConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:

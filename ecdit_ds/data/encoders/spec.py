@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.encoders.base import Factor, ImageEncoder, PixelCodec, TextEmbeddings, TextEncoder, WordEncoder
+from ecdit_ds.data.encoders.base import Factor, HashedWordEncoder, ImageEncoder, PixelVAE, TextEmbeddings, TextEncoder
 from ecdit_ds.data.encoders.pretrained import (
     PretrainedImageEncoder,
     PretrainedTextEncoder,
@@ -22,7 +22,7 @@ from ecdit_ds.data.encoders.pretrained import (
 from ecdit_ds.errors import DataError
 
 
-def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any]:
+def image_encoder_spec(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any]:
     """Return what `open_image_encoder` opens an encoder by.
 
     Args:
@@ -33,12 +33,12 @@ def image_facts(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any
         return {"identity": encoder.identity, "kind": "AutoencoderKL", "name": name, "precision": encoder.precision} | (
             {"revision": encoder.revision} if encoder.revision else {}
         )
-    if type(encoder) is PixelCodec:
+    if type(encoder) is PixelVAE:
         return {"identity": encoder.identity, "kind": "pixels", **asdict(encoder)}
     return {"identity": encoder.identity}
 
 
-def text_facts(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any]:
+def text_encoder_spec(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any]:
     """Return what `open_text_encoder` opens an encoder by; `names` as `load_text_encoder` takes them."""
     if names:
         assert isinstance(encoder, PretrainedTextEncoder)
@@ -49,7 +49,7 @@ def text_facts(encoder: TextEncoder, names: Sequence[str] = ()) -> dict[str, Any
             "max_tokens": encoder.max_tokens,
             "precision": encoder.precision,
         } | ({"revisions": encoder.revisions} if any(encoder.revisions) else {})
-    if type(encoder) is WordEncoder:
+    if type(encoder) is HashedWordEncoder:
         return {"identity": encoder.identity, "kind": "words", **asdict(encoder)}
     return {"identity": encoder.identity}
 
@@ -60,7 +60,7 @@ def open_image_encoder(
     """Return the image encoder that a set was encoded with.
 
     Args:
-        facts: as `image_facts`, such as `SetIndex.image_encoder`.
+        facts: as `image_encoder_spec`, such as `SetIndex.image_encoder`.
         name: where the encoder is now, if not where it was.
 
     Raises:
@@ -70,7 +70,7 @@ def open_image_encoder(
     try:
         if facts.get("kind") == "pixels":
             _refuse_name(name, "--vae", facts)
-            encoder = PixelCodec(
+            encoder = PixelVAE(
                 shift_factor=_factor(facts["shift_factor"]), scaling_factor=_factor(facts["scaling_factor"])
             )
         elif facts.get("kind") == "AutoencoderKL":
@@ -96,7 +96,7 @@ def open_text_encoder(
     try:
         if facts.get("kind") == "words":
             _refuse_name(names, "--text", facts)
-            encoder = WordEncoder(embed_dim=int(facts["embed_dim"]), max_tokens=int(facts["max_tokens"]))
+            encoder = HashedWordEncoder(embed_dim=int(facts["embed_dim"]), max_tokens=int(facts["max_tokens"]))
         elif facts.get("kind") == "transformers":
             encoder = load_text_encoder(
                 names or facts["names"],
@@ -113,7 +113,7 @@ def open_text_encoder(
     return _same(encoder, facts, "text encoder")
 
 
-def count_frozen(encoder: ImageEncoder | TextEncoder) -> tuple[int, int]:
+def count_encoder_parameters(encoder: ImageEncoder | TextEncoder) -> tuple[int, int]:
     """Return the number of an encoder's parameters, and their bytes; the embedded ones have none."""
     models = []
     if isinstance(encoder, PretrainedImageEncoder):

@@ -17,7 +17,7 @@ from ecdit_ds.data.encoders.base import TextEmbeddings, TextEncoder
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def table_of(
+def to_table(
     *,
     keys: Sequence[str],
     captions: Sequence[str],
@@ -56,7 +56,7 @@ def _binary_column(tensor: Tensor, dtype: torch.dtype) -> pa.Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentSums:
+class LatentStats:
     """What mean and spread of latents follow from, a number a channel; sums of parts give the whole's."""
 
     numbers: int = 0
@@ -65,7 +65,7 @@ class LatentSums:
     squares_C: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, latents_BCHW: Tensor) -> "LatentSums":
+    def of(cls, latents_BCHW: Tensor) -> "LatentStats":
         """Return the sums of a batch, in fp64."""
         values_CN = latents_BCHW.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)
         squares_C = (values_CN**2).sum(dim=1)
@@ -85,14 +85,14 @@ class LatentSums:
         return tuple(means), tuple(math.sqrt(variance) for variance in variances)
 
 
-def total_of(parts: Iterable[LatentSums]) -> LatentSums:
+def sum_stats(parts: Iterable[LatentStats]) -> LatentStats:
     """Return the sums over all parts, added in their order."""
-    total = LatentSums()
+    total = LatentStats()
     for part in parts:
         if not total.numbers:
             total = part
         elif part.numbers:
-            total = LatentSums(
+            total = LatentStats(
                 numbers=total.numbers + part.numbers,
                 sums_C=tuple(a + b for a, b in zip(total.sums_C, part.sums_C, strict=True)),
                 squares_C=tuple(a + b for a, b in zip(total.squares_C, part.squares_C, strict=True)),

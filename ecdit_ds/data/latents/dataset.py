@@ -15,19 +15,19 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings
+from ecdit_ds.data.encoders.base import PixelVAE, TextEmbeddings
 from ecdit_ds.data.latents.columns import DTYPES
 from ecdit_ds.data.latents.index import (
     TEXT_COLUMNS,
-    Check,
-    SetIndex,
+    LatentIndex,
     ShardInfo,
+    VerifyOptions,
     read_index,
     read_null_text,
     verify_set,
 )
-from ecdit_ds.data.latents.mmap_shard import Recent, Rows, Shard
-from ecdit_ds.data.sources.bad_sample import BadSample, Replaced
+from ecdit_ds.data.latents.mmap_shard import LruIndex, RecordBatchView, Shard
+from ecdit_ds.data.sources.bad_sample import BadSample, ReplacedSample
 from ecdit_ds.errors import DataError
 
 MAX_MAPPED = 4096
@@ -65,7 +65,7 @@ class Samples:
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
     """Of which places of the batch the tensors hold nothing to train on, and why."""
-    replaced: Mapping[int, tuple[Replaced, ...]] = field(default_factory=dict)
+    replaced: Mapping[int, tuple[ReplacedSample, ...]] = field(default_factory=dict)
     """At which places other samples stand in, and for which ones, in the order they were tried."""
     pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))
     """uint8 images that have no latents yet; (B, 0, 0, 3) where there are latents."""
@@ -98,7 +98,7 @@ def no_pixels(count: int) -> Tensor:
 class LatentDataset:
     """A memory-mapped encoded set; cheap to pickle and to fork, since only its paths travel."""
 
-    def __init__(self, folder: Path, *, check: Check | None = None, codec: PixelCodec | None = None) -> None:
+    def __init__(self, folder: Path, *, check: VerifyOptions | None = None, codec: PixelVAE | None = None) -> None:
         """Open a folder of encoded samples and verify it.
 
         Args:
@@ -113,9 +113,9 @@ class LatentDataset:
         """Where it was opened."""
         self.index = read_index(folder)
         self._codec = codec if self.index.holds_pixels else None
-        verify_set(folder, self.index, check or Check())
+        verify_set(folder, self.index, check or VerifyOptions())
         self._shards = [_open_shard(folder, self.index, shard) for shard in self.index.shards]
-        self._mapped = Recent(MAX_MAPPED)
+        self._mapped = LruIndex(MAX_MAPPED)
         self._buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
         parts = read_null_text(folder)
@@ -212,7 +212,7 @@ class LatentDataset:
             raise DataError(f"a set has no strings {column!r}; ask for {', '.join(TEXT_COLUMNS)}")
         return [rows.text(column, row) for rows, row in self._find(indices)]
 
-    def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[Rows, int]]:
+    def _find(self, indices: npt.NDArray[np.int64]) -> list[tuple[RecordBatchView, int]]:
         """Return of each sample the rows among which it is in its shard, and which of them it is."""
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         within = indices - self._starts[numbers]
@@ -222,7 +222,9 @@ class LatentDataset:
         return found
 
 
-def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_shape: tuple[int, ...]) -> Tensor:
+def _copied(
+    found: list[tuple[RecordBatchView, int]], column: int, dtype: torch.dtype, row_shape: tuple[int, ...]
+) -> Tensor:
     """Return a tensor column of some rows, (B, *row_shape), of its own memory; each row is copied once.
 
     By slices of bytes, not arrays of one row: beside copying some kB, making those would take most of the time.
@@ -239,7 +241,7 @@ def _copied(found: list[tuple[Rows, int]], column: int, dtype: torch.dtype, row_
     return torch.from_numpy(copied).view(dtype).view(len(found), *row_shape)
 
 
-def _open_shard(folder: Path, index: SetIndex, shard: ShardInfo) -> Shard:
+def _open_shard(folder: Path, index: LatentIndex, shard: ShardInfo) -> Shard:
     float_bytes = DTYPES[index.latents_dtype].itemsize
     row_bytes = {"latents": math.prod(index.buckets[shard.bucket]) * float_bytes}
     if index.has_text:

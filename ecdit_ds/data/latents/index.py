@@ -54,7 +54,7 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetIndex:
+class LatentIndex:
     """What `index.json` holds."""
 
     schema: int
@@ -110,7 +110,7 @@ def read_null_text(folder: Path) -> dict[str, Tensor]:
     return dict(load_file(folder / NULL_TEXT_FILE))
 
 
-def read_index(folder: Path) -> SetIndex:
+def read_index(folder: Path) -> LatentIndex:
     """Read what a folder says of itself; whether its files are whole, `verify_set` finds out.
 
     Raises:
@@ -134,15 +134,15 @@ def read_index(folder: Path) -> SetIndex:
     return index
 
 
-def _index_of(fields: dict[str, Any]) -> SetIndex:
+def _index_of(fields: dict[str, Any]) -> LatentIndex:
     sizes = {name: tuple(fields[name]) for name in ("text_shape", "latents_mean", "latents_std")}
     buckets = tuple((int(c), int(h), int(w)) for c, h, w in fields["buckets"])
     shards = tuple(ShardInfo(**shard) for shard in fields["shards"])
-    return SetIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
+    return LatentIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class VerifyOptions:
     """How a set's shards are compared with its index; processes can share the work."""
 
     shards: slice = field(default_factory=lambda: slice(None))
@@ -151,7 +151,7 @@ class Check:
     """Whether they are read whole, besides their sizes."""
 
 
-def verify_set(folder: Path, index: SetIndex, check: Check) -> None:
+def verify_set(folder: Path, index: LatentIndex, check: VerifyOptions) -> None:
     """Check the files of a set against its index.
 
     Raises:

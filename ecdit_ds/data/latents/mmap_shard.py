@@ -20,7 +20,7 @@ _SCARCE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RecordBatchView:
     """Successive rows of a shard, one record batch, where they are in the map."""
 
     tensors: tuple[memoryview, ...]
@@ -36,7 +36,7 @@ class Rows:
         return str(characters[offsets[row] : offsets[row + 1]], "utf-8")
 
 
-class Recent:
+class LruIndex:
     """Numbers in the order of their last use, at most so many; any thread may use it. Travels empty."""
 
     def __init__(self, most: int) -> None:
@@ -44,8 +44,8 @@ class Recent:
         self._numbers: dict[int, None] = {}
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type["Recent"], tuple[int]]:
-        return Recent, (self._most,)
+    def __reduce__(self) -> tuple[type["LruIndex"], tuple[int]]:
+        return LruIndex, (self._most,)
 
     def use(self, numbers: Iterable[int]) -> list[int]:
         """Note that some numbers are used, and return those to let go of."""
@@ -67,7 +67,7 @@ class Shard:
     count: int
     row_bytes: dict[str, int]
     """Bytes a row of each tensor column."""
-    _mapped: tuple[list[int], list[Rows]] | None = None
+    _mapped: tuple[list[int], list[RecordBatchView]] | None = None
     """The first row of each batch, and the batches."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Shard:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def find(self, row: int) -> tuple[Rows, int]:
+    def find(self, row: int) -> tuple[RecordBatchView, int]:
         """Return the rows among which a row of the shard is, and which of them it is.
 
         Raises:
@@ -93,14 +93,16 @@ class Shard:
         """Let go of the map."""
         self._mapped = None
 
-    def _open(self) -> tuple[list[int], list[Rows]]:
+    def _open(self) -> tuple[list[int], list[RecordBatchView]]:
         try:
             with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
                 found = [batch for batch in reader if len(batch)]
             for batch in found:  # of the others, `_block` sees that they are in the map
                 batch.select([name for name in batch.schema.names if name not in self.row_bytes]).validate(full=True)
             batches = [
-                Rows(tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch)
+                RecordBatchView(
+                    tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch
+                )
                 for batch in found
             ]
             ends = np.cumsum([len(batch) for batch in found]).tolist()

@@ -19,7 +19,14 @@ from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save
 from torch import Tensor
 
-from ecdit_ds.data.latents.index import INDEX_FILE, NULL_TEXT_FILE, TENSOR_COLUMNS, TEXT_COLUMNS, SetIndex, checksum_of
+from ecdit_ds.data.latents.index import (
+    INDEX_FILE,
+    NULL_TEXT_FILE,
+    TENSOR_COLUMNS,
+    TEXT_COLUMNS,
+    LatentIndex,
+    checksum_of,
+)
 from ecdit_ds.files.durable import make_folders, put_on_disk, write_durably
 
 
@@ -77,7 +84,7 @@ def write_null_text(folder: Path, null_text: dict[str, Tensor]) -> dict[str, Any
     return {"null_text_bytes": path.stat().st_size, "null_text_xxh3": checksum_of(path)}
 
 
-def write_index(folder: Path, index: SetIndex) -> None:
+def write_index(folder: Path, index: LatentIndex) -> None:
     """Write `index.json`, the last file of a set, and put it and the folder on the disk."""
     text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
     draft = folder / f".{INDEX_FILE}.{uuid.uuid4().hex}"
@@ -86,7 +93,7 @@ def write_index(folder: Path, index: SetIndex) -> None:
     put_on_disk(folder)
 
 
-def new_draft(folder: Path) -> Path:
+def create_staging_dir(folder: Path) -> Path:
     """Make and return a new folder beside `folder`, to write a set in; the parents may not exist yet.
 
     The name is new for every try: what a killed process left behind is never met again.
@@ -97,7 +104,7 @@ def new_draft(folder: Path) -> Path:
     return draft
 
 
-def publish_set(draft: Path, folder: Path) -> None:
+def commit_dataset(draft: Path, folder: Path) -> None:
     """Rename a whole set from where it was written to its place; where another process was faster, keep that one's.
 
     Raises:

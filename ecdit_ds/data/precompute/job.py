@@ -24,19 +24,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ecdit_ds.data.latents.columns import DTYPES, null_columns, total_of
+from ecdit_ds.data.latents.columns import DTYPES, null_columns, sum_stats
 from ecdit_ds.data.latents.index import (
     INDEX_FILE,
     REPORT_FILE,
     SCHEMA_VERSION,
-    SetIndex,
+    LatentIndex,
     ShardInfo,
     read_index,
 )
-from ecdit_ds.data.latents.shard_writer import publish_set, write_index, write_null_text
-from ecdit_ds.data.precompute.unit import MAX_NAMES, Encoding, UnitRecord, encode_unit, read_record, smallest_of
-from ecdit_ds.data.sources.bad_sample import UNCOUNTED, WAYS_OUT
-from ecdit_ds.data.sources.base import Source
+from ecdit_ds.data.latents.shard_writer import commit_dataset, write_index, write_null_text
+from ecdit_ds.data.precompute.unit import MAX_NAMES, EncodeSettings, UnitRecord, encode_unit, read_record, smallest_of
+from ecdit_ds.data.sources.bad_sample import UNCOUNTABLE, WAYS_OUT
+from ecdit_ds.data.sources.base import ImageSource
 from ecdit_ds.data.sources.images import DECODING
 from ecdit_ds.errors import DataError
 from ecdit_ds.files.durable import make_folders, put_on_disk, write_durably
@@ -48,12 +48,12 @@ _LEAST_JUDGED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PrecomputeJob:
     """What to encode, where to, and which part of it."""
 
-    source: Source
+    source: ImageSource
     destination: Path
-    encoding: Encoding
+    encoding: EncodeSettings
     image_facts: Mapping[str, Any]
     """What the image encoder is loaded again by; with `identity`."""
     text_facts: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Job:
         }
 
 
-def encode_corpus(job: Job, *, moment: Callable[[str], None] = lambda name: None) -> dict[str, Any] | None:
+def encode_corpus(job: PrecomputeJob, *, moment: Callable[[str], None] = lambda name: None) -> dict[str, Any] | None:
     """Do this task's units, and publish the set where all are done.
 
     Args:
@@ -123,7 +123,7 @@ def encode_corpus(job: Job, *, moment: Callable[[str], None] = lambda name: None
         ) from None
 
 
-def _is_published(job: Job) -> bool:
+def _is_published(job: PrecomputeJob) -> bool:
     """Return whether the set is in its place.
 
     Raises:
@@ -139,13 +139,13 @@ def _is_published(job: Job) -> bool:
     return True
 
 
-def _published_report(job: Job) -> dict[str, Any]:
+def _published_report(job: PrecomputeJob) -> dict[str, Any]:
     shutil.rmtree(job.partial, ignore_errors=True)  # what a task that was killed after publishing left
     report: dict[str, Any] = json.loads((job.destination / REPORT_FILE).read_bytes())
     return report
 
 
-def _agree(job: Job) -> None:
+def _agree(job: PrecomputeJob) -> None:
     """Write the plan, or check that it is the one that is there; the first of several tasks writes it."""
     path = job.partial / "plan.json"
     if not path.exists():
@@ -179,7 +179,7 @@ def _compare(there: dict[str, Any], plan: dict[str, Any], place: Path, message: 
         )
 
 
-def _do_units(job: Job, moment: Callable[[str], None]) -> None:
+def _do_units(job: PrecomputeJob, moment: Callable[[str], None]) -> None:
     """Encode those of this task's units that have no record yet.
 
     Raises:
@@ -217,7 +217,7 @@ def _do_units(job: Job, moment: Callable[[str], None]) -> None:
                 _check_share(_report_of(done, {}), job)
 
 
-def _whole_record(job: Job, unit: int) -> UnitRecord | None:
+def _whole_record(job: PrecomputeJob, unit: int) -> UnitRecord | None:
     """Return a unit's record if all its shards are there in full size."""
     record = read_record(job.partial / "records" / f"{unit:05d}.json")
     if record is None:
@@ -229,7 +229,7 @@ def _whole_record(job: Job, unit: int) -> UnitRecord | None:
     return record
 
 
-def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
+def _publish(job: PrecomputeJob, moment: Callable[[str], None]) -> dict[str, Any] | None:
     """Write what belongs to the whole set and rename it to its place, if all units are done."""
     records_there = job.partial / "records"
     # Counted before any is read: most of many tasks end here.
@@ -262,7 +262,7 @@ def _publish(job: Job, moment: Callable[[str], None]) -> dict[str, Any] | None:
         path.rename(folder / path.name)
     put_on_disk(folder)
     moment("publish")
-    publish_set(folder, job.destination)
+    commit_dataset(folder, job.destination)
     moment("clear")
     shutil.rmtree(job.partial, ignore_errors=True)
     return report
@@ -289,7 +289,7 @@ def _report_of(records: Sequence[UnitRecord], ignored: Mapping[str, int]) -> dic
     } | ({"smallest_enlarged": list(smallest)} if smallest else {})
 
 
-def _check_share(report: Mapping[str, Any], job: Job) -> None:
+def _check_share(report: Mapping[str, Any], job: PrecomputeJob) -> None:
     bad, total = report["left_out"], report["left_out"] + report["samples"]
     worst = max(report["causes"].items(), key=lambda item: item[1]["count"], default=None)
     most = f", most for: {worst[0]} ({worst[1]['count']}, such as {worst[1]['names'][0]})" if worst else ""
@@ -307,9 +307,9 @@ def _check_share(report: Mapping[str, Any], job: Job) -> None:
         )
 
 
-def _check_archives(report: Mapping[str, Any], job: Job) -> None:
+def _check_archives(report: Mapping[str, Any], job: PrecomputeJob) -> None:
     """Refuse archives that have lost samples which no share can count, all at once."""
-    lost = [facts for cause, facts in report["causes"].items() if cause in UNCOUNTED]
+    lost = [facts for cause, facts in report["causes"].items() if cause in UNCOUNTABLE]
     if not lost or job.accepts_cut:
         return
     names = [name for facts in lost for name in facts["names"]]
@@ -322,7 +322,9 @@ def _check_archives(report: Mapping[str, Any], job: Job) -> None:
     )
 
 
-def _index_of(job: Job, records: Sequence[UnitRecord], facts: Mapping[str, Any], pooled_width: int) -> SetIndex:
+def _index_of(
+    job: PrecomputeJob, records: Sequence[UnitRecord], facts: Mapping[str, Any], pooled_width: int
+) -> LatentIndex:
     shapes = {bucket: shape for record in records for bucket, shape in record.latents_shapes.items()}
     used = sorted(shapes)
     shards = tuple(
@@ -330,9 +332,9 @@ def _index_of(job: Job, records: Sequence[UnitRecord], facts: Mapping[str, Any],
         for record in records
         for shard in record.shards
     )
-    mean, std = total_of(record.sums for record in records).statistics()
+    mean, std = sum_stats(record.sums for record in records).statistics()
     text = job.encoding.text_encoder
-    return SetIndex(
+    return LatentIndex(
         schema=SCHEMA_VERSION,
         count=sum(shard.count for shard in shards),
         image_encoder=job.image_facts,

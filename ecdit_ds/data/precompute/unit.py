@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ecdit_ds.data.encoders.base import ImageEncoder, TextEmbeddings, TextEncoder
-from ecdit_ds.data.latents.columns import DTYPES, LatentSums, table_of, total_of
+from ecdit_ds.data.latents.columns import DTYPES, LatentStats, sum_stats, to_table
 from ecdit_ds.data.latents.index import ShardInfo
 from ecdit_ds.data.latents.shard_writer import ShardWriter
 from ecdit_ds.data.sources.bad_sample import BadSample, SystemFile
@@ -36,7 +36,7 @@ _BATCHES_BEHIND = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class EncodeSettings:
     """What turns raw samples into rows."""
 
     image_encoder: ImageEncoder
@@ -62,7 +62,7 @@ class UnitRecord:
     """Their bucket counts through `Encoding.sizes`."""
     latents_shapes: dict[int, tuple[int, ...]]
     """(C, H, W) of each bucket that has samples."""
-    sums: LatentSums
+    sums: LatentStats
     bad_counts: dict[str, int]
     bad_names: dict[str, list[str]]
     converted: dict[str, int]
@@ -107,7 +107,7 @@ def read_record(path: Path) -> UnitRecord | None:
             unit=fields["unit"],
             shards=tuple(ShardInfo(**shard) for shard in fields["shards"]),
             latents_shapes={int(bucket): tuple(shape) for bucket, shape in fields["latents_shapes"].items()},
-            sums=LatentSums(numbers=sums["numbers"], sums_C=tuple(sums["sums_C"]), squares_C=tuple(sums["squares_C"])),
+            sums=LatentStats(numbers=sums["numbers"], sums_C=tuple(sums["sums_C"]), squares_C=tuple(sums["squares_C"])),
             bad_counts=fields["bad_counts"],
             bad_names=fields["bad_names"],
             converted=fields["converted"],
@@ -142,7 +142,7 @@ class _Output:
     writers: dict[int, ShardWriter] = field(default_factory=dict)
     paths: dict[int, Path] = field(default_factory=dict)
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    sums: list[LatentSums] = field(default_factory=list)
+    sums: list[LatentStats] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
     converted: Counter[str] = field(default_factory=Counter)
@@ -159,7 +159,7 @@ class _Output:
 def encode_unit(
     unit: int,
     samples: Iterable[RawSample | BadSample | SystemFile],
-    encoding: Encoding,
+    encoding: EncodeSettings,
     *,
     shards: Path,
     drafts: Path,
@@ -213,7 +213,7 @@ def encode_unit(
 _Prepared = _Ready | BadSample | SystemFile
 
 
-def _prepared(samples: Iterable[RawSample | BadSample | SystemFile], encoding: Encoding) -> Iterator[_Prepared]:
+def _prepared(samples: Iterable[RawSample | BadSample | SystemFile], encoding: EncodeSettings) -> Iterator[_Prepared]:
     """Decode images in threads, some samples ahead of the encoders, and yield results in order."""
 
     def prepare(sample: RawSample | BadSample | SystemFile) -> _Prepared:
@@ -279,7 +279,7 @@ class _Behind:
             self._waiting.popleft().result()
 
 
-def _encode_batch(batch: list[_Ready], encoding: Encoding, output: _Output, drafts: Path) -> Callable[[], None]:
+def _encode_batch(batch: list[_Ready], encoding: EncodeSettings, output: _Output, drafts: Path) -> Callable[[], None]:
     """Run the encoders; return what is left to do, which needs them no more."""
     with torch.no_grad():
         latents_BCHW = encoding.image_encoder.encode(to_tensor([sample.image for sample in batch]))
@@ -291,7 +291,7 @@ def _write_batch(
     batch: list[_Ready],
     latents_BCHW: Tensor,
     text: TextEmbeddings | None,
-    encoding: Encoding,
+    encoding: EncodeSettings,
     output: _Output,
     drafts: Path,
 ) -> None:
@@ -306,9 +306,9 @@ def _write_batch(
     dtype = DTYPES[encoding.dtype]
     output.converted.update(name for sample in batch for name in sample.converted)
     output.smallest = smallest_of([output.smallest, *(sample.enlarged_from for sample in batch)])
-    output.sums.append(LatentSums.of(latents_BCHW.to(dtype)))
+    output.sums.append(LatentStats.of(latents_BCHW.to(dtype)))
     keys = [sample.key.encode("utf-8", "backslashreplace").decode() for sample in batch]
-    table = table_of(
+    table = to_table(
         keys=keys,
         captions=[sample.caption for sample in batch],
         kinds=[KIND] * len(batch),
@@ -338,7 +338,7 @@ def _finite(
 
 def _keep(
     unit: int,
-    encoding: Encoding,
+    encoding: EncodeSettings,
     output: _Output,
     *,
     shards: Path,
@@ -359,7 +359,7 @@ def _keep(
         unit=unit,
         shards=tuple(infos),
         latents_shapes=dict(sorted(output.shapes.items())),
-        sums=total_of(output.sums),
+        sums=sum_stats(output.sums),
         bad_counts=dict(sorted(output.counts.items())),
         bad_names=dict(sorted(output.names.items())),
         converted=dict(sorted(output.converted.items())),

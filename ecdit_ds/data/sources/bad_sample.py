@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Cause = Literal[
+BadSampleReason = Literal[
     "empty image file",
     "web page instead of an image",
     "not an image",
@@ -33,9 +33,9 @@ Cause = Literal[
     "system file",
     "too small",
 ]
-AMBIGUOUS: tuple[Cause, ...] = ("several pictures", "several captions")
+AMBIGUOUS: tuple[BadSampleReason, ...] = ("several pictures", "several captions")
 """Of which the user must say which one is meant."""
-WAYS_OUT: Mapping[Cause, str] = MappingProxyType(
+WAYS_OUT: Mapping[BadSampleReason, str] = MappingProxyType(
     {
         "several pictures": "in tars, choose by --image-column, such as --image-column png",
         "several captions": "in tars, choose by --caption-column, such as --caption-column txt",
@@ -43,7 +43,7 @@ WAYS_OUT: Mapping[Cause, str] = MappingProxyType(
     }
 )
 """What to do about a cause, where that is not plain from its name."""
-UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
+UNCOUNTABLE: tuple[BadSampleReason, ...] = ("archive ends early", "unreadable archive")
 """Of which nobody knows how many samples are lost by it."""
 
 
@@ -51,7 +51,7 @@ UNCOUNTED: tuple[Cause, ...] = ("archive ends early", "unreadable archive")
 class BadSample:
     """One sample that is not used."""
 
-    cause: Cause
+    cause: BadSampleReason
     name: str
     """Where it is in the source."""
     samples: int = 1
@@ -67,7 +67,7 @@ class SystemFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replaced:
+class ReplacedSample:
     """A sample of the training stream that another one stands in for."""
 
     position: int
@@ -76,4 +76,4 @@ class Replaced:
     """Where it was opened."""
     key: str
     """Its name in the set."""
-    cause: Cause
+    cause: BadSampleReason

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import xxhash
 
-from ecdit_ds.data.sources.bad_sample import BadSample, Cause, SystemFile
+from ecdit_ds.data.sources.bad_sample import BadSample, BadSampleReason, SystemFile
 from ecdit_ds.data.sources.images import MAX_FILE_BYTES
 from ecdit_ds.errors import DataError
 from ecdit_ds.seeding import stable_seed
@@ -86,7 +86,7 @@ class Captions:
         lines = [line for line in text.split("\n") if line.strip()] if self.choice else []
         return lines or text
 
-    def samples(self, key: str, content: bytes | Cause, caption: Any) -> list[RawSample | BadSample]:
+    def samples(self, key: str, content: bytes | BadSampleReason, caption: Any) -> list[RawSample | BadSample]:
         """Return the samples of a picture, one unless all captions are taken; captions that say nothing are passed over
         where another one does."""
         if self.choice is None or isinstance(content, str) or not isinstance(caption, list | tuple):
@@ -117,7 +117,7 @@ class Columns:
     """Which of those that the column holds."""
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Pictures with captions, in a fixed order."""
 
     @property
@@ -148,12 +148,12 @@ class Source(Protocol):
         """Yield the samples of a unit in order, or why they are none, and what else lies between them."""
 
 
-def samples_of(source: Source, unit: Unit) -> Iterator[RawSample | BadSample]:
+def samples_of(source: ImageSource, unit: Unit) -> Iterator[RawSample | BadSample]:
     """Yield the samples of a unit alone, or why they are none."""
     return (one for one in source.read(unit) if not isinstance(one, SystemFile))
 
 
-def raw_sample(key: str, content: bytes | Cause, caption: Any) -> RawSample | BadSample:
+def raw_sample(key: str, content: bytes | BadSampleReason, caption: Any) -> RawSample | BadSample:
     """Return a sample of what was read of it, or what is wrong with it."""
     if isinstance(content, str):
         return BadSample(cause=content, name=key)
@@ -229,7 +229,7 @@ def system_file(path: PurePath) -> str | None:
     return next(kinds, None)
 
 
-def read_inside(root: Path, name: str, *, missing: Cause = "no image") -> bytes | Cause:
+def read_inside(root: Path, name: str, *, missing: BadSampleReason = "no image") -> bytes | BadSampleReason:
     """Return the content of a regular file within `root`, or why it cannot be used.
 
     Args:

@@ -41,7 +41,7 @@ _MAX_FIELD = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ListedImage:
     """One picture that a list names."""
 
     key: str
@@ -62,7 +62,7 @@ class ListedSource:
     kind: str
     root: Path
     """Resolved; nothing outside it is read."""
-    entries: Sequence[Entry | BadSample]
+    entries: Sequence[ListedImage | BadSample]
     units: Sequence[Unit]
     fingerprint: str
     ignored: Mapping[str, int]
@@ -82,7 +82,7 @@ class ListedSource:
             else:
                 yield from self.captions.samples(entry.key, read_inside(self.root, entry.image), caption)
 
-    def _read_caption(self, first: str, entry: Entry) -> Any:
+    def _read_caption(self, first: str, entry: ListedImage) -> Any:
         found: dict[str, Any] = {}
         for file in (first, *entry.rivals):
             content = read_inside(self.root, file, missing="no caption")
@@ -107,7 +107,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         raise DataError(f"{root}: has both {' and '.join(listed)}; keep one")
     if listed:
         found = open_list(root / listed[0], root, unit_samples=unit_samples, columns=columns)
-        named = {listed[0], *(entry.image for entry in found.entries if isinstance(entry, Entry))}
+        named = {listed[0], *(entry.image for entry in found.entries if isinstance(entry, ListedImage))}
         return replace(found, ignored=system_files + _unused(file for file in files if str(file) not in named))
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     captions: dict[str, list[str]] = {}
@@ -118,7 +118,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
         raise DataError(f"{root}: holds no picture ({', '.join(IMAGE_SUFFIXES)}); name a folder that does")
     if columns != Columns(captions=columns.captions):
         raise DataError(f"{root}: has text files beside its pictures and no columns; leave the column flags out")
-    entries: list[Entry | BadSample] = [BadSample(cause="no regular file", name=link) for link in links]
+    entries: list[ListedImage | BadSample] = [BadSample(cause="no regular file", name=link) for link in links]
     seen: set[str] = set()
     for picture in pictures:
         key = str(picture.with_suffix(""))
@@ -128,7 +128,7 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
             entries.append(BadSample(cause="no caption", name=str(picture)))
         else:
             first, *rivals = captions[key]
-            entries.append(Entry(key=key, image=str(picture), caption_file=first, rivals=tuple(rivals)))
+            entries.append(ListedImage(key=key, image=str(picture), caption_file=first, rivals=tuple(rivals)))
         seen.add(key)
     lonely = [captions[key] for key in sorted(captions.keys() - seen)]
     entries += [BadSample(cause="no image", name=", ".join(names)) for names in lonely]
@@ -173,7 +173,7 @@ def open_list(path: Path, root: Path, *, unit_samples: int, columns: Columns) ->
     key_column = next((name for name in KEY_COLUMNS if name in names), image)
     choose_column(names, key_column, KEY_COLUMNS, str(path), "key")
     entries = _entries(rows, path, image, caption, key_column, columns.captions)
-    pictures = [entry.image for entry in entries if isinstance(entry, Entry)]
+    pictures = [entry.image for entry in entries if isinstance(entry, ListedImage)]
     return ListedSource(
         kind=f"list {path.name}",
         root=root,
@@ -192,9 +192,9 @@ def _entries(
     caption: str,
     key_column: str,
     captions: Captions,
-) -> list[Entry | BadSample]:
+) -> list[ListedImage | BadSample]:
     """Return what the rows of a list name; where captions are chosen, rows of one picture are an entry with several."""
-    entries: list[Entry | BadSample] = []
+    entries: list[ListedImage | BadSample] = []
     seen: set[str] = set()
     said: dict[str, list[Any]] = {}
     is_json = path.suffix.lower() == ".jsonl"
@@ -221,7 +221,7 @@ def _entries(
             said.pop(place, None)
         else:
             seen.add(key)
-            entries.append(Entry(key=key, image=place, caption=words))
+            entries.append(ListedImage(key=key, image=place, caption=words))
     return entries
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ecdit_ds.data.sources.bad_sample import BadSample, Cause
+from ecdit_ds.data.sources.bad_sample import BadSample, BadSampleReason
 from ecdit_ds.errors import DataError
 
 DECODING = 3
@@ -117,7 +117,7 @@ def _drop_remarks(image: Image.Image) -> None:
             del image.info[name]
 
 
-def _cause_of_unknown(content: bytes) -> Cause:
+def _cause_of_unknown(content: bytes) -> BadSampleReason:
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return "web page instead of an image" if start.startswith(_PAGE_STARTS) else "not an image"
 

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ecdit_ds.data.sources.base import IMAGE_SUFFIXES, Columns, Source, files_below, kind_of_other
+from ecdit_ds.data.sources.base import IMAGE_SUFFIXES, Columns, ImageSource, files_below, kind_of_other
 from ecdit_ds.data.sources.image_lists import LIST_SUFFIXES, open_folder, open_list
 from ecdit_ds.data.sources.tables import open_parquet
 from ecdit_ds.data.sources.tars import open_tars
@@ -21,7 +21,7 @@ def open_source(
     columns: Columns | None = None,
     split: str | None = None,
     images: Path | None = None,
-) -> Source:
+) -> ImageSource:
     """Open what a user names.
 
     Args:
@@ -69,7 +69,7 @@ def open_source(
     return open_folder(root, unit_samples=unit_samples, columns=columns)
 
 
-def _open_dataset(root: Path | None, name: str, split: str | None, unit_samples: int, columns: Columns) -> Source:
+def _open_dataset(root: Path | None, name: str, split: str | None, unit_samples: int, columns: Columns) -> ImageSource:
     from ecdit_ds.data.sources.dataset_rows import open_hub, open_saved
 
     if root is not None:
@@ -79,7 +79,7 @@ def _open_dataset(root: Path | None, name: str, split: str | None, unit_samples:
     return open_hub(name, split or "train", unit_samples=unit_samples, columns=columns)
 
 
-def _open_file(path: Path, unit_samples: int, columns: Columns, images: Path | None) -> Source:
+def _open_file(path: Path, unit_samples: int, columns: Columns, images: Path | None) -> ImageSource:
     suffix, name = path.suffix.lower(), Path(path.name)
     if suffix in LIST_SUFFIXES:
         root = (images or path.parent).resolve()

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ecdit_ds.data.sources.bad_sample import BadSample, Cause
+from ecdit_ds.data.sources.bad_sample import BadSample, BadSampleReason
 from ecdit_ds.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -157,7 +157,7 @@ def _batches(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[pa.
         first += count
 
 
-def content_of(value: Any, root: Path) -> bytes | Cause:
+def content_of(value: Any, root: Path) -> bytes | BadSampleReason:
     """Return the image that a cell holds, or the content of the file that it names."""
     if isinstance(value, dict):
         # Where a picture came from does not matter once its bytes are here; `read_inside` judges the path otherwise.

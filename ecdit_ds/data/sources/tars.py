@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ecdit_ds.data.sources.bad_sample import AMBIGUOUS, BadSample, Cause, SystemFile
+from ecdit_ds.data.sources.bad_sample import AMBIGUOUS, BadSample, BadSampleReason, SystemFile
 from ecdit_ds.data.sources.base import (
     CAPTION_COLUMNS,
     IMAGE_SUFFIXES,
@@ -131,7 +131,7 @@ class TarSource:
         seen.add(group.key)
         asked = self.columns.image and self.columns.image.lower().removeprefix(".")
         images = [suffix for suffix in group.parts if (suffix == asked if asked else _is_picture(suffix))]
-        image: bytes | Cause = group.parts[images[0]] if images else "no image"
+        image: bytes | BadSampleReason = group.parts[images[0]] if images else "no image"
         captions = self._captions(group, name)
         if len(images) > 1:
             yield BadSample(cause="several pictures", name=with_names(name, images))

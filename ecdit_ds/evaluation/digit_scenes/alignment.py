@@ -9,16 +9,16 @@ from torch import Tensor
 
 from ecdit_ds.data.digit_scenes.scenes import KINDS, Scene
 from ecdit_ds.errors import NonFiniteError
-from ecdit_ds.evaluation.digit_scenes.score import Alignment, alignment_of, other_claims, score_alignment
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.evaluation.digit_scenes.score import SceneAlignment, alignment_of, mismatched_specs, score_alignment
+from ecdit_ds.model.sharding import ShardIndex
 
 DrawPictures = Callable[[Sequence[str], Sequence[int]], npt.NDArray[np.uint8]]
 """(prompts, seeds) -> pictures (B, H, W, 3); may be collective."""
 
 
 def drawn_alignment(
-    draw: DrawPictures, scenes: Sequence[Scene], *, batch_size: int, dp: Share, total: Callable[[Tensor], Tensor]
-) -> Alignment:
+    draw: DrawPictures, scenes: Sequence[Scene], *, batch_size: int, dp: ShardIndex, total: Callable[[Tensor], Tensor]
+) -> SceneAlignment:
     """Draw the captions of scenes and score the pictures; collective, equal on all ranks and layouts.
 
     Args:
@@ -31,7 +31,7 @@ def drawn_alignment(
     Raises:
         NonFiniteError: on all ranks alike, where pictures of any are not finite.
     """
-    others = other_claims([scene.claim for scene in scenes])
+    others = mismatched_specs([scene.claim for scene in scenes])
     counts_SK3 = alignment_of(np.zeros((3, len(KINDS), 3), dtype=np.int64)).counts()
     num_faults = 0
     for start in range(0, len(scenes), batch_size * dp.count):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ecdit_ds.data.digit_scenes.scenes import DIGIT_NAMES, Claim, Relation, plural
+from ecdit_ds.data.digit_scenes.scenes import DIGIT_NAMES, Relation, SceneSpec, plural
 from ecdit_ds.evaluation.digit_scenes.detector import FoundObject, find_objects
 
 _POSITION_TOLERANCE = 0.1
@@ -25,7 +25,7 @@ one to the other must lead in a relation's direction. Both relations of a diagon
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class SceneVerdict:
     """Whether a picture shows what a caption says; plain data."""
 
     is_correct: bool
@@ -35,21 +35,21 @@ class Verdict:
     found: tuple[FoundObject, ...]
 
 
-def check_scene(image_HWC: npt.NDArray[np.uint8], claim: Claim) -> Verdict:
+def check_scene(image_HWC: npt.NDArray[np.uint8], claim: SceneSpec) -> SceneVerdict:
     """Return whether one picture shows what a claim says; `check_scenes` is faster for many."""
     return check_scenes(image_HWC[None], [claim])[0]
 
 
-def check_scenes(images_BHWC: npt.NDArray[np.uint8], claims: Sequence[Claim]) -> list[Verdict]:
+def check_scenes(images_BHWC: npt.NDArray[np.uint8], claims: Sequence[SceneSpec]) -> list[SceneVerdict]:
     """Return whether pictures show what the claims say, one claim a picture.
 
     Raises:
         DataError: the pictures are not uint8 RGB of 16 x 16 pixels or more.
     """
-    return [judge(claim, found) for claim, found in zip(claims, find_objects(images_BHWC), strict=True)]
+    return [judge_scene(claim, found) for claim, found in zip(claims, find_objects(images_BHWC), strict=True)]
 
 
-def judge(claim: Claim, found: tuple[FoundObject, ...]) -> Verdict:
+def judge_scene(claim: SceneSpec, found: tuple[FoundObject, ...]) -> SceneVerdict:
     """Apply GenEval's rules to what a picture was found to show.
 
     Counting: there are exactly so many of that digit (in that colour, if the caption names one). Other kinds: among the
@@ -62,7 +62,7 @@ def judge(claim: Claim, found: tuple[FoundObject, ...]) -> Verdict:
     else:
         is_correct = any(_shows(claim, chosen) for chosen in itertools.permutations(found, len(claim.digits)))
     where = claim.relation is not None
-    return Verdict(
+    return SceneVerdict(
         is_correct=is_correct,
         is_exact=is_correct and len(found) == len(claim.digits),
         reason=("" if is_correct else f"expected {claim.caption}, ") + f"found {_listing(found, where=where)}",
@@ -74,13 +74,13 @@ def _fits(thing: FoundObject, digit: int, colour: str | None) -> bool:
     return thing.digit == digit and colour in (None, thing.colour)
 
 
-def _shows(claim: Claim, things: tuple[FoundObject, ...]) -> bool:
+def _shows(claim: SceneSpec, things: tuple[FoundObject, ...]) -> bool:
     if not all(map(_fits, things, claim.digits, claim.colours)):
         return False
-    return claim.relation is None or claim.relation in relations_of(*things)
+    return claim.relation is None or claim.relation in scene_relations(*things)
 
 
-def relations_of(first: FoundObject, second: FoundObject) -> set[Relation]:
+def scene_relations(first: FoundObject, second: FoundObject) -> set[Relation]:
     """Return the relations of the first object to the second that hold; two on a diagonal, none in the same place."""
     tolerance = _POSITION_TOLERANCE * (first.side + second.side)
     across = (first.left + first.side / 2) - (second.left + second.side / 2)

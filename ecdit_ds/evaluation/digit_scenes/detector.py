@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecdit_ds.data.digit_scenes.scenes import DIGIT_PIXELS, MIN_CANVAS_PIXELS, PALETTE, digit_images, enlargement
+from ecdit_ds.data.digit_scenes.scenes import DIGIT_PIXELS, MIN_CANVAS_PIXELS, PALETTE, digit_images, upsampling_matrix
 from ecdit_ds.errors import DataError
 
 Floats = npt.NDArray[np.float32]
@@ -131,7 +131,9 @@ def _name_windows(windows_NCHW: Floats, scale: int) -> tuple[npt.NDArray[np.int6
     colour_N = (light_NC @ (palette_KC / np.linalg.norm(palette_KC, axis=1, keepdims=True)).T).argmax(axis=1)
     rgb_NC = palette_KC[colour_N]
     ink_NHW = np.einsum("nchw,nc->nhw", windows_NCHW, rgb_NC / np.square(rgb_NC).sum(axis=1, keepdims=True))
-    reduce = np.linalg.pinv(enlargement(scale))  # the least squares fit of 8 x 8 pixels to what was enlarged from them
+    reduce = np.linalg.pinv(
+        upsampling_matrix(scale)
+    )  # the least squares fit of 8 x 8 pixels to what was enlarged from them
     ink_NHW = np.clip(reduce @ ink_NHW @ reduce.T, 0, 1)
     score_ND = _digit_classifier().predict(ink_NHW.reshape(len(ink_NHW), -1)) if len(ink_NHW) else np.zeros((0, 10))
     return colour_N, score_ND.argmax(axis=1), score_ND.max(axis=1)
@@ -169,7 +171,7 @@ def _non_digits(ink_NHW: Floats, digit_N: npt.NDArray[np.int64]) -> Sequence[Flo
 
     first_N, second_N = rng.integers(len(ink_NHW), size=(2, _NON_DIGITS_A_KIND))
     differ_N = digit_N[first_N] != digit_N[second_N]
-    quarters_NHW = enlargement(2) @ some() @ enlargement(2).T
+    quarters_NHW = upsampling_matrix(2) @ some() @ upsampling_matrix(2).T
     corners = rng.integers(2, size=(_NON_DIGITS_A_KIND, 2)) * DIGIT_PIXELS
     return [
         _blur(_blur(some())),

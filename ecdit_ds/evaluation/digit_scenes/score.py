@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecdit_ds.data.digit_scenes.scenes import KINDS, Claim, Kind, Scene, draw_scene, is_held_out, possible_claims
-from ecdit_ds.evaluation.digit_scenes.checker import Verdict, check_scenes, judge
+from ecdit_ds.data.digit_scenes.scenes import KINDS, Kind, Scene, SceneSpec, draw_scene, is_held_out, possible_claims
+from ecdit_ds.evaluation.digit_scenes.checker import SceneVerdict, check_scenes, judge_scene
 from ecdit_ds.evaluation.digit_scenes.detector import find_objects
 
 
@@ -84,7 +84,7 @@ class SceneScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment:
+class SceneAlignment:
     """A model's score between the two that it can be compared with."""
 
     model: SceneScores
@@ -111,10 +111,10 @@ def scores_of(counts_K3: npt.NDArray[np.integer[Any]]) -> SceneScores:
     )
 
 
-def alignment_of(counts_SK3: npt.NDArray[np.integer[Any]]) -> Alignment:
+def alignment_of(counts_SK3: npt.NDArray[np.integer[Any]]) -> SceneAlignment:
     """Return the alignment of summed `Alignment.counts`."""
     model, ceiling, chance = (scores_of(counts_K3) for counts_K3 in counts_SK3)
-    return Alignment(model=model, ceiling=ceiling, chance=chance)
+    return SceneAlignment(model=model, ceiling=ceiling, chance=chance)
 
 
 def heldout_prompts(*, seed: int, canvas_height: int, canvas_width: int, per_kind: int) -> list[Scene]:
@@ -148,26 +148,32 @@ def heldout_prompts(*, seed: int, canvas_height: int, canvas_width: int, per_kin
     raise AssertionError("itertools.count ended")
 
 
-def score_alignment(images_BHWC: npt.NDArray[np.uint8], scenes: Sequence[Scene], others: Sequence[Claim]) -> Alignment:
+def score_alignment(
+    images_BHWC: npt.NDArray[np.uint8], scenes: Sequence[Scene], others: Sequence[SceneSpec]
+) -> SceneAlignment:
     """Score pictures drawn from the captions of scenes, with ceiling and chance.
 
     Args:
         images_BHWC: pictures, one a scene.
         scenes: whose captions were drawn.
-        others: `other_claims` of the whole set, the entries that belong to these scenes.
+        others: `mismatched_specs` of the whole set, the entries that belong to these scenes.
 
     Raises:
         DataError: the pictures are not uint8 RGB of 16 x 16 pixels or more.
     """
     claims, found = [scene.claim for scene in scenes], find_objects(images_BHWC)
-    return Alignment(
-        model=tally(claims, [judge(claim, objects) for claim, objects in zip(claims, found, strict=True)]),
+    return SceneAlignment(
+        model=count_verdicts(
+            claims, [judge_scene(claim, objects) for claim, objects in zip(claims, found, strict=True)]
+        ),
         ceiling=score_scenes(np.stack([scene.image_HWC for scene in scenes]), claims),
-        chance=tally(others, [judge(claim, objects) for claim, objects in zip(others, found, strict=True)]),
+        chance=count_verdicts(
+            others, [judge_scene(claim, objects) for claim, objects in zip(others, found, strict=True)]
+        ),
     )
 
 
-def other_claims(claims: Sequence[Claim]) -> list[Claim]:
+def mismatched_specs(claims: Sequence[SceneSpec]) -> list[SceneSpec]:
     """Return for each claim another of its kind: the next in the sequence, cyclically, that does not mean the same.
 
     Where all of a kind mean the same it is one that the sequence does not have.
@@ -183,16 +189,16 @@ def other_claims(claims: Sequence[Claim]) -> list[Claim]:
     return others
 
 
-def score_scenes(images_BHWC: npt.NDArray[np.uint8], claims: Sequence[Claim]) -> SceneScores:
+def score_scenes(images_BHWC: npt.NDArray[np.uint8], claims: Sequence[SceneSpec]) -> SceneScores:
     """Return how often pictures show what the claims say, one claim a picture.
 
     Raises:
         DataError: the pictures are not uint8 RGB of 16 x 16 pixels or more.
     """
-    return tally(claims, check_scenes(images_BHWC, claims))
+    return count_verdicts(claims, check_scenes(images_BHWC, claims))
 
 
-def tally(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> SceneScores:
+def count_verdicts(claims: Sequence[SceneSpec], verdicts: Sequence[SceneVerdict]) -> SceneScores:
     """Return the scores of verdicts on claims."""
     counts_K3 = np.zeros((len(KINDS), 3), dtype=np.int64)
     for claim, verdict in zip(claims, verdicts, strict=True):

@@ -30,7 +30,7 @@ from ecdit_ds.evaluation.geneval.rules import (
     GenevalPrompt,
     GenevalRules,
     JudgedPicture,
-    judge,
+    judge_geneval,
 )
 from ecdit_ds.evaluation.pretrained import chunks, in_batches, load_image_processor, load_model, read_config
 
@@ -201,7 +201,9 @@ def judge_pictures(
         shown = [picture for picture, _ in chunk]
         (found,) = detector.detect(shown, batch_size=batch_size, confidence=confidence)
         for (picture, prompt), objects in zip(chunk, found, strict=True):
-            yield JudgedPicture(prompt=prompt, verdict=judge(objects, _colours_in(picture, namer), prompt, rules))
+            yield JudgedPicture(
+                prompt=prompt, verdict=judge_geneval(objects, _colours_in(picture, namer), prompt, rules)
+            )
 
 
 def _colours_in(picture: Image.Image, namer: ColourNamer) -> Callable[[Sequence[DetectedObject]], list[str]]:

@@ -81,7 +81,7 @@ PUBLISHED = GenevalRules()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GenEvalVerdict:
     """Whether a picture shows what its prompt asks for."""
 
     is_correct: bool
@@ -93,12 +93,12 @@ NameColours = Callable[[Sequence[DetectedObject]], Sequence[str]]
 """Gives one of COLOURS for each object, all of one class."""
 
 
-def judge(
+def judge_geneval(
     detections: Sequence[DetectedObject],
     colours_of: NameColours,
     prompt: GenevalPrompt,
     rules: GenevalRules = PUBLISHED,
-) -> Verdict:
+) -> GenEvalVerdict:
     """Decide whether a picture shows what its prompt asks for.
 
     Args:
@@ -117,7 +117,7 @@ def judge(
         count = len(seen.get(unwanted.class_name, []))
         if count >= unwanted.count:
             faults.append(f"expected {unwanted.class_name}<{unwanted.count}, found {count}")
-    return Verdict(is_correct=not faults, reason="; ".join(faults))
+    return GenEvalVerdict(is_correct=not faults, reason="; ".join(faults))
 
 
 def objects_in_view(
@@ -206,7 +206,7 @@ class JudgedPicture:
     """A picture's prompt and verdict."""
 
     prompt: GenevalPrompt
-    verdict: Verdict
+    verdict: GenEvalVerdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecdit_ds.checkpoint.convert.sources import PART_BYTES, open_source
+from ecdit_ds.checkpoint.convert.sources import PART_BYTES, open_checkpoint_source
 from ecdit_ds.checkpoint.finite import count_nonfinite, tell_nonfinite
 from ecdit_ds.checkpoint.manifest import decode_manifest, encode_manifest, read_manifest
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import newest_valid
-from ecdit_ds.checkpoint.retention import remove_old
+from ecdit_ds.checkpoint.retention import apply_retention
 from ecdit_ds.checkpoint.writer import save_checkpoint
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import CheckpointError
-from ecdit_ds.inference.load import load_drawer
+from ecdit_ds.inference.load import load_generator
 from tests.helpers.convert_tool import Run, save_tensors, tool_runner
 from tests.helpers.random_model import random_values, save_random_model
 
@@ -99,9 +99,9 @@ def test_checkpoints_that_are_not_finite_push_no_good_one_out_and_are_not_pushed
     good, bad = [save(tmp_path, step, 2.0) for step in (1, 2)], [save(tmp_path, step, math.nan) for step in (3, 4)]
     verified = [*good, *bad]
     for known in (verified, None):
-        assert remove_old(tmp_path, 2, verified=known) == []
+        assert apply_retention(tmp_path, 2, verified=known) == []
     newer = save(tmp_path, 5, 2.0)
-    assert remove_old(tmp_path, 2, verified=[*verified, newer]) == [good[0]]
+    assert apply_retention(tmp_path, 2, verified=[*verified, newer]) == [good[0]]
     assert all(folder.is_dir() for folder in (good[1], *bad, newer))
 
 
@@ -158,7 +158,7 @@ def test_what_is_finite_is_said_to_be_so(run: Run, tmp_path: Path, make_recipe: 
     assert run("verify", made)[0] == 0
     code, out, _ = run("convert", made, tmp_path / "shared", "--to", "safetensors", "--dtype", "bf16")
     assert code == 0 and "note:" not in out
-    assert open_source(tmp_path / "shared").nonfinite == {}
+    assert open_checkpoint_source(tmp_path / "shared").nonfinite == {}
 
 
 def test_a_flag_that_is_not_true_is_found(run: Run, tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -180,12 +180,12 @@ def test_weights_that_are_not_finite_are_not_loaded(
         config = tmp_path / "shared" / "config.json"
         config.write_text(config.read_text().replace('"nonfinite"', '"other"'))
     for folder in (made, tmp_path / "shared"):
-        message = refusal_of(lambda folder=folder: load_drawer(folder))  # type: ignore[misc]
+        message = refusal_of(lambda folder=folder: load_generator(folder))  # type: ignore[misc]
         assert f"{folder}: " in message and f"ema/{SPOILT}" in message and "not finite" in message
-    assert load_drawer(made, kind="weight").model is not None  # which are
+    assert load_generator(made, kind="weight").model is not None  # which are
     other = save_spoilt("other", "weight")
-    assert load_drawer(other).model is not None  # the average is
-    assert "weight/" in refusal_of(lambda: load_drawer(other, kind="weight"))
+    assert load_generator(other).model is not None  # the average is
+    assert "weight/" in refusal_of(lambda: load_generator(other, kind="weight"))
 
 
 def test_a_run_draws_with_its_newest_finite_checkpoint(
@@ -193,7 +193,7 @@ def test_a_run_draws_with_its_newest_finite_checkpoint(
 ) -> None:
     save_random_model(tmp_path / "run", make_recipe("train.max_steps=3"))
     save_spoilt("run", "ema", step=2)
-    assert load_drawer(tmp_path / "run").recipe.train.max_steps == 3
+    assert load_generator(tmp_path / "run").recipe.train.max_steps == 3
     assert f"skipped {tmp_path / 'run' / 'step_2'}: 2 numbers of 1 tensors" in capsys.readouterr().out
 
 
@@ -206,6 +206,6 @@ def test_weights_that_overflow_the_type_they_are_loaded_as_are_named(
     monkeypatch.setattr("tests.helpers.random_model.random_values", values)
     made = save_random_model(tmp_path, make_recipe())
     assert f"numbers of ema/{SPOILT} are not finite as torch.float16" in refusal_of(
-        lambda: load_drawer(made, dtype=torch.float16)
+        lambda: load_generator(made, dtype=torch.float16)
     )
-    load_drawer(made, dtype=torch.bfloat16)
+    load_generator(made, dtype=torch.bfloat16)

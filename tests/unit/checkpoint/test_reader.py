@@ -15,7 +15,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.sources import open_source
+from ecdit_ds.checkpoint.convert.sources import open_checkpoint_source
 from ecdit_ds.checkpoint.manifest import (
     Manifest,
     StoredFile,
@@ -28,7 +28,7 @@ from ecdit_ds.checkpoint.manifest import (
 from ecdit_ds.checkpoint.naming import list_checkpoints
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.errors import CheckpointError
 
 MANIFEST, SHARD = "manifest.json", "shard-00000.safetensors"
@@ -37,7 +37,7 @@ MANIFEST, SHARD = "manifest.json", "shard-00000.safetensors"
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Checkpoints of steps 1 and 2, each one tensor `w` = 0..5 in two slices of one file."""
-    halves = [Piece(name="w", global_shape=(6,), box=Box((i,), (3,)), data=torch.arange(3.0) + i) for i in (0, 3)]
+    halves = [TensorShard(name="w", global_shape=(6,), box=Box((i,), (3,)), data=torch.arange(3.0) + i) for i in (0, 3)]
     for step in (1, 2):
         save_checkpoint(tmp_path, step, halves, {"learning_rate": 1e-5}, SoloPeers())
     return tmp_path
@@ -361,7 +361,7 @@ def test_a_pipe_where_a_file_of_another_format_should_be_is_refused_and_not_wait
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text(json.dumps({"step": 1, "kind": "ema", "meta": {}}))
-    assert open_source(tmp_path).tensors == {"ema/a": (torch.float32, (2,))}
+    assert open_checkpoint_source(tmp_path).tensors == {"ema/a": (torch.float32, (2,))}
     replace_by_pipe(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"{name}: is no plain file"):
-        open_source(tmp_path)
+        open_checkpoint_source(tmp_path)

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.fault_points import PHASES
+from ecdit_ds.checkpoint.fault_points import SAVE_PHASES
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader, newest_valid
-from ecdit_ds.checkpoint.retention import remove_old, remove_stale_attempts
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.retention import apply_retention, remove_incomplete_saves
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.errors import CheckpointError
 
 
 def save(root: Path, step: int) -> Path:
-    piece = Piece(name="w", global_shape=(6,), box=Box((0,), (6,)), data=torch.arange(6.0) + step)
+    piece = TensorShard(name="w", global_shape=(6,), box=Box((0,), (6,)), data=torch.arange(6.0) + step)
     return save_checkpoint(root, step, [piece], {}, SoloPeers())
 
 
@@ -59,7 +59,7 @@ def save_in_another_process(root: Path, fault: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", SAVE_PHASES)
 def test_a_save_killed_at_any_phase_leaves_the_newest_published_one_and_nothing_that_is_not_swept_up(
     tmp_path: Path, phase: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_save_killed_at_any_phase_leaves_the_newest_published_one_and_nothing_
     assert (reader.manifest.step, rejections) == (3 if is_published else 2, [])
     half_done = [path.name for path in tmp_path.iterdir() if path.is_dir() and not re.fullmatch("step_.", path.name)]
     assert len(half_done) == (phase in ("mid-shard", "before-manifest", "before-rename", "during-removal"))
-    assert {path.name for path in remove_stale_attempts(tmp_path)} == set(half_done)
+    assert {path.name for path in remove_incomplete_saves(tmp_path)} == set(half_done)
     kept = (2, 3) if phase == "during-removal" else (1, 2, 3) if is_published else (1, 2)
     assert folders(tmp_path) == [f"step_{step}" for step in kept]
     unchanged = {name: content for name, content in before.items() if name.startswith("step_2/")}
@@ -106,7 +106,7 @@ def crowded(tmp_path: Path) -> Path:
 
 def test_removing_old_ones_keeps_the_newest_valid_and_touches_no_foreign_name(crowded: Path) -> None:
     before = {path.name for path in crowded.iterdir()}
-    assert remove_old(crowded, keep=2) == [crowded / "step_1"]
+    assert apply_retention(crowded, keep=2) == [crowded / "step_1"]
     assert {path.name for path in crowded.iterdir()} == before - {"step_1"}
     Reader(crowded / "step_4").verify()
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_a_link_to_another_disk_is_left_alone_and_does_not_
     for step in (1, 5):
         (root / f"step_{step}").rename(elsewhere / f"step_{step}")
         (root / f"step_{step}").symlink_to(elsewhere / f"step_{step}")
-    assert remove_old(root, keep=2) == [root / "step_2"]
+    assert apply_retention(root, keep=2) == [root / "step_2"]
     assert folders(root) == [f"step_{step}" for step in (1, 3, 4, 5)]
     assert folders(elsewhere) == ["step_1", "step_5"]
 
@@ -129,10 +129,13 @@ def test_no_checkpoint_goes_before_enough_newer_ones_are_verified(tmp_path: Path
     for step in range(1, 6):
         save(root, step)
     for verified in ([], [5], [5, 2]):
-        assert remove_old(root, keep=3, verified=[root / f"step_{step}" for step in verified]) == []
+        assert apply_retention(root, keep=3, verified=[root / f"step_{step}" for step in verified]) == []
     shard = root / "step_5" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")  # the newest is damaged and was never read back
-    assert remove_old(root, keep=2, verified=[root / "step_4", root / "step_3"]) == [root / "step_2", root / "step_1"]
+    assert apply_retention(root, keep=2, verified=[root / "step_4", root / "step_3"]) == [
+        root / "step_2",
+        root / "step_1",
+    ]
     reader, _ = newest_valid(root, thorough=True)
     assert reader is not None and reader.manifest.step == 4
 
@@ -140,7 +143,7 @@ def test_no_checkpoint_goes_before_enough_newer_ones_are_verified(tmp_path: Path
 def test_anchors_stay_for_ever(tmp_path: Path) -> None:
     for step in range(1, 10):
         save(tmp_path, step)
-    assert [path.name for path in remove_old(tmp_path, keep=2, keep_every=4)] == [
+    assert [path.name for path in apply_retention(tmp_path, keep=2, keep_every=4)] == [
         f"step_{n}" for n in (7, 6, 5, 3, 2, 1)
     ]
     assert folders(tmp_path) == ["step_4", "step_8", "step_9"]
@@ -149,7 +152,7 @@ def test_anchors_stay_for_ever(tmp_path: Path) -> None:
 def test_sweeping_up_takes_only_what_interrupted_saves_and_removals_left(crowded: Path) -> None:
     before = {path.name for path in crowded.iterdir()}
     stale = {"step_0.tmp-1f", ".trash-step_0-1f"}
-    assert {path.name for path in remove_stale_attempts(crowded)} == stale
+    assert {path.name for path in remove_incomplete_saves(crowded)} == stale
     assert {path.name for path in crowded.iterdir()} == before - stale
     Reader(crowded / "step_4").verify()
 
@@ -157,4 +160,4 @@ def test_sweeping_up_takes_only_what_interrupted_saves_and_removals_left(crowded
 @pytest.mark.parametrize("keep", [0, 1])
 def test_keeping_less_than_two_is_refused(crowded: Path, keep: int) -> None:
     with pytest.raises(CheckpointError, match="keep 2 or more"):
-        remove_old(crowded, keep=keep)
+        apply_retention(crowded, keep=keep)

@@ -23,7 +23,7 @@ from ecdit_ds.checkpoint.boxes import Box, flat_range_boxes, shifted
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.writer import Piece, Save, save_checkpoint
+from ecdit_ds.checkpoint.writer import Save, TensorShard, save_checkpoint
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.seeding import parameter_generator, sample_rng
 
@@ -61,14 +61,16 @@ class ThreadPeers:
         heard = self._exchange(obj)
         return heard if self.rank == 0 else None
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         return all(self._exchange(ok))
 
     def broadcast(self, obj: Any) -> Any:
         return self._exchange(obj)[0]
 
 
-def save_together(root: Path, step: int, pieces_of: Callable[[int], Iterator[Piece]]) -> list[Path | CheckpointError]:
+def save_together(
+    root: Path, step: int, pieces_of: Callable[[int], Iterator[TensorShard]]
+) -> list[Path | CheckpointError]:
     """Save from NUM_WRITERS threads and return each one's result or error."""
     room = Room()
 
@@ -82,12 +84,12 @@ def save_together(root: Path, step: int, pieces_of: Callable[[int], Iterator[Pie
         return list(pool.map(write, range(NUM_WRITERS)))
 
 
-def whole(name: str, data: Tensor) -> Piece:
+def whole(name: str, data: Tensor) -> TensorShard:
     shape = tuple(data.shape)
-    return Piece(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=data)
+    return TensorShard(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=data)
 
 
-def fragments(name: str, tensor: Tensor, seed: int) -> list[Piece]:
+def fragments(name: str, tensor: Tensor, seed: int) -> list[TensorShard]:
     """Cut a tensor along one axis, then each half's flat memory at random places, as tensor parallelism and ZeRO do."""
     rng, shape = sample_rng(seed, 0, name), tuple(tensor.shape)
     axis = int(rng.integers(len(shape))) if shape else None
@@ -100,7 +102,7 @@ def fragments(name: str, tensor: Tensor, seed: int) -> list[Piece]:
         for begin, end in zip([0, *cuts], [*cuts, flat.numel()], strict=True):
             for box, position in flat_range_boxes(tuple(local.shape), begin, end):
                 data = flat[begin:end][position : position + box.numel].view(box.shape)
-                pieces.append(Piece(name=name, global_shape=shape, box=shifted(box, origin), data=data))
+                pieces.append(TensorShard(name=name, global_shape=shape, box=shifted(box, origin), data=data))
     return pieces
 
 
@@ -150,11 +152,11 @@ def test_an_empty_tensor_and_a_writer_without_pieces_are_fine(tmp_path: Path) ->
 
 
 def test_every_writer_learns_what_is_not_finite_in_any_part_by_global_tensor(tmp_path: Path) -> None:
-    def part(start: int, *numbers: float) -> Piece:
+    def part(start: int, *numbers: float) -> TensorShard:
         data = torch.tensor(numbers)
-        return Piece(name="w", global_shape=(6,), box=Box((start,), (len(numbers),)), data=data)
+        return TensorShard(name="w", global_shape=(6,), box=Box((start,), (len(numbers),)), data=data)
 
-    def pieces_of(sound: bool, rank: int) -> list[Piece]:
+    def pieces_of(sound: bool, rank: int) -> list[TensorShard]:
         nan, inf = (0.0, 0.0) if sound else (float("nan"), float("inf"))
         return [[part(0, nan, 1.0), whole("v", torch.ones(3))], [part(2, 1.0)], [part(3, 1.0, inf, nan)]][rank]
 
@@ -186,7 +188,7 @@ def save(root: Path, step: int) -> Path:
     return save_checkpoint(root, step, [whole("w", torch.arange(6.0) + step)], {}, SoloPeers())
 
 
-def raising(pieces: list[Piece], error: Exception) -> Iterator[Piece]:
+def raising(pieces: list[TensorShard], error: Exception) -> Iterator[TensorShard]:
     yield from pieces
     raise error
 
@@ -199,7 +201,7 @@ def test_one_failing_writer_fails_all_with_its_reason_and_leaves_nothing(
     save(tmp_path, 1)
     before = contents(tmp_path)
 
-    def pieces_of(writer: int) -> Iterator[Piece]:
+    def pieces_of(writer: int) -> Iterator[TensorShard]:
         held = [whole(f"w{writer}", torch.ones(4))]
         return raising(held, error) if writer == rank else iter(held)
 
@@ -214,16 +216,24 @@ def test_one_failing_writer_fails_all_with_its_reason_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("second", "fault"),
     [
-        (Piece(name="w", global_shape=(6,), box=Box((4,), (2,)), data=torch.ones(2)), "element .3. .* in no slice"),
-        (Piece(name="w", global_shape=(6,), box=Box((2,), (4,)), data=torch.ones(4)), "element .2. .* in 2 slices"),
-        (Piece(name="w", global_shape=(7,), box=Box((3,), (4,)), data=torch.ones(4)), "for one writer"),
-        (Piece(name="w", global_shape=(6,), box=Box((3,), (3,)), data=torch.ones(3).half()), "for one writer"),
-        (Piece(name="v", global_shape=(1,), box=Box((0,), (1,)), data=torch.ones(1) * 1j), "is complex64"),
+        (
+            TensorShard(name="w", global_shape=(6,), box=Box((4,), (2,)), data=torch.ones(2)),
+            "element .3. .* in no slice",
+        ),
+        (
+            TensorShard(name="w", global_shape=(6,), box=Box((2,), (4,)), data=torch.ones(4)),
+            "element .2. .* in 2 slices",
+        ),
+        (TensorShard(name="w", global_shape=(7,), box=Box((3,), (4,)), data=torch.ones(4)), "for one writer"),
+        (TensorShard(name="w", global_shape=(6,), box=Box((3,), (3,)), data=torch.ones(3).half()), "for one writer"),
+        (TensorShard(name="v", global_shape=(1,), box=Box((0,), (1,)), data=torch.ones(1) * 1j), "is complex64"),
     ],
     ids=["gap", "overlap", "shape", "dtype", "unknown dtype"],
 )
-def test_pieces_that_do_not_make_whole_tensors_are_never_published(tmp_path: Path, second: Piece, fault: str) -> None:
-    first = Piece(name="w", global_shape=(6,), box=Box((0,), (3,)), data=torch.ones(3))
+def test_pieces_that_do_not_make_whole_tensors_are_never_published(
+    tmp_path: Path, second: TensorShard, fault: str
+) -> None:
+    first = TensorShard(name="w", global_shape=(6,), box=Box((0,), (3,)), data=torch.ones(3))
     pieces = [[first], [second], []]
     results = save_together(tmp_path, 2, lambda rank: iter(pieces[rank]))
     assert all(re.search(f"tensor [wv].*{fault}", str(result)) for result in results)
@@ -233,7 +243,7 @@ def test_pieces_that_do_not_make_whole_tensors_are_never_published(tmp_path: Pat
 @pytest.mark.parametrize("data", [torch.ones(5), torch.ones(4, 6)[:, :3]])
 def test_a_piece_must_be_contiguous_and_fill_its_box(data: Tensor) -> None:
     with pytest.raises(ValueError, match="is not a contiguous"):
-        Piece(name="w", global_shape=(4, 3), box=Box((0, 0), (4, 3)), data=data)
+        TensorShard(name="w", global_shape=(4, 3), box=Box((0, 0), (4, 3)), data=data)
 
 
 @pytest.mark.parametrize("meta", [{"loss": float("nan")}, {"path": Path("x")}])
@@ -290,7 +300,9 @@ def test_damage_is_found_in_whichever_writers_file_it_is(tmp_path: Path, writer:
     save_together(
         tmp_path,
         1,
-        lambda rank: iter([Piece(name="w", global_shape=(9,), box=Box((3 * rank,), (3,)), data=rank + torch.ones(3))]),
+        lambda rank: iter(
+            [TensorShard(name="w", global_shape=(9,), box=Box((3 * rank,), (3,)), data=rank + torch.ones(3))]
+        ),
     )
     folder = tmp_path / "step_1"
     shard = folder / f"shard-0000{writer}.safetensors"

@@ -17,7 +17,7 @@ from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.flow.objective import FlowBatch, flow_losses
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.training.engine import DeepSpeedEngine
 from ecdit_ds.training.setup import build_model
@@ -111,7 +111,7 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     def look() -> int:
         config, device = load_deepspeed_config(folder / "mine.json", recipe, dp_size=1), initialize_distributed()
-        grid = create_grid(Topology(world_size=1, tp=1, ep=1), 1)
+        grid = init_process_groups(Topology(world_size=1, tp=1, ep=1), 1)
         engine = DeepSpeedEngine(build_model(recipe, grid.layers, device), recipe.optimizer, config, grid)
         found = {key: read(engine) for key, (_, read) in FACTS.items()}
         found["zero_optimization"] = {key: read(engine) for key, (_, read) in OF_STAGE[stage].items()}

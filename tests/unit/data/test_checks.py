@@ -8,7 +8,7 @@ from typing import Any
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.latents.index import Check
+from ecdit_ds.data.latents.index import VerifyOptions
 from ecdit_ds.data.latents.mmap_shard import Shard
 from ecdit_ds.data.splits import open_split
 from tests.helpers.made_sets import write_set
@@ -25,7 +25,7 @@ def test_of_a_set_that_is_opened_the_shards_are_read_whole_that_should_be(
     second.write_bytes(whole.replace(b"a 7", b"a 8"))  # a caption says something else, and the size is the same
 
     def open_with(**check: Any) -> Callable[[], object]:
-        return lambda: open_split(recipe, "train", None, check=Check(**check))
+        return lambda: open_split(recipe, "train", None, check=VerifyOptions(**check))
 
     for check in ({"checksums": False}, {"shards": slice(0, 1)}, {"shards": slice(0, 0)}):
         open_with(**check)()

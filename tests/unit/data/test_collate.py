@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ecdit_ds.data.collate import in_one_block
+from ecdit_ds.data.collate import pack_tensors
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
@@ -40,7 +40,7 @@ def outer() -> Outer:
 
 def test_numbers_shapes_and_all_else_are_the_same_in_one_block() -> None:
     batch = outer()
-    packed = in_one_block(batch)
+    packed = pack_tensors(batch)
     pairs = [(packed.numbers, batch.numbers), (packed.inner.mask, batch.inner.mask), (packed.counts, batch.counts)]
     for ours, theirs in pairs:
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -51,7 +51,7 @@ def test_numbers_shapes_and_all_else_are_the_same_in_one_block() -> None:
 
 def test_writing_to_one_tensor_changes_no_other() -> None:
     batch = outer()
-    packed = in_one_block(batch)
+    packed = pack_tensors(batch)
     packed.inner.mask.fill_(True)
     packed.numbers.fill_(7.0)
     assert torch.equal(packed.counts, batch.counts) and not batch.inner.mask.all()
@@ -59,7 +59,7 @@ def test_writing_to_one_tensor_changes_no_other() -> None:
 
 
 def test_what_is_no_dataclass_comes_back_as_it_is() -> None:
-    assert in_one_block(["a"]) == ["a"] and in_one_block(Inner) is Inner
+    assert pack_tensors(["a"]) == ["a"] and pack_tensors(Inner) is Inner
 
 
 def test_a_batch_from_a_worker_is_in_one_block(tmp_path: Path) -> None:

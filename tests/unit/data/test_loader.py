@@ -19,7 +19,7 @@ from torch import Tensor
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.data.digit_scenes.dataset import open_digit_scenes
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import evaluation_batches, training_batches
 from ecdit_ds.data.mixture import Mixture
@@ -45,8 +45,8 @@ def dataset(tiny_config: ModelConfig, tmp_path: Path) -> LatentDataset:
         DataConfig(num_train=NUM_SAMPLES, cache_dir=str(tmp_path)),
         split="train",
         seed=0,
-        image_encoder=PixelCodec(),
-        text_encoder=WordEncoder(embed_dim=24, max_tokens=10),
+        image_encoder=PixelVAE(),
+        text_encoder=HashedWordEncoder(embed_dim=24, max_tokens=10),
     )
 
 

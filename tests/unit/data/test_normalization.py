@@ -16,19 +16,19 @@ from torch import Tensor
 from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.from_recipe import encoders_of
-from ecdit_ds.data.encoders.online import encoders_beside
-from ecdit_ds.data.encoders.spec import image_facts, text_facts
+from ecdit_ds.data.encoders.online import online_encoders
+from ecdit_ds.data.encoders.spec import image_encoder_spec, text_encoder_spec
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.data.mixture import SampleSet
 from ecdit_ds.data.normalization import Moments, mixed, normalizing_codec, warning_of
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
-from ecdit_ds.data.raw_dataset import RawSet, measure_pixels, open_raw_set
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
+from ecdit_ds.data.raw_dataset import RawImageDataset, measure_pixels, open_raw_set
 from ecdit_ds.data.sources.images import from_pixels
 from ecdit_ds.data.sources.open import open_source
-from ecdit_ds.data.splits import check_split, open_split
+from ecdit_ds.data.splits import open_split, validate_split
 from ecdit_ds.errors import ExitCode
 from ecdit_ds.training.dry_run import _data
 from tests.helpers.made_sets import write_set
@@ -89,7 +89,7 @@ def test_the_held_out_set_goes_through_the_training_sets_factors(recipe: Recipe,
     codec = normalizing_codec(LatentDataset(tmp_path / "train").index.moments)
     assert torch.equal(latents_of(heldout).float(), codec.encode(pixels))
     assert moments_of(latents_of(heldout))[0] < -0.5, "darker than what is trained on"
-    given = PixelCodec(shift_factor=0.25, scaling_factor=3.0)  # as evaluating a checkpoint hands in its own
+    given = PixelVAE(shift_factor=0.25, scaling_factor=3.0)  # as evaluating a checkpoint hands in its own
     (heldout,) = open_split(recipe, "heldout", (given, encoders_of(recipe)[1]))
     assert torch.equal(latents_of(heldout).float(), given.encode(pixels))
 
@@ -129,8 +129,8 @@ def test_raw_files_go_through_the_factors_of_the_same_pictures_encoded(recipe: R
     images, words = encoders_of(online)
     assert images.identity == encoders_of(recipe)[0].identity
     (raw,) = open_split(online, "heldout", (images, words))
-    assert isinstance(raw, RawSet)
-    finished = encoders_beside(images, words, torch.device("cpu")).finish([everything(raw)])[0].latents_BCHW
+    assert isinstance(raw, RawImageDataset)
+    finished = online_encoders(images, words, torch.device("cpu")).finish([everything(raw)])[0].latents_BCHW
     (heldout,) = open_split(recipe, "heldout", None)
     assert torch.equal(finished, latents_of(heldout).float())
 
@@ -148,13 +148,13 @@ def test_several_raw_sources_are_normalised_as_the_same_pictures_encoded(
 def test_of_many_raw_files_some_are_looked_at(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecdit_ds.data.raw_dataset.MAX_MEASURED", 3)
     read: list[int] = []
-    gather = RawSet.gather
+    gather = RawImageDataset.gather
 
-    def noted(self: RawSet, indices: Any, stream_indices: Any) -> Samples:
+    def noted(self: RawImageDataset, indices: Any, stream_indices: Any) -> Samples:
         read.extend(indices)
         return gather(self, indices, stream_indices)
 
-    monkeypatch.setattr(RawSet, "gather", noted)
+    monkeypatch.setattr(RawImageDataset, "gather", noted)
     encoders_of(with_data(recipe, path=str(tmp_path / "pictures"), encode="online", num_workers=3))
     assert read == [0, 6, 11]
 
@@ -165,7 +165,7 @@ def test_bad_pictures_are_not_counted_as_black_ones_wherever_they_are(
     for place in (1, 7, 9):
         sorted((tmp_path / "pictures").glob("*.png"))[place].write_bytes(b"")
     data = replace(recipe.data, path=str(tmp_path / "pictures"), encode="online")
-    words = WordEncoder(embed_dim=24, max_tokens=12)
+    words = HashedWordEncoder(embed_dim=24, max_tokens=12)
     dataset = open_raw_set(str(data.path), data, latents=(3, SIDE, SIDE), downsampling=1, text_encoder=words)
     samples = everything(dataset)
     assert sorted(samples.bad) == [1, 7, 9]
@@ -180,7 +180,7 @@ def test_bad_pictures_are_not_counted_as_black_ones_wherever_they_are(
 def test_a_codec_leaves_latents_that_are_no_pixels_as_they_are(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [((3, 2, 2), 5)])
     as_stored = latents_of(LatentDataset(folder))
-    assert torch.equal(latents_of(LatentDataset(folder, codec=PixelCodec())), as_stored)
+    assert torch.equal(latents_of(LatentDataset(folder, codec=PixelVAE())), as_stored)
 
 
 def test_raw_files_of_which_none_can_be_used_are_refused(recipe: Recipe, tmp_path: Path, refusal_of: Refusal) -> None:
@@ -195,9 +195,9 @@ def test_a_recipe_may_say_the_factors(recipe: Recipe, tmp_path: Path, encode_whe
     asked = with_data(recipe, shift_factor=(-0.83,), scaling_factor=(2.2,), encode=encode_when)
     if encode_when == "online":
         asked = with_data(asked, path=str(tmp_path / "pictures"))
-    assert encoders_of(asked)[0] == PixelCodec(), "to the last bit what earlier releases did"
+    assert encoders_of(asked)[0] == PixelVAE(), "to the last bit what earlier releases did"
     asked = with_data(asked, shift_factor=(0.1, 0.2, 0.3), scaling_factor=(1.0, 2.0, 3.0))
-    assert encoders_of(asked)[0] == PixelCodec(shift_factor=(0.1, 0.2, 0.3), scaling_factor=(1.0, 2.0, 3.0))
+    assert encoders_of(asked)[0] == PixelVAE(shift_factor=(0.1, 0.2, 0.3), scaling_factor=(1.0, 2.0, 3.0))
     if encode_when == "offline":
         (heldout,) = open_split(asked, "heldout", None)
         pixels = latents_of(LatentDataset(tmp_path / "heldout"))
@@ -226,23 +226,23 @@ def test_factors_for_a_set_of_latents_are_refused(recipe: Recipe, tmp_path: Path
     made = write_set(tmp_path / "made", [((3, SIDE, SIDE), 4)], tokens=12, width=24)
     asked = with_data(recipe, path=str(made), heldout_path=None, shift_factor=(0.0,), scaling_factor=(1.0,))
     assert f"no effect on {made}, which holds latents of made pictures" in refusal_of(
-        lambda: check_split(asked, "train")
+        lambda: validate_split(asked, "train")
     )
 
 
 def encode_as_before(pictures: Path, folder: Path) -> Path:
     """Encode as earlier releases did, all pictures by the factors of digit scenes."""
-    image, text = PixelCodec(), WordEncoder(embed_dim=24, max_tokens=12)
-    encoding = Encoding(
+    image, text = PixelVAE(), HashedWordEncoder(embed_dim=24, max_tokens=12)
+    encoding = EncodeSettings(
         image_encoder=image, text_encoder=text, sizes=((SIDE, SIDE),), dtype="float32", batch_size=4, threads=1
     )
     encode_corpus(
-        Job(
+        PrecomputeJob(
             source=open_source(str(pictures), unit_samples=8),
             destination=folder,
             encoding=encoding,
-            image_facts=image_facts(image),
-            text_facts=text_facts(text),
+            image_facts=image_encoder_spec(image),
+            text_facts=text_encoder_spec(text),
             settings={},
         )
     )
@@ -255,15 +255,15 @@ def test_a_set_of_an_earlier_release_stays_as_it_was_and_is_warned_of(
     before = encode_as_before(tmp_path / "pictures", tmp_path / "before")
     old = with_data(recipe, path=str(before), heldout_path=None)
     (train,) = open_split(old, "train", None)
-    assert encoders_of(old)[0] == PixelCodec()
+    assert encoders_of(old)[0] == PixelVAE()
     pixels = latents_of(LatentDataset(tmp_path / "train"))
-    assert torch.equal(latents_of(train).float(), PixelCodec().encode(pixels)) and moments_of(latents_of(train))[0] > 2
+    assert torch.equal(latents_of(train).float(), PixelVAE().encode(pixels)) and moments_of(latents_of(train))[0] > 2
     assert encode_data.main(["inspect", str(before)]) == ExitCode.DONE
     for said in (capsys.readouterr().err, "\n".join(_data(old))):
         assert said.count("warning") == 1 and str(before) in said
         assert "far from mean 0 and deviation 1: mean 3." in said and "encode the pictures anew" in said
     mixture = with_data(recipe, path=(str(before), str(tmp_path / "train")))
-    assert "image encoder pixels-2--0.83-2.2 in the former" in refusal_of(lambda: check_split(mixture, "train"))
+    assert "image encoder pixels-2--0.83-2.2 in the former" in refusal_of(lambda: validate_split(mixture, "train"))
 
 
 def test_pixels_that_training_normalises_are_not_warned_of(

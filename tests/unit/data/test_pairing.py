@@ -9,15 +9,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from ecdit_ds.data.encoders.online import EncodersBeside
+from ecdit_ds.data.encoders.online import OnlineEncoders
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import evaluation_batches, training_batches
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
-from ecdit_ds.data.prefetch import encoded_ahead
-from ecdit_ds.data.raw_dataset import RawSet
-from ecdit_ds.data.replacement import with_good_alone
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
+from ecdit_ds.data.prefetch import prefetch
+from ecdit_ds.data.raw_dataset import RawImageDataset
+from ecdit_ds.data.replacement import replace_nonfinite
 from ecdit_ds.data.sources.open import open_source
 from tests.helpers.numbered import NumberedImages, NumberedTexts, numbers_in, write_pictures
 
@@ -40,7 +40,7 @@ def encode(
 ) -> tuple[LatentDataset, dict[str, list[str]]]:
     """Encode pictures in units of five; return the set, and the names of what was left out by cause."""
     image, text = encoders
-    encoding = Encoding(
+    encoding = EncodeSettings(
         image_encoder=image,
         text_encoder=text,
         sizes=(SQUARE, WIDE),
@@ -51,7 +51,7 @@ def encode(
     )
     facts = {"identity": image.identity}, {"identity": text.identity}
     report = encode_corpus(
-        Job(
+        PrecomputeJob(
             source=open_source(str(source), unit_samples=5),
             destination=destination,
             encoding=encoding,
@@ -185,7 +185,7 @@ def test_pictures_encoded_beside_training_stay_with_their_captions(tmp_path: Pat
     (folder / "03.png").write_bytes(b"no picture")
     (folder / "10.txt").unlink()
     image, text = ENCODERS
-    raw = RawSet(
+    raw = RawImageDataset(
         open_source(str(folder), unit_samples=5), name="raw", latents=(3, 8, 8), downsampling=1, text_encoder=text
     )
     mixture = Mixture([raw], seed=1, global_batch_size=BATCH)
@@ -199,15 +199,15 @@ def test_pictures_encoded_beside_training_stay_with_their_captions(tmp_path: Pat
         num_workers=0,
         transform=as_read,
     )
-    beside, doubled, seen = EncodersBeside(image_encoder=image, text_encoder=text), 0, set[int]()
+    beside, doubled, seen = OnlineEncoders(image_encoder=image, text_encoder=text), 0, set[int]()
 
     def finish(step: list[Samples]) -> list[tuple[list[int], Samples]]:
         read = [numbers_in(batch) for batch in step]  # pixels beside captions
         finished = beside.finish(step)
-        return list(zip(read, [with_good_alone(mixture, batch) for batch in finished], strict=True))
+        return list(zip(read, [replace_nonfinite(mixture, batch) for batch in finished], strict=True))
 
     for read, batch in itertools.chain.from_iterable(
-        encoded_ahead(steps, finish) if are_ahead else (finish(step) for step in steps)
+        prefetch(steps, finish) if are_ahead else (finish(step) for step in steps)
     ):
         numbers = numbers_in(batch)
         assert not batch.lacks_latents and not batch.lacks_text and not {3, 10, *LEFT_OUT} & {*numbers}
@@ -248,6 +248,6 @@ def test_batches_with_and_without_latents_or_texts_are_finished_each_in_its_plac
     numbers = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
     kinds = [(False, False), (True, False), (False, True), (False, False), (True, True)]
     batches = [samples_of(n, has_latents=a, has_text=b) for n, (a, b) in zip(numbers, kinds, strict=True)]
-    finished = EncodersBeside(image_encoder=NumberedImages(), text_encoder=NumberedTexts()).finish(batches)
+    finished = OnlineEncoders(image_encoder=NumberedImages(), text_encoder=NumberedTexts()).finish(batches)
     assert [numbers_in(batch) for batch in finished] == numbers
     assert not any(batch.lacks_latents or batch.lacks_text for batch in finished)

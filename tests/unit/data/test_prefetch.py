@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings, WordEncoder
-from ecdit_ds.data.encoders.online import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, EncodersBeside
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE, TextEmbeddings
+from ecdit_ds.data.encoders.online import CAPTIONS_AT_ONCE, IMAGES_AT_ONCE, OnlineEncoders
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.prefetch import THREAD_NAME, encoded_ahead
-from ecdit_ds.data.sources.bad_sample import Replaced
+from ecdit_ds.data.prefetch import THREAD_NAME, prefetch
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
 from ecdit_ds.data.sources.images import from_pixels
 from ecdit_ds.errors import DataError
 from ecdit_ds.flow.objective import FlowBatch, draw_text_kept
-from ecdit_ds.training.batches import Draw, Finish, Unfinished
+from ecdit_ds.training.batches import EncodeBatch, MakeBatch, PendingBatch
 from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 
 SECONDS = 20.0
@@ -43,7 +43,7 @@ def numbers(stop: int, closed: list[bool] | None = None) -> Iterator[int]:
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 7])
 def test_steps_come_finished_and_in_order(stop: int) -> None:
-    assert list(encoded_ahead(numbers(stop), lambda step: step * step)) == [i * i for i in range(stop)]
+    assert list(prefetch(numbers(stop), lambda step: step * step)) == [i * i for i in range(stop)]
     assert threads() == []
 
 
@@ -54,7 +54,7 @@ def test_the_next_step_is_finished_while_this_one_is_used() -> None:
         begun[step].set()
         return step
 
-    steps = encoded_ahead(numbers(3), finish)
+    steps = prefetch(numbers(3), finish)
     for i in range(2):
         assert next(steps) == i
         assert begun[i + 1].wait(SECONDS), "nobody works on the next step"
@@ -69,7 +69,7 @@ def test_steps_are_read_where_they_are_asked_for_and_finished_elsewhere() -> Non
             read_in.add(threading.get_ident())
             yield i
 
-    list(encoded_ahead(read(), lambda step: finished_in.add(threading.get_ident())))
+    list(prefetch(read(), lambda step: finished_in.add(threading.get_ident())))
     assert read_in == {threading.get_ident()}
     assert len(finished_in) == 1 and finished_in.isdisjoint(read_in)
 
@@ -88,7 +88,7 @@ def test_a_failure_belongs_to_its_step(where: str, kind: type[Exception]) -> Non
             raise kind("no step 3")
         return step
 
-    steps = encoded_ahead(read(), finish)
+    steps = prefetch(read(), finish)
     assert [next(steps) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(kind, match=r"^no step 3$"):
         next(steps)
@@ -99,7 +99,7 @@ def test_a_failure_belongs_to_its_step(where: str, kind: type[Exception]) -> Non
 def test_the_thread_ends_and_reading_stops_when_nobody_wants_more() -> None:
     closed: list[bool] = []
     source = numbers(100, closed)
-    steps = encoded_ahead(source, lambda step: step)
+    steps = prefetch(source, lambda step: step)
     assert next(steps) == 0 and len(threads()) == 1
     del steps  # as a loop does that is left
     assert threads() == [] and closed == [True]
@@ -109,8 +109,8 @@ def test_the_thread_ends_and_reading_stops_when_nobody_wants_more() -> None:
 class Counting:
     """An encoder of both kinds that notes how much it is given at a time."""
 
-    image: PixelCodec = field(default_factory=PixelCodec)
-    text: WordEncoder = field(default_factory=lambda: WordEncoder(embed_dim=24, max_tokens=6))
+    image: PixelVAE = field(default_factory=PixelVAE)
+    text: HashedWordEncoder = field(default_factory=lambda: HashedWordEncoder(embed_dim=24, max_tokens=6))
     images: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
     identity: str = "counting"
@@ -154,11 +154,11 @@ def raw(count: int, first: int = 0) -> Samples:
     )
 
 
-def beside(encoder: Counting | None = None) -> EncodersBeside:
+def beside(encoder: Counting | None = None) -> OnlineEncoders:
     """Return the embedded encoders, or others."""
     if encoder is None:
-        return EncodersBeside(image_encoder=PixelCodec(), text_encoder=WordEncoder(embed_dim=24, max_tokens=6))
-    return EncodersBeside(image_encoder=encoder, text_encoder=encoder)  # type: ignore[arg-type]
+        return OnlineEncoders(image_encoder=PixelVAE(), text_encoder=HashedWordEncoder(embed_dim=24, max_tokens=6))
+    return OnlineEncoders(image_encoder=encoder, text_encoder=encoder)  # type: ignore[arg-type]
 
 
 def test_all_micro_batches_of_a_step_are_encoded_at_once() -> None:
@@ -167,7 +167,7 @@ def test_all_micro_batches_of_a_step_are_encoded_at_once() -> None:
     assert (encoder.images, encoder.captions) == ([6], [6])
     for i, samples in enumerate(finished):
         given = raw(3, 3 * i)
-        assert torch.equal(samples.latents_BCHW, PixelCodec().encode(from_pixels(given.pixels_BHW3)))
+        assert torch.equal(samples.latents_BCHW, PixelVAE().encode(from_pixels(given.pixels_BHW3)))
         assert torch.equal(samples.text_embeds_BTD, encoder.text.encode(given.captions).embeds_BTD)
         assert samples.pixels_BHW3.shape == (3, 0, 0, 3)
         assert not (samples.lacks_latents or samples.lacks_text)
@@ -178,7 +178,7 @@ def test_a_step_of_many_goes_through_the_encoders_in_parts() -> None:
     (finished,) = beside(encoder).finish([raw(count)])
     assert max(encoder.images) == IMAGES_AT_ONCE and sum(encoder.images) == count
     assert encoder.captions == [CAPTIONS_AT_ONCE, 1]
-    assert torch.equal(finished.latents_BCHW, PixelCodec().encode(from_pixels(raw(count).pixels_BHW3)))
+    assert torch.equal(finished.latents_BCHW, PixelVAE().encode(from_pixels(raw(count).pixels_BHW3)))
 
 
 def test_only_what_is_missing_is_encoded() -> None:
@@ -200,7 +200,7 @@ class Pictures:
     buckets: tuple[tuple[int, int, int], ...] = ((3, 8, 8),)
     runs: tuple[tuple[int, int], ...] = ((0, 64),)
     is_whole: bool = False
-    null_text: TextEmbeddings = field(default_factory=lambda: WordEncoder(embed_dim=24, max_tokens=6).null())
+    null_text: TextEmbeddings = field(default_factory=lambda: HashedWordEncoder(embed_dim=24, max_tokens=6).null())
 
     def __len__(self) -> int:
         return 64
@@ -219,7 +219,7 @@ def pictures() -> Mixture:
     return Mixture([Pictures()], seed=0, global_batch_size=16)
 
 
-class Broken(PixelCodec):
+class Broken(PixelVAE):
     """An image encoder that has no numbers for some of what it is given."""
 
     def __init__(self, bad: dict[int, float]) -> None:
@@ -238,7 +238,7 @@ class BrokenWords:
     """A text encoder that has no pooled vector for some captions."""
 
     bad: set[int]
-    inner: WordEncoder = field(default_factory=lambda: WordEncoder(embed_dim=24, max_tokens=6))
+    inner: HashedWordEncoder = field(default_factory=lambda: HashedWordEncoder(embed_dim=24, max_tokens=6))
 
     def encode(self, captions: Sequence[str]) -> TextEmbeddings:
         """Return vectors, of which one number of each bad caption is not finite."""
@@ -250,9 +250,9 @@ class BrokenWords:
 
 def finished_of(recipe: Recipe, samples: Samples, latents: dict[int, float], texts: set[int]) -> FlowBatch:
     """Return a micro-batch finished by encoders that fail at some places."""
-    encoders = EncodersBeside(image_encoder=Broken(latents), text_encoder=BrokenWords(texts))  # type: ignore[arg-type]
-    unfinished = Draw(recipe, pictures().null_text)(samples)
-    (batch,) = Finish(encoders=encoders, mixture=pictures())([unfinished])
+    encoders = OnlineEncoders(image_encoder=Broken(latents), text_encoder=BrokenWords(texts))  # type: ignore[arg-type]
+    unfinished = MakeBatch(recipe, pictures().null_text)(samples)
+    (batch,) = EncodeBatch(encoders=encoders, mixture=pictures())([unfinished])
     return batch
 
 
@@ -269,13 +269,13 @@ def test_the_next_finite_sample_of_a_micro_batch_stands_in_for_what_encoders_hav
     assert torch.equal(batch.noise_BCHW, whole.noise_BCHW) and torch.equal(batch.timesteps_B, whole.timesteps_B)
     keys = pictures().ids_at(np.array([17, 18, 21])).samples_B
     assert whole.replaced == () and batch.replaced == tuple(
-        Replaced(position=position, set="pictures", key=str(key), cause="not finite")
+        ReplacedSample(position=position, set="pictures", key=str(key), cause="not finite")
         for position, key in zip((17, 18, 21), keys, strict=True)
     )
 
 
 def test_what_stood_in_for_a_bad_sample_and_proves_bad_itself_is_named_after_it(tiny_recipe: Recipe) -> None:
-    first = Replaced(position=1, set="pictures", key="first", cause="no image")
+    first = ReplacedSample(position=1, set="pictures", key="first", cause="no image")
     samples = replace(raw(4), replaced={1: (first,)})
     batch = finished_of(tiny_recipe, samples, {}, {1})
     key = str(pictures().ids_at(np.array([1]), 1).samples_B[0])
@@ -300,12 +300,12 @@ def recipe(tiny_recipe: Recipe) -> Recipe:
 def test_a_micro_batch_finished_beside_training_is_the_one_that_a_stored_sample_makes(recipe: Recipe) -> None:
     encoders = beside()
     null = encoders.text_encoder.null()
-    draw, samples = Draw(recipe, null), raw(16)
+    draw, samples = MakeBatch(recipe, null), raw(16)
     unfinished = draw(samples)
-    assert isinstance(unfinished, Unfinished)
+    assert isinstance(unfinished, PendingBatch)
     whole = draw(encoders.finish([samples])[0])
     assert isinstance(whole, FlowBatch)
-    (finished, untouched) = Finish(encoders=encoders, mixture=pictures())([unfinished, whole])
+    (finished, untouched) = EncodeBatch(encoders=encoders, mixture=pictures())([unfinished, whole])
     assert untouched is whole
     for name, values in vars(whole).items():
         there = getattr(finished, name)
@@ -316,8 +316,8 @@ def test_dropped_texts_are_the_text_of_no_text(recipe: Recipe) -> None:
     encoders = beside()
     null = encoders.text_encoder.null()
     samples = raw(16)
-    unfinished = Draw(recipe, null)(samples)
-    (batch,) = Finish(encoders=encoders, mixture=pictures())([unfinished])
+    unfinished = MakeBatch(recipe, null)(samples)
+    (batch,) = EncodeBatch(encoders=encoders, mixture=pictures())([unfinished])
     kept_B = draw_text_kept(samples.stream_index_B, recipe.train.seed, recipe.flow)
     assert 0 < kept_B.sum() < 16
     own = encoders.text_encoder.encode(samples.captions)
@@ -342,13 +342,13 @@ def test_loading_and_running_encoders_moves_no_generator(joined: list[str]) -> N
     np.random.seed(7)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     text = load_text_encoder(joined[:2], max_tokens=24)
-    encoders = EncodersBeside(image_encoder=load_image_encoder(joined[2]), text_encoder=text)
-    list(encoded_ahead(iter([[raw(2)], [raw(2)]]), encoders.finish))
+    encoders = OnlineEncoders(image_encoder=load_image_encoder(joined[2]), text_encoder=text)
+    list(prefetch(iter([[raw(2)], [raw(2)]]), encoders.finish))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)  # type: ignore[index]
 
 
-class Trainable(PixelCodec):
+class Trainable(PixelVAE):
     """An encoder with a weight that could be trained."""
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -357,9 +357,9 @@ class Trainable(PixelCodec):
 
 
 def test_nothing_beside_training_asks_for_gradients_but_all_of_it_can_be_trained_on() -> None:
-    words = WordEncoder(embed_dim=24, max_tokens=6)
-    encoders = EncodersBeside(image_encoder=Trainable(), text_encoder=words)
-    (finished,) = next(encoded_ahead(iter([[raw(2)]]), encoders.finish))
+    words = HashedWordEncoder(embed_dim=24, max_tokens=6)
+    encoders = OnlineEncoders(image_encoder=Trainable(), text_encoder=words)
+    (finished,) = next(prefetch(iter([[raw(2)]]), encoders.finish))
     assert not finished.latents_BCHW.requires_grad
     weight = torch.ones((), requires_grad=True)
     (finished.latents_BCHW * weight).sum().backward()

@@ -19,20 +19,20 @@ from ecdit_ds.config.data_config import DataConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data import raw_dataset as raw_set
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.from_recipe import check_encodable, encoders_of
-from ecdit_ds.data.encoders.spec import image_facts, text_facts
+from ecdit_ds.data.encoders.spec import image_encoder_spec, text_encoder_spec
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.loader import evaluation_batches
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
-from ecdit_ds.data.raw_dataset import RawSet, open_raw_set
-from ecdit_ds.data.replacement import read_good
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
+from ecdit_ds.data.raw_dataset import RawImageDataset, open_raw_set
+from ecdit_ds.data.replacement import read_valid
 from ecdit_ds.data.sources.bad_sample import BadSample, SystemFile
-from ecdit_ds.data.sources.base import RawSample, Source, Unit
+from ecdit_ds.data.sources.base import ImageSource, RawSample, Unit
 from ecdit_ds.data.sources.open import open_source
-from ecdit_ds.data.splits import check_split, open_split
+from ecdit_ds.data.splits import open_split, validate_split
 from tests.helpers.made_sets import write_set
 from tests.helpers.photographs import crops, encoded
 from tests.helpers.tiny_encoders import save_t5, save_vae
@@ -91,25 +91,25 @@ def write_saved(root: Path) -> Path:
     return root
 
 
-def opened(path: Path, **changes: str) -> RawSet:
+def opened(path: Path, **changes: str) -> RawImageDataset:
     """Open a source with the embedded encoders."""
     data = DataConfig(dataset="encoded", encode="online", path=str(path), **changes)  # type: ignore[arg-type]
-    words = WordEncoder(embed_dim=24, max_tokens=TOKENS)
+    words = HashedWordEncoder(embed_dim=24, max_tokens=TOKENS)
     return open_raw_set(str(path), data, latents=LATENTS, downsampling=2, text_encoder=words)
 
 
 def encoded_report(path: Path, destination: Path) -> tuple[dict[str, list[str]], LatentDataset]:
     """Encode a source; return the names that were left out by cause, and the set."""
-    image, text = PixelCodec(), WordEncoder(embed_dim=24, max_tokens=TOKENS)
+    image, text = PixelVAE(), HashedWordEncoder(embed_dim=24, max_tokens=TOKENS)
     report = encode_corpus(
-        Job(
+        PrecomputeJob(
             source=open_source(str(path), unit_samples=4),
             destination=destination,
-            image_facts=image_facts(image),
-            encoding=Encoding(
+            image_facts=image_encoder_spec(image),
+            encoding=EncodeSettings(
                 image_encoder=image, text_encoder=text, sizes=((16, 16),), dtype="float32", batch_size=4, threads=1
             ),
-            text_facts=text_facts(text),
+            text_facts=text_encoder_spec(text),
             settings={},
             max_bad=0.99,
         )
@@ -130,7 +130,7 @@ def test_every_source_gives_the_samples_that_encoding_stores(write: Callable[[Pa
     assert samples.captions == wanted.captions and samples.bad == {}
     assert torch.equal(samples.stream_index_B, wanted.stream_index_B)
     images = samples.pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    assert torch.equal(PixelCodec().encode(images), wanted.latents_BCHW)
+    assert torch.equal(PixelVAE().encode(images), wanted.latents_BCHW)
     assert torch.equal(dataset.null_text.embeds_BTD, stored.null_text.embeds_BTD)
     assert samples.lacks_latents and samples.lacks_text and not wanted.lacks_latents
 
@@ -185,7 +185,7 @@ def test_archives_are_kept_up_to_a_size_and_read_again_after(tmp_path: Path, mon
     source_type = type(dataset._source)
     read = source_type.read
 
-    def noted(self: Source, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
+    def noted(self: ImageSource, unit: Unit) -> Iterator[RawSample | BadSample | SystemFile]:
         reads.append(unit.name)
         yield from read(self, unit)
 
@@ -223,7 +223,7 @@ def test_a_source_that_is_gone_is_not_told_to_be_encoded_anew(tmp_path: Path, re
     mixture = Mixture([opened(path)], seed=0, global_batch_size=4)
     for picture in path.glob("*.*"):
         picture.unlink()
-    said = refusal_of(lambda: read_good(mixture, np.arange(4)))
+    said = refusal_of(lambda: read_valid(mixture, np.arange(4)))
     assert "files are still there" in said and "inspect" not in said and "anew" not in said
 
 
@@ -232,7 +232,7 @@ def test_a_source_named_twice_by_other_names_is_refused(online: Recipe, tmp_path
     (tmp_path / "link").symlink_to(source)
     for other in (f"{source}/", str(tmp_path / "link")):
         twice = replace(online, data=replace(online.data, path=(str(source), other)))
-        assert f"data.path: {source} and {other} are the same" in refusal_of(lambda: check_split(twice, "train"))  # noqa: B023
+        assert f"data.path: {source} and {other} are the same" in refusal_of(lambda: validate_split(twice, "train"))  # noqa: B023
 
 
 def test_bad_samples_weigh_nothing_in_the_held_out_loss(tmp_path: Path) -> None:
@@ -255,12 +255,12 @@ def online(tiny_recipe: Recipe, tiny_config: ModelConfig, tmp_path: Path) -> Rec
 
 def test_a_recipe_names_raw_sources_and_several_of_them(online: Recipe, tmp_path: Path) -> None:
     check_encodable(online)
-    assert (check_split(online, "train").count, check_split(online, "heldout").count) == (COUNT, 2)
+    assert (validate_split(online, "train").count, validate_split(online, "heldout").count) == (COUNT, 2)
     (dataset,) = open_split(online, "train", encoders_of(online))
     assert dataset.gather(np.array([0]), np.array([0])).pixels_BHW3.shape == (1, 8, 8, 3)
     both = (str(tmp_path / "train"), str(write_tars(tmp_path / "more")))
     mixed = replace(online, data=replace(online.data, path=both, weights=(1.0, 1.0)))
-    assert check_split(mixed, "train").count == 2 * COUNT
+    assert validate_split(mixed, "train").count == 2 * COUNT
     mixture = Mixture(open_split(mixed, "train", encoders_of(mixed)), weights=(1, 1), seed=0, global_batch_size=8)
     samples = mixture.read(np.arange(8))
     assert samples.pixels_BHW3.shape == (8, 8, 8, 3) and samples.lacks_latents and not mixture.is_whole
@@ -298,13 +298,13 @@ def test_a_source_that_cannot_be_read_is_refused_before_training(
     (tmp_path / "list.jsonl").write_text(json.dumps({"image": "train/0.jpg", "caption": "a"}) + "\n")
     given = {name: value and value.format(root=tmp_path) for name, value in change.items()}
     recipe = replace(online, data=replace(online.data, **given))  # type: ignore[arg-type]
-    message = refusal_of(lambda: check_split(recipe, "train"))
+    message = refusal_of(lambda: validate_split(recipe, "train"))
     assert all(part in message for part in parts), message
 
 
 def captions_only(folder: Path) -> Path:
     """Write a set without text vectors."""
-    text = WordEncoder(embed_dim=24, max_tokens=TOKENS).identity
+    text = HashedWordEncoder(embed_dim=24, max_tokens=TOKENS).identity
     return write_set(folder, [(LATENTS, 4)], tokens=TOKENS, width=24, has_text=False, text=text)
 
 
@@ -325,13 +325,13 @@ def test_a_set_without_text_vectors_gives_captions_alone(tmp_path: Path, refusal
 def test_sets_with_and_without_text_vectors_are_not_mixed(
     tiny_recipe: Recipe, tiny_config: ModelConfig, tmp_path: Path, refusal_of: Refusal
 ) -> None:
-    text = WordEncoder(embed_dim=24, max_tokens=TOKENS).identity
+    text = HashedWordEncoder(embed_dim=24, max_tokens=TOKENS).identity
     paths = (
         str(captions_only(tmp_path / "a")),
         str(write_set(tmp_path / "b", [(LATENTS, 4)], tokens=TOKENS, width=24, text=text)),
     )
     recipe = replace(tiny_recipe, model=tiny_config, data=DataConfig(dataset="encoded", path=paths))
-    message = refusal_of(lambda: check_split(recipe, "train"))
+    message = refusal_of(lambda: validate_split(recipe, "train"))
     assert "text vectors not stored in the former, stored in the latter" in message
 
 
@@ -343,7 +343,7 @@ def test_captions_are_encoded_by_the_encoder_that_the_set_names_and_no_other(
         return replace(tiny_recipe, model=tiny_config, data=data)
 
     words = {"kind": "words", "embed_dim": 24, "max_tokens": TOKENS}
-    pixels = {"kind": "pixels", "shift_factor": -0.83, "scaling_factor": 2.2, "identity": PixelCodec().identity}
+    pixels = {"kind": "pixels", "shift_factor": -0.83, "scaling_factor": 2.2, "identity": PixelVAE().identity}
 
     def name_encoders(folder: Path, identity: str) -> Path:
         index = json.loads((folder / "index.json").read_text())
@@ -351,7 +351,7 @@ def test_captions_are_encoded_by_the_encoder_that_the_set_names_and_no_other(
         (folder / "index.json").write_text(json.dumps(index))
         return folder
 
-    own = WordEncoder(embed_dim=24, max_tokens=TOKENS).identity
+    own = HashedWordEncoder(embed_dim=24, max_tokens=TOKENS).identity
     good = name_encoders(captions_only(tmp_path / "good"), own)
     check_encodable(recipe_of(good))
     other = name_encoders(captions_only(tmp_path / "other"), "words of another release")

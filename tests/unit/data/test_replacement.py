@@ -12,8 +12,8 @@ import torch
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.data.loader import training_batches
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.data.replacement import MAX_REPLACEMENTS, read_good, with_good_alone
-from ecdit_ds.data.sources.bad_sample import BadSample, Cause, Replaced
+from ecdit_ds.data.replacement import MAX_REPLACEMENTS, read_valid, replace_nonfinite
+from ecdit_ds.data.sources.bad_sample import BadSample, BadSampleReason, ReplacedSample
 from ecdit_ds.errors import DataError
 from tests.helpers.made_sets import write_set
 
@@ -28,7 +28,7 @@ BROKEN = {
     13: "text_embeds nan",
     17: "text_pooled inf",
 }
-Row = tuple[int, str, bytes, tuple[Replaced, ...]]
+Row = tuple[int, str, bytes, tuple[ReplacedSample, ...]]
 
 
 def as_read(samples: Samples) -> Samples:
@@ -175,7 +175,7 @@ def test_what_a_set_says_is_bad_is_replaced_and_texts_to_come_are_not_judged(who
     mixture = Mixture([Telling(whole)], seed=3, global_batch_size=BATCH)  # type: ignore[list-item]
     told = []
     for step in range(STEPS):
-        samples = read_good(mixture, np.arange(step * BATCH, (step + 1) * BATCH))
+        samples = read_valid(mixture, np.arange(step * BATCH, (step + 1) * BATCH))
         assert all(int(caption.split()[-1]) % 3 for caption in samples.captions)
         told += [bad for replaced in samples.replaced.values() for bad in replaced]
     assert len(told) > STEPS
@@ -207,7 +207,7 @@ def test_the_last_replacement_that_is_allowed_counts_too(tmp_path: Path) -> None
     tried = [int(mix(whole).ids_at(position, attempt).samples_B[0]) for attempt in range(1 + MAX_REPLACEMENTS)]
     assert tried[-1] not in tried[:-1], "take another position"
     folder = write_set(tmp_path / "late", [(SQUARE, 200)], broken=dict.fromkeys(tried[:-1], "latents nan"))
-    samples = read_good(mix(LatentDataset(folder)), position)
+    samples = read_valid(mix(LatentDataset(folder)), position)
     assert len(samples.replaced[0]) == MAX_REPLACEMENTS
     assert samples.captions == (f"late {tried[-1]}",)
 
@@ -227,15 +227,15 @@ def test_what_encoders_spoil_is_replaced_by_the_next_good_one_of_the_micro_batch
 ) -> None:
     mixture = mix(broken)
     before = next(
-        found for step in range(STEPS) if (found := read_good(mixture, np.arange(BATCH) + step * BATCH)).replaced
+        found for step in range(STEPS) if (found := read_valid(mixture, np.arange(BATCH) + step * BATCH)).replaced
     )
     number = [int(caption.split()[-1]) for caption in before.captions]
     getattr(before, what)[list(places)] = SPOILED[what]
     if len(places) == BATCH:
         with pytest.raises(DataError, match=rf"any of {BATCH} samples .* the first is {number[0]} \("):
-            with_good_alone(mixture, before)
+            replace_nonfinite(mixture, before)
         return
-    after = with_good_alone(mixture, before)
+    after = replace_nonfinite(mixture, before)
     for place in range(BATCH):
         chosen = next(i % BATCH for i in range(place, place + BATCH) if i % BATCH not in places)
         assert after.captions[place] == before.captions[chosen]
@@ -243,7 +243,9 @@ def test_what_encoders_spoil_is_replaced_by_the_next_good_one_of_the_micro_batch
             assert torch.equal(getattr(after, name)[place], getattr(before, name)[chosen]), (place, name)
         told, earlier = after.replaced.get(place, ()), before.replaced.get(place, ())
         assert told[: len(earlier)] == earlier
-        cause: Cause = "text without a token" if what == "text_mask_BT" else "not finite"
-        new = Replaced(position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause)
+        cause: BadSampleReason = "text without a token" if what == "text_mask_BT" else "not finite"
+        new = ReplacedSample(
+            position=int(before.stream_index_B[place]), set=broken.name, key=str(number[place]), cause=cause
+        )
         assert told[len(earlier) :] == ((new,) if place in places else ())
     assert torch.equal(after.stream_index_B, before.stream_index_B)

@@ -15,9 +15,9 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.data.digit_scenes.scenes import Split
 from ecdit_ds.data.mixture import Bucket, Mixture
-from ecdit_ds.data.splits import check_split, open_split
+from ecdit_ds.data.splits import open_split, validate_split
 from ecdit_ds.flow.objective import FlowBatch
-from ecdit_ds.training.batches import Draw
+from ecdit_ds.training.batches import MakeBatch
 from tests.helpers.made_sets import write_set
 
 SQUARE, WIDE, TALL = (3, 8, 8), (3, 4, 12), (3, 12, 4)
@@ -42,17 +42,17 @@ def make_sets(tiny_recipe: Recipe, tiny_config: ModelConfig, tmp_path: Path) -> 
 
 def test_a_split_tells_the_shares_of_its_sets_and_sizes(make_sets: MakeSets, tmp_path: Path) -> None:
     recipe = make_sets(a=[(SQUARE, 6), (WIDE, 2)], b=[(WIDE, 3), (TALL, 1)])
-    facts = check_split(recipe, "train")
+    facts = validate_split(recipe, "train")
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     assert facts.count == 12
     assert facts.sets == {a: Fraction(2, 3), b: Fraction(1, 3)}
     assert facts.buckets == {SQUARE: Fraction(6, 12), WIDE: Fraction(5, 12), TALL: Fraction(1, 12)}
     by_weight = replace(recipe, data=replace(recipe.data, weights=(0.1, 0.3)))
-    weighted = check_split(by_weight, "train")
+    weighted = validate_split(by_weight, "train")
     assert weighted.sets == {a: Fraction(1, 4), b: Fraction(3, 4)}
     assert weighted.buckets == {SQUARE: Fraction(3, 16), WIDE: Fraction(10, 16), TALL: Fraction(3, 16)}
     assert weighted.count == 12
-    assert check_split(by_weight, "heldout").sets == {a: 1}, "weights are of the training sets"
+    assert validate_split(by_weight, "heldout").sets == {a: 1}, "weights are of the training sets"
 
 
 def test_every_named_set_is_opened(make_sets: MakeSets) -> None:
@@ -88,8 +88,8 @@ def test_a_held_out_set_of_another_encoder_is_refused(
     recipe = make_sets(a=[(SQUARE, 6)], b=[(SQUARE, 3)], b_differs=differs)
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     recipe = replace(recipe, data=replace(recipe.data, path=a, heldout_path=b))
-    check_split(recipe, "train")
-    message = refusal_of(lambda: check_split(recipe, "heldout"))
+    validate_split(recipe, "train")
+    message = refusal_of(lambda: validate_split(recipe, "heldout"))
     assert message.startswith(
         f"data.heldout_path: {b} was encoded by {what} other, but {a}, which is trained on, by made"
     )
@@ -108,18 +108,18 @@ def test_texts_of_other_lengths_or_widths_than_the_models_are_refused(
     make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path, split: Split, texts: dict[str, Any], parts: list[str]
 ) -> None:
     recipe = make_sets(a=[(SQUARE, 4)])
-    check_split(recipe, split)
+    validate_split(recipe, split)
     other = str(write_set(tmp_path / "other", [(SQUARE, 4)], **texts))
     given: dict[str, Any] = {"path" if split == "train" else "heldout_path": other}
     recipe = replace(recipe, data=replace(recipe.data, **given))
-    for action in (lambda: check_split(recipe, split), lambda: open_split(recipe, split, None)):
+    for action in (lambda: validate_split(recipe, split), lambda: open_split(recipe, split, None)):
         message = refusal_of(action)
         assert other in message and all(part in message for part in parts), message
 
 
 def test_sets_of_other_channels_are_not_mixed(make_sets: MakeSets, refusal_of: Refusal) -> None:
     recipe = make_sets(a=[(SQUARE, 6)], b=[((4, 8, 8), 3)])
-    assert "channels [3] in the former, [4] in the latter" in refusal_of(lambda: check_split(recipe, "train"))
+    assert "channels [3] in the former, [4] in the latter" in refusal_of(lambda: validate_split(recipe, "train"))
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_a_size_that_the_model_cannot_take_or_that_memory_was_not_planned_for_is
     recipe = make_sets(a=runs)
     capacity = {} if "capacity_factor" in model else {"capacity_factor": 2.0 if train else 1.0}
     recipe = replace(recipe, model=replace(recipe.model, **(capacity | model)), train=replace(recipe.train, **train))
-    message = refusal_of(lambda: check_split(recipe, "train"))
+    message = refusal_of(lambda: validate_split(recipe, "train"))
     assert message.startswith(f"data.path: {tmp_path / 'a'}: holds latents")
     assert [part for part in parts if part not in message] == []
-    assert refusal_of(lambda: check_split(recipe, "heldout")).startswith("data.heldout_path: ")
+    assert refusal_of(lambda: validate_split(recipe, "heldout")).startswith("data.heldout_path: ")
 
 
 def test_a_size_that_pictures_are_not_drawn_in_need_not_suit_drawing(make_sets: MakeSets) -> None:
@@ -172,19 +172,19 @@ def test_a_size_that_pictures_are_not_drawn_in_need_not_suit_drawing(make_sets: 
     model = replace(recipe.model, capacity_factor=2.0, capacity_rounding="floor")
     # Drawn squares give each of four experts 0.5 x 16 / 4 tokens, a picture of two tokens would give it none.
     recipe = replace(recipe, model=model, sample=SampleConfig(capacity_factor=0.5))
-    assert check_split(recipe, "train").buckets.keys() == {SQUARE, (3, 2, 4)}
+    assert validate_split(recipe, "train").buckets.keys() == {SQUARE, (3, 2, 4)}
 
 
 def test_a_batch_of_each_size_keeps_its_own_share_of_its_own_tokens(make_sets: MakeSets) -> None:
     recipe = make_sets(a=[(SQUARE, 6), (WIDE, 5)])
     recipe = replace(recipe, model=replace(recipe.model, decoder_layers=1), train=replace(recipe.train, mask_ratio=0.5))
     mixture = Mixture(open_split(recipe, "train", None), seed=0, global_batch_size=8)
-    transform, kept = Draw(recipe, mixture.null_text), {}
+    transform, kept = MakeBatch(recipe, mixture.null_text), {}
     for step in range(8):
         batch = transform(mixture.read(torch.arange(step * 8, step * 8 + 8).numpy()))
-        assert isinstance(batch, FlowBatch) and batch.kept_BN is not None
+        assert isinstance(batch, FlowBatch) and batch.visible_BN is not None
         assert batch.noise_BCHW.shape == batch.latents_BCHW.shape
-        kept[mixture.bucket_at(step)] = (batch.kept_BN.shape[1], int(batch.kept_BN.max()))
+        kept[mixture.bucket_at(step)] = (batch.visible_BN.shape[1], int(batch.visible_BN.max()))
     assert kept[SQUARE] == (8, 15) and kept[WIDE] == (6, 11)
 
 
@@ -200,7 +200,7 @@ def test_what_is_stored_as_bf16_becomes_on_its_device_what_it_would_have_been_be
         text_embeds_BTD=whole.text_embeds_BTD.bfloat16(),
         text_pooled_BD=whole.text_pooled_BD.bfloat16(),
     )
-    draw, device = Draw(recipe, mixture.null_text), torch.device("cpu")
+    draw, device = MakeBatch(recipe, mixture.null_text), torch.device("cpu")
     wide, narrow = draw(stored.float()), draw(stored)
     assert isinstance(wide, FlowBatch) and isinstance(narrow, FlowBatch)
     assert narrow.latents_BCHW.dtype == narrow.text_embeds_BTD.dtype == torch.bfloat16
@@ -214,21 +214,21 @@ def test_fewer_channels_and_narrower_pooled_texts_than_the_models_are_refused_to
     make_sets: MakeSets, refusal_of: Refusal, tmp_path: Path
 ) -> None:
     recipe = make_sets(a=[((2, 8, 8), 3), ((2, 4, 12), 1)])
-    assert "2 channels, but the model's have 3" in refusal_of(lambda: check_split(recipe, "train"))
+    assert "2 channels, but the model's have 3" in refusal_of(lambda: validate_split(recipe, "train"))
     narrow = str(write_set(tmp_path / "narrow", [(SQUARE, 3)], pooled=5))
     of_narrow = replace(recipe, data=replace(recipe.data, path=narrow))
-    assert "pooled texts of width 5" in refusal_of(lambda: check_split(of_narrow, "train"))
+    assert "pooled texts of width 5" in refusal_of(lambda: validate_split(of_narrow, "train"))
 
 
 def test_of_one_size_it_must_be_the_models_height_and_width_in_this_order(
     make_sets: MakeSets, refusal_of: Refusal
 ) -> None:
     recipe = make_sets(a=[(WIDE, 3)])
-    check_split(replace(recipe, model=replace(recipe.model, latent_height=4, latent_width=12)), "train")
+    validate_split(replace(recipe, model=replace(recipe.model, latent_height=4, latent_width=12)), "train")
     turned = replace(recipe, model=replace(recipe.model, latent_height=12, latent_width=4))
-    assert "latents (3, 4, 12), but the model's are (3, 12, 4)" in refusal_of(lambda: check_split(turned, "train"))
+    assert "latents (3, 4, 12), but the model's are (3, 12, 4)" in refusal_of(lambda: validate_split(turned, "train"))
 
 
 def test_what_is_held_of_a_size_is_counted_over_all_sets(make_sets: MakeSets) -> None:
     recipe = make_sets(a=[(SQUARE, 6), (WIDE, 2)], b=[(WIDE, 3), (TALL, 1)])
-    assert check_split(recipe, "train").held == {SQUARE: 6, WIDE: 5, TALL: 1}
+    assert validate_split(recipe, "train").held == {SQUARE: 6, WIDE: 5, TALL: 1}

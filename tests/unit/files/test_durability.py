@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 
 from ecdit_ds.checkpoint.lease import LEASE_NAME, claim
-from ecdit_ds.checkpoint.retention import remove_old
+from ecdit_ds.checkpoint.retention import apply_retention
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
-from ecdit_ds.data.encoders.spec import image_facts, text_facts
-from ecdit_ds.data.latents.shard_writer import new_draft, publish_set
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import Encoding
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
+from ecdit_ds.data.encoders.spec import image_encoder_spec, text_encoder_spec
+from ecdit_ds.data.latents.shard_writer import commit_dataset, create_staging_dir
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import EncodeSettings
 from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.evaluation.fid import FeatureStatistics, save_statistics
 from ecdit_ds.files.durable import make_folders, put_on_disk, replace_durably
 from ecdit_ds.inference.images import save_png, save_text
-from ecdit_ds.inference.jsonl_shards import Ledger
+from ecdit_ds.inference.jsonl_shards import ResultTable
 from ecdit_ds.slurm import job_history as lives
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.run_dir import RunDir
 from tests.helpers.made_sets import write_set
 from tests.helpers.power import Disk
 from tests.helpers.random_model import save_random_model
@@ -134,23 +134,23 @@ def test_a_checkpoint_and_the_hint_of_it_stay_and_no_older_one_goes_before(
     names = ["step_1", "latest", "step_2", "latest", "step_3", "latest", aside.name, "step_3", "latest"]
     assert_whole(disk, *(f"run/checkpoints/{name}" for name in names))
     assert [move.pending for move in disk.moves if move.target.endswith("latest")] == [[]] * 4
-    assert [folder.name for folder in remove_old(root, 2)] == ["step_1"]
+    assert [folder.name for folder in apply_retention(root, 2)] == ["step_1"]
     assert "/.trash-step_1-" in disk.moves[-1].target and not disk.moves[-1].pending
 
 
 def test_a_lease_and_the_lives_of_a_job_stay(disk: Disk, tmp_path: Path) -> None:
     claim(tmp_path, "12.0.a")
     assert disk.lost(tmp_path / LEASE_NAME) == []
-    ledger = lives.Ledger(tmp_path / "run")
-    ledger.begin(lives.Beginning(life="12.0", step=0, nodes="n1", ranks=1))
+    ledger = lives.JobHistory(tmp_path / "run")
+    ledger.begin(lives.AttemptStarted(life="12.0", step=0, nodes="n1", ranks=1))
     assert disk.lost(ledger.folder / "lives.jsonl") == []
-    ledger.end("12.0", 3, 7, lives.Verdict(is_again=False, exit_code=3, reason="gave up"))
+    ledger.end("12.0", 3, 7, lives.RequeueDecision(is_again=False, exit_code=3, reason="gave up"))
     assert disk.lost(ledger.folder / "lives.jsonl") == []
     assert_whole(disk, "run/slurm/why_it_stopped.txt")
 
 
 def test_a_life_begins_with_a_recipe_and_logs_that_stay(disk: Disk, tmp_path: Path, tiny_recipe: Recipe) -> None:
-    folder = RunFolder(path=tmp_path / "runs" / "mine")
+    folder = RunDir(path=tmp_path / "runs" / "mine")
     logs = (folder.metrics, folder.evaluations, folder.bad_samples)
     with folder.lock("12.0.a"):
         for log in logs:
@@ -172,11 +172,11 @@ def test_a_conversion_gives_all_its_files_a_name_at_once(
 
 
 def test_a_set_written_at_once_stays(disk: Disk, tmp_path: Path) -> None:
-    draft = new_draft(tmp_path / "sets" / "it")
+    draft = create_staging_dir(tmp_path / "sets" / "it")
     write_set(draft / "it", [((1, 2, 2), 3)])
     assert disk.moves[-1].target.endswith("index.json") and not disk.moves[-1].unsynced
     disk.moves.clear()
-    publish_set(draft / "it", tmp_path / "sets" / "it")
+    commit_dataset(draft / "it", tmp_path / "sets" / "it")
     assert_whole(disk, "sets/it")
 
 
@@ -187,15 +187,15 @@ def test_a_corpus_has_its_plan_before_its_shards_and_its_shards_before_their_rec
     for name in ("a", "b"):
         Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_text(name)
-    image, text = PixelCodec(), WordEncoder(embed_dim=6, max_tokens=8)
-    job = Job(
+    image, text = PixelVAE(), HashedWordEncoder(embed_dim=6, max_tokens=8)
+    job = PrecomputeJob(
         source=open_source(str(tmp_path / "pictures"), unit_samples=1),
         destination=tmp_path / "sets" / "it",
-        encoding=Encoding(
+        encoding=EncodeSettings(
             image_encoder=image, text_encoder=text, sizes=((16, 16),), dtype="float32", batch_size=1, threads=1
         ),
-        image_facts=image_facts(image),
-        text_facts=text_facts(text),
+        image_facts=image_encoder_spec(image),
+        text_facts=text_encoder_spec(text),
         settings={},
     )
     disk = Disk(tmp_path, monkeypatch)
@@ -212,7 +212,7 @@ def test_a_corpus_has_its_plan_before_its_shards_and_its_shards_before_their_rec
 
 
 def test_tables_statistics_and_pictures_stay(disk: Disk, tmp_path: Path) -> None:
-    ledger = Ledger(path=tmp_path / "new" / "rows.jsonl")
+    ledger = ResultTable(path=tmp_path / "new" / "rows.jsonl")
     ledger.append(0, [{"index": 0}])
     ledger.merge()
     statistics = FeatureStatistics(sum_D=torch.zeros(2), outer_DD=torch.zeros(2, 2), count=3, features="made")

@@ -20,27 +20,27 @@ from ecdit_ds.checkpoint.writer import save_checkpoint
 from ecdit_ds.errors import EcditError
 from ecdit_ds.files.durable import own_file, private_file
 from ecdit_ds.inference.images import save_png, save_text
-from ecdit_ds.inference.jsonl_shards import Ledger
+from ecdit_ds.inference.jsonl_shards import ResultTable
 from ecdit_ds.inference.load import _Offloaded
 from ecdit_ds.slurm import job_history as lives
 from ecdit_ds.slurm.completion import VARIABLE, mark_complete
 from ecdit_ds.slurm.preflight import _touch, _write_speed
 from ecdit_ds.slurm.rank_logs import remove_links
 from ecdit_ds.training.callbacks import BadSampleLines
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[3]
 Write = Callable[[Path], object]
 
 
-def _rows(folder: Path) -> Ledger:
-    ledger = Ledger(path=folder / "rows.jsonl")
+def _rows(folder: Path) -> ResultTable:
+    ledger = ResultTable(path=folder / "rows.jsonl")
     ledger.append(0, [{"index": 1}])
     return ledger
 
 
-def _lives(folder: Path) -> lives.Ledger:
-    ledger = lives.Ledger(folder)
+def _lives(folder: Path) -> lives.JobHistory:
+    ledger = lives.JobHistory(folder)
     ledger.folder.mkdir(exist_ok=True)
     return ledger
 
@@ -61,15 +61,17 @@ def _mark(folder: Path) -> None:
 
 
 WRITERS: dict[str, Write] = {
-    "lock": lambda folder: RunFolder(path=folder).lock("attempt").close(),
+    "lock": lambda folder: RunDir(path=folder).lock("attempt").close(),
     "lease": lambda folder: claim(folder, "attempt"),
     "latest": lambda folder: write_latest(folder, folder / "step_1"),
     "checkpoint": _save,
     "lines": lambda folder: BadSampleLines(folder / "bad_samples.jsonl").on_bad_samples([{"step": 1}]),
     "rows": _rows,
     "table": lambda folder: _rows(folder).merge(),
-    "lives": lambda folder: _lives(folder).begin(lives.Beginning(life="1.0", step=0, nodes="n", ranks=1)),
-    "why": lambda folder: _lives(folder).end("1.0", 2, 0, lives.Verdict(is_again=False, exit_code=2, reason="because")),
+    "lives": lambda folder: _lives(folder).begin(lives.AttemptStarted(life="1.0", step=0, nodes="n", ranks=1)),
+    "why": lambda folder: _lives(folder).end(
+        "1.0", 2, 0, lives.RequeueDecision(is_again=False, exit_code=2, reason="because")
+    ),
     "mark": _mark,
     "sign": lambda folder: _touch(folder / ".sign"),
     "speed": lambda folder: _write_speed(folder / ".speed"),

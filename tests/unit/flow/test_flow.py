@@ -11,14 +11,31 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.config.recipe import FlowConfig, SampleConfig
-from ecdit_ds.flow.guidance import guided
-from ecdit_ds.flow.objective import FlowBatch, draw_noise, draw_text_kept, draw_timesteps, drop_text, flow_losses
+from ecdit_ds.flow.guidance import with_cfg
+from ecdit_ds.flow.objective import (
+    FlowBatch,
+    apply_text_dropout,
+    draw_text_kept,
+    flow_losses,
+    sample_noise,
+    sample_timesteps,
+)
 from ecdit_ds.flow.rectified import interpolate, shift_timesteps, timesteps_from_uniform, velocity_target
-from ecdit_ds.flow.samplers import Step, VelocityFn, dpmpp_2m, euler, euler_ancestral, follow, heun, rule_of, time_grid
+from ecdit_ds.flow.samplers import (
+    SamplerStep,
+    VelocityFn,
+    dpmpp_2m,
+    euler,
+    euler_ancestral,
+    heun,
+    integrate,
+    make_sampler,
+    time_grid,
+)
 from ecdit_ds.model.ecdit import Prediction
 
 Draw = Callable[..., Tensor]
-Rule = Callable[[VelocityFn], Step]
+Rule = Callable[[VelocityFn], SamplerStep]
 
 MEAN, STD = 1.5, 0.5
 """Of the Gaussian data; the noise is N(0, 1)."""
@@ -61,7 +78,7 @@ def test_regression_of_the_target_on_the_path_is_the_closed_form(t: float, draw:
 @pytest.mark.parametrize(("rule", "num_steps"), [(euler, 800), (heun, 50), (dpmpp_2m, 100)])
 def test_sampling_turns_noise_into_the_data_distribution(rule: Rule, num_steps: int, draw: Draw) -> None:
     noise = draw("noise", 2, 1, 40, 50).double()
-    samples = follow(rule(gaussian_velocity), noise, time_grid(num_steps))
+    samples = integrate(rule(gaussian_velocity), noise, time_grid(num_steps))
     # The flow between two Gaussians is affine, so each sample has a known end, and not only their moments.
     torch.testing.assert_close(samples, MEAN + STD * noise, rtol=0, atol=5e-3)
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.05)
@@ -76,7 +93,7 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(
     noise = draw("noise", 1, 1, 5, 5).double()
 
     def error(steps: int) -> float:
-        samples = follow(rule(gaussian_velocity), noise, time_grid(steps))
+        samples = integrate(rule(gaussian_velocity), noise, time_grid(steps))
         return (samples - (MEAN + STD * noise)).abs().max().item()
 
     assert 0.85 * 2**order < error(num_steps) / error(2 * num_steps) < 1.15 * 2**order
@@ -86,7 +103,7 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(
 def test_the_stochastic_rule_keeps_the_distribution_and_forgets_where_it_came_from(num_steps: int, draw: Draw) -> None:
     noise = draw("noise", 1, 1, 200, 200).double()
     fresh = (draw(f"fresh {i}", 1, 1, 200, 200).double() for i in range(num_steps))
-    samples = follow(euler_ancestral(gaussian_velocity, lambda: next(fresh), 1.0), noise, time_grid(num_steps))
+    samples = integrate(euler_ancestral(gaussian_velocity, lambda: next(fresh), 1.0), noise, time_grid(num_steps))
     # 40,000 numbers: standard errors are 0.0025 of the mean and 0.0018 of the deviation; the bias is O(1 / n).
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.01 + 1 / num_steps)
     assert samples.std().item() == pytest.approx(STD, abs=0.01 + 1 / num_steps)
@@ -95,8 +112,8 @@ def test_the_stochastic_rule_keeps_the_distribution_and_forgets_where_it_came_fr
 
 def test_the_stochastic_rule_without_renewal_is_eulers(draw: Draw) -> None:
     noise = draw("noise", 1, 1, 5, 5).double()
-    calm = follow(euler_ancestral(gaussian_velocity, lambda: draw("fresh", 1, 1, 5, 5), 0.0), noise, time_grid(7))
-    torch.testing.assert_close(calm, follow(euler(gaussian_velocity), noise, time_grid(7)))
+    calm = integrate(euler_ancestral(gaussian_velocity, lambda: draw("fresh", 1, 1, 5, 5), 0.0), noise, time_grid(7))
+    torch.testing.assert_close(calm, integrate(euler(gaussian_velocity), noise, time_grid(7)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +121,9 @@ def test_the_stochastic_rule_without_renewal_is_eulers(draw: Draw) -> None:
 )  # from 0.8 to 0.4: by as much below 0.4 as eta of the way to 0.4 x 0.4 / 0.8
 def test_a_stochastic_step_renews_the_share_of_noise_that_the_recipe_asks_for(eta: float, below: float) -> None:
     sample = SampleConfig(sampler="euler_ancestral", eta=eta)
-    step = rule_of(sample, lambda: torch.full((1,), 10.0, dtype=torch.float64))(lambda _x, _t: torch.full((1,), 2.0))
+    step = make_sampler(sample, lambda: torch.full((1,), 10.0, dtype=torch.float64))(
+        lambda _x, _t: torch.full((1,), 2.0)
+    )
     signal = (1 - 0.4) / (1 - below)
     renewed = (0.4**2 - (signal * below) ** 2) ** 0.5 if eta else 0.0
     found = step(torch.ones(1, dtype=torch.float64), 0.8, 0.4).item()
@@ -113,7 +132,7 @@ def test_a_stochastic_step_renews_the_share_of_noise_that_the_recipe_asks_for(et
 
 def test_dpm_solver_is_exact_for_data_of_one_point_however_few_the_steps(draw: Draw) -> None:
     noise, point = draw("noise", 1, 1, 5, 5).double(), draw("point", 1, 1, 5, 5).double()
-    drawn = follow(dpmpp_2m(lambda x_t, t: (x_t - point) / t), noise, time_grid(3))
+    drawn = integrate(dpmpp_2m(lambda x_t, t: (x_t - point) / t), noise, time_grid(3))
     torch.testing.assert_close(drawn, point)
 
 
@@ -130,8 +149,8 @@ def test_a_sampler_tells_each_interval_and_evaluates_as_often_as_it_says(name: s
         reports.append((step, time))
 
     sample = SampleConfig(sampler=name)  # type: ignore[arg-type]
-    rule = rule_of(sample, lambda: torch.zeros(2, 1, 2, 2))
-    follow(rule(velocity), torch.ones(2, 1, 2, 2), time_grid(6), report)
+    rule = make_sampler(sample, lambda: torch.zeros(2, 1, 2, 2))
+    integrate(rule(velocity), torch.ones(2, 1, 2, 2), time_grid(6), report)
     assert len(times_seen) == evaluations
     assert times_seen[0] == 1.0
     assert reports == list(enumerate(time_grid(6)[:-1]))
@@ -141,7 +160,7 @@ def test_what_a_callback_returns_takes_the_latents_place() -> None:
     def wipe(step: int, _time: float, latents: Tensor, /) -> Tensor | None:
         return torch.zeros_like(latents) if step == 2 else None
 
-    drawn = follow(euler(lambda latents, _time: latents), torch.ones(1, 1, 2, 2), time_grid(4), wipe)
+    drawn = integrate(euler(lambda latents, _time: latents), torch.ones(1, 1, 2, 2), time_grid(4), wipe)
     assert torch.equal(drawn, torch.zeros(1, 1, 2, 2))
 
 
@@ -205,13 +224,13 @@ def test_timesteps_lie_strictly_inside_the_path(density: Literal["logit_normal",
 @pytest.mark.parametrize("batch", [0, 1, 7])
 def test_each_stratum_of_a_global_batch_holds_exactly_one_timestep(batch: int) -> None:
     stream_index = torch.arange(batch * 64, (batch + 1) * 64)
-    t = draw_timesteps(stream_index, 0, 64, FlowConfig(timestep_density="uniform"))
+    t = sample_timesteps(stream_index, 0, 64, FlowConfig(timestep_density="uniform"))
     assert sorted((t * 64).floor().int().tolist()) == list(range(64))
 
 
 DRAWS: list[Callable[[Tensor], Tensor]] = [
-    lambda index: draw_noise((3, 4, 4), index, seed=5),
-    lambda index: draw_timesteps(index, 5, 8, FlowConfig()),
+    lambda index: sample_noise((3, 4, 4), index, seed=5),
+    lambda index: sample_timesteps(index, 5, 8, FlowConfig()),
     lambda index: draw_text_kept(index, 5, FlowConfig(text_dropout_prob=0.5)),
 ]
 
@@ -226,12 +245,15 @@ def test_what_is_random_about_a_sample_depends_on_its_stream_index_alone(draws: 
 
 
 def test_noise_is_standard_normal_and_belongs_to_its_seed_and_purpose() -> None:
-    noise = draw_noise((4, 32, 32), torch.arange(20), seed=0)
+    noise = sample_noise((4, 32, 32), torch.arange(20), seed=0)
     assert noise.shape == (20, 4, 32, 32)
     assert noise.dtype == torch.float32
     assert abs(noise.mean().item()) < 5 / math.sqrt(noise.numel())
     assert noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
-    for other in (draw_noise((4, 32, 32), torch.arange(20), 1), draw_noise((4, 32, 32), torch.arange(20), 0, "sample")):
+    for other in (
+        sample_noise((4, 32, 32), torch.arange(20), 1),
+        sample_noise((4, 32, 32), torch.arange(20), 0, "sample"),
+    ):
         assert not (other == noise).any(dim=(1, 2, 3)).all()
         assert abs(torch.corrcoef(torch.stack([other.flatten(), noise.flatten()]))[0, 1].item()) < 0.02
 
@@ -244,9 +266,9 @@ def test_text_is_dropped_for_the_asked_share_of_samples(share: float) -> None:
 
 def test_dropped_text_is_the_null_text_and_kept_text_is_untouched(draw: Draw) -> None:
     text, null = draw("text", 3, 4, 5), draw("null", 4, 5)
-    chosen = drop_text(text.clone(), torch.tensor([True, False, True]), null)
+    chosen = apply_text_dropout(text.clone(), torch.tensor([True, False, True]), null)
     assert torch.equal(chosen, torch.stack([text[0], null, text[2]]))
-    mask = drop_text(
+    mask = apply_text_dropout(
         torch.ones(2, 3, dtype=torch.bool), torch.tensor([False, True]), torch.tensor([True, False, False])
     )
     assert mask.tolist() == [[True, False, False], [True, True, True]]
@@ -272,7 +294,7 @@ def test_guidance_is_linear_in_its_scale_from_null_at_0_to_text_at_1(scale: floa
     latents, t = draw("latents", 3, 1, 2, 2), 0.25
     v_text, v_null = conditional(latents, t), unconditional(latents, t)
     torch.testing.assert_close(
-        guided(conditional, unconditional, scale)(latents, t), (1 - scale) * v_null + scale * v_text
+        with_cfg(conditional, unconditional, scale)(latents, t), (1 - scale) * v_null + scale * v_text
     )
 
 
@@ -283,7 +305,7 @@ def test_guidance_evaluates_text_and_null_in_batches_of_their_own(
     scale: float, expected: list[tuple[str, int]]
 ) -> None:
     calls: list[tuple[str, int]] = []
-    guided(*toy_velocities(calls), scale)(torch.ones(3, 1, 2, 2), 1.0)
+    with_cfg(*toy_velocities(calls), scale)(torch.ones(3, 1, 2, 2), 1.0)
     assert sorted(calls) == expected
 
 
@@ -292,7 +314,7 @@ def test_guidance_acts_within_its_interval_alone_and_costs_nothing_outside(time:
     calls: list[tuple[str, int]] = []
     conditional, unconditional = toy_velocities(calls)
     latents = torch.ones(3, 1, 2, 2)
-    velocity = guided(conditional, unconditional, 3.0, (0.3, 0.7))(latents, time)
+    velocity = with_cfg(conditional, unconditional, 3.0, (0.3, 0.7))(latents, time)
     assert [name for name, _ in calls] == (["conditional", "unconditional"] if is_guided else ["conditional"])
     expected = (1 - time) + 3 * (3 - (1 - time)) if is_guided else 3.0
     torch.testing.assert_close(velocity, torch.full_like(latents, expected))
@@ -301,7 +323,7 @@ def test_guidance_acts_within_its_interval_alone_and_costs_nothing_outside(time:
 @pytest.mark.parametrize(("time", "is_guided"), [(0.05, False), (0.2, True), (0.35, False), (0.7, False), (0.9, False)])
 def test_an_interval_near_data_is_not_one_near_noise(time: float, is_guided: bool) -> None:
     calls: list[tuple[str, int]] = []
-    guided(*toy_velocities(calls), 3.0, (0.1, 0.3))(torch.ones(1, 1, 2, 2), time)
+    with_cfg(*toy_velocities(calls), 3.0, (0.1, 0.3))(torch.ones(1, 1, 2, 2), time)
     assert len(calls) == (2 if is_guided else 1)
 
 
@@ -349,14 +371,14 @@ def test_flow_loss_is_fp32_for_a_bf16_model(flow_batch: FlowBatch) -> None:
 
 
 def test_every_part_of_a_batch_moves_to_the_device(flow_batch: FlowBatch) -> None:
-    moved = replace(flow_batch, kept_BN=torch.zeros(2, 1, dtype=torch.int64)).to(torch.device("meta"))
+    moved = replace(flow_batch, visible_BN=torch.zeros(2, 1, dtype=torch.int64)).to(torch.device("meta"))
     assert all(getattr(moved, name).is_meta for name in TENSORS) and moved.replaced == flow_batch.replaced
 
 
 def test_a_batch_is_pinned_field_by_field(flow_batch: FlowBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pinning needs a device, which may not be here; that each tensor is asked does not.
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())
-    flow_batch = replace(flow_batch, kept_BN=torch.zeros(2, 1, dtype=torch.int64))
+    flow_batch = replace(flow_batch, visible_BN=torch.zeros(2, 1, dtype=torch.int64))
     pinned = flow_batch.pin_memory()
     for name in TENSORS:
         before, after = getattr(flow_batch, name), getattr(pinned, name)
@@ -375,7 +397,7 @@ def test_the_multistep_rule_is_exact_where_the_predicted_data_is_linear_in_time(
 
 def test_within_its_part_of_the_density_every_time_is_as_likely() -> None:
     config = FlowConfig(timestep_density="uniform", timestep_shift=1.0)
-    times = draw_timesteps(torch.arange(4000), seed=0, global_batch_size=4, config=config)
+    times = sample_timesteps(torch.arange(4000), seed=0, global_batch_size=4, config=config)
     within = (times * 4 - torch.arange(4000) % 4).double()
     tenths = torch.histc(within, bins=10, min=0.0, max=1.0)
     assert float(tenths.sum()) == 4000
@@ -390,7 +412,7 @@ def test_the_model_is_given_each_part_of_the_batch_in_its_place() -> None:
         text_embeds_BTD=torch.randn(2, 5, 6),
         text_mask_BT=torch.rand(2, 5) < 0.5,
         text_pooled_BD=torch.randn(2, 6),
-        kept_BN=torch.tensor([[0, 2], [1, 3]]),
+        visible_BN=torch.tensor([[0, 2], [1, 3]]),
     )
     given: list[Tensor | None] = []
 
@@ -399,5 +421,5 @@ def test_the_model_is_given_each_part_of_the_batch_in_its_place() -> None:
         return Prediction(velocity_BCHW=latents, auxiliary_loss=latents.new_zeros(()))
 
     flow_losses(model, batch, patch_size=2)
-    wanted = [batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.kept_BN]
+    wanted = [batch.timesteps_B, batch.text_embeds_BTD, batch.text_mask_BT, batch.text_pooled_BD, batch.visible_BN]
     assert [there is part for there, part in zip(given, wanted, strict=True)] == [True] * 5

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings
+from ecdit_ds.data.encoders.base import PixelVAE, TextEmbeddings
 from ecdit_ds.errors import EvaluationError, NonFiniteError
 from ecdit_ds.evaluation.clip import Clip, load_clip
 from ecdit_ds.evaluation.clip_score import clip_scores
@@ -26,13 +26,13 @@ from ecdit_ds.evaluation.geneval.models import load_detector
 from ecdit_ds.evaluation.task import _require_finite
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.inference import image_folder as gallery
-from ecdit_ds.inference.image_folder import Brush, Job, fill
-from ecdit_ds.inference.ranks import Alone, Crew
+from ecdit_ds.inference.image_folder import GenerationSettings, ImageRequest, generate_to_folder
+from ecdit_ds.inference.ranks import DistributedContext, SingleProcess
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.routing_trace import trace_routing
 from ecdit_ds.interpret.scene_study import count_scenes
 from ecdit_ds.model.layers import SerialLayers
-from ecdit_ds.model.sharding import WHOLE, Share
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex
 from ecdit_ds.pipeline import TextToImagePipeline
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.random_model import random_pipeline, save_random_model
@@ -66,7 +66,7 @@ class SpoiltText:
         return replace(found, **{self._field: vectors})
 
 
-class SpoiltCodec(PixelCodec):
+class SpoiltCodec(PixelVAE):
     """A decoder that overflows."""
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_neither_a_trace_nor_a_study_shows_where_experts_went_among_nothing(
     assert "there is no routing to show" in refusal_of(lambda: count_scenes(broken, 2))
 
 
-class TwoRanks(Alone):
+class TwoRanks(SingleProcess):
     """Agreement with another rank, whose turn it is at the same time and who may have failed in it."""
 
     size = 2
@@ -138,7 +138,7 @@ class TwoRanks(Alone):
     def __init__(self, their_fault: NonFiniteError | None) -> None:
         self.fault, self.turns = their_fault, 0
 
-    def together(self, work: Callable[[], Any]) -> Any:
+    def run_on_all(self, work: Callable[[], Any]) -> Any:
         found = work()
         self.turns += 1
         if self.fault is not None:
@@ -149,30 +149,30 @@ class TwoRanks(Alone):
 def test_a_folder_keeps_what_was_drawn_before_and_none_of_the_broken_part(
     drawer: TextToImage, tmp_path: Path, refusal_of: RefusalOf
 ) -> None:
-    crew = Crew(world=Alone(), device=CPU, layers=SerialLayers(), dp=WHOLE, is_speaker=True)
+    crew = DistributedContext(world=SingleProcess(), device=CPU, layers=SerialLayers(), dp=UNSHARDED, is_tp_leader=True)
     broken = spoilt(drawer, "embeds_BTD")
-    brush = Brush(drawer=broken, sample=broken.settings(num_steps=1, guidance_scale=1.0), batch_size=1)
-    jobs = [Job(prompt=prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
+    brush = GenerationSettings(drawer=broken, sample=broken.settings(num_steps=1, guidance_scale=1.0), batch_size=1)
+    jobs = [ImageRequest(prompt=prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
     for _ in range(2):  # and again the same, when it is run again
-        assert "of 'two green fives'" in refusal_of(lambda: fill(tmp_path, jobs, brush, {}, crew))
+        assert "of 'two green fives'" in refusal_of(lambda: generate_to_folder(tmp_path, jobs, brush, {}, crew))
         assert [path.name for path in tmp_path.glob("pictures/*")] == ["000000_a_red_seven.png"]
-    assert len(fill(tmp_path, jobs, replace(brush, drawer=drawer), {}, crew)) == 3
+    assert len(generate_to_folder(tmp_path, jobs, replace(brush, drawer=drawer), {}, crew)) == 3
 
 
 def test_another_ranks_broken_pictures_end_the_drawing_of_all(
     drawer: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew = Crew(
+    crew = DistributedContext(
         world=TwoRanks(NonFiniteError("theirs")),
         device=CPU,
         layers=SerialLayers(),
-        dp=Share(index=0, count=2),
-        is_speaker=True,
+        dp=ShardIndex(index=0, count=2),
+        is_tp_leader=True,
     )
     monkeypatch.setattr(gallery, "_check_prompts", lambda *_: None)
-    brush = Brush(drawer=drawer, sample=drawer.settings(num_steps=1, guidance_scale=1.0), batch_size=1)
+    brush = GenerationSettings(drawer=drawer, sample=drawer.settings(num_steps=1, guidance_scale=1.0), batch_size=1)
     with pytest.raises(NonFiniteError, match="theirs"):
-        fill(tmp_path, [Job(prompt=prompt, seed=0) for prompt in PROMPTS], brush, {}, crew)
+        generate_to_folder(tmp_path, [ImageRequest(prompt=prompt, seed=0) for prompt in PROMPTS], brush, {}, crew)
     assert not list(tmp_path.glob("pictures/*"))
 
 
@@ -193,7 +193,7 @@ def test_scenes_are_scored_by_all_ranks_or_by_none_and_each_draws_as_often_as_th
         return values + torch.tensor([theirs, *[0] * (len(values) - 1)])
 
     def score() -> Any:
-        return drawn_alignment(draw, scenes, batch_size=2, dp=Share(index=0, count=1), total=total)
+        return drawn_alignment(draw, scenes, batch_size=2, dp=ShardIndex(index=0, count=1), total=total)
 
     if theirs or fails:
         with pytest.raises(NonFiniteError, match=f"pictures of {theirs + len(fails)} batches"):

@@ -15,65 +15,70 @@ from ecdit_ds.errors import DataError, TopologyError
 from ecdit_ds.inference import image_folder as gallery
 from ecdit_ds.inference.image_folder import (
     OF_SCENES,
-    Brush,
-    Job,
-    Picture,
-    clear,
-    do_compete,
-    fill,
-    gallery_identity,
+    GeneratedImage,
+    GenerationSettings,
+    ImageRequest,
+    generate_to_folder,
+    image_folder_digest,
     is_of_other_pictures,
     read_gallery,
     read_picture,
+    remove_images,
+    shares_routing_pool,
 )
-from ecdit_ds.inference.load import load_drawer
-from ecdit_ds.inference.ranks import Crew, join_crew
+from ecdit_ds.inference.load import load_generator
+from ecdit_ds.inference.ranks import DistributedContext, init_ranks
 
 MakeRecipe = Callable[..., Recipe]
 SaveModel = Callable[..., Path]
 RefusalOf = Callable[[Callable[[], object]], str]
 
 FACTS: dict[str, Any] = {"checkpoint": "/runs/demo/step_9", "step": 9}
-JOBS = [Job(prompt=f"{word} nine", seed=seed) for seed, word in enumerate(("a", "two", "red", "blue", "one"))]
+JOBS = [ImageRequest(prompt=f"{word} nine", seed=seed) for seed, word in enumerate(("a", "two", "red", "blue", "one"))]
 
 
 @pytest.fixture
-def crew(monkeypatch: pytest.MonkeyPatch) -> Crew:
+def crew(monkeypatch: pytest.MonkeyPatch) -> DistributedContext:
     """Return this process alone; joining tells the environment, which the test gives back."""
     for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    return join_crew()
+    return init_ranks()
 
 
 @pytest.fixture
-def make_brush(tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel) -> Callable[..., Brush]:
+def make_brush(tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel) -> Callable[..., GenerationSettings]:
     """Return `make_brush("model.x=y", ...)`: how a random model draws, in one step and two at a time."""
 
-    def make(*overrides: str) -> Brush:
-        drawer = load_drawer(save_model(tmp_path / f"model{len(overrides)}", make_recipe(*overrides)))
-        return Brush(drawer=drawer, sample=drawer.settings(num_steps=1, guidance_scale=1.0), batch_size=2)
+    def make(*overrides: str) -> GenerationSettings:
+        drawer = load_generator(save_model(tmp_path / f"model{len(overrides)}", make_recipe(*overrides)))
+        return GenerationSettings(drawer=drawer, sample=drawer.settings(num_steps=1, guidance_scale=1.0), batch_size=2)
 
     return make
 
 
 @pytest.fixture
-def brush(make_brush: Callable[..., Brush]) -> Brush:
+def brush(make_brush: Callable[..., GenerationSettings]) -> GenerationSettings:
     """Return the tiny recipe's."""
     return make_brush()
 
 
-Draw = Callable[..., list[Picture]]
+Draw = Callable[..., list[GeneratedImage]]
 
 
 @pytest.fixture
-def draw(brush: Brush, crew: Crew) -> Draw:
+def draw(brush: GenerationSettings, crew: DistributedContext) -> Draw:
     """Return `draw(folder, jobs, facts, overwrite=..., batch_size=...)`."""
 
     def fill_folder(
-        folder: Path, jobs: list[Job] = JOBS, facts: dict[str, Any] = FACTS, *, overwrite: bool = False, **changes: Any
-    ) -> list[Picture]:
-        return fill(folder, jobs, replace(brush, **changes), facts, crew, overwrite=overwrite)
+        folder: Path,
+        jobs: list[ImageRequest] = JOBS,
+        facts: dict[str, Any] = FACTS,
+        *,
+        overwrite: bool = False,
+        **changes: Any,
+    ) -> list[GeneratedImage]:
+        return generate_to_folder(folder, jobs, replace(brush, **changes), facts, crew, overwrite=overwrite)
 
     return fill_folder
 
@@ -114,7 +119,7 @@ def test_a_folder_tells_its_pictures_in_order_and_how_they_were_drawn(whole: Pat
     assert set(content(whole)) == {"settings.json", "pictures.jsonl", *(f"pictures/{name}.png" for name in names)}
 
 
-def test_a_picture_is_that_of_its_prompt_and_seed(whole: Path, brush: Brush) -> None:
+def test_a_picture_is_that_of_its_prompt_and_seed(whole: Path, brush: GenerationSettings) -> None:
     assert np.array_equal(pixels(whole)[2:4], brush.draw(JOBS[2:4]))
 
 
@@ -139,12 +144,14 @@ def test_a_folder_interrupted_after_any_picture_ends_bit_for_bit_as_the_uninterr
     assert content(tmp_path / "cut") == content(whole)
 
 
-def test_only_parts_that_lack_a_picture_are_drawn_again(whole: Path, brush: Brush, crew: Crew) -> None:
+def test_only_parts_that_lack_a_picture_are_drawn_again(
+    whole: Path, brush: GenerationSettings, crew: DistributedContext
+) -> None:
     before = content(whole)
     (whole / read_gallery(whole)[3].file).unlink()
     told: list[int] = []
     times = {p: p.stat().st_mtime_ns for p in (whole / "pictures").iterdir()}
-    fill(whole, JOBS, brush, FACTS, crew, told.append)
+    generate_to_folder(whole, JOBS, brush, FACTS, crew, told.append)
     assert content(whole) == before
     assert told == [3, 2]
     redrawn = [p.name[:6] for p in sorted((whole / "pictures").iterdir()) if times.get(p) != p.stat().st_mtime_ns]
@@ -182,7 +189,7 @@ def test_lines_of_several_processes_are_put_in_order(tmp_path: Path, whole: Path
         ({"negative_prompt": "a two"}, ("negative_prompt", "None", "'a two'")),
         ({"height": 32}, ("height", "None", "32")),
         ({"width": 32}, ("width", "None", "32")),
-        ({"jobs": [*JOBS[:4], Job(prompt="six", seed=4)]}, ("picture 4", "one nine", "six")),
+        ({"jobs": [*JOBS[:4], ImageRequest(prompt="six", seed=4)]}, ("picture 4", "one nine", "six")),
         ({"jobs": [*JOBS[:4], replace(JOBS[4], seed=7)]}, ("picture 4", "seed=4", "seed=7")),
         ({"jobs": JOBS[:4]}, ("picture 4", "one nine", "none")),
     ],
@@ -196,7 +203,7 @@ def test_other_settings_or_prompts_are_refused_with_both_values_and_nothing_is_l
     assert content(whole) == before
 
 
-def test_another_sampler_is_refused(whole: Path, draw: Draw, brush: Brush, refusal_of: RefusalOf) -> None:
+def test_another_sampler_is_refused(whole: Path, draw: Draw, brush: GenerationSettings, refusal_of: RefusalOf) -> None:
     heun = brush.drawer.settings(num_steps=1, guidance_scale=1.0, sampler="heun")
     assert "have sampler 'euler', now it is 'heun'" in refusal_of(lambda: draw(whole, sample=heun))
 
@@ -215,15 +222,15 @@ def test_overwriting_removes_its_own_files_and_no_others(whole: Path, draw: Draw
         (whole / name).write_bytes(data)
     for name in ("pictures/000009_half.png.tmp", "pictures/1000000_.png", "pictures.rank_3.jsonl"):
         (whole / name).write_bytes(b"")
-    draw(whole, [Job(prompt="six", seed=7)], FACTS | {"step": 10}, overwrite=True)
+    draw(whole, [ImageRequest(prompt="six", seed=7)], FACTS | {"step": 10}, overwrite=True)
     assert {name: data for name, data in content(whole).items() if name in mine} == mine
     assert set(content(whole)) - set(mine) == {"settings.json", "pictures.jsonl", "pictures/000000_six.png"}
-    assert [picture.job() for picture in read_gallery(whole)] == [Job(prompt="six", seed=7)]
+    assert [picture.job() for picture in read_gallery(whole)] == [ImageRequest(prompt="six", seed=7)]
 
 
 def test_nothing_is_removed_for_prompts_that_cannot_be_drawn(whole: Path, draw: Draw, refusal_of: RefusalOf) -> None:
     before = content(whole)
-    long = [*JOBS, Job(prompt="one " * 13, seed=0)]
+    long = [*JOBS, ImageRequest(prompt="one " * 13, seed=0)]
     assert "13 tokens" in refusal_of(lambda: draw(whole, long, overwrite=True))
     assert "13 tokens" in refusal_of(lambda: draw(whole, overwrite=True, negative_prompt="one " * 13))
     assert content(whole) == before
@@ -249,12 +256,12 @@ def test_clearing_that_is_cut_short_never_leaves_old_pictures_without_their_sett
         assert (whole / "settings.json").exists() or not has_pictures
 
     monkeypatch.setattr(Path, "unlink", unlink_and_see)
-    clear(whole)
+    remove_images(whole)
     assert len(removed) == 7
 
 
 def test_a_picture_does_not_depend_on_who_is_drawn_beside_it(tmp_path: Path, whole: Path, draw: Draw) -> None:
-    others = [Job(prompt="four pink ones", seed=11), *JOBS[1:3], Job(prompt="six", seed=12), JOBS[4]]
+    others = [ImageRequest(prompt="four pink ones", seed=11), *JOBS[1:3], ImageRequest(prompt="six", seed=12), JOBS[4]]
     draw(tmp_path / "others", others)
     mine, theirs = pixels(whole), pixels(tmp_path / "others")
     assert [np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)] == [False, True, True, False, True]
@@ -263,13 +270,13 @@ def test_a_picture_does_not_depend_on_who_is_drawn_beside_it(tmp_path: Path, who
 def test_every_part_is_drawn_in_batches_of_one_size(
     tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, paint = [], Brush.draw
+    sizes, paint = [], GenerationSettings.draw
 
-    def paint_and_count(brush: Brush, jobs: Sequence[Job]) -> np.ndarray:
+    def paint_and_count(brush: GenerationSettings, jobs: Sequence[ImageRequest]) -> np.ndarray:
         sizes.append(len(jobs))
         return paint(brush, jobs)
 
-    monkeypatch.setattr(Brush, "draw", paint_and_count)
+    monkeypatch.setattr(GenerationSettings, "draw", paint_and_count)
     draw(tmp_path / "o")
     draw(tmp_path / "one", batch_size=16)
     assert sizes == [2, 2, 2, 5]
@@ -288,15 +295,19 @@ def test_the_batch_size_moves_no_pixel_by_more_than_one_grey_level(
     "overrides", [("model.routing_pool=batch",), ("model.routing_pool=group", "model.routing_group=2")]
 )
 def test_where_pictures_compete_for_experts_the_batch_size_is_a_setting(
-    tmp_path: Path, crew: Crew, make_brush: Callable[..., Brush], refusal_of: RefusalOf, overrides: tuple[str, ...]
+    tmp_path: Path,
+    crew: DistributedContext,
+    make_brush: Callable[..., GenerationSettings],
+    refusal_of: RefusalOf,
+    overrides: tuple[str, ...],
 ) -> None:
     brush = make_brush(*overrides)
-    fill(tmp_path / "o", JOBS, brush, FACTS, crew)
-    message = refusal_of(lambda: fill(tmp_path / "o", JOBS, replace(brush, batch_size=3), FACTS, crew))
+    generate_to_folder(tmp_path / "o", JOBS, brush, FACTS, crew)
+    message = refusal_of(lambda: generate_to_folder(tmp_path / "o", JOBS, replace(brush, batch_size=3), FACTS, crew))
     assert "have batch_size 2, now it is 3" in message
 
 
-def test_all_that_is_drawn_with_is_told(brush: Brush) -> None:
+def test_all_that_is_drawn_with_is_told(brush: GenerationSettings) -> None:
     renewing = brush.drawer.settings(sampler="euler_ancestral", eta=0.5, guidance_interval=(0.2, 0.8))
     samples = [
         brush.sample,
@@ -316,13 +327,13 @@ def test_all_that_is_drawn_with_is_told(brush: Brush) -> None:
 
 
 def test_a_folders_identity_is_that_of_its_lines_and_settings_and_not_of_its_place(tmp_path: Path, whole: Path) -> None:
-    identity = gallery_identity(whole)
+    identity = image_folder_digest(whole)
     whole.rename(tmp_path / "elsewhere")
-    assert gallery_identity(tmp_path / "elsewhere") == identity
+    assert image_folder_digest(tmp_path / "elsewhere") == identity
     for name in ("pictures.jsonl", "settings.json"):
         path = tmp_path / "elsewhere" / name
         path.write_bytes(path.read_bytes().replace(b"9", b"8") if name == "settings.json" else b"")
-        changed = gallery_identity(tmp_path / "elsewhere")
+        changed = image_folder_digest(tmp_path / "elsewhere")
         assert changed != identity, name
         identity = changed
 
@@ -347,7 +358,7 @@ def test_only_a_folder_that_says_so_is_of_other_pictures(tmp_path: Path, note: d
 def test_pictures_compete_where_a_pool_is_of_several(
     tiny_config: ModelConfig, changes: dict[str, Any], does: bool
 ) -> None:
-    assert do_compete(replace(tiny_config, **changes)) is does
+    assert shares_routing_pool(replace(tiny_config, **changes)) is does
 
 
 LINE = {"index": 0, "file": "pictures/000000_a_nine.png", "prompt": "a nine", "seed": 0}
@@ -410,7 +421,7 @@ def test_settings_that_lack_a_key_are_another_works(whole: Path, draw: Draw, ref
 
 
 def test_an_empty_prompt_is_named_and_nothing_is_drawn(tmp_path: Path, draw: Draw, refusal_of: RefusalOf) -> None:
-    jobs = [Job(prompt="a nine", seed=0), Job(prompt=" \t", seed=1)]
+    jobs = [ImageRequest(prompt="a nine", seed=0), ImageRequest(prompt=" \t", seed=1)]
     assert "prompt 2 of 2" in refusal_of(lambda: draw(tmp_path / "o", jobs))
     assert not (tmp_path / "o").exists()
 
@@ -425,7 +436,7 @@ def test_a_folder_that_another_command_drew_into_is_not_taken_for_whole(
 
 def test_prompts_of_any_characters_come_back_as_they_were(tmp_path: Path, draw: Draw) -> None:
     prompts = ["a\nnine", "a\r\nsix", "one\u2028two\u2029three\x85", "ein schönes 字 🎨", "!", "a" * 300, "\x00\x1b[0m"]
-    jobs = [Job(prompt=prompt, seed=0) for prompt in prompts]
+    jobs = [ImageRequest(prompt=prompt, seed=0) for prompt in prompts]
     assert [picture.job() for picture in draw(tmp_path / "o", jobs)] == jobs
     lines = (tmp_path / "o" / "pictures.jsonl").read_text(encoding="utf-8")
     assert lines.isascii() and lines.count("\n") == len(jobs)
@@ -475,11 +486,11 @@ def test_what_is_not_there_is_named(tmp_path: Path, whole: Path, refusal_of: Ref
     assert "picture 0 is not there" in refusal_of(lambda: read_gallery(whole))
 
 
-def test_alone_every_agreement_is_ones_own(crew: Crew) -> None:
-    assert (crew.world.size, crew.world.rank, crew.is_first, crew.is_speaker) == (1, 0, True, True)
+def test_alone_every_agreement_is_ones_own(crew: DistributedContext) -> None:
+    assert (crew.world.size, crew.world.rank, crew.is_rank0, crew.is_tp_leader) == (1, 0, True, True)
     assert crew.world.share("x") == ["x"]
-    assert crew.world.on_first(lambda: 1) == crew.world.together(lambda: 1) == 1
+    assert crew.world.on_rank0(lambda: 1) == crew.world.run_on_all(lambda: 1) == 1
     with pytest.raises(DataError):
-        crew.world.together(lambda: read_gallery(Path("none")))
+        crew.world.run_on_all(lambda: read_gallery(Path("none")))
     with pytest.raises(TopologyError):
-        join_crew(tp=2)
+        init_ranks(tp=2)

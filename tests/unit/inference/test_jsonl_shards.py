@@ -12,22 +12,26 @@ import torch
 
 from ecdit_ds.errors import EvaluationError
 from ecdit_ds.inference import jsonl_shards as ledger_module
-from ecdit_ds.inference.jsonl_shards import Ledger, Row, work_through
-from ecdit_ds.inference.ranks import Alone, Crew
+from ecdit_ds.inference.jsonl_shards import ResultTable, Row, map_resumable
+from ecdit_ds.inference.ranks import DistributedContext, SingleProcess
 from ecdit_ds.model.layers import SerialLayers
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.model.sharding import ShardIndex
 
 RefusalOf = Callable[[Callable[[], object]], str]
 
-ALONE = Crew(
-    world=Alone(), device=torch.device("cpu"), layers=SerialLayers(), dp=Share(index=0, count=1), is_speaker=True
+ALONE = DistributedContext(
+    world=SingleProcess(),
+    device=torch.device("cpu"),
+    layers=SerialLayers(),
+    dp=ShardIndex(index=0, count=1),
+    is_tp_leader=True,
 )
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def ledger(tmp_path: Path) -> ResultTable:
     """Return one that is empty."""
-    return Ledger(path=tmp_path / "deep" / "rows.jsonl")
+    return ResultTable(path=tmp_path / "deep" / "rows.jsonl")
 
 
 def row(index: int) -> Row:
@@ -35,12 +39,12 @@ def row(index: int) -> Row:
     return {"index": index, "square": index * index}
 
 
-def content(ledger: Ledger) -> dict[str, bytes]:
+def content(ledger: ResultTable) -> dict[str, bytes]:
     """Return all its files."""
     return {path.name: path.read_bytes() for path in sorted(ledger.path.parent.iterdir())}
 
 
-def test_rows_come_back_by_index_whoever_wrote_them(ledger: Ledger) -> None:
+def test_rows_come_back_by_index_whoever_wrote_them(ledger: ResultTable) -> None:
     assert (ledger.rows(), ledger.is_there()) == ({}, False)
     ledger.append(1, [row(4), row(0)])
     ledger.append(10, [row(2)])
@@ -49,7 +53,7 @@ def test_rows_come_back_by_index_whoever_wrote_them(ledger: Ledger) -> None:
     assert ledger.is_there()
 
 
-def test_merging_leaves_one_file_in_order_and_merging_again_changes_nothing(ledger: Ledger) -> None:
+def test_merging_leaves_one_file_in_order_and_merging_again_changes_nothing(ledger: ResultTable) -> None:
     ledger.append(2, [row(1)])
     ledger.append(0, [row(5), row(0)])
     merged = ledger.merge()
@@ -60,13 +64,13 @@ def test_merging_leaves_one_file_in_order_and_merging_again_changes_nothing(ledg
     assert content(ledger) == expected
 
 
-def test_no_rows_leave_no_file(ledger: Ledger) -> None:
+def test_no_rows_leave_no_file(ledger: ResultTable) -> None:
     ledger.append(0, [])
     assert not ledger.path.parent.exists()
 
 
 @pytest.mark.parametrize("torn", [b'{"index": 9', b'{"index": 9, "square": 81}', b"\x00" * 9, b"\xff\xfe", b"[]", b" "])
-def test_a_line_without_its_end_is_no_row(ledger: Ledger, torn: bytes) -> None:
+def test_a_line_without_its_end_is_no_row(ledger: ResultTable, torn: bytes) -> None:
     ledger.append(0, [row(1)])
     with (ledger.path.parent / "rows.rank_0.jsonl").open("ab") as file:
         file.write(torn)
@@ -78,7 +82,7 @@ def test_a_line_without_its_end_is_no_row(ledger: Ledger, torn: bytes) -> None:
 
 @pytest.mark.parametrize("unlinked", [0, 1])
 def test_a_kill_while_merging_loses_and_doubles_nothing(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, unlinked: int
+    ledger: ResultTable, monkeypatch: pytest.MonkeyPatch, unlinked: int
 ) -> None:
     for rank in range(3):
         ledger.append(rank, [row(rank), row(rank + 3)])
@@ -101,7 +105,7 @@ def test_a_kill_while_merging_loses_and_doubles_nothing(
 
 
 def test_a_kill_before_the_merged_file_is_whole_leaves_the_parts(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ledger: ResultTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_paths: object) -> None:
         raise KeyboardInterrupt
@@ -115,7 +119,7 @@ def test_a_kill_before_the_merged_file_is_whole_leaves_the_parts(
     assert not ledger.path.with_name("rows.rank_0.jsonl").exists()
 
 
-def test_clearing_removes_its_files_and_no_others(ledger: Ledger) -> None:
+def test_clearing_removes_its_files_and_no_others(ledger: ResultTable) -> None:
     ledger.append(0, [row(0)])
     ledger.merge()
     ledger.append(3, [row(1)])
@@ -145,7 +149,7 @@ def test_clearing_removes_its_files_and_no_others(ledger: Ledger) -> None:
     ],
 )
 def test_a_line_that_is_no_row_is_refused_by_its_number_and_nothing_is_lost(
-    ledger: Ledger, refusal_of: RefusalOf, line: str
+    ledger: ResultTable, refusal_of: RefusalOf, line: str
 ) -> None:
     ledger.append(7, [row(0)])
     path = ledger.path.with_name("rows.rank_7.jsonl")
@@ -156,16 +160,16 @@ def test_a_line_that_is_no_row_is_refused_by_its_number_and_nothing_is_lost(
     assert content(ledger) == before
 
 
-def test_a_row_that_its_reader_could_not_use_is_refused(ledger: Ledger, refusal_of: RefusalOf) -> None:
+def test_a_row_that_its_reader_could_not_use_is_refused(ledger: ResultTable, refusal_of: RefusalOf) -> None:
     ledger.append(0, [row(0), {"index": 1}])
     strict = replace(ledger, is_whole=lambda row: "square" in row)
     assert "rows.rank_0.jsonl line 2: is none of the rows" in refusal_of(strict.rows)
 
 
-def test_files_that_cannot_be_read_or_written_are_named(ledger: Ledger, refusal_of: RefusalOf) -> None:
+def test_files_that_cannot_be_read_or_written_are_named(ledger: ResultTable, refusal_of: RefusalOf) -> None:
     ledger.path.mkdir(parents=True)
     assert f"{ledger.path}: cannot be read" in refusal_of(ledger.rows)
-    under = Ledger(path=ledger.path.parent / "file" / "rows.jsonl")
+    under = ResultTable(path=ledger.path.parent / "file" / "rows.jsonl")
     under.path.parent.write_bytes(b"mine")
     assert "rows.rank_0.jsonl: cannot be written" in refusal_of(lambda: under.append(0, [row(0)]))
     ledger.path.rmdir()
@@ -173,7 +177,7 @@ def test_files_that_cannot_be_read_or_written_are_named(ledger: Ledger, refusal_
     assert "rows.rank_0.jsonl: cannot be read" in refusal_of(ledger.rows)
 
 
-def test_text_of_any_characters_comes_back(ledger: Ledger) -> None:
+def test_text_of_any_characters_comes_back(ledger: ResultTable) -> None:
     rows = [
         {"index": i, "text": text} for i, text in enumerate(("a\nb", "\r", "\u2028\x85", "字 🎨", "\x00", "\udcff"))
     ]
@@ -196,41 +200,41 @@ class Worker:
             yield row(index)
 
 
-def test_only_rows_that_are_missing_are_worked_out_in_batches(ledger: Ledger) -> None:
+def test_only_rows_that_are_missing_are_worked_out_in_batches(ledger: ResultTable) -> None:
     ledger.append(5, [row(1), row(2)])
     told: list[int] = []
     worker = Worker()
-    rows = work_through(ledger, 6, worker, ALONE, batch_size=3, advance=told.append)
+    rows = map_resumable(ledger, 6, worker, ALONE, batch_size=3, advance=told.append)
     assert rows == {i: row(i) for i in range(6)}
     assert (worker.done, told) == ((0, 3, 4, 5), [2, 3, 1])
     again = Worker()
-    assert work_through(ledger, 6, again, ALONE, batch_size=3) == rows
+    assert map_resumable(ledger, 6, again, ALONE, batch_size=3) == rows
     assert again.done == ()
 
 
-def test_rows_that_are_not_asked_for_are_not_returned(ledger: Ledger) -> None:
+def test_rows_that_are_not_asked_for_are_not_returned(ledger: ResultTable) -> None:
     ledger.append(0, [row(i) for i in range(9)])
-    assert list(work_through(ledger, 4, Worker(), ALONE, batch_size=3)) == [0, 1, 2, 3]
+    assert list(map_resumable(ledger, 4, Worker(), ALONE, batch_size=3)) == [0, 1, 2, 3]
     assert list(ledger.rows()) == list(range(9))
 
 
-def test_whole_batches_before_a_fault_stay(ledger: Ledger) -> None:
+def test_whole_batches_before_a_fault_stay(ledger: ResultTable) -> None:
     with pytest.raises(EvaluationError, match="cannot square 5"):
-        work_through(ledger, 9, Worker(fails_at=5), ALONE, batch_size=2)
+        map_resumable(ledger, 9, Worker(fails_at=5), ALONE, batch_size=2)
     assert list(ledger.rows()) == [0, 1, 2, 3]
     worker = Worker()
-    assert list(work_through(ledger, 9, worker, ALONE, batch_size=2)) == list(range(9))
+    assert list(map_resumable(ledger, 9, worker, ALONE, batch_size=2)) == list(range(9))
     assert worker.done == (4, 5, 6, 7, 8)
 
 
-def test_a_defect_keeps_whole_batches_too(ledger: Ledger) -> None:
+def test_a_defect_keeps_whole_batches_too(ledger: ResultTable) -> None:
     def work(indices: Sequence[int]) -> list[Row]:
         if 4 in indices:
             raise ZeroDivisionError
         return [row(index) for index in indices]
 
     with pytest.raises(ZeroDivisionError):
-        work_through(ledger, 9, work, ALONE, batch_size=2)
+        map_resumable(ledger, 9, work, ALONE, batch_size=2)
     assert list(ledger.rows()) == [0, 1, 2, 3]
 
 
@@ -242,10 +246,10 @@ class TwoRanks:
     def __init__(self, rank: int, of_other: Exception | None, when_waiting: Callable[[], None]) -> None:
         self.rank, self.of_other, self.when_waiting = rank, of_other, when_waiting
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
         return work()
 
-    def together(self, work: Callable[[], Any]) -> Any:
+    def run_on_all(self, work: Callable[[], Any]) -> Any:
         self.when_waiting()
         work()
         if self.of_other:
@@ -254,38 +258,38 @@ class TwoRanks:
 
 @pytest.mark.parametrize("fails_here", [False, True])
 def test_a_fault_of_one_process_reaches_all_and_keeps_the_rows_of_all(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, fails_here: bool
+    ledger: ResultTable, monkeypatch: pytest.MonkeyPatch, fails_here: bool
 ) -> None:
     merged: list[str] = []
-    merge = Ledger.merge
+    merge = ResultTable.merge
 
-    def merge_and_tell(self: Ledger) -> object:
+    def merge_and_tell(self: ResultTable) -> object:
         merged.append("merged")
         return merge(self)
 
-    monkeypatch.setattr(Ledger, "merge", merge_and_tell)
+    monkeypatch.setattr(ResultTable, "merge", merge_and_tell)
     others = [] if fails_here else [row(1)]
     world = TwoRanks(0, None if fails_here else EvaluationError("there"), lambda: ledger.append(1, others))
-    crew = replace(ALONE, world=cast(Any, world), dp=Share(index=0, count=2))
+    crew = replace(ALONE, world=cast(Any, world), dp=ShardIndex(index=0, count=2))
     worker = Worker(fails_at=4 if fails_here else -1)
     with pytest.raises(EvaluationError, match="cannot square 4" if fails_here else "there"):
-        work_through(ledger, 6, worker, crew, batch_size=1)
+        map_resumable(ledger, 6, worker, crew, batch_size=1)
     assert set(ledger.rows()) == ({0, 2} if fails_here else {0, 1, 2, 4})
     assert len(merged) == 1  # the one before the work: others may still be writing
 
 
-def test_a_rank_that_does_not_speak_works_nothing_out(ledger: Ledger) -> None:
+def test_a_rank_that_does_not_speak_works_nothing_out(ledger: ResultTable) -> None:
     def speak() -> None:
         ledger.append(0, [row(0), row(1)])
 
     worker = Worker()
-    crew = replace(ALONE, world=cast(Any, TwoRanks(1, None, speak)), is_speaker=False)
-    assert list(work_through(ledger, 2, worker, crew, batch_size=1)) == [0, 1]
+    crew = replace(ALONE, world=cast(Any, TwoRanks(1, None, speak)), is_tp_leader=False)
+    assert list(map_resumable(ledger, 2, worker, crew, batch_size=1)) == [0, 1]
     assert worker.done == ()
 
 
 def test_a_full_disk_is_told_and_earlier_rows_stay(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
+    ledger: ResultTable, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
 ) -> None:
     def full(_path: Path, _content: bytes) -> None:
         raise OSError(28, "No space left on device")

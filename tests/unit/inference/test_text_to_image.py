@@ -14,10 +14,10 @@ from torch import Tensor
 from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import CheckpointError, DataError
-from ecdit_ds.inference.load import load_drawer, open_model
-from ecdit_ds.inference.text_to_image import TextToImage, noise_of
+from ecdit_ds.inference.load import load_generator, open_model
+from ecdit_ds.inference.text_to_image import TextToImage, noise_from_seeds
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.model.sharding import ShardIndex
 from ecdit_ds.parallel.expert_parallel import ExpertParallelLayers
 from ecdit_ds.seeding import parameter_generator, sample_rng
 from tests.helpers.random_model import damage_average
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel) -
 @pytest.fixture
 def pipeline(checkpoint: Path) -> TextToImage:
     """Return what samples from it."""
-    return load_drawer(checkpoint)
+    return load_generator(checkpoint)
 
 
 def draw(pipeline: TextToImage, prompts: list[str], *, seed: int = 0, guidance_scale: float = 2.0) -> Tensor:
@@ -50,7 +50,7 @@ def draw(pipeline: TextToImage, prompts: list[str], *, seed: int = 0, guidance_s
 
 @pytest.mark.parametrize("weights", ["ema", "weight"])
 def test_a_loaded_model_holds_the_saved_numbers_bit_for_bit(checkpoint: Path, weights: str) -> None:
-    model = load_drawer(checkpoint, kind=weights).model
+    model = load_generator(checkpoint, kind=weights).model
     assert isinstance(model, ECDiT)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=parameter_generator(0, f"{weights}/{name}"))
@@ -60,7 +60,7 @@ def test_a_loaded_model_holds_the_saved_numbers_bit_for_bit(checkpoint: Path, we
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_loaded_as_the_type_that_is_asked_for(checkpoint: Path, dtype: torch.dtype) -> None:
-    assert {parameter.dtype for parameter in load_drawer(checkpoint, dtype=dtype).model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in load_generator(checkpoint, dtype=dtype).model.parameters()} == {dtype}
 
 
 def test_a_stored_model_says_its_kind_and_its_step_and_is_itself_wherever_it_lies(
@@ -86,9 +86,9 @@ def test_a_stored_model_says_its_kind_and_its_step_and_is_itself_wherever_it_lie
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_rank_of_a_layout_loads_the_experts_that_it_holds(checkpoint: Path, index: int) -> None:
     group: Any = None  # nothing is exchanged here
-    layers = ExpertParallelLayers(ep=Share(index=index, count=2), ep_group=group)
-    whole = dict(load_drawer(checkpoint).model.named_parameters())
-    part = dict(load_drawer(checkpoint, layers=layers).model.named_parameters())
+    layers = ExpertParallelLayers(ep=ShardIndex(index=index, count=2), ep_group=group)
+    whole = dict(load_generator(checkpoint).model.named_parameters())
+    part = dict(load_generator(checkpoint, layers=layers).model.named_parameters())
     for name, parameter in part.items():
         wanted = whole[name].chunk(2)[index] if ".experts." in name else whole[name]
         assert torch.equal(parameter, wanted), name
@@ -96,13 +96,13 @@ def test_a_rank_of_a_layout_loads_the_experts_that_it_holds(checkpoint: Path, in
 
 
 def test_loading_twice_gives_the_same_pictures_bit_for_bit(checkpoint: Path, pipeline: TextToImage) -> None:
-    run = load_drawer(checkpoint.parents[1])
+    run = load_generator(checkpoint.parents[1])
     assert run.recipe == pipeline.recipe
     assert torch.equal(draw(run, PROMPTS), draw(pipeline, PROMPTS))
 
 
 def test_the_average_and_the_last_weights_draw_differently(checkpoint: Path, pipeline: TextToImage) -> None:
-    last = load_drawer(checkpoint, kind="weight")
+    last = load_generator(checkpoint, kind="weight")
     assert not torch.equal(draw(last, PROMPTS), draw(pipeline, PROMPTS))
 
 
@@ -111,9 +111,9 @@ def test_the_newest_checkpoint_of_a_run_is_taken(
 ) -> None:
     for step, name in ((5, "old"), (10, "new"), (9, "middle")):
         save_model(tmp_path / "checkpoints", replace(make_recipe(), name=name), step)
-    assert load_drawer(tmp_path).recipe.name == "new"
-    assert load_drawer(tmp_path / "checkpoints").recipe.name == "new"
-    assert load_drawer(tmp_path / "checkpoints" / "step_9").recipe.name == "middle"
+    assert load_generator(tmp_path).recipe.name == "new"
+    assert load_generator(tmp_path / "checkpoints").recipe.name == "new"
+    assert load_generator(tmp_path / "checkpoints" / "step_9").recipe.name == "middle"
 
 
 def test_pictures_have_the_canvas_of_the_recipe_and_are_not_blank(pipeline: TextToImage) -> None:
@@ -159,7 +159,7 @@ def test_a_pool_of_several_images_is_filled_by_repeating_the_last_prompt(
     tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel
 ) -> None:
     recipe = make_recipe("model.routing_pool=group", "model.routing_group=4")
-    pipeline = load_drawer(save_model(tmp_path / "pools", recipe))
+    pipeline = load_generator(save_model(tmp_path / "pools", recipe))
     prompts = [*PROMPTS, "a six", "a white nine"]
     pictures = draw(pipeline, prompts)
     assert len(pictures) == 5
@@ -174,7 +174,7 @@ def test_what_a_full_pool_leads_away_from_is_repeated_with_it(
     tmp_path: Path, make_recipe: MakeRecipe, save_model: SaveModel
 ) -> None:
     recipe = make_recipe("model.routing_pool=group", "model.routing_group=4")
-    pipeline = load_drawer(save_model(tmp_path / "pools", recipe))
+    pipeline = load_generator(save_model(tmp_path / "pools", recipe))
     prompts, away, sample = PROMPTS[:2], ["a six", "a white nine"], recipe.sample
     pictures = pipeline.draw(prompts, negative_prompts=away, seeds=[0, 1], sample=sample)
     spelled = pipeline.draw(
@@ -187,7 +187,7 @@ def test_what_a_full_pool_leads_away_from_is_repeated_with_it(
 @torch.no_grad()
 def test_guidance_acts_within_its_interval_alone(pipeline: TextToImage) -> None:
     sample = replace(pipeline.recipe.sample, num_steps=4, guidance_scale=3.0, guidance_interval=(0.4, 0.8))
-    noise = noise_of([7], (3, 16, 16))()
+    noise = noise_from_seeds([7], (3, 16, 16))()
     text, none = (
         pipeline.velocity(texts) for texts in (pipeline.text_encoder.encode(PROMPTS[:1]), pipeline.text_encoder.null())
     )
@@ -203,7 +203,7 @@ def test_guidance_acts_within_its_interval_alone(pipeline: TextToImage) -> None:
 
 
 def test_a_seed_has_the_noise_that_it_always_had() -> None:
-    draw_noise = noise_of([3, 4], (2, 2))
+    draw_noise = noise_from_seeds([3, 4], (2, 2))
     three, four = (sample_rng(seed, 0, "sample") for seed in (3, 4))
     for _ in range(2):
         wanted = [rng.standard_normal((2, 2), dtype=np.float32) for rng in (three, four)]
@@ -243,7 +243,7 @@ def test_a_prompt_longer_than_the_encoder_takes_is_refused(pipeline: TextToImage
 def test_a_damaged_checkpoint_is_named(checkpoint: Path) -> None:
     shard = damage_average(checkpoint)
     with pytest.raises(CheckpointError, match="damaged") as refused:
-        load_drawer(checkpoint)
+        load_generator(checkpoint)
     assert str(shard) in str(refused.value)
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_without_a_usable_recipe_is_named(
 ) -> None:
     checkpoint = save_model(tmp_path / "odd", make_recipe(), 1, meta)
     with pytest.raises(CheckpointError, match="its recipe cannot be used") as refused:
-        load_drawer(checkpoint)
+        load_generator(checkpoint)
     assert str(checkpoint) in str(refused.value)
 
 
@@ -278,13 +278,13 @@ def test_the_texts_keys_and_values_are_computed_once_a_prompt_whatever_the_steps
 def test_remembered_keys_and_values_predict_bit_for_bit_what_the_text_does(
     checkpoint: Path, dtype: torch.dtype
 ) -> None:
-    drawer = load_drawer(checkpoint, dtype=dtype)
+    drawer = load_generator(checkpoint, dtype=dtype)
     texts, latents = drawer.text_encoder.encode(PROMPTS), torch.randn(3, 3, 16, 16)
     times = torch.tensor([0.3, 0.8, 1.0])
     anew = drawer.model(latents, times, texts.embeds_BTD, texts.mask_BT, texts.pooled_BD)
     for _ in range(2):
-        memories = drawer.model.remember(texts.embeds_BTD)
-        remembered = drawer.model(latents, times, memories, texts.mask_BT, texts.pooled_BD)
+        text_kvs = drawer.model.text_kv(texts.embeds_BTD)
+        remembered = drawer.model(latents, times, text_kvs, texts.mask_BT, texts.pooled_BD)
         assert torch.equal(remembered.velocity_BCHW, anew.velocity_BCHW)
     assert torch.equal(drawer.velocity(texts)(latents, 0.3)[0], anew.velocity_BCHW[0])
     one, null = drawer.velocity(drawer.text_encoder.null()), drawer.velocity(drawer.text_encoder.encode(["", "", ""]))

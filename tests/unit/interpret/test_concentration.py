@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ecdit_ds.data.digit_scenes.scenes import Claim, Scene, SceneObject, draw_scene
+from ecdit_ds.data.digit_scenes.scenes import Scene, SceneObject, SceneSpec, draw_scene
 from ecdit_ds.interpret.concentration import (
     gini,
     ink_mask,
@@ -94,7 +94,7 @@ def scene_with(cells: list[tuple[int, int]], scale: int = 1, side: int = 16) -> 
     objects = tuple(
         SceneObject(digit=1, colour="red", row=row, column=column, scale=scale, glyph=0) for row, column in cells
     )
-    claim = Claim(kind="single", digits=(1,), colours=(None,))
+    claim = SceneSpec(kind="single", digits=(1,), colours=(None,))
     return Scene(image_HWC=np.zeros((side, side, 3), np.uint8), claim=claim, objects=objects)
 
 

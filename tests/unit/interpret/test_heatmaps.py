@@ -11,7 +11,7 @@ from PIL import Image
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.flow.objective import draw_noise
+from ecdit_ds.flow.objective import sample_noise
 from ecdit_ds.inference.images import to_uint8
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.heatmaps import (
@@ -147,7 +147,7 @@ def test_every_expert_takes_its_capacity_at_every_step(make_pipeline: MakePipeli
 def test_states_lead_from_noise_to_the_picture(make_pipeline: MakePipeline) -> None:
     pipeline = make_pipeline()
     trace = trace_routing(pipeline, "a red seven", seed=5, sample=pipeline.recipe.sample)
-    noise = draw_noise((3, 16, 16), torch.tensor([0]), 5, "sample")
+    noise = sample_noise((3, 16, 16), torch.tensor([0]), 5, "sample")
     assert trace.times == pytest.approx([(11 - i) / 11 for i in range(11)])
     assert (trace.states_THWC[0] == to_uint8(pipeline.image_encoder.decode(noise))[0]).all()
     way = [float(np.abs(state.astype(float) - trace.image_HWC).mean()) for state in trace.states_THWC]

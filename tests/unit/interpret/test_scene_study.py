@@ -13,7 +13,7 @@ from torch import Tensor
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.scenes import draw_scene
 from ecdit_ds.errors import ConfigError
-from ecdit_ds.flow.objective import draw_noise
+from ecdit_ds.flow.objective import sample_noise
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.interpret.scene_report import report_scenes, save_scene_chart, scene_numbers, scene_summary
 from ecdit_ds.interpret.scene_study import SceneCounts, count_scenes, estimates, with_random_weights
@@ -51,7 +51,7 @@ def test_scenes_are_noised_as_for_the_held_out_loss(make_pipeline: MakePipeline,
     assert [float(inputs[1][0]) for inputs in seen] == [(i % 8 + 0.5) / 8 for i in range(forwards)]
     scene = draw_scene(seed=0, split="heldout", index=2, canvas_height=16, canvas_width=16)
     image = rearrange(torch.from_numpy(scene.image_HWC), "h w c -> 1 c h w") / 127.5 - 1.0
-    noise = draw_noise((3, 16, 16), torch.tensor([2]), 0, "heldout noise")
+    noise = sample_noise((3, 16, 16), torch.tensor([2]), 0, "heldout noise")
     noisy = 0.8125 * pipeline.image_encoder.encode(image) + 0.1875 * noise
     torch.testing.assert_close(seen[-7][0][-1:], noisy)
     assert torch.equal(seen[-7][4][-1:], pipeline.text_encoder.encode([scene.caption]).pooled_BD)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.deepspeed_json import DEFAULT_PATH, load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe, TrainConfig
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
+from ecdit_ds.flow.objective import FlowBatch, flow_losses, sample_visible_tokens
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.expert_parallel import serial_layers
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.training.engine import WEIGHT, DeepSpeedEngine
 from ecdit_ds.training.trainer import Trainer
@@ -54,7 +54,7 @@ def batches(draw: Callable[..., Tensor]) -> list[FlowBatch]:
             text_embeds_BTD=draw(f"text {i}", 2, 6, 24),
             text_mask_BT=torch.ones(2, 6, dtype=torch.bool),
             text_pooled_BD=draw(f"pooled {i}", 2, 24),
-            kept_BN=draw_kept_tokens(torch.tensor([2 * i, 2 * i + 1]), 0, 16, 8),
+            visible_BN=sample_visible_tokens(torch.tensor([2 * i, 2 * i + 1]), 0, 16, 8),
         )
         for i in range(2)
     ]
@@ -128,7 +128,7 @@ def test_an_engine_minimises_the_mean_over_micro_batches_of_all_losses_and_tells
 
     def step() -> int:
         initialize_distributed()
-        grid = create_grid(Topology(world_size=1), 1)
+        grid = init_process_groups(Topology(world_size=1), 1)
         own = ECDiT(recipe.model, grid.layers)
         own.load_state_dict(start)
         engine = DeepSpeedEngine(own, recipe.optimizer, load_deepspeed_config(DEFAULT_PATH, recipe, 1), grid)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig, TrainConfig
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
+from ecdit_ds.flow.objective import FlowBatch, flow_losses, sample_visible_tokens
 from ecdit_ds.model.ecdit import ECDiT, Prediction
 from ecdit_ds.model.layers import SerialLayers
 from tests.helpers.random_model import random_pipeline
@@ -43,9 +43,9 @@ def inputs(draw: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     )
 
 
-def patches(kept_BN: Tensor) -> Tensor:
+def patches(visible_BN: Tensor) -> Tensor:
     """Return (B, 1, 8, 8) bool: the pixels of the kept tokens, 4 x 4 tokens of 2 x 2."""
-    seen = torch.zeros(len(kept_BN), 16, dtype=torch.bool).scatter(1, kept_BN, True).view(-1, 1, 4, 4)
+    seen = torch.zeros(len(visible_BN), 16, dtype=torch.bool).scatter(1, visible_BN, True).view(-1, 1, 4, 4)
     return seen.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
@@ -120,17 +120,17 @@ def test_kept_tokens_keep_the_angles_of_their_places(model: ECDiT, inputs: Any) 
 
 
 def test_the_mask_is_a_function_of_the_seed_and_the_sample() -> None:
-    alone = draw_kept_tokens(torch.tensor([7]), 3, 256, 128)
-    among = draw_kept_tokens(torch.tensor([5, 7, 6]), 3, 256, 128)
+    alone = sample_visible_tokens(torch.tensor([7]), 3, 256, 128)
+    among = sample_visible_tokens(torch.tensor([5, 7, 6]), 3, 256, 128)
     assert alone is not None and among is not None
     assert torch.equal(among[1], alone[0])
     assert alone.dtype == torch.int64 and (alone.diff(dim=1) > 0).all()
-    other_seed = draw_kept_tokens(torch.tensor([7]), 4, 256, 128)
+    other_seed = sample_visible_tokens(torch.tensor([7]), 4, 256, 128)
     assert other_seed is not None and not torch.equal(other_seed, alone) and not torch.equal(among[0], among[1])
 
 
 def test_every_token_is_left_out_as_often_as_any_other() -> None:
-    kept = draw_kept_tokens(torch.arange(2000), 0, 16, 4)
+    kept = sample_visible_tokens(torch.arange(2000), 0, 16, 4)
     assert kept is not None
     shares = torch.bincount(kept.flatten(), minlength=16) / 2000
     # Four standard deviations of a binomial share with p = 1/4.
@@ -138,7 +138,7 @@ def test_every_token_is_left_out_as_often_as_any_other() -> None:
 
 
 def test_no_mask_is_drawn_where_all_tokens_are_kept() -> None:
-    assert draw_kept_tokens(torch.arange(3), 0, 16, 16) is None
+    assert sample_visible_tokens(torch.arange(3), 0, 16, 16) is None
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def batch(draw: Callable[..., Tensor]) -> FlowBatch:
         text_embeds_BTD=torch.zeros(2, 6, 24),
         text_mask_BT=torch.ones(2, 6, dtype=torch.bool),
         text_pooled_BD=torch.zeros(2, 24),
-        kept_BN=KEPT,
+        visible_BN=KEPT,
     )
 
 

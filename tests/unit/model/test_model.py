@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.model.attention import SelfAttention
 from ecdit_ds.model.ecdit import ECDiT, Prediction
-from ecdit_ds.model.embedders import rotary_angles, rotate, timestep_waves
+from ecdit_ds.model.embedders import apply_rope, rope_angles, timestep_embedding
 from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.moe import ExpertChoiceFFN
-from ecdit_ds.model.sharding import Share, shard_of
+from ecdit_ds.model.sharding import ShardIndex, shard_of
 from ecdit_ds.parallel.expert_parallel import serial_layers
 
 Draw = Callable[..., Tensor]
@@ -208,7 +208,7 @@ def test_every_second_block_from_the_second_holds_experts(tiny_config: ModelConf
 
 def test_rotation_keeps_norms(draw: Draw) -> None:
     x_BHSK = draw("x", 2, 3, 12, 8)
-    rotated = rotate(x_BHSK, rotary_angles(3, 4, 8, torch.device("cpu")))
+    rotated = apply_rope(x_BHSK, rope_angles(3, 4, 8, torch.device("cpu")))
     torch.testing.assert_close(rotated.norm(dim=-1), x_BHSK.norm(dim=-1))
     assert torch.equal(rotated[:, :, 0], x_BHSK[:, :, 0])  # the origin does not turn
     assert not torch.isclose(rotated[:, :, 1:], x_BHSK[:, :, 1:]).all(dim=-1).any()
@@ -217,8 +217,8 @@ def test_rotation_keeps_norms(draw: Draw) -> None:
 def test_attention_logits_depend_on_relative_rows_and_columns_by_the_closed_form(draw: Draw) -> None:
     height, width, head_dim = 4, 5, 16
     query, key = draw("query", head_dim).double(), draw("key", head_dim).double()
-    angles_SK = rotary_angles(height, width, head_dim, torch.device("cpu")).double()
-    query_SK, key_SK = (rotate(vector.expand(height * width, head_dim), angles_SK) for vector in (query, key))
+    angles_SK = rope_angles(height, width, head_dim, torch.device("cpu")).double()
+    query_SK, key_SK = (apply_rope(vector.expand(height * width, head_dim), angles_SK) for vector in (query, key))
     frequency = 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     pairs = torch.complex(query[:8], query[8:]) * torch.complex(key[:8], key[8:]).conj()
     for i in range(height * width):
@@ -232,7 +232,7 @@ def test_attention_logits_depend_on_relative_rows_and_columns_by_the_closed_form
 def test_attention_sees_relative_positions_only(tiny_config: ModelConfig, draw: Draw, randomize: Randomize) -> None:
     attention = SelfAttention(serial_layers(), tiny_config)
     randomize(attention)
-    x_BSD, angles_SK = draw("x", 2, 12, 32), rotary_angles(3, 4, 8, torch.device("cpu"))
+    x_BSD, angles_SK = draw("x", 2, 12, 32), rope_angles(3, 4, 8, torch.device("cpu"))
     moved, stretched = attention(x_BSD, angles_SK + draw("shift", 4)), attention(x_BSD, 2 * angles_SK)
     torch.testing.assert_close(moved, attention(x_BSD, angles_SK), rtol=1e-4, atol=1e-5)
     assert (stretched - attention(x_BSD, angles_SK)).abs().max() > 1e-3
@@ -248,12 +248,12 @@ def test_grouped_query_attention_is_full_attention_with_repeated_keys_and_values
     for name in ("key.weight", "value.weight"):
         weights[name] = repeat(weights[name], "(h k) d -> (h r k) d", h=2, r=2)
     full.load_state_dict(weights)
-    x_BSD, angles_SK = draw("x", 2, 12, 32), rotary_angles(3, 4, 8, torch.device("cpu"))
+    x_BSD, angles_SK = draw("x", 2, 12, 32), rope_angles(3, 4, 8, torch.device("cpu"))
     torch.testing.assert_close(grouped(x_BSD, angles_SK), full(x_BSD, angles_SK), rtol=1e-5, atol=1e-6)
 
 
 def test_timestep_waves_are_the_sinusoids_they_say() -> None:
-    waves = timestep_waves(torch.tensor([0.0, 0.25]))
+    waves = timestep_embedding(torch.tensor([0.0, 0.25]))
     assert waves.shape == (2, 256)
     assert waves[0].tolist() == [1.0] * 128 + [0.0] * 128
     for i in (0, 1, 64, 127):
@@ -285,7 +285,7 @@ def test_no_two_random_parameters_or_experts_start_alike(fresh: ECDiT) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_shares_of_the_experts_start_as_slices_of_the_whole(activation: Literal["gelu", "swiglu"]) -> None:
     def experts(num_experts: int, ep_rank: int, ep_size: int) -> dict[str, Tensor]:
-        share = Experts(num_experts, 8, 12, activation=activation, ep=Share(index=ep_rank, count=ep_size))
+        share = Experts(num_experts, 8, 12, activation=activation, ep=ShardIndex(index=ep_rank, count=ep_size))
         initialize_by_name(share, seed=0)
         return named_copies(share)
 
@@ -299,7 +299,7 @@ def test_shares_of_the_experts_start_as_slices_of_the_whole(activation: Literal[
 def test_slices_of_each_expert_start_as_slices_of_the_whole_and_their_outputs_add_up_to_its_output(
     activation: Literal["gelu", "swiglu"], draw: Callable[..., Tensor]
 ) -> None:
-    parts = [Experts(4, 8, 12, activation=activation, tp=Share(index=rank, count=3)) for rank in range(3)]
+    parts = [Experts(4, 8, 12, activation=activation, tp=ShardIndex(index=rank, count=3)) for rank in range(3)]
     whole = Experts(4, 8, 12, activation=activation)
     for experts in (*parts, whole):
         initialize_by_name(experts, seed=0)
@@ -314,11 +314,13 @@ def test_slices_of_each_expert_start_as_slices_of_the_whole_and_their_outputs_ad
 def test_a_rank_knows_which_box_of_each_experts_matrix_it_holds_and_that_no_peer_has_it(tp_size: int) -> None:
     """By the mark a rank writes its part into a checkpoint, or leaves it to the first of its peers."""
     last = tp_size - 1
-    experts = Experts(4, 8, 12, activation="gelu", ep=Share(index=1, count=2), tp=Share(index=last, count=tp_size))
+    experts = Experts(
+        4, 8, 12, activation="gelu", ep=ShardIndex(index=1, count=2), tp=ShardIndex(index=last, count=tp_size)
+    )
     w1, w2 = shard_of(experts.w1), shard_of(experts.w2)
     assert (w1.global_shape, w2.global_shape) == ((4, 8, 12), (4, 12, 8))
     assert (w1.offset, w2.offset) == ((2, 0, 6 * last), (2, 6 * last, 0))
-    assert w1.is_cut_by_tp is w2.is_cut_by_tp is (tp_size > 1)
+    assert w1.is_tp_sharded is w2.is_tp_sharded is (tp_size > 1)
 
 
 def test_initial_spread_is_that_of_the_table(tiny_config: ModelConfig) -> None:

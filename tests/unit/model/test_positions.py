@@ -12,7 +12,7 @@ from torch import Tensor
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.embedders import absolute_positions
+from ecdit_ds.model.embedders import sincos_pos_embed
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.layers import SerialLayers
 
@@ -42,7 +42,7 @@ def test_equal_patches_are_told_apart_by_absolute_positions_only(
 
 
 def test_the_first_half_of_sines_and_of_cosines_says_the_row_and_the_second_the_column() -> None:
-    positions_HWD = rearrange(absolute_positions(3, 5, 8, torch.device("cpu")), "(h w) d -> h w d", h=3)
+    positions_HWD = rearrange(sincos_pos_embed(3, 5, 8, torch.device("cpu")), "(h w) d -> h w d", h=3)
     sines, cosines = positions_HWD.chunk(2, dim=-1)
     rows, columns = torch.arange(3.0), torch.arange(5.0)
     torch.testing.assert_close(sines[..., 0], rows.sin()[:, None].expand(3, 5))

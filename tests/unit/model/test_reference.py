@@ -42,7 +42,7 @@ class Inputs:
     text_embeds_BTD: Tensor
     text_mask_BT: Tensor
     text_pooled_BD: Tensor
-    kept_BN: Tensor | None = None
+    visible_BN: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Reference:
         c, p = self.config, self.config.patch_size
         images, _, height, width = given.latents_BCHW.shape
         places = [(row, column) for row in range(height // p) for column in range(width // p)]
-        kept = [list(range(len(places)))] * images if given.kept_BN is None else given.kept_BN.tolist()
+        kept = [list(range(len(places)))] * images if given.visible_BN is None else given.visible_BN.tolist()
 
         tokens = [
             self.tokens_of(latents, places)[of_image]
@@ -70,7 +70,7 @@ class Reference:
             seen = [[places[token] for token in of_image] for of_image in kept]
             tokens, loss = self.block(f"blocks.{layer}", layer % 2 == 1, tokens, conditions, seen, texts)
             auxiliary_loss = auxiliary_loss + loss
-        if given.kept_BN is not None:
+        if given.visible_BN is not None:
             tokens = [self.everywhere(x, of_image, places) for x, of_image in zip(tokens, kept, strict=True)]
         for layer in range(c.decoder_layers):
             tokens, _ = self.block(f"decoder.{layer}", False, tokens, conditions, [places] * images, texts)
@@ -302,7 +302,7 @@ def outcome(
 def by_reference(model: ECDiT, inputs: Inputs) -> list[Tensor]:
     """Return the outcome of the plain forward."""
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    unread = set() if inputs.kept_BN is not None else {"mask_token"}
+    unread = set() if inputs.visible_BN is not None else {"mask_token"}
     wide = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in vars(inputs).items()}
     reference = Reference(config=model.config, w=weights)
     found = outcome(reference.forward, Inputs(**wide), [w for name, w in weights.items() if name not in unread])
@@ -315,9 +315,9 @@ def by_model(model: ECDiT, inputs: Inputs, *, remembers: bool = False) -> list[T
     """Return the outcome of the model; `remembers` lets it make the text's keys and values first."""
 
     def forward(given: Inputs) -> tuple[Tensor, Tensor]:
-        text = model.remember(given.text_embeds_BTD) if remembers else given.text_embeds_BTD
+        text = model.text_kv(given.text_embeds_BTD) if remembers else given.text_embeds_BTD
         return model(
-            given.latents_BCHW, given.timesteps_B, text, given.text_mask_BT, given.text_pooled_BD, given.kept_BN
+            given.latents_BCHW, given.timesteps_B, text, given.text_mask_BT, given.text_pooled_BD, given.visible_BN
         )
 
     return outcome(forward, inputs, model.parameters())
@@ -352,7 +352,7 @@ def test_the_model_is_its_plain_forward_in_outputs_and_all_gradients(
 ) -> None:
     model = awake(**VARIANTS[variant])
     if variant.startswith("masked"):
-        inputs = replace(inputs, kept_BN=torch.tensor(KEPT))
+        inputs = replace(inputs, visible_BN=torch.tensor(KEPT))
     names = ["velocity", "auxiliary loss", "latents", "text", "pooled text", *dict(model.named_parameters())]
     silent = {"mask_token"} if variant == "decoder" else set()
     silent |= set() if "token choice" in variant else {"auxiliary loss"}
@@ -378,7 +378,7 @@ def test_what_is_added_to_a_variance_is_a_millionth(awake: Callable[..., ECDiT],
 def test_a_remembered_text_is_the_text_in_outputs_and_all_gradients(
     awake: Callable[..., ECDiT], inputs: Inputs
 ) -> None:
-    model, masked = awake(**MASKED), replace(inputs, kept_BN=torch.tensor(KEPT))
+    model, masked = awake(**MASKED), replace(inputs, visible_BN=torch.tensor(KEPT))
     for once, again in zip(by_model(model, masked), by_model(model, masked, remembers=True), strict=True):
         assert torch.equal(once, again)
 

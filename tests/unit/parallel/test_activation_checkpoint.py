@@ -11,7 +11,7 @@ from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.init import initialize_by_name
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.parallel.activation_checkpoint import Recompute
-from ecdit_ds.parallel.collectives import Flight, land_all_to_all, launch_all_to_all
+from ecdit_ds.parallel.collectives import AsyncAllToAll, all_to_all_start, all_to_all_wait
 
 Mode = Literal["none", "block", "selective"]
 
@@ -83,15 +83,15 @@ def test_exchanges_that_were_kept_come_back_in_their_order_and_are_not_sent_agai
     """Three unlike exchanges in a block; each turns its rows around, which is its own transpose, as on two ranks."""
     sent: list[Tensor] = []
 
-    def launch(self: Flight, x: Tensor) -> Tensor:
+    def launch(self: AsyncAllToAll, x: Tensor) -> Tensor:
         sent.append(x.detach().clone())
         return x.flip(0)
 
-    monkeypatch.setattr(Flight, "launch", launch)
-    monkeypatch.setattr(Flight, "land", lambda self, out: out)
+    monkeypatch.setattr(AsyncAllToAll, "launch", launch)
+    monkeypatch.setattr(AsyncAllToAll, "land", lambda self, out: out)
 
     def exchanged(x: Tensor) -> Tensor:
-        return land_all_to_all(launch_all_to_all(x, None))  # type: ignore[arg-type]
+        return all_to_all_wait(all_to_all_start(x, None))  # type: ignore[arg-type]
 
     def block(x: Tensor, weight: Tensor) -> Tensor:
         first = exchanged(x * weight)

@@ -10,7 +10,7 @@ import pytest
 
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel.layout_table import draw_layout
-from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.parallel.partition_rules import sharded_axes
 from ecdit_ds.parallel.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +71,7 @@ def test_a_row_of_the_drawing_is_what_the_real_layers_of_that_rank_hold(drawing:
     assert done.returncode == 0, done.stderr
     boxes, cut = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("BOXES "))[6:])
     for name, axes in cut.items():
-        assert sorted(cut_axes(name).values()) == axes, name
+        assert sorted(sharded_axes(name).values()) == axes, name
     header, *rows = (line.split("  ") for line in drawing.split("\n\n")[0].splitlines())
     row = dict(zip(*([cell.strip() for cell in cells if cell.strip()] for cells in (header, rows[rank])), strict=True))
     head_dim = 32

@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ecdit_ds.config.model_config import ModelConfig
-from ecdit_ds.errors import CheckpointError, EcditError, LostRankError
+from ecdit_ds.errors import CheckpointError, EcditError, RankLostError
 from ecdit_ds.model.dispatch import LocalDispatcher
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.experts import Experts
 from ecdit_ds.model.layers import SerialLayers
-from ecdit_ds.model.sharding import WHOLE, Share, shard_of
+from ecdit_ds.model.sharding import UNSHARDED, ShardIndex, shard_of
 from ecdit_ds.parallel import deepspeed_moe, tensor_parallel
-from ecdit_ds.parallel.collectives import copy_in, land_all_to_all, launch_all_to_all, sum_out
+from ecdit_ds.parallel.collectives import all_to_all_start, all_to_all_wait, copy_to_tp_region, reduce_from_tp_region
 from ecdit_ds.parallel.dispatch import AllToAllDispatcher
 from ecdit_ds.parallel.tensor_parallel import TensorParallelLayers, create_tensor_groups
-from ecdit_ds.parallel.world import Place, World, place_from_environment
+from ecdit_ds.parallel.world import RankInfo, World, rank_info_from_env
 from tests.helpers.forked_ranks import on_ranks
 from tests.helpers.random_model import random_values
 
@@ -39,7 +39,7 @@ def test_an_exchange_gives_rank_i_the_ith_chunk_of_each_and_its_gradient_goes_ba
 
     def work(rank: int) -> tuple[Tensor, Tensor]:
         x = sent[rank].t().contiguous().t().requires_grad_()  # not contiguous
-        out = land_all_to_all(launch_all_to_all(x, everyone()))
+        out = all_to_all_wait(all_to_all_start(x, everyone()))
         (gradient,) = torch.autograd.grad(out, x, upstream[rank])
         return out.detach(), gradient
 
@@ -62,7 +62,11 @@ def test_what_is_copied_in_has_the_sum_of_all_gradients_and_what_is_summed_out_h
             return data.clone() if is_contiguous or rank == 0 else data.t().contiguous().t()
 
         x, into = (laid_out(values[rank]).requires_grad_() for _ in range(2))
-        copied, summed, gradient = copy_in(x, everyone()), sum_out(into, everyone()), laid_out(upstream[rank])
+        copied, summed, gradient = (
+            copy_to_tp_region(x, everyone()),
+            reduce_from_tp_region(into, everyone()),
+            laid_out(upstream[rank]),
+        )
         (of_copied,) = torch.autograd.grad(copied, x, gradient)
         (of_summed,) = torch.autograd.grad(summed, into, gradient)
         assert torch.equal(into, values[rank]) and torch.equal(gradient, upstream[rank]), "the input is left as it was"
@@ -84,7 +88,7 @@ def test_experts_on_two_ranks_give_outputs_and_gradients_of_one_process(draw: Dr
     indices_RBEC = indices_RBEC.view(2, 2, 4, 2)
     w1_EDF, w2_EFD = draw("w1", 4, 5, 3), draw("w2", 4, 3, 5)
 
-    def computed(ep: Share, x: Tensor, gates: Tensor, indices: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    def computed(ep: ShardIndex, x: Tensor, gates: Tensor, indices: Tensor, upstream: Tensor) -> dict[str, Tensor]:
         experts = Experts(4, 5, 3, activation="gelu", ep=ep)
         mine = slice(2 * ep.index, 2 * ep.index + ep.of(4))
         experts.load_state_dict({"w1": w1_EDF[mine], "w2": w2_EFD[mine]})
@@ -96,8 +100,8 @@ def test_experts_on_two_ranks_give_outputs_and_gradients_of_one_process(draw: Dr
 
     here = zip(x_RBSD, gates_RBEC, indices_RBEC, upstream_RBSD, strict=True)
     parts = list(here)
-    ranks = on_ranks(2, lambda rank: computed(Share(index=rank, count=2), *parts[rank]))
-    whole = computed(WHOLE, *(torch.cat(part) for part in zip(*parts, strict=True)))
+    ranks = on_ranks(2, lambda rank: computed(ShardIndex(index=rank, count=2), *parts[rank]))
+    whole = computed(UNSHARDED, *(torch.cat(part) for part in zip(*parts, strict=True)))
     for name, expected in whole.items():
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), expected, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -126,8 +130,8 @@ def test_a_model_cut_over_two_ranks_gives_outputs_and_gradients_of_one_process(
 
     def on_one(rank: int) -> Any:
         create_tensor_groups(2, 1)
-        share = Share(index=rank, count=2)
-        return computed(TensorParallelLayers(ep=WHOLE, ep_group=everyone(), tp=share, tp_group=everyone()))
+        share = ShardIndex(index=rank, count=2)
+        return computed(TensorParallelLayers(ep=UNSHARDED, ep_group=everyone(), tp=share, tp_group=everyone()))
 
     whole, *_ = computed(SerialLayers())
     for found, boxes, counted in on_ranks(2, on_one):
@@ -171,37 +175,37 @@ def test_ranks_agree_on_values_sums_and_errors() -> None:
             return f"rank {rank}"
 
         found = {
-            "on_first": world.on_first(try_it),
-            "together": world.together(lambda: 10 * rank),
+            "on_rank0": world.on_rank0(try_it),
+            "together": world.run_on_all(lambda: 10 * rank),
             "share": world.share(rank + 1),
             "gather": world.gather(rank + 2),
             "broadcast": world.broadcast(rank + 3),
-            "all_ok": [world.all_ok(True), world.all_ok(rank != 2), world.all_ok(rank == 2)],
+            "all_true": [world.all_true(True), world.all_true(rank != 2), world.all_true(rank == 2)],
             "sum": world.sum(values).tolist(),
             "mean": world.mean(values).tolist(),
             "kept": values.tolist(),
-            "first_fails": told(lambda: world.on_first(fails(0, CheckpointError("no disk")))),
-            "first_is_broken": told(lambda: world.on_first(fails(0, OSError("a defect")))),
-            "last_fails": told(lambda: world.together(fails(2, CheckpointError("of rank 2")))),
+            "first_fails": told(lambda: world.on_rank0(fails(0, CheckpointError("no disk")))),
+            "first_is_broken": told(lambda: world.on_rank0(fails(0, OSError("a defect")))),
+            "last_fails": told(lambda: world.run_on_all(fails(2, CheckpointError("of rank 2")))),
             "place": [world.rank, world.size],
         }
         return found | {"tried": tried}
 
     for rank, found in enumerate(on_ranks(3, work)):
         assert found == {
-            "on_first": "rank 0",
+            "on_rank0": "rank 0",
             "together": 10 * rank,
             "share": [1, 2, 3],
             "gather": [2, 3, 4] if rank == 0 else None,
             "broadcast": 3,
-            "all_ok": [True, False, False],
+            "all_true": [True, False, False],
             "sum": [6.0, 30.0],
             "mean": [2.0, 10.0],
             "kept": [1.0 + rank, 10.0],
             "first_fails": [CheckpointError.__name__, "no disk"],
             "first_is_broken": ["OSError", "a defect"]
             if rank == 0
-            else [LostRankError.__name__, "rank 0 failed: OSError: a defect"],
+            else [RankLostError.__name__, "rank 0 failed: OSError: a defect"],
             "last_fails": [CheckpointError.__name__, "of rank 2"],
             "place": [rank, 3],
             "tried": [0] if rank == 0 else [],
@@ -225,8 +229,8 @@ def test_a_process_is_where_its_launcher_says(
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = place_from_environment()
-    assert found == Place(**dict(zip(("rank", "local_rank", "local_size", "world_size"), place, strict=True)))
+    found = rank_info_from_env()
+    assert found == RankInfo(**dict(zip(("rank", "local_rank", "local_size", "world_size"), place, strict=True)))
 
 
 def test_tensor_groups_are_as_large_and_as_patient_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +247,11 @@ def test_a_rank_updates_its_part_of_an_expert_among_its_copies_and_of_the_rest_a
     monkeypatch.setattr(deepspeed_moe.groups, "_get_data_parallel_world_size", lambda: 8)
     monkeypatch.setattr(deepspeed_moe.groups, "_get_expert_data_parallel_rank", {"ep_size_4": 1}.__getitem__)
     monkeypatch.setattr(deepspeed_moe.groups, "_get_expert_data_parallel_world_size", {"ep_size_4": 2}.__getitem__)
-    experts = deepspeed_moe.DeepSpeedExperts(4, 3, 2, activation="gelu", ep=Share(index=1, count=4))
-    assert {deepspeed_moe.part_of(parameter) for parameter in experts.parameters()} == {Share(index=1, count=2)}
-    assert deepspeed_moe.part_of(torch.nn.Parameter(torch.ones(1))) == Share(index=5, count=8)
+    experts = deepspeed_moe.DeepSpeedExperts(4, 3, 2, activation="gelu", ep=ShardIndex(index=1, count=4))
+    assert {deepspeed_moe.zero_shard_of(parameter) for parameter in experts.parameters()} == {
+        ShardIndex(index=1, count=2)
+    }
+    assert deepspeed_moe.zero_shard_of(torch.nn.Parameter(torch.ones(1))) == ShardIndex(index=5, count=8)
 
 
 def test_expert_groups_are_made_beside_tensor_groups_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ecdit_ds.errors import EcditError, LostRankError, TopologyError
+from ecdit_ds.errors import EcditError, RankLostError, TopologyError
 from ecdit_ds.parallel.setup import initialize_distributed
 from ecdit_ds.slurm import preflight as node_check
 from ecdit_ds.training import engine
@@ -55,8 +55,8 @@ def test_a_run_of_one_process_needs_no_port_and_listens_to_this_machine_only(
     ("changes", "kind", "way_out"),
     [
         ({}, TopologyError, "start with deepspeed --master_port N"),
-        ({"RANK": "1"}, LostRankError, "rank 0 was to be there, at n1"),
-        ({"SLURM_STEP_ID": "2"}, LostRankError, "the job's next life has another, unless ECDIT_MASTER_PORT is set"),
+        ({"RANK": "1"}, RankLostError, "rank 0 was to be there, at n1"),
+        ({"SLURM_STEP_ID": "2"}, RankLostError, "the job's next life has another, unless ECDIT_MASTER_PORT is set"),
     ],
 )
 def test_ranks_that_cannot_meet_have_a_user_error_only_where_the_user_can_mend_it(

@@ -14,8 +14,8 @@ from ecdit_ds.planner.communication import (
     Traffic,
     by_link,
     exchange_bytes,
+    group_placement,
     held_by_rank,
-    place,
     tensor_parallel_bytes,
     traffic_of_step,
 )
@@ -53,7 +53,7 @@ def test_an_all_reduce_sends_twice_what_its_halves_send_and_one_rank_nothing() -
     ],
 )
 def test_ranks_fill_one_node_after_another_tensor_parallel_ones_first(axis: Axis, expected: Placement) -> None:
-    assert place(Topology(world_size=64, tp=2, ep=8), axis, 8) == expected
+    assert group_placement(Topology(world_size=64, tp=2, ep=8), axis, 8) == expected
 
 
 def test_placement_by_arithmetic_is_that_of_counting_the_ranks_of_each_group() -> None:
@@ -67,7 +67,7 @@ def test_placement_by_arithmetic_is_that_of_counting_the_ranks_of_each_group() -
             for group in topology.rank_lists(axis)
             for rank in group
         )
-        assert place(topology, axis, per_node).here == fewest
+        assert group_placement(topology, axis, per_node).here == fewest
 
 
 def test_an_all_to_all_crosses_the_network_for_peers_on_other_nodes() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.mixture import Mixture
-from ecdit_ds.flow.objective import draw_kept_tokens
+from ecdit_ds.flow.objective import sample_visible_tokens
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.activation_checkpoint import Recompute
 from ecdit_ds.parallel.expert_parallel import serial_layers
@@ -43,7 +43,7 @@ def inputs_of(config: ModelConfig, kept: int) -> tuple[Tensor, ...]:
         torch.zeros(IMAGES, config.max_text_tokens, config.text_embed_dim),
         torch.ones(IMAGES, config.max_text_tokens, dtype=torch.bool),
         torch.zeros(IMAGES, config.text_embed_dim),
-        draw_kept_tokens(torch.arange(IMAGES), 0, config.num_tokens, kept),
+        sample_visible_tokens(torch.arange(IMAGES), 0, config.num_tokens, kept),
     ]
     return tuple(tensors)
 

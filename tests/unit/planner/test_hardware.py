@@ -7,7 +7,7 @@ import pytest
 
 from ecdit_ds.planner.hardware import (
     Assumptions,
-    Machine,
+    Cluster,
     bf16_peak_of,
     default_assumptions,
     find_gpu,
@@ -62,7 +62,7 @@ def test_a_share_of_a_peak_that_cannot_be_is_refused(
 
 def test_usable_memory_is_a_share_of_what_the_driver_shows() -> None:
     half = replace(default_assumptions(), usable_memory=0.5)
-    machine = Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=half)
+    machine = Cluster(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=half)
     assert machine.usable_bytes == pytest.approx(79.1 * 2**30 / 2)
     assert machine.world_size == 16
     assert machine.with_nodes(3).world_size == 24

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, flow_losses
+from ecdit_ds.flow.objective import FlowBatch, flow_losses, sample_visible_tokens
 from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner import zero_groups
@@ -34,7 +34,7 @@ from ecdit_ds.planner.memory import (
 from ecdit_ds.planner.parameters import parameters
 from ecdit_ds.planner.zero import ZeroSettings, zero_settings
 from ecdit_ds.planner.zero_groups import Group
-from ecdit_ds.training.memory_tracker import LiveBytes
+from ecdit_ds.training.memory_tracker import MemoryTracker
 from ecdit_ds.training.setup import build_model
 from tests.helpers.launch import Planned, run_plan
 from tests.helpers.recipes import SMALL_MODEL
@@ -102,9 +102,9 @@ def measured(recipe: Recipe, *, with_gradients: bool = False) -> tuple[int, int]
         text_embeds_BTD=torch.randn(images, model_config.max_text_tokens, model_config.text_embed_dim),
         text_mask_BT=torch.ones(images, model_config.max_text_tokens, dtype=torch.bool),
         text_pooled_BD=torch.randn(images, model_config.text_embed_dim),
-        kept_BN=draw_kept_tokens(torch.arange(images), 0, model_config.num_tokens, kept),
+        visible_BN=sample_visible_tokens(torch.arange(images), 0, model_config.num_tokens, kept),
     )
-    live = LiveBytes()
+    live = MemoryTracker()
     live.ignore(
         *model.parameters(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     )

@@ -10,7 +10,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.yaml_loader import load_recipe, recipe_names
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.parallel.expert_parallel import serial_layers
-from ecdit_ds.parallel.partition_rules import cut_axes
+from ecdit_ds.parallel.partition_rules import sharded_axes
 from ecdit_ds.planner.parameters import (
     AUTOENCODER_PARAMETERS,
     TEXT_ENCODER_PARAMETERS,
@@ -88,9 +88,9 @@ def test_experts_of_either_kind_are_known_by_name_as_cut(
     tiny_config: ModelConfig, ffn: Any, axes: dict[str, int]
 ) -> None:
     (name, *_) = (p.name for p in parameters(replace(tiny_config, ffn=ffn)) if p.name.endswith(".w1"))
-    assert cut_axes(name) == axes
+    assert sharded_axes(name) == axes
 
 
 def test_nothing_but_experts_has_three_axes(tiny_config: ModelConfig) -> None:
     for parameter in parameters(tiny_config):
-        assert parameter.is_expert == ("ep" in cut_axes(parameter.name)), parameter.name
+        assert parameter.is_expert == ("ep" in sharded_axes(parameter.name)), parameter.name

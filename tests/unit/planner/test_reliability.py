@@ -10,8 +10,8 @@ from ecdit_ds.planner.reliability import (
     best_interval,
     checkpoint_cost,
     effective_share,
+    estimate_goodput,
     mean_seconds_between,
-    outlook,
 )
 
 
@@ -71,25 +71,29 @@ def test_effective_time_agrees_with_a_run_that_is_interrupted_by_chance() -> Non
 
 def test_a_run_that_loses_more_than_it_gains_has_no_effective_time_and_no_end() -> None:
     assert effective_share(100.0, _cost(1.0), 500.0, 600.0) == 0.0
-    seen = outlook(1e6, nodes=10, training_seconds=1e5, set_interval=100, cost=_cost(1.0), recovery_seconds=600)
+    seen = estimate_goodput(
+        1e6, nodes=10, training_seconds=1e5, set_interval=100, cost=_cost(1.0), recovery_seconds=600
+    )
     assert seen.effective_share == 0.0 and math.isinf(seen.interruptions)
 
 
 def test_more_failures_and_slower_recovery_leave_less() -> None:
     def share(rate: float, recovery: float) -> float:
-        return outlook(
+        return estimate_goodput(
             rate, nodes=64, training_seconds=1e6, set_interval=1000, cost=_cost(5.0), recovery_seconds=recovery
         ).effective_share
 
     assert share(4, 600) > share(24, 600) > share(24, 3600)
-    seen = outlook(24, nodes=64, training_seconds=1e6, set_interval=9000, cost=_cost(5.0), recovery_seconds=600)
+    seen = estimate_goodput(
+        24, nodes=64, training_seconds=1e6, set_interval=9000, cost=_cost(5.0), recovery_seconds=600
+    )
     assert seen.effective_share_as_set < seen.effective_share
     assert seen.interruptions == pytest.approx(1e6 / seen.effective_share / 56250)
 
 
 def test_checkpoints_come_no_faster_than_they_are_saved_whatever_the_recipe_says() -> None:
     cost = _cost(10.0, 500.0)
-    seen = outlook(8.64, nodes=1000, training_seconds=1e6, set_interval=100, cost=cost, recovery_seconds=250)
+    seen = estimate_goodput(8.64, nodes=1000, training_seconds=1e6, set_interval=100, cost=cost, recovery_seconds=250)
     assert seen.mean_seconds_between == pytest.approx(10_000)
     assert seen.effective_share_as_set == pytest.approx(0.9 / 1.02)  # every 500 s: loses 250 + 500 + 250 of 10000
 
@@ -97,5 +101,5 @@ def test_checkpoints_come_no_faster_than_they_are_saved_whatever_the_recipe_says
 @pytest.mark.parametrize("rate", [1e300, 1e308, math.inf])
 @pytest.mark.parametrize("cost", [_cost(5.0, 60.0), _cost(5.0), _cost(0.0)])
 def test_a_rate_beyond_all_bounds_leaves_nothing_and_divides_by_nothing(rate: float, cost: CheckpointCost) -> None:
-    seen = outlook(rate, nodes=64, training_seconds=1e6, set_interval=1000, cost=cost, recovery_seconds=600)
+    seen = estimate_goodput(rate, nodes=64, training_seconds=1e6, set_interval=1000, cost=cost, recovery_seconds=600)
     assert seen.effective_share == seen.effective_share_as_set == 0.0 and math.isinf(seen.interruptions)

@@ -14,13 +14,13 @@ from ecdit_ds.config.validation import divisors_of
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.planner import search as search_module
-from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
+from ecdit_ds.planner.hardware import Cluster, default_assumptions, find_gpu
 from ecdit_ds.planner.memory import memory_of_rank
 from ecdit_ds.planner.plan import phases_of, with_micro_batch
 from ecdit_ds.planner.search import (
     DISPATCH_CHUNKS,
     Candidate,
-    Found,
+    SearchResult,
     all_choices,
     check_before_search,
     require_experts_divide,
@@ -32,13 +32,13 @@ from ecdit_ds.planner.search import (
 STAGES = tuple(DEFAULT_PATH.parent / f"zero{stage}.json" for stage in (1, 2, 3))
 
 
-def _machine(nodes: int, gpu: str = "h100-80gb", **assumptions: float) -> Machine:
-    return Machine(
+def _machine(nodes: int, gpu: str = "h100-80gb", **assumptions: float) -> Cluster:
+    return Cluster(
         gpu=find_gpu(gpu), nodes=nodes, gpus_per_node=8, assumptions=replace(default_assumptions(), **assumptions)
     )
 
 
-def _search(recipe: Recipe, machine: Machine, files: tuple[Path, ...] = STAGES) -> Found:
+def _search(recipe: Recipe, machine: Cluster, files: tuple[Path, ...] = STAGES) -> SearchResult:
     return search(recipe, machine, all_choices(recipe, machine, files))
 
 
@@ -54,19 +54,19 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def found(recipe: Recipe) -> Found:
+def found(recipe: Recipe) -> SearchResult:
     """Return what is found on 16 GPUs of 40 GB."""
     return _search(recipe, _machine(2, "a100-40gb"))
 
 
-def test_layouts_that_fit_are_ranked_by_the_time_that_the_run_takes(found: Found) -> None:
+def test_layouts_that_fit_are_ranked_by_the_time_that_the_run_takes(found: SearchResult) -> None:
     assert len(found.feasible) > 5
     seconds = [candidate.seconds for candidate in found.feasible]
     assert seconds == sorted(seconds) and seconds[0] > 0
 
 
 def test_each_layout_fits_with_its_micro_batches_in_every_phase_and_no_larger_one_does(
-    found: Found, recipe: Recipe
+    found: SearchResult, recipe: Recipe
 ) -> None:
     usable = _machine(2, "a100-40gb").usable_bytes
     for candidate in found.feasible[::7]:
@@ -78,13 +78,13 @@ def test_each_layout_fits_with_its_micro_batches_in_every_phase_and_no_larger_on
             assert not larger or _needs(candidate, larger[0], ratio) > usable
 
 
-def test_every_layout_is_somewhere(found: Found, recipe: Recipe) -> None:
+def test_every_layout_is_somewhere(found: SearchResult, recipe: Recipe) -> None:
     choices = all_choices(recipe, _machine(2), STAGES)
     total = len(choices.tp) * len(choices.ep) * len(choices.deepspeed_files) * len(choices.recompute)
     assert len(found.feasible) + len(found.too_large) + sum(found.refusals.values()) == total
 
 
-def test_refusals_are_in_the_words_of_who_refuses_and_counted(found: Found) -> None:
+def test_refusals_are_in_the_words_of_who_refuses_and_counted(found: SearchResult) -> None:
     reasons = list(found.refusals)
     assert any(reason.startswith("parallel.tp(4) does not divide model.num_heads(18)") for reason in reasons)
     assert any(reason.startswith("train.recompute: selective keeps what all-to-alls returned") for reason in reasons)

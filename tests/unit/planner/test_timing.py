@@ -9,7 +9,7 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.planner.flops import training_flops
-from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
+from ecdit_ds.planner.hardware import Cluster, default_assumptions, find_gpu
 from ecdit_ds.planner.timing import (
     StepTime,
     compute_seconds,
@@ -27,9 +27,9 @@ def _zero(stage: int, *, overlap: bool = False, offload: bool = False) -> ZeroSe
     return zero_settings({"zero_optimization": zero | ({"offload_optimizer": {"device": "cpu"}} if offload else {})})
 
 
-def _machine(**assumptions: float) -> Machine:
+def _machine(**assumptions: float) -> Cluster:
     assumed = replace(default_assumptions(), **assumptions)
-    return Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=assumed)
+    return Cluster(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=assumed)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from ecdit_ds import train
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.runtime.signals import StopRequest, reasons_of
+from ecdit_ds.runtime.signals import StopSignal, format_stop_reasons
 from tests.helpers.launch import ROOT
 
 
@@ -26,7 +26,7 @@ from tests.helpers.launch import ROOT
     ],
 )
 def test_whoever_was_asked_to_stop_is_named_in_few_words(reason_by_rank: list[str | None], words: str) -> None:
-    assert reasons_of(reason_by_rank) == words
+    assert format_stop_reasons(reason_by_rank) == words
 
 
 PROGRAM = """
@@ -53,18 +53,18 @@ def test_where_there_is_nothing_to_save_a_signal_ends_the_process(number: signal
 
 
 @pytest.fixture
-def listening() -> Iterator[StopRequest]:
+def listening() -> Iterator[StopSignal]:
     """Return a request that has taken over both signals, for the length of a test."""
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    stop = StopRequest()
+    stop = StopSignal()
     stop.listen()
     yield stop
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-def test_signals_end_a_dry_run(listening: StopRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_end_a_dry_run(listening: StopSignal, monkeypatch: pytest.MonkeyPatch) -> None:
     handlers: list[Any] = []
 
     def look(*_: object, **__: object) -> tuple[str, bool]:
@@ -77,11 +77,11 @@ def test_signals_end_a_dry_run(listening: StopRequest, monkeypatch: pytest.Monke
 
 
 def test_what_asked_first_stays_the_reason() -> None:
-    stop = StopRequest()
+    stop = StopSignal()
     stop._note(signal.SIGUSR1, None)
     stop._note(signal.SIGTERM, None)
     stop.launcher_died()
     assert stop.reason == "SIGUSR1"
-    alone = StopRequest()
+    alone = StopSignal()
     alone.launcher_died()
     assert alone.reason == "the launcher died"

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from ecdit_ds import train
-from ecdit_ds.errors import ConfigError, ExitCode, LostRankError, StaleAttemptError
+from ecdit_ds.errors import ConfigError, ExitCode, RankLostError, StaleRunError
 from ecdit_ds.slurm import completion as module
 from ecdit_ds.slurm import controller as scheduler
 from ecdit_ds.slurm import preflight as node_check
@@ -27,10 +27,10 @@ from ecdit_ds.slurm.completion import (
     mark_complete,
     mark_ended,
 )
-from ecdit_ds.slurm.controller import Job
-from ecdit_ds.slurm.job_history import Ledger, Verdict
-from ecdit_ds.slurm.signals import Ending
-from ecdit_ds.slurm.supervise import Life
+from ecdit_ds.slurm.controller import SlurmJob
+from ecdit_ds.slurm.job_history import JobHistory, RequeueDecision
+from ecdit_ds.slurm.signals import TerminationWatch
+from ecdit_ds.slurm.supervise import JobAttempt
 from tests.helpers.forked import in_a_copy
 from tests.helpers.launch import free_port
 from tests.helpers.photographs import crops, encoded
@@ -84,7 +84,7 @@ def leave_end(leave: Leave) -> Leave:
 
 def doubt(completion: Completion, work: str = DRY_RUN) -> str:
     """Return why a step is not believed."""
-    with pytest.raises(LostRankError) as refused:
+    with pytest.raises(RankLostError) as refused:
         completion.confirm(lambda: work)
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -193,7 +193,7 @@ def test_a_mark_that_cannot_be_written_is_told_in_one_line_and_ends_nothing(
     )
 
 
-@pytest.mark.parametrize("code", [ExitCode.USER_ERROR, ExitCode.GAVE_UP, ExitCode.INTERRUPTED])
+@pytest.mark.parametrize("code", [ExitCode.USER_ERROR, ExitCode.UNRECOVERABLE, ExitCode.INTERRUPTED])
 @pytest.mark.parametrize("code_of_peers", [1, 75, 137, 143])
 def test_a_rank_that_ended_for_good_decides_whatever_became_of_its_peers(
     tmp_path: Path, leave_end: Leave, code: int, code_of_peers: int
@@ -239,7 +239,7 @@ def test_an_arrays_task_and_each_step_of_a_life_tell_their_ranks_by_an_argument(
 
     monkeypatch.setattr(run_task, "_run", lambda command, _: noted(command))
     assert run_task.main([str(tmp_path), "srun", "slurm/rank.sh", "tools/sample.py"]) == 3
-    monkeypatch.setattr(Life, "_wait_for_srun", lambda _, arguments, *__: noted(arguments))
+    monkeypatch.setattr(JobAttempt, "_wait_for_srun", lambda _, arguments, *__: noted(arguments))
     assert live(tmp_path, monkeypatch, launcher=("srun", "slurm/rank.sh", "--hold-signals")).exit_code == 3
     flags = [command[command.index("slurm/rank.sh") :] for command in told]
     assert [words[1] for words in flags] == ["--completion", "--hold-signals"]
@@ -291,7 +291,7 @@ def live(
     trained: str = "training to step 30",
     launcher: Sequence[str] = ("srun",),
     scontrol: str | None = f"#!/bin/sh\necho '{STATE}'\n",
-) -> Verdict:
+) -> RequeueDecision:
     """Live once with that srun, in a run that has come to step 30."""
     for name, script in (("srun", SRUN), ("scontrol", scontrol), ("squeue", "#!/bin/sh\n")):
         if script is not None:
@@ -304,8 +304,8 @@ def live(
     monkeypatch.chdir(folder)
     (folder / "run/checkpoints/step_30").mkdir(parents=True)
     (folder / "run/checkpoints/step_30/manifest.json").touch()
-    job = Job(name="12", number="12", restarts=0, num_ranks=2, nodes="n[1-2]")
-    return Life(job, launcher, ["train.py", "--output", "run"], 1, Ending()).live(is_checked=True)
+    job = SlurmJob(name="12", number="12", restarts=0, num_ranks=2, nodes="n[1-2]")
+    return JobAttempt(job, launcher, ["train.py", "--output", "run"], 1, TerminationWatch()).live(is_checked=True)
 
 
 def test_training_is_done_where_each_step_was_done_by_all_ranks(
@@ -347,9 +347,9 @@ def test_a_step_of_which_not_all_was_started_is_a_life_that_failed_and_says_why(
     told: str,
 ) -> None:
     verdict = live(tmp_path, monkeypatch, started)
-    assert (verdict.exit_code, verdict.is_again) == (ExitCode.TRY_AGAIN, False)  # its only life
+    assert (verdict.exit_code, verdict.is_again) == (ExitCode.RETRY, False)  # its only life
     assert (tmp_path / "steps").read_text().split() == STEPS[: STEPS.index(step) + 1]
-    assert Ledger(Path("run")).is_checked("12") == (step != "dry_run")
+    assert JobHistory(Path("run")).is_checked("12") == (step != "dry_run")
     assert f"exit code 75 (srun ended with exit code 0, but {told}" in Path("run/slurm/why_it_stopped.txt").read_text()
     assert [told in line for line in capsys.readouterr().out.splitlines() if "error: " in line] == [True]
 
@@ -369,7 +369,7 @@ def test_training_is_not_done_unless_its_last_step_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
 ) -> None:
     verdict = live(tmp_path, monkeypatch, trained=trained)
-    assert verdict.exit_code == ExitCode.TRY_AGAIN
+    assert verdict.exit_code == ExitCode.RETRY
     assert f"report a complete {trained}, where training to step 30 is what was to be found" in verdict.reason
 
 
@@ -451,7 +451,8 @@ def ends_told() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"), [(ExitCode.DONE, ["training to step 7"]), (ExitCode.SAVED, []), (ExitCode.GAVE_UP, [])]
+    ("code", "expected"),
+    [(ExitCode.DONE, ["training to step 7"]), (ExitCode.CHECKPOINTED, []), (ExitCode.UNRECOVERABLE, [])],
 )
 def test_training_reports_its_last_step_and_no_other_end(
     marked: Callable[[], list[str]],
@@ -464,7 +465,7 @@ def test_training_reports_its_last_step_and_no_other_end(
     monkeypatch.setattr("ecdit_ds.training.setup.share_cores", lambda _: None)
     assert train.main(["--set", "train.max_steps=7", "--output", str(tmp_path)]) == code
     assert marked() == expected
-    assert ends_told() == [code] * (code == ExitCode.GAVE_UP)
+    assert ends_told() == [code] * (code == ExitCode.UNRECOVERABLE)
 
 
 @pytest.mark.parametrize(
@@ -494,11 +495,11 @@ def test_a_rank_of_a_life_that_another_took_over_does_not_end_the_job_for_good(
     marked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def superseded(*_: object) -> None:
-        raise StaleAttemptError("a newer attempt took over")
+        raise StaleRunError("a newer attempt took over")
 
     monkeypatch.setattr(train, "run", superseded)
     monkeypatch.setattr(train, "share_cores", lambda _: None)
-    assert train.main(["--output", str(tmp_path)]) == ExitCode.GAVE_UP
+    assert train.main(["--output", str(tmp_path)]) == ExitCode.UNRECOVERABLE
     assert (marked(), ends_told()) == ([], [])
 
 

@@ -15,8 +15,8 @@ from ecdit_ds.slurm import controller as scheduler
 from ecdit_ds.slurm import supervise
 from ecdit_ds.slurm.controller import (
     AwayError,
-    Job,
     JobState,
+    SlurmJob,
     ask_patiently,
     ask_state,
     end_steps,
@@ -26,9 +26,9 @@ from ecdit_ds.slurm.controller import (
     parse_state,
     seconds_of_warning,
 )
-from ecdit_ds.slurm.job_history import Beginning, Ledger, judge
-from ecdit_ds.slurm.signals import Ending
-from ecdit_ds.slurm.supervise import Life, ask_again, may_ask_again, output_of
+from ecdit_ds.slurm.job_history import AttemptStarted, JobHistory, decide_requeue
+from ecdit_ds.slurm.signals import TerminationWatch
+from ecdit_ds.slurm.supervise import JobAttempt, output_of, request_requeue, requeue_blocker
 
 ROOT = Path(__file__).resolve().parents[3]
 RefusalOf = Callable[[Callable[[], object]], str]
@@ -44,7 +44,7 @@ OWNER = "\n   UserId=root(0) GroupId=root(0) MCS_label=N/A\n   Priority=42949017
 FLAGS = "\n   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0\n  "
 LOOKALIKE = "JobState=X Reason=Y Dependency=no Requeue=1 Restarts=9 BatchFlag=1 RunTime=00:00:00 TimeLimit=00:01:00 "
 RUNNING = JobState(state="RUNNING", reason="None", restarts=0, limit_seconds=600.0)
-JOB = Job(name="12", number="12", restarts=0, num_ranks=8, nodes="n[1-2]")
+JOB = SlurmJob(name="12", number="12", restarts=0, num_ranks=8, nodes="n[1-2]")
 LINES = {
     "a name that looks like a line": (
         f"JobId=1 JobName=a b JobState=X Reason=Y Restarts=9 TimeLimit=1 {OWNER} JobState=RUNNING Reason=None "
@@ -239,8 +239,8 @@ def test_a_script_says_how_long_before_its_end_it_is_warned(
     ],
 )
 def test_a_job_is_requeued_only_if_nobody_else_has_decided(case: str, life: int, may: bool) -> None:
-    job = Job(name="12", number="12", restarts=life, num_ranks=8, nodes="n1")
-    against = may_ask_again(job, LINES[case][1])
+    job = SlurmJob(name="12", number="12", restarts=life, num_ranks=8, nodes="n1")
+    against = requeue_blocker(job, LINES[case][1])
     assert (against is None) is may
     assert against is None or len(against.splitlines()) == 1
 
@@ -316,9 +316,9 @@ def ask_for_another_life(
     put_program(
         "scontrol", ASKING.format(config=config, line=line, failures=failures, say=f"echo '{words}' >&2; exit 1")
     )
-    life = Life(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, Ending())
-    Ledger(tmp_path).begin(Beginning(life="12.0", step=0, nodes="n1", ranks=8))
-    code = ask_again(life, JOB, judge(75, barren=0, allowed=3))
+    life = JobAttempt(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, TerminationWatch())
+    JobHistory(tmp_path).begin(AttemptStarted(life="12.0", step=0, nodes="n1", ranks=8))
+    code = request_requeue(life, JOB, decide_requeue(75, barren=0, allowed=3))
     why = tmp_path / "slurm" / "why_it_stopped.txt"
     return code, why.read_text() if why.exists() else "", len((tmp_path / "calls").read_text().splitlines())
 
@@ -400,9 +400,9 @@ def test_where_nobody_can_ask_for_another_life_it_is_said_that_slurm_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    life = Life(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, Ending())
-    Ledger(tmp_path).begin(Beginning(life="12.0", step=0, nodes="n1", ranks=8))
-    assert ask_again(life, JOB, judge(42, barren=0, allowed=3)) == 42
+    life = JobAttempt(JOB, ["srun"], ["train.py", "--output", str(tmp_path)], 3, TerminationWatch())
+    JobHistory(tmp_path).begin(AttemptStarted(life="12.0", step=0, nodes="n1", ranks=8))
+    assert request_requeue(life, JOB, decide_requeue(42, barren=0, allowed=3)) == 42
     (line,) = capsys.readouterr().out.splitlines()
     assert "not requeued: scontrol show job 12: No such file or directory; unless Slurm does after exit code 42" in line
 

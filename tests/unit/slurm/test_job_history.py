@@ -8,24 +8,31 @@ import torch
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.retention import set_aside
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.retention import quarantine
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.errors import ExitCode
-from ecdit_ds.slurm.job_history import Beginning, Ledger, Verdict, count_barren, judge, newest_step
+from ecdit_ds.slurm.job_history import (
+    AttemptStarted,
+    JobHistory,
+    RequeueDecision,
+    count_barren,
+    decide_requeue,
+    newest_step,
+)
 
-AGAIN = Verdict(is_again=True, exit_code=75, reason="exit code 75; 0 of 3 lives without progress")
-OVER = Verdict(is_again=False, exit_code=2, reason="there is something to mend first")
-DONE = Verdict(is_again=False, exit_code=0, reason="training is done")
+AGAIN = RequeueDecision(is_again=True, exit_code=75, reason="exit code 75; 0 of 3 lives without progress")
+OVER = RequeueDecision(is_again=False, exit_code=2, reason="there is something to mend first")
+DONE = RequeueDecision(is_again=False, exit_code=0, reason="training is done")
 
 
-def beginning(life: str, step: int = 0) -> Beginning:
+def beginning(life: str, step: int = 0) -> AttemptStarted:
     """Return a life that began with the checkpoint of a step."""
-    return Beginning(life=life, step=step, nodes="n[1-4]", ranks=8)
+    return AttemptStarted(life=life, step=step, nodes="n[1-4]", ranks=8)
 
 
 def save_step(run: Path, step: int) -> Path:
     """Publish a whole checkpoint of one number."""
-    piece = Piece(name="weight/a", global_shape=(1,), box=Box((0,), (1,)), data=torch.zeros(1))
+    piece = TensorShard(name="weight/a", global_shape=(1,), box=Box((0,), (1,)), data=torch.zeros(1))
     return save_checkpoint(run / "checkpoints", step, [piece], {}, SoloPeers())
 
 
@@ -49,7 +56,7 @@ def test_lives_in_a_row_without_a_later_checkpoint_are_counted(steps: list[int],
 
 
 def test_lives_of_other_jobs_do_not_count(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     for life, step in (("11.0", 0), ("12.0", 0), ("112.0", 0), ("12.1", 0), ("1.2", 5)):
         ledger.begin(beginning(life, step))
     assert count_barren(ledger.lives_of("12"), 0) == 2
@@ -57,7 +64,7 @@ def test_lives_of_other_jobs_do_not_count(tmp_path: Path) -> None:
 
 
 def test_a_job_inherits_nothing_from_an_earlier_one_of_its_number(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     for life in ("12.0", "12.1", "12.2"):
         ledger.begin(beginning(life))
     ledger.pass_check("12.1")
@@ -69,7 +76,7 @@ def test_a_job_inherits_nothing_from_an_earlier_one_of_its_number(tmp_path: Path
 
 
 def test_a_recipe_is_checked_once_one_life_found_it_in_order(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     ledger.begin(beginning("12.0"))  # interrupted before it could tell
     assert not ledger.is_checked("12")
     ledger.begin(beginning("12.1"))
@@ -81,7 +88,7 @@ def test_a_recipe_is_checked_once_one_life_found_it_in_order(tmp_path: Path) -> 
 
 def test_a_life_without_an_end_counts_as_one(tmp_path: Path) -> None:
     """As when a job loses its first node: nobody is left to write how it ended."""
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     ledger.begin(beginning("12.0"))
     ledger.begin(beginning("12.1"))
     ledger.end("12.1", 75, 0, AGAIN)
@@ -89,21 +96,23 @@ def test_a_life_without_an_end_counts_as_one(tmp_path: Path) -> None:
     assert count_barren(ledger.lives_of("12"), 0) == 3
 
 
-@pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.GAVE_UP, ExitCode.INTERRUPTED])
+@pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.USER_ERROR, ExitCode.UNRECOVERABLE, ExitCode.INTERRUPTED])
 @pytest.mark.parametrize("barren", [0, 1, 99])
 def test_some_ends_are_for_good_whatever_came_before(code: ExitCode, barren: int) -> None:
-    verdict = judge(code, barren=barren, allowed=3)
+    verdict = decide_requeue(code, barren=barren, allowed=3)
     assert not verdict.is_again and verdict.exit_code == code
     assert (f"exit code {code}:" in verdict.reason) == (code != ExitCode.DONE)
 
 
-@pytest.mark.parametrize("code", [ExitCode.CRASHED, ExitCode.SAVED, ExitCode.TRY_AGAIN, 134, 135, 137, 139, 143, 255])
+@pytest.mark.parametrize(
+    "code", [ExitCode.CRASHED, ExitCode.CHECKPOINTED, ExitCode.RETRY, 134, 135, 137, 139, 143, 255]
+)
 def test_other_ends_have_another_life_until_too_many_were_barren(code: int) -> None:
     for barren in (0, 1, 2):
-        verdict = judge(code, barren=barren, allowed=3)
+        verdict = decide_requeue(code, barren=barren, allowed=3)
         assert verdict.is_again and verdict.exit_code == code
         assert f"{barren} of 3" in verdict.reason
-    verdict = judge(code, barren=3, allowed=3)
+    verdict = decide_requeue(code, barren=3, allowed=3)
     assert not verdict.is_again and verdict.exit_code == code
     assert "3 lives in a row" in verdict.reason and "ECDIT_MAX_LIVES=3" in verdict.reason
 
@@ -111,7 +120,7 @@ def test_other_ends_have_another_life_until_too_many_were_barren(code: int) -> N
 @pytest.mark.parametrize("code", [*ExitCode, 137, 139, 255])
 def test_every_end_has_a_reason_of_one_line(code: int) -> None:
     for barren in (0, 3):
-        assert len(judge(code, barren=barren, allowed=3).reason.splitlines()) == 1
+        assert len(decide_requeue(code, barren=barren, allowed=3).reason.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,10 +136,10 @@ def test_every_end_has_a_reason_of_one_line(code: int) -> None:
 )
 def test_a_job_lives_until_its_story_ends(tmp_path: Path, ends: list[tuple[int, int]], num_lives: int) -> None:
     """Each pair is how a life ended and which step it reached."""
-    ledger, step = Ledger(tmp_path), 0
+    ledger, step = JobHistory(tmp_path), 0
     for restarts, (code, reached) in enumerate(ends):
         ledger.begin(beginning(f"12.{restarts}", step))
-        verdict = judge(code, barren=count_barren(ledger.lives_of("12"), reached), allowed=3)
+        verdict = decide_requeue(code, barren=count_barren(ledger.lives_of("12"), reached), allowed=3)
         ledger.end(f"12.{restarts}", code, reached, verdict)
         step = reached
         if not verdict.is_again:
@@ -140,19 +149,19 @@ def test_a_job_lives_until_its_story_ends(tmp_path: Path, ends: list[tuple[int, 
 
 
 def test_a_job_that_is_submitted_anew_has_all_its_lives_again(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     for life in ("12.0", "12.1", "12.2", "13.0"):
         ledger.begin(beginning(life, 10))
-    assert judge(75, barren=count_barren(ledger.lives_of("13"), 10), allowed=3).is_again
+    assert decide_requeue(75, barren=count_barren(ledger.lives_of("13"), 10), allowed=3).is_again
 
 
 def test_a_ledger_tells_what_was_written_and_a_new_one_nothing(tmp_path: Path) -> None:
-    assert Ledger(tmp_path / "new").beginnings() == []
+    assert JobHistory(tmp_path / "new").beginnings() == []
     lives = [beginning("12.0"), beginning("12.1", 10)]
     for life in lives:
-        Ledger(tmp_path).begin(life)
-        Ledger(tmp_path).end(life.life, 42, 10, AGAIN)
-    assert Ledger(tmp_path).beginnings() == lives
+        JobHistory(tmp_path).begin(life)
+        JobHistory(tmp_path).end(life.life, 42, 10, AGAIN)
+    assert JobHistory(tmp_path).beginnings() == lives
     assert [life.job for life in lives] == ["12", "12"]
     records = [json.loads(line) for line in (tmp_path / "slurm/lives.jsonl").read_text().splitlines()]
     assert [record["event"] for record in records] == ["begin", "end"] * 2
@@ -178,7 +187,7 @@ def test_a_ledger_tells_what_was_written_and_a_new_one_nothing(tmp_path: Path) -
     ],
 )
 def test_a_line_that_is_no_ones_is_passed_over(tmp_path: Path, line: bytes) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = JobHistory(tmp_path)
     ledger.begin(beginning("12.0"))
     with open(tmp_path / "slurm/lives.jsonl", "ab") as file:
         file.write(line + b"\n")
@@ -187,7 +196,7 @@ def test_a_line_that_is_no_ones_is_passed_over(tmp_path: Path, line: bytes) -> N
 
 
 def test_a_line_that_was_cut_off_costs_no_other_line(tmp_path: Path) -> None:
-    ledger, path = Ledger(tmp_path), tmp_path / "slurm/lives.jsonl"
+    ledger, path = JobHistory(tmp_path), tmp_path / "slurm/lives.jsonl"
     ledger.begin(beginning("12.0"))
     ledger.begin(beginning("12.1"))
     whole = path.read_bytes()
@@ -203,7 +212,7 @@ def test_a_line_that_was_cut_off_costs_no_other_line(tmp_path: Path) -> None:
 
 
 def test_why_a_job_stopped_is_there_for_people_until_another_one_begins(tmp_path: Path) -> None:
-    ledger, why = Ledger(tmp_path), tmp_path / "slurm/why_it_stopped.txt"
+    ledger, why = JobHistory(tmp_path), tmp_path / "slurm/why_it_stopped.txt"
     ledger.begin(beginning("12.0"))
     ledger.end("12.0", 75, 0, AGAIN)
     assert not why.exists()
@@ -224,7 +233,7 @@ def test_the_newest_checkpoint_is_a_published_one(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         save_step(tmp_path, step)
     assert newest_step(tmp_path) == 100
-    set_aside(tmp_path / "checkpoints/step_100")
+    quarantine(tmp_path / "checkpoints/step_100")
     assert newest_step(tmp_path) == 10
 
 

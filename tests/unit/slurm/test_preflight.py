@@ -15,7 +15,7 @@ import torch
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.planner.memory import checkpoint_bytes
-from ecdit_ds.slurm.preflight import LIBRARIES, Facts, check_device, judge, parse_arguments
+from ecdit_ds.slurm.preflight import LIBRARIES, NodeInfo, check_device, check_nodes, parse_arguments
 from tests.helpers.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +26,7 @@ StartRank = Callable[..., subprocess.Popen[str]]
 INSTALLED = ("Python 3.11.7", "torch 2.13.0", "numpy 2.4.6", "ecdit_ds source 0123abcd")
 NEWER = ("Python 3.11.7", "torch 2.14.0", "numpy 2.4.6", "ecdit_ds source 0123abcd")
 ALIKE = [
-    Facts(node=f"n{node}", installed=INSTALLED, device="GPU 80GB", write_bytes_per_s=1e9 * node if first else 0.0)
+    NodeInfo(node=f"n{node}", installed=INSTALLED, device="GPU 80GB", write_bytes_per_s=1e9 * node if first else 0.0)
     for node in (1, 2, 3)
     for first in (True, False)
 ]
@@ -34,7 +34,7 @@ ALIKE = [
 
 
 def test_nodes_that_are_alike_are_told_with_what_they_have_in_common(tiny_recipe: Recipe) -> None:
-    table = "\n".join(judge(ALIKE, tiny_recipe, None))
+    table = "\n".join(check_nodes(ALIKE, tiny_recipe, None))
     assert "3 with the same" in table
     for fact in (*INSTALLED, "GPU 80GB", "6 GB/s", "slowest n1"):
         assert fact in table, fact
@@ -42,7 +42,7 @@ def test_nodes_that_are_alike_are_told_with_what_they_have_in_common(tiny_recipe
 
 def test_a_node_with_another_version_is_named_with_both_versions(tiny_recipe: Recipe, refusal_of: RefusalOf) -> None:
     facts = [replace(rank, installed=NEWER) if rank.node == "n2" else rank for rank in ALIKE]
-    message = refusal_of(lambda: judge(facts, tiny_recipe, None))
+    message = refusal_of(lambda: check_nodes(facts, tiny_recipe, None))
     assert message.startswith("n2: has torch 2.14.0, where others have torch 2.13.0;")
     assert "numpy" not in message
 
@@ -52,14 +52,14 @@ def test_many_nodes_with_another_version_are_named_by_the_first_and_a_count(
 ) -> None:
     usual = [replace(ALIKE[0], node=f"a{node:02}") for node in range(20)]
     other = [replace(ALIKE[0], node=f"b{node:02}", installed=NEWER) for node in range(19)]
-    message = refusal_of(lambda: judge([*other, *usual], tiny_recipe, None))
+    message = refusal_of(lambda: check_nodes([*other, *usual], tiny_recipe, None))
     assert message.startswith("b00, b01,") and " and 11 more: has torch 2.14.0" in message
 
 
 def test_a_node_that_lacks_nothing_but_has_other_sources_is_named(tiny_recipe: Recipe, refusal_of: RefusalOf) -> None:
     edited = (*INSTALLED[:-1], "ecdit_ds source 99999999")
     facts = [replace(rank, installed=edited) if rank.node == "n3" else rank for rank in ALIKE]
-    assert "n3: has ecdit_ds source 99999999, where" in refusal_of(lambda: judge(facts, tiny_recipe, None))
+    assert "n3: has ecdit_ds source 99999999, where" in refusal_of(lambda: check_nodes(facts, tiny_recipe, None))
 
 
 def test_a_time_limit_without_room_for_a_save_is_refused_with_the_numbers(
@@ -67,11 +67,11 @@ def test_a_time_limit_without_room_for_a_save_is_refused_with_the_numbers(
 ) -> None:
     speed = checkpoint_bytes(tiny_recipe) / 600.0  # all nodes together save in ten minutes
     facts = [replace(rank, write_bytes_per_s=speed / 3 if rank.write_bytes_per_s else 0.0) for rank in ALIKE]
-    message = refusal_of(lambda: judge(facts, tiny_recipe, 660.0))
+    message = refusal_of(lambda: check_nodes(facts, tiny_recipe, 660.0))
     assert "is 11 min" in message and "takes about 2 min" in message and "10.0 min" in message
     assert f"{checkpoint_bytes(tiny_recipe) / 1e9:,.3g} GB" in message and "--time" in message
     for enough in (730.0, None):
-        assert "at least 660 s" in "\n".join(judge(facts, tiny_recipe, enough))
+        assert "at least 660 s" in "\n".join(check_nodes(facts, tiny_recipe, enough))
 
 
 def test_a_rank_without_a_gpu_is_refused_unless_it_rehearses(

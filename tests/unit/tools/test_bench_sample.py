@@ -21,13 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe, SampleConfig
 from ecdit_ds.config.yaml_loader import find_recipe, load_recipe
-from ecdit_ds.data.encoders.base import PixelCodec
+from ecdit_ds.data.encoders.base import PixelVAE
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.layers import SerialLayers
 from tools.bench import parse_arguments
 from tools.benchmarks.report import rotated
-from tools.benchmarks.sample import NumbersForText, RepeatingTextToImage, Side, summarize, to_rows
+from tools.benchmarks.sample import Contender, NumbersForText, RepeatingTextToImage, summarize, to_rows
 from tools.benchmarks.twins import dense_twin, equal_flops_dense, image_flops, picture_flops
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def drawer_of(kind: type[TextToImage], recipe: Recipe, config: ModelConfig, fill
     return kind(
         model=model,
         recipe=replace(recipe, model=config),
-        image_encoder=PixelCodec(),
+        image_encoder=PixelVAE(),
         device=torch.device("cpu"),
         text_encoder=NumbersForText(embed_dim=config.text_embed_dim, max_tokens=config.max_text_tokens),
     )
@@ -129,7 +129,7 @@ def test_every_side_goes_first_in_turn() -> None:
 def test_overhead_is_time_over_flops() -> None:
     flops, times = {"ec": 3.0, "twin": 2.0, "equal": 3.0}, {"ec": [6.0, 6.6], "twin": [2.0, 2.0], "equal": [4.0, 4.0]}
     sides = [
-        Side(
+        Contender(
             model=name,
             reuses_text=reuses_text,
             drawer=None,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ecdit_ds.data.encoders.base import WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder
 from ecdit_ds.data.encoders.spec import open_text_encoder
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.errors import ExitCode
@@ -144,7 +144,7 @@ def test_the_text_of_no_text_is_not_rounded_where_captions_are_not(pictures: Pat
     assert run("encode", pictures, tmp_path / "set", "--size", 32, "--max-bad", 1, "--captions-only") == ExitCode.DONE
     dataset = LatentDataset(tmp_path / "set")
     assert dataset.index.latents_dtype == "bfloat16"
-    assert torch.equal(dataset.null_text.embeds_BTD, WordEncoder(embed_dim=128, max_tokens=64).null().embeds_BTD)
+    assert torch.equal(dataset.null_text.embeds_BTD, HashedWordEncoder(embed_dim=128, max_tokens=64).null().embeds_BTD)
 
 
 def test_too_many_bad_samples_end_with_two_and_nothing(

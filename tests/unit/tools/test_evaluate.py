@@ -13,14 +13,14 @@ from PIL import Image
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.dataset import open_digit_scenes
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.from_recipe import encoders_of
-from ecdit_ds.data.encoders.spec import image_facts, null_text_facts, text_facts
+from ecdit_ds.data.encoders.spec import image_encoder_spec, null_text_facts, text_encoder_spec
 from ecdit_ds.data.latents.index import read_index
 from ecdit_ds.data.latents.shard_writer import write_index
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.evaluation.heldout import heldout_loss, heldout_times
-from ecdit_ds.inference.load import load_drawer
+from ecdit_ds.inference.load import load_generator
 from tests.helpers.evaluate_tool import EvaluateTool, content
 from tests.helpers.made_sets import write_set
 from tools import convert_ckpt
@@ -69,7 +69,7 @@ def test_results_tell_what_they_are_of_and_how_they_were_made(tool: EvaluateTool
 def test_the_loss_is_the_held_out_loss_of_the_averaged_weights(
     tool: EvaluateTool, make_recipe: MakeRecipe, times: int
 ) -> None:
-    recipe, drawer = make_recipe(), load_drawer(tool.checkpoint)
+    recipe, drawer = make_recipe(), load_generator(tool.checkpoint)
     held_out = open_digit_scenes(
         recipe.model,
         recipe.data,
@@ -152,7 +152,7 @@ def test_run_again_it_tells_the_same_without_drawing_or_judging(
     told = tool.score("scenes", *SCENES)
     printed = tool.printed.removeprefix("drawing 12 pictures in o/drawn\n")
     before = content(tool.folder / "o")
-    forbid(monkeypatch, "ecdit_ds.evaluation.metrics.find_objects", "ecdit_ds.evaluation.task.fill")
+    forbid(monkeypatch, "ecdit_ds.evaluation.metrics.find_objects", "ecdit_ds.evaluation.task.generate_to_folder")
     assert tool.score("scenes", *SCENES) == told
     assert (tool.printed, content(tool.folder / "o")) == (printed, before)
 
@@ -290,8 +290,8 @@ def test_digit_scenes_do_not_judge_a_model_of_other_data(
     is_export: bool,
 ) -> None:
     encoders: dict[str, Any] = {
-        "image_encoder": image_facts(PixelCodec()),
-        "text_encoder": text_facts(WordEncoder(embed_dim=24, max_tokens=12)),
+        "image_encoder": image_encoder_spec(PixelVAE()),
+        "text_encoder": text_encoder_spec(HashedWordEncoder(embed_dim=24, max_tokens=12)),
     }
     folder = write_set(tool.folder / "made" / "set", [((3, 16, 16), 2)], tokens=12, width=24)
     write_index(folder, dataclasses.replace(read_index(folder), **encoders))
@@ -319,10 +319,10 @@ def test_a_model_of_digit_scenes_that_were_encoded_before_is_still_judged_by_the
 
 def encoders_of_scenes(**image: Any) -> dict[str, Any]:
     """Return what a checkpoint of digit scenes says of its encoders; or of the codec of other pictures."""
-    words = WordEncoder(embed_dim=24, max_tokens=12)
+    words = HashedWordEncoder(embed_dim=24, max_tokens=12)
     return {
-        "image": image_facts(PixelCodec(**image)),
-        "text": text_facts(words),
+        "image": image_encoder_spec(PixelVAE(**image)),
+        "text": text_encoder_spec(words),
         "null_text": null_text_facts(words.null()),
     }
 

@@ -18,9 +18,9 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import ConfigError
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.planner.hardware import Machine, default_assumptions, find_gpu
-from ecdit_ds.planner.launch_files import FILES, write_launch_files
-from ecdit_ds.planner.plan import Plan, Surroundings, make_plan
+from ecdit_ds.planner.hardware import Cluster, default_assumptions, find_gpu
+from ecdit_ds.planner.launch_files import FILES, write_run_files
+from ecdit_ds.planner.plan import ClusterAssumptions, Plan, make_plan
 from ecdit_ds.planner.zero import zero_settings
 from tests.helpers.launch import ROOT
 from tools.plan import main
@@ -75,9 +75,9 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
 def recipe_plan() -> Plan:
     """Return a plan for 16 GPUs."""
     recipe = load_recipe("ecdit_xl_8e", ["train.global_batch_size=512", "model.num_layers=6", "parallel.ep=8"])
-    machine = Machine(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=default_assumptions())
+    machine = Cluster(gpu=find_gpu("h100-80gb"), nodes=2, gpus_per_node=8, assumptions=default_assumptions())
     zero = zero_settings(load_deepspeed_config(DEFAULT_PATH, recipe, 16))
-    around = Surroundings(storage_bytes_per_s=2e10, recovery_seconds=600)
+    around = ClusterAssumptions(storage_bytes_per_s=2e10, recovery_seconds=600)
     return make_plan(recipe, Topology(world_size=16, tp=1, ep=8), zero, machine, around)
 
 
@@ -260,9 +260,9 @@ def test_a_contradiction_is_found_before_anything_is_written(tmp_path: Path, rec
     path, folder = tmp_path / "zero.json", tmp_path / "run"
     path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
     with pytest.raises(ConfigError, match="7 differs"):
-        write_launch_files(recipe_plan, recipe_plan.recipe, path, folder, overwrite=False)
+        write_run_files(recipe_plan, recipe_plan.recipe, path, folder, overwrite=False)
     assert not folder.exists()
-    write_launch_files(recipe_plan, recipe_plan.recipe, DEFAULT_PATH, folder, overwrite=False)
+    write_run_files(recipe_plan, recipe_plan.recipe, DEFAULT_PATH, folder, overwrite=False)
     assert {path.name for path in folder.iterdir()} == set(FILES)  # and no drafts
 
 

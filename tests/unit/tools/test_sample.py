@@ -16,7 +16,7 @@ from PIL import Image
 
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.inference.image_folder import read_gallery, read_picture
-from ecdit_ds.inference.ranks import Crew
+from ecdit_ds.inference.ranks import DistributedContext
 from ecdit_ds.inference.text_to_image import TextToImage
 from tests.helpers.random_model import damage_average
 
@@ -332,12 +332,12 @@ def test_a_run_that_trains_on_is_drawn_at_one_checkpoint(
         save_model(tmp_path / "run" / "checkpoints", make_recipe("name=newer"), 9)
         return join(*degrees)
 
-    def load_and_keep(crew: Crew, options: argparse.Namespace) -> TextToImage:
+    def load_and_keep(crew: DistributedContext, options: argparse.Namespace) -> TextToImage:
         loaded.append(load(crew, options))
         return loaded[-1]
 
-    join, load, loaded = sample.join_crew, sample.load_for, list[TextToImage]()
-    monkeypatch.setattr(sample, "join_crew", join_and_save)
+    join, load, loaded = sample.init_ranks, sample.load_for, list[TextToImage]()
+    monkeypatch.setattr(sample, "init_ranks", join_and_save)
     monkeypatch.setattr(sample, "load_for", load_and_keep)
     flags = ["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "o"), "--steps", "1"]
     sample.draw(sample.parse_arguments(flags))

@@ -13,15 +13,21 @@ import torch
 from PIL import Image
 
 from ecdit_ds.config.recipe import STATE_NAMES, Recipe
-from ecdit_ds.data.encoders.base import PixelCodec, TextEmbeddings, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE, TextEmbeddings
 from ecdit_ds.data.encoders.from_recipe import describe_encoders
 from ecdit_ds.data.encoders.pretrained import load_text_encoder
 from ecdit_ds.data.encoders.spec import null_text_facts, null_text_of
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.errors import CheckpointError
-from ecdit_ds.inference.load import EncoderFolders, load_drawer, open_encoders, open_model
+from ecdit_ds.inference.load import EncoderFolders, load_generator, open_encoders, open_model
 from ecdit_ds.pipeline import TextToImagePipeline
-from ecdit_ds.training.train_state import Progress, check_same_data, check_same_encoders, check_same_recipe, meta_of
+from ecdit_ds.training.train_state import (
+    TrainProgress,
+    check_same_data,
+    check_same_encoders,
+    check_same_recipe,
+    checkpoint_metadata,
+)
 from tests.helpers.evaluate_tool import EvaluateTool
 from tests.helpers.own_pictures import encode, write_pictures
 from tests.helpers.random_model import save_random_model
@@ -38,7 +44,7 @@ def save_run(folder: Path, recipe: Recipe, **changes: Any) -> Path:
     """Write a run's folder with a random model whose checkpoint says what a run's says of its encoders."""
     (train,) = open_split(recipe, "train", None)
     described = describe_encoders(recipe, train.null_text) | changes
-    meta = meta_of(Progress(step=1, samples_seen=8, num_updates=1), recipe, {}, described)
+    meta = checkpoint_metadata(TrainProgress(step=1, samples_seen=8, num_updates=1), recipe, {}, described)
     save_random_model(folder / "checkpoints", recipe, meta=meta, kinds=KINDS)
     return folder
 
@@ -133,7 +139,7 @@ def test_encoders_that_have_moved_are_named_by_hand_and_others_are_refused(
         EncoderFolders(vae=str(vae), text=[str(texts[0])]),
         EncoderFolders(vae=str(vae), text=[str(t) for t in reversed(texts)]),
     ):
-        message = refusal_of(lambda: load_drawer(exported, folders=folders))  # noqa: B023
+        message = refusal_of(lambda: load_generator(exported, folders=folders))  # noqa: B023
         assert "was encoded with" in message and "but this is" in message
     flags = ("--checkpoint", exported, "--prompt", PROMPT, "--steps", "1")
     code, lines = tool.run(*flags, tool="sample.py")
@@ -190,15 +196,13 @@ def test_upcycling_keeps_what_the_encoders_were(
     capsys.readouterr()
     assert convert_ckpt.main(["inspect", str(made)]) == 0
     shown = capsys.readouterr().out
-    assert (
-        f"encoders     images {PixelCodec(shift_factor=0.0).identity[:9]}" in shown and "texts words-3-24x12" in shown
-    )
+    assert f"encoders     images {PixelVAE(shift_factor=0.0).identity[:9]}" in shown and "texts words-3-24x12" in shown
 
 
 def test_a_difference_of_encoders_is_told_in_short_lines(
     pixels: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = null_text_facts(WordEncoder(embed_dim=2000, max_tokens=12).null())
+    long = null_text_facts(HashedWordEncoder(embed_dim=2000, max_tokens=12).null())
     one, other = save_run(tmp_path / "one", pixels), save_run(tmp_path / "other", pixels, null_text=long)
     capsys.readouterr()
     assert convert_ckpt.main(["diff", str(one), str(other)]) == 1
@@ -209,7 +213,7 @@ def test_a_difference_of_encoders_is_told_in_short_lines(
 
 def test_the_text_of_no_text_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     names = [str(save_t5(tmp_path / "t5")), str(save_clip_text(tmp_path / "clip"))]
-    for encoder in (WordEncoder(embed_dim=6, max_tokens=4), load_text_encoder(names, max_tokens=24)):
+    for encoder in (HashedWordEncoder(embed_dim=6, max_tokens=4), load_text_encoder(names, max_tokens=24)):
         null = encoder.null()
         again = null_text_of(json.loads(json.dumps(null_text_facts(null))))
         assert torch.equal(again.embeds_BTD, null.embeds_BTD) and torch.equal(again.pooled_BD, null.pooled_BD)
@@ -218,7 +222,7 @@ def test_the_text_of_no_text_comes_back_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_guidance_leads_away_from_the_text_that_training_dropped_texts_to(autoencoded: Recipe, tmp_path: Path) -> None:
     (train,) = open_split(autoencoded, "train", None)
-    drawer = load_drawer(save_run(tmp_path / "run", autoencoded))
+    drawer = load_generator(save_run(tmp_path / "run", autoencoded))
     assert drawer.null_text is not None
     own = drawer.text_encoder.null()
     assert torch.equal(drawer.null_text.embeds_BTD, train.null_text.embeds_BTD)
@@ -248,7 +252,7 @@ def test_a_damaged_description_is_one_line(
     pixels: Recipe, tmp_path: Path, refusal_of: Refusal, part: str, value: object
 ) -> None:
     run = save_run(tmp_path / "run", pixels, **{part: value})
-    assert str(run / "checkpoints" / "step_1") in refusal_of(lambda: load_drawer(run))
+    assert str(run / "checkpoints" / "step_1") in refusal_of(lambda: load_generator(run))
 
 
 @pytest.mark.parametrize(
@@ -264,21 +268,21 @@ def test_an_encoder_that_cannot_be_opened_by_its_description_is_one_line(
     pixels: Recipe, tmp_path: Path, refusal_of: Refusal, facts: dict[str, object]
 ) -> None:
     run = save_run(tmp_path / "run", pixels, image=facts)
-    assert "image encoder" in refusal_of(lambda: load_drawer(run))
+    assert "image encoder" in refusal_of(lambda: load_generator(run))
 
 
 def test_a_checkpoint_of_an_earlier_release_draws_by_its_set_and_pixels_by_the_factors_of_then(
     pixels: Recipe, autoencoded: Recipe, tmp_path: Path, refusal_of: Refusal
 ) -> None:
     old, other = save_random_model(tmp_path / "old", pixels), save_random_model(tmp_path / "other", autoencoded)
-    drawer = load_drawer(old)
-    assert drawer.image_encoder == PixelCodec() and drawer.null_text is None
-    assert load_drawer(other).image_encoder.identity.startswith("AutoencoderKL-")
+    drawer = load_generator(old)
+    assert drawer.image_encoder == PixelVAE() and drawer.null_text is None
+    assert load_generator(other).image_encoder.identity.startswith("AutoencoderKL-")
     online = replace(pixels, data=replace(pixels.data, encode="online", path=str(tmp_path / "pictures")))
     save_random_model(tmp_path / "online", online)
-    assert load_drawer(tmp_path / "online").image_encoder == PixelCodec()
+    assert load_generator(tmp_path / "online").image_encoder == PixelVAE()
     (tmp_path / "latents").rename(tmp_path / "latents are away")
-    assert f"{tmp_path / 'latents'}: is not there" in refusal_of(lambda: load_drawer(other))
+    assert f"{tmp_path / 'latents'}: is not there" in refusal_of(lambda: load_generator(other))
 
 
 def test_a_run_that_encodes_beside_training_says_by_what(
@@ -306,7 +310,7 @@ def test_factors_of_pixels_may_be_written_down_to_go_on_with_a_run_that_had_them
     asked = replace(pixels, data=replace(pixels.data, shift_factor=(-0.83,), scaling_factor=(2.2,)))
     check_same_recipe(pixels.to_dict(), asked, tmp_path)
     beside = [
-        describe_encoders(recipe, WordEncoder(embed_dim=24, max_tokens=12).null())["image"]["identity"]
+        describe_encoders(recipe, HashedWordEncoder(embed_dim=24, max_tokens=12).null())["image"]["identity"]
         for recipe in (asked, pixels)
     ]
     assert beside[0] == "pixels-2--0.83-2.2", "what raw files went through in earlier releases"
@@ -317,7 +321,7 @@ def test_factors_of_pixels_may_be_written_down_to_go_on_with_a_run_that_had_them
 
 
 def test_a_run_does_not_go_on_through_other_encoders(pixels: Recipe, tmp_path: Path) -> None:
-    now = describe_encoders(pixels, WordEncoder(embed_dim=24, max_tokens=12).null())
+    now = describe_encoders(pixels, HashedWordEncoder(embed_dim=24, max_tokens=12).null())
     check_same_encoders(None, now, tmp_path)
     check_same_encoders(json.loads(json.dumps(now)), now, tmp_path)
     shift = json.loads(json.dumps(now["image"]["shift_factor"]))

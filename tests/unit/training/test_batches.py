@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ecdit_ds import seeding
 from ecdit_ds.config.recipe import FlowConfig, Recipe
-from ecdit_ds.data.encoders.base import TextEmbeddings, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, TextEmbeddings
 from ecdit_ds.data.latents.dataset import Samples
 from ecdit_ds.evaluation import heldout as heldout_module
 from ecdit_ds.evaluation.geneval.prompts import draw_prompts
 from ecdit_ds.evaluation.heldout import heldout_loss
-from ecdit_ds.flow.objective import FlowBatch, draw_kept_tokens, draw_noise, draw_text_kept, draw_timesteps
-from ecdit_ds.inference.text_to_image import noise_of
+from ecdit_ds.flow.objective import FlowBatch, draw_text_kept, sample_noise, sample_timesteps, sample_visible_tokens
+from ecdit_ds.inference.text_to_image import noise_from_seeds
 from ecdit_ds.model.ecdit import Prediction
-from ecdit_ds.training.batches import Draw, with_text
+from ecdit_ds.training.batches import MakeBatch, with_text
 
 SEED = 0
 ONE = torch.tensor([3])
@@ -56,11 +56,11 @@ def samples_at(*stream_index: int) -> Samples:
 def test_what_is_drawn_for_one_purpose_says_nothing_of_what_is_drawn_for_another() -> None:
     count = 4000
     index = torch.arange(count)
-    kept = draw_kept_tokens(index, SEED, 16, 8)
+    kept = sample_visible_tokens(index, SEED, 16, 8)
     assert kept is not None
-    noise = draw_noise((2,), index, SEED).double()
+    noise = sample_noise((2,), index, SEED).double()
     drawn = {
-        "time": draw_timesteps(index, SEED, 1, FlowConfig(timestep_density="uniform")).double(),
+        "time": sample_timesteps(index, SEED, 1, FlowConfig(timestep_density="uniform")).double(),
         "text": draw_text_kept(index, SEED, FlowConfig(text_dropout_prob=0.5)).double(),
         "mask": (kept == 0).any(dim=1).double(),
         "noise": noise[:, 0],
@@ -95,13 +95,13 @@ def test_no_two_purposes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None
         )
 
     uses: dict[str, Callable[[], object]] = {
-        "noise": lambda: draw_noise((1,), ONE, SEED),
-        "times": lambda: draw_timesteps(ONE, SEED, 8, FlowConfig()),
+        "noise": lambda: sample_noise((1,), ONE, SEED),
+        "times": lambda: sample_timesteps(ONE, SEED, 8, FlowConfig()),
         "texts kept": lambda: draw_text_kept(ONE, SEED, FlowConfig()),
-        "tokens kept": lambda: draw_kept_tokens(ONE, SEED, 4, 2),
-        "pictures": lambda: noise_of([SEED], (1,))(),
+        "tokens kept": lambda: sample_visible_tokens(ONE, SEED, 4, 2),
+        "pictures": lambda: noise_from_seeds([SEED], (1,))(),
         "held-out noise": heldout,
-        "words": lambda: WordEncoder(embed_dim=4, max_tokens=3).encode(["red"]),
+        "words": lambda: HashedWordEncoder(embed_dim=4, max_tokens=3).encode(["red"]),
         "prompts": lambda: draw_prompts(seed=SEED, numbers={"counting": 1}),
         "weights": lambda: seeding.parameter_generator(SEED, "noise"),
     }
@@ -122,7 +122,7 @@ def parts_of(batch: FlowBatch) -> Iterator[tuple[str, Tensor]]:
 
 
 def test_a_micro_batch_is_a_part_of_its_global_batch(recipe: Recipe, null_text: TextEmbeddings) -> None:
-    draw = Draw(recipe, null_text)
+    draw = MakeBatch(recipe, null_text)
     whole, part = draw(samples_at(*range(8, 16))), draw(samples_at(10, 11))
     assert isinstance(whole, FlowBatch) and isinstance(part, FlowBatch)
     for (name, of_whole), (_, of_part) in zip(parts_of(whole), parts_of(part), strict=True):
@@ -134,7 +134,7 @@ def test_a_micro_batch_is_a_part_of_its_global_batch(recipe: Recipe, null_text: 
 def test_a_dropped_text_is_dropped_in_all_its_parts_and_the_picture_stays(
     recipe: Recipe, null_text: TextEmbeddings
 ) -> None:
-    batch, samples = Draw(recipe, null_text)(samples_at(*range(64))), samples_at(*range(64))
+    batch, samples = MakeBatch(recipe, null_text)(samples_at(*range(64))), samples_at(*range(64))
     assert isinstance(batch, FlowBatch)
     kept = draw_text_kept(samples.stream_index_B, recipe.train.seed, recipe.flow)
     assert 16 < kept.sum() < 48
@@ -156,6 +156,8 @@ def test_a_dropped_text_is_dropped_in_all_its_parts_and_the_picture_stays(
 def test_tokens_are_left_out_in_the_steps_that_the_recipe_says(
     first: int, num_kept: int | None, recipe: Recipe, null_text: TextEmbeddings
 ) -> None:
-    batch = Draw(recipe, null_text)(samples_at(first, first + 1))
+    batch = MakeBatch(recipe, null_text)(samples_at(first, first + 1))
     assert isinstance(batch, FlowBatch)
-    assert (None if batch.kept_BN is None else batch.kept_BN.shape) == (None if num_kept is None else (2, num_kept))
+    assert (None if batch.visible_BN is None else batch.visible_BN.shape) == (
+        None if num_kept is None else (2, num_kept)
+    )

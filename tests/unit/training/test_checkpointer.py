@@ -17,15 +17,22 @@ from ecdit_ds.checkpoint.naming import list_checkpoints, step_of
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.writer import Save, save_checkpoint
-from ecdit_ds.errors import CheckpointError, LostRankError, StaleAttemptError
+from ecdit_ds.errors import CheckpointError, RankLostError, StaleRunError
 from ecdit_ds.model.sharding import ShardSpec
 from ecdit_ds.parallel.world import World
 from ecdit_ds.runtime.fault_injection import Fault, Faults
 from ecdit_ds.training import checkpointer as saver_module
-from ecdit_ds.training.checkpointer import Saver
+from ecdit_ds.training.checkpointer import Checkpointer
 from ecdit_ds.training.ema import ShardedEMA
 from ecdit_ds.training.engine import DeepSpeedEngine, Fragment
-from ecdit_ds.training.train_state import Progress, check_same_data, load_snapshot, pieces_of, progress_of, rejection_of
+from ecdit_ds.training.train_state import (
+    TrainProgress,
+    check_same_data,
+    load_snapshot,
+    local_shards,
+    progress_of,
+    rejection_of,
+)
 from tests.conftest import MakeRecipe
 
 SHAPES = {"a.weight": (4, 3), "b.weight": (2, 3, 2), "c.bias": (5,)}
@@ -72,7 +79,7 @@ class FlatEngine:
                 local_shape=(rows // count, *rest),
                 start=start,
                 states={kind: values.narrow(0, at, stop - start) for kind, values in whole.items()},
-                is_written_here=self._is_writer,
+                is_saved_by_this_rank=self._is_writer,
             )
             at += stop - start
 
@@ -131,7 +138,7 @@ class Alone(SoloPeers):
     def share(self, value: Any) -> list[Any]:
         return [value]
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         if not ok:  # so asks who waits for a writer
             self.num_waits += 1
             if not self._is_patient:
@@ -151,7 +158,7 @@ class FaultsAtGate(Faults):
             self.gate.hold(step)
 
 
-Make = Callable[..., tuple[Saver, FlatEngine, list[str]]]
+Make = Callable[..., tuple[Checkpointer, FlatEngine, list[str]]]
 
 
 @pytest.fixture
@@ -160,9 +167,9 @@ def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
 
     def make(
         *overrides: str, faults: Faults | None = None, world: SoloPeers | None = None, verified: Path | None = None
-    ) -> tuple[Saver, FlatEngine, list[str]]:
+    ) -> tuple[Checkpointer, FlatEngine, list[str]]:
         engine, notes = whole_engine(), list[str]()
-        made = Saver(
+        made = Checkpointer(
             tmp_path / "checkpoints",
             make_recipe(*overrides),
             cast(DeepSpeedEngine, engine),
@@ -179,9 +186,9 @@ def make_saver(tmp_path: Path, make_recipe: MakeRecipe) -> Make:
     return make
 
 
-def after(step: int) -> Progress:
+def after(step: int) -> TrainProgress:
     """Return how far a run is after a step."""
-    return Progress(step=step, samples_seen=8 * step, num_updates=step - 1, skipped_in_a_row=1)
+    return TrainProgress(step=step, samples_seen=8 * step, num_updates=step - 1, skipped_in_a_row=1)
 
 
 @pytest.mark.parametrize("moment", ["before it writes", "mid-shard"])
@@ -293,7 +300,7 @@ def test_an_attempt_that_was_taken_over_ends(make_saver: Make, tmp_path: Path) -
     saver, _, _ = make_saver()
     saver.start(after(1))
     claim(tmp_path, "12.1.b")
-    with pytest.raises(StaleAttemptError, match=r"attempt 12\.1\.b has taken over"):
+    with pytest.raises(StaleRunError, match=r"attempt 12\.1\.b has taken over"):
         saver.finish()
 
 
@@ -306,7 +313,7 @@ def test_a_writer_is_waited_for_as_many_minutes_as_the_recipe_says(
     world = Alone(gate, is_patient=True)
     saver, _, _ = make_saver("train.save_timeout_minutes=0.001", faults=faults, world=world)
     saver.start(after(1))
-    with pytest.raises(LostRankError, match=r"ranks 0 have not written their part within 0\.001 minutes"):
+    with pytest.raises(RankLostError, match=r"ranks 0 have not written their part within 0\.001 minutes"):
         saver.finish()
     assert world.num_waits == 6  # of a hundredth of a second
     gate.open()
@@ -316,8 +323,8 @@ def test_a_writer_that_ends_after_the_last_look_was_not_too_late(
     make_saver: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(Alone):
-        def all_ok(self, ok: bool) -> bool:
-            super().all_ok(ok)
+        def all_true(self, ok: bool) -> bool:
+            super().all_true(ok)
             if self.num_waits == 6:
                 gate.open()
                 for writer in (thread for thread in threading.enumerate() if thread.name == "checkpoint"):
@@ -340,7 +347,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_training_goes_on(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(saver_module, "remove_old", refuse)
+    monkeypatch.setattr(saver_module, "apply_retention", refuse)
     saver, _, notes = make_saver()
     saver.start(after(1))
     saver.finish()
@@ -354,7 +361,7 @@ def test_ranks_that_hold_parts_of_slices_give_a_checkpoint_that_another_layout_r
         FlatEngine({"a.weight": (4, 6), "b.weight": (5, 12), "c.bias": (0, 5)}, tp_cut=(0, 2), seed=2),
         FlatEngine({"a.weight": (0, 6)}, tp_cut=(1, 2), seed=3),
     ]
-    pieces = [piece for engine in engines for piece in pieces_of(cast(DeepSpeedEngine, engine))]
+    pieces = [piece for engine in engines for piece in local_shards(cast(DeepSpeedEngine, engine))]
     folder = save_checkpoint(tmp_path, 5, pieces, {"samples_seen": 40, "num_updates": 4}, SoloPeers())
     first, second, third = (engine.held() for engine in engines)
     wanted = {
@@ -368,7 +375,7 @@ def test_ranks_that_hold_parts_of_slices_give_a_checkpoint_that_another_layout_r
     ]
     for engine in others:
         progress = load_snapshot(Reader(folder), cast(DeepSpeedEngine, engine))
-        assert progress == Progress(step=5, samples_seen=40, num_updates=4)
+        assert progress == TrainProgress(step=5, samples_seen=40, num_updates=4)
     halves = [engine.held() for engine in others]
     assert_equal({name: torch.cat([half[name] for half in halves]) for name in wanted}, wanted)
 
@@ -378,13 +385,13 @@ COUNTS = {"samples_seen": 40, "num_updates": 4, "skipped_in_a_row": 1}
 
 def save_whole(root: Path, engine: FlatEngine, **meta: Any) -> Reader:
     """Save all that an engine holds, and open what was saved."""
-    pieces = pieces_of(cast(DeepSpeedEngine, engine))
+    pieces = local_shards(cast(DeepSpeedEngine, engine))
     return Reader(save_checkpoint(root, 5, pieces, COUNTS | meta, SoloPeers()))
 
 
 def test_a_rank_that_writes_nothing_reads_all_it_holds(tmp_path: Path) -> None:
     engine, copy = whole_engine(seed=1), whole_engine(seed=2, is_writer=False)
-    assert list(pieces_of(cast(DeepSpeedEngine, copy))) == []
+    assert list(local_shards(cast(DeepSpeedEngine, copy))) == []
     load_snapshot(save_whole(tmp_path, engine), cast(DeepSpeedEngine, copy))
     assert_equal(copy.held(), engine.held())
 
@@ -458,7 +465,7 @@ def test_a_run_goes_on_with_the_samples_it_was_trained_on_alone(tmp_path: Path) 
 
 
 def test_a_writer_that_ended_without_a_word_publishes_nothing(tmp_path: Path) -> None:
-    save = Save(tmp_path, 1, pieces_of(cast(DeepSpeedEngine, whole_engine())), {}, SoloPeers())
+    save = Save(tmp_path, 1, local_shards(cast(DeepSpeedEngine, whole_engine())), {}, SoloPeers())
     with pytest.raises(CheckpointError, match="the writer ended without a word"):
         save.publish()
     assert list(tmp_path.iterdir()) == []

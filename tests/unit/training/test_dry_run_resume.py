@@ -11,7 +11,7 @@ import torch
 from ecdit_ds import train
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.config.recipe import Recipe
 from tests.helpers.forked import in_a_copy
 
@@ -53,7 +53,7 @@ def write_anew(folder: Path, recipe: object, *values: float) -> None:
     """Put a checkpoint with a right checksum in the place of another: one tensor, and something as its recipe."""
     shutil.rmtree(folder)
     data = torch.tensor(values)
-    pieces = [Piece(name="weight/a", global_shape=(len(values),), box=Box((0,), (len(values),)), data=data)]
+    pieces = [TensorShard(name="weight/a", global_shape=(len(values),), box=Box((0,), (len(values),)), data=data)]
     meta = {"recipe": recipe, "samples_seen": 96, "num_updates": 12}
     save_checkpoint(folder.parent, 12, pieces, meta, SoloPeers())
 

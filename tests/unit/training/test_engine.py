@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe
-from ecdit_ds.parallel.setup import Grid, create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import ParallelContext, init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
-from ecdit_ds.parallel.world import place_from_environment
+from ecdit_ds.parallel.world import rank_info_from_env
 from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine
 from tests.helpers.forked import in_a_copy
 
@@ -77,13 +77,13 @@ def make_engine(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Cal
         monkeypatch.delenv(name, raising=False)
     recipe = make_recipe("train.global_batch_size=1", "optimizer.gradient_clipping=0")
     config = OptimizerConfig(learning_rate=RATE, beta1=0.9, beta2=0.99, eps=1e-8, ema_decay=DECAY)
-    grids: list[Grid] = []
+    grids: list[ParallelContext] = []
 
     def make() -> DeepSpeedEngine:
         if not grids:
-            place_from_environment()
+            rank_info_from_env()
             initialize_distributed()
-            grids.append(create_grid(Topology(world_size=1, tp=1, ep=1), 1))
+            grids.append(init_process_groups(Topology(world_size=1, tp=1, ep=1), 1))
         deepspeed_config = load_deepspeed_config(Path("ds_configs/zero2.json"), recipe, 1)
         return DeepSpeedEngine(Bowl(), config, deepspeed_config, grids[0])
 

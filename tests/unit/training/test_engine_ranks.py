@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.deepspeed_json import load_deepspeed_config
 from ecdit_ds.config.recipe import OptimizerConfig, Recipe
-from ecdit_ds.model.sharding import Share, set_shard, shard_of
-from ecdit_ds.parallel.setup import create_grid, initialize_distributed
+from ecdit_ds.model.sharding import ShardIndex, set_shard, shard_of
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.training.engine import EMA, WEIGHT, DeepSpeedEngine
 from ecdit_ds.training.optimizer import parameter_groups
@@ -90,7 +90,7 @@ def pieces_of(engine: DeepSpeedEngine) -> list[tuple[str, int, Tensor]]:
     return [
         (f"{kind}/{here.name}", here.start, values.detach().clone())
         for here in engine.fragments()
-        if here.is_written_here
+        if here.is_saved_by_this_rank
         for kind, values in here.states.items()
     ]
 
@@ -117,7 +117,7 @@ def test_two_ranks_that_accumulate_are_one_adamw_and_show_the_average_and_what_w
     def work(rank: int) -> dict[str, Any]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_SIZE=str(RANKS))
         initialize_distributed()
-        grid = create_grid(Topology(world_size=RANKS), 1)
+        grid = init_process_groups(Topology(world_size=RANKS), 1)
         deepspeed_config = load_deepspeed_config(Path(f"ds_configs/zero{stage}.json"), recipe, RANKS)
         engine = DeepSpeedEngine(Net(), CONFIG, deepspeed_config, grid)
         results, pieces = [], []
@@ -127,11 +127,11 @@ def test_two_ranks_that_accumulate_are_one_adamw_and_show_the_average_and_what_w
             pieces.append(pieces_of(engine))
         with torch.no_grad():
             shown = {"last": engine.module(x).clone()}
-            with engine.averaged_weights():
+            with engine.ema_weights():
                 shown["average"] = engine.module(x).clone()
             shown["after it"] = engine.module(x).clone()
             try:
-                with engine.averaged_weights():
+                with engine.ema_weights():
                     raise InterruptedError
             except InterruptedError:
                 shown["after an error"] = engine.module(x).clone()
@@ -173,9 +173,9 @@ def test_two_ranks_that_accumulate_are_one_adamw_and_show_the_average_and_what_w
 
 @pytest.mark.parametrize("tp_index", [0, 1])
 def test_what_tensor_parallel_ranks_hold_alike_the_first_writes_and_slices_each_its_own(tp_index: int) -> None:
-    tp = Share(index=tp_index, count=2)
+    tp = ShardIndex(index=tp_index, count=2)
     whole, cut = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
-    set_shard(cut, (0, tp), is_cut_by_tp=True)
+    set_shard(cut, (0, tp), is_tp_sharded=True)
     flat = torch.arange(7.0)
     ranges = [
         Range(parameter=whole, partition=0, at=0, start=0, length=3),
@@ -188,7 +188,7 @@ def test_what_tensor_parallel_ranks_hold_alike_the_first_writes_and_slices_each_
     state = {"exp_avg": flat + 20, "exp_avg_sq": flat + 30}
     engine._zero = SimpleNamespace(optimizer=SimpleNamespace(state={flat: state}))
     fragments = {fragment.name: fragment for fragment in engine.fragments()}
-    assert {name: fragment.is_written_here for name, fragment in fragments.items()} == {
+    assert {name: fragment.is_saved_by_this_rank for name, fragment in fragments.items()} == {
         "whole": tp_index == 0,
         "cut": True,
     }

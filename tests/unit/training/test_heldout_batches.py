@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ecdit_ds.data.latents.dataset import LatentDataset, Samples
 from ecdit_ds.evaluation.heldout import heldout_loss
-from ecdit_ds.flow.objective import draw_noise
+from ecdit_ds.flow.objective import sample_noise
 from ecdit_ds.model.ecdit import Prediction
 from tests.helpers.made_sets import write_set
 
@@ -18,7 +18,7 @@ SHAPE = (3, 4, 4)
 
 def test_a_held_out_sample_is_seen_with_its_own_text_and_always_the_same_noise(tmp_path: Path) -> None:
     held_out = LatentDataset(write_set(tmp_path / "set", [(SHAPE, 5)]))
-    noise = draw_noise(SHAPE, torch.arange(5), seed=0, purpose="heldout noise")
+    noise = sample_noise(SHAPE, torch.arange(5), seed=0, purpose="heldout noise")
     seen: list[tuple[int, float]] = []
 
     def model(

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.sources.bad_sample import Replaced
-from ecdit_ds.errors import GaveUpError
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
+from ecdit_ds.errors import UnrecoverableError
 from ecdit_ds.parallel.world import World
 from ecdit_ds.training import trainer
 from ecdit_ds.training.callbacks import Callback
 from ecdit_ds.training.engine import StepResult
-from ecdit_ds.training.metrics import tally_of
-from ecdit_ds.training.train_state import Progress
+from ecdit_ds.training.metrics import count_bad_samples
+from ecdit_ds.training.train_state import TrainProgress
 from ecdit_ds.training.trainer import Trainer
 
 BATCH = 8
@@ -75,15 +75,15 @@ class Loop:
         self.recipe, self.told, self.world = recipe, Told(), OneRank()
         self.events: list[Any] = []
         self.skipped: set[int] = set()
-        self.bad_at: dict[int, tuple[Replaced, ...]] = {}
+        self.bad_at: dict[int, tuple[ReplacedSample, ...]] = {}
         self.stop_at = self.clock = 0.0
-        self.before, self.counts_samples, self.loss = tally_of([]), True, 0.5
+        self.before, self.is_tp_leader, self.loss = count_bad_samples([]), True, 0.5
         self.callbacks: list[Callback] = [self.told]
         self.module, self.num_updates, self.step_now = nn.Linear(1, 1), 0, 0
-        self.stop, self.status = SimpleNamespace(reason=None), SimpleNamespace(step=None, asked_to_stop=None)
+        self.stop, self.status = SimpleNamespace(reason=None), SimpleNamespace(step=None, stop_reason=None)
         self.is_written, self.newest, self.keeps_all = False, None, None
         self.kept_all_at: dict[int, bool | None] = {}
-        monkeypatch.setattr(trainer, "Saver", lambda *_: self)
+        monkeypatch.setattr(trainer, "Checkpointer", lambda *_: self)
         monkeypatch.setattr(trainer.time, "perf_counter", lambda: self.clock)
 
     def fit(self, step: int = 0, **progress: int) -> bool:
@@ -104,10 +104,10 @@ class Loop:
             scene_scores=None,
             flops_per_image=lambda at: 100.0 * (at + 1),
             stop=self.stop,
-            counts_samples=self.counts_samples,
+            is_tp_leader=self.is_tp_leader,
             peak_flops_per_s=1000.0,
         )
-        started = Progress(**{"step": step, "samples_seen": BATCH * step, "num_updates": step} | progress)
+        started = TrainProgress(**{"step": step, "samples_seen": BATCH * step, "num_updates": step} | progress)
         engine: Any = self
         return Trainer(self.recipe, engine, self.world, given, self.callbacks).fit(started)
 
@@ -130,17 +130,17 @@ class Loop:
         return StepResult(loss=zero + 0.25, auxiliary_loss=zero, grad_norm=zero, is_skipped=is_skipped)
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         yield
 
     def is_finite(self) -> bool:
         return True
 
-    def start(self, progress: Progress) -> None:
+    def start(self, progress: TrainProgress) -> None:
         self.events.append(("start", progress))
         self.kept_all_at[progress.step] = self.keeps_all
 
-    def save_last(self, progress: Progress, *, read_back: bool) -> None:
+    def save_last(self, progress: TrainProgress, *, read_back: bool) -> None:
         self.events.append(("save_last", progress, read_back))
 
     def finish(self) -> None:
@@ -174,8 +174,8 @@ def test_steps_samples_and_updates_are_counted_and_what_is_saved_says_them(loop:
     loop.skipped = {2, 3}
     assert loop.fit() is False
     assert [event for event in loop.events if event[0] in ("start", "save_last")] == [
-        ("start", Progress(step=4, samples_seen=32, num_updates=2)),
-        ("save_last", Progress(step=7, samples_seen=56, num_updates=5), True),
+        ("start", TrainProgress(step=4, samples_seen=32, num_updates=2)),
+        ("save_last", TrainProgress(step=7, samples_seen=56, num_updates=5), True),
     ]
     records = [record for report in loop.told.reports for record in report]
     assert [(record["step"], record["samples_seen"]) for record in records] == [(n, BATCH * n) for n in range(1, 8)]
@@ -192,7 +192,7 @@ def test_it_reports_where_it_is_asked_to_and_at_each_checkpoint_and_at_the_end(l
 def test_a_later_life_begins_at_its_samples_and_does_not_evaluate_what_is_not_new(loop: Loop) -> None:
     loop.fit(4, samples_seen=32, num_updates=2)
     assert loop.events[0] == ("batches from", 32)
-    assert loop.events[-1][1] == Progress(step=7, samples_seen=56, num_updates=5)
+    assert loop.events[-1][1] == TrainProgress(step=7, samples_seen=56, num_updates=5)
     assert [record["step"] for record in loop.told.evaluations] == [7]
 
 
@@ -208,9 +208,9 @@ def test_a_wish_to_stop_is_heard_at_the_next_report_and_saved_at_once_without_re
     loop.stop_at = stop_at
     assert loop.fit() is True
     (saved,) = [event for event in loop.events if event[0] == "save_last"]
-    assert saved == ("save_last", Progress(step=last, samples_seen=BATCH * last, num_updates=last), False)
+    assert saved == ("save_last", TrainProgress(step=last, samples_seen=BATCH * last, num_updates=last), False)
     assert loop.step_now == last and ("start", last) not in loop.saved()
-    assert "SIGTERM on rank 0" in loop.status.asked_to_stop and "SIGTERM" in loop.told.notes[-1]
+    assert "SIGTERM on rank 0" in loop.status.stop_reason and "SIGTERM" in loop.told.notes[-1]
 
 
 def test_a_wish_to_stop_that_comes_with_the_last_step_ends_a_run_that_is_done(loop: Loop) -> None:
@@ -232,7 +232,7 @@ def test_skipped_steps_end_a_run_only_in_a_row_after_telling_of_them_and_finishi
     loop.events.clear()
     loop.told.reports.clear()
     loop.skipped = {3, 4, 5}
-    with pytest.raises(GaveUpError, match="step 5: 3 steps in a row"):
+    with pytest.raises(UnrecoverableError, match="step 5: 3 steps in a row"):
         loop.fit(0)
     assert [[record["step"] for record in report] for report in loop.told.reports] == [[1, 2, 3], [4], [5]]
     assert loop.events[-1] == ("finish", 5)
@@ -247,17 +247,17 @@ def test_old_checkpoints_stay_from_the_first_step_that_is_skipped_until_one_is_n
     assert loop.kept_all_at == {4: keeps_all}
 
 
-def bad(position: int) -> Replaced:
+def bad(position: int) -> ReplacedSample:
     """Return a bad sample named after its position."""
-    return Replaced(position=position, set="a set", key=str(position), cause="not finite")
+    return ReplacedSample(position=position, set="a set", key=str(position), cause="not finite")
 
 
-@pytest.mark.parametrize("counts_samples", [True, False])
-def test_bad_samples_are_told_with_their_steps_by_the_ranks_that_count(loop: Loop, counts_samples: bool) -> None:
-    loop.bad_at, loop.counts_samples = {1: (bad(7),), 2: (bad(8), bad(15)), 6: (bad(40),)}, counts_samples
+@pytest.mark.parametrize("is_tp_leader", [True, False])
+def test_bad_samples_are_told_with_their_steps_by_the_ranks_that_count(loop: Loop, is_tp_leader: bool) -> None:
+    loop.bad_at, loop.is_tp_leader = {1: (bad(7),), 2: (bad(8), bad(15)), 6: (bad(40),)}, is_tp_leader
     loop.fit()
     told = [(line["step"], line["position"]) for line in loop.told.bad]
-    assert told == ([(1, 7), (2, 8), (2, 15), (6, 40)] if counts_samples else [])
+    assert told == ([(1, 7), (2, 8), (2, 15), (6, 40)] if is_tp_leader else [])
 
 
 @pytest.mark.parametrize(("earlier", "trained", "gives_up"), [(10, 4, True), (10, 200, False), (9, 4, False)])
@@ -266,12 +266,12 @@ def test_bad_samples_of_all_lives_end_a_run_where_they_are_too_many_of_all_that_
 ) -> None:
     """With the one of this life, 11 or 10 of the first thousand samples, or of 1,600 and more."""
     lines = ['{"cause": "not finite", "key": "a"}'] * earlier
-    loop.before, loop.bad_at = tally_of(lines), {trained + 1: (bad(BATCH * trained),)}
+    loop.before, loop.bad_at = count_bad_samples(lines), {trained + 1: (bad(BATCH * trained),)}
     loop.recipe = replace(loop.recipe, train=replace(loop.recipe.train, max_steps=trained + 3))
     if not gives_up:
         assert loop.fit(trained) is False
         return
-    with pytest.raises(GaveUpError, match=r"data\.max_bad: 11 of 59 samples read"):
+    with pytest.raises(UnrecoverableError, match=r"data\.max_bad: 11 of 59 samples read"):
         loop.fit(trained)
     assert loop.events[-1][0] == "finish"
 
@@ -287,7 +287,7 @@ def test_a_step_is_timed_with_its_wait_and_measured_by_the_flops_of_its_own_mask
 
 def test_held_out_losses_that_are_not_finite_are_none_and_training_goes_on_in_training_mode(loop: Loop) -> None:
     loop.loss = float("nan")
-    with pytest.raises(GaveUpError):  # at the end
+    with pytest.raises(UnrecoverableError):  # at the end
         loop.fit()
     assert [record["step"] for record in loop.told.evaluations] == [0, 7]
     for record in loop.told.evaluations:

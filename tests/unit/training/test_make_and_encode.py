@@ -13,10 +13,10 @@ from torch import Tensor
 from ecdit_ds.config.recipe import FlowConfig, Recipe
 from ecdit_ds.data.encoders.base import TextEmbeddings
 from ecdit_ds.data.latents.dataset import Samples
-from ecdit_ds.data.sources.bad_sample import Replaced
+from ecdit_ds.data.sources.bad_sample import ReplacedSample
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.training import batches
-from ecdit_ds.training.batches import Draw, Finish, Unfinished
+from ecdit_ds.training.batches import EncodeBatch, MakeBatch, PendingBatch
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def samples_at(*stream_index: int, latents: tuple[int, ...] = (3, 8, 8), **chang
 
 def drawn(recipe: Recipe, samples: Samples) -> dict[str, Tensor]:
     """Return the tensors of the micro-batch that is drawn for samples."""
-    batch = Draw(recipe, NULL)(samples)
+    batch = MakeBatch(recipe, NULL)(samples)
     assert isinstance(batch, FlowBatch)
     return {name: part for name, part in vars(batch).items() if isinstance(part, Tensor)}
 
@@ -68,12 +68,12 @@ def test_all_that_is_drawn_is_of_the_training_seed_alone(recipe: Recipe) -> None
 def test_the_tokens_left_out_are_those_of_the_buckets_own_size(recipe: Recipe) -> None:
     parts = drawn(recipe, samples_at(0, 1, latents=(3, 4, 8)))
     assert parts["noise_BCHW"].shape == (2, 3, 4, 8)
-    assert parts["kept_BN"].shape == (2, 4) and parts["kept_BN"].max() < 8, "half of 2 x 4 patches"
+    assert parts["visible_BN"].shape == (2, 4) and parts["visible_BN"].max() < 8, "half of 2 x 4 patches"
 
 
 def test_all_that_stood_in_for_bad_samples_is_told_in_the_order_of_the_batch(recipe: Recipe) -> None:
-    bad = [Replaced(position=p, set="s", key=str(p), cause="not finite") for p in range(3)]
-    batch = Draw(recipe, NULL)(samples_at(0, 1, 2, replaced={2: (bad[2],), 0: (bad[0], bad[1])}))
+    bad = [ReplacedSample(position=p, set="s", key=str(p), cause="not finite") for p in range(3)]
+    batch = MakeBatch(recipe, NULL)(samples_at(0, 1, 2, replaced={2: (bad[2],), 0: (bad[0], bad[1])}))
     assert batch.replaced == tuple(bad) if isinstance(batch, FlowBatch) else False
 
 
@@ -81,23 +81,23 @@ def test_each_micro_batch_gets_its_own_latents_and_texts_of_the_encoders(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three micro-batches two need the encoders, which are asked once and answer in the order they are asked in."""
-    monkeypatch.setattr(batches, "with_good_alone", lambda mixture, samples: samples)
+    monkeypatch.setattr(batches, "replace_nonfinite", lambda mixture, samples: samples)
     asked: list[int] = []
 
     def encoded(raw: Sequence[Samples]) -> list[Samples]:
         asked.append(len(raw))
         return [samples_at(*of.stream_index_B.tolist()) for of in raw]
 
-    draw, empty = Draw(recipe, NULL), torch.empty(0)
+    draw, empty = MakeBatch(recipe, NULL), torch.empty(0)
     step: list[Any] = [
         draw(samples_at(0, 1, latents_BCHW=empty)),
         draw(samples_at(2, 3)),
         draw(samples_at(4, 5, latents_BCHW=empty)),
     ]
-    assert [isinstance(part, Unfinished) for part in step] == [True, False, True]
+    assert [isinstance(part, PendingBatch) for part in step] == [True, False, True]
     encoders: Any = SimpleNamespace(stream=None, on_stream=nullcontext, finish=encoded)
     mixture: Any = SimpleNamespace(null_text=NULL)
-    finished = Finish(encoders=encoders, mixture=mixture)(step)
+    finished = EncodeBatch(encoders=encoders, mixture=mixture)(step)
     assert asked == [2]
     for first, batch in zip((0, 2, 4), finished, strict=True):
         whole = drawn(recipe, samples_at(first, first + 1))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.sources.bad_sample import Cause, Replaced
-from ecdit_ds.errors import GaveUpError
+from ecdit_ds.data.sources.bad_sample import BadSampleReason, ReplacedSample
+from ecdit_ds.errors import UnrecoverableError
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.moe import ExpertChoiceRouter
 from ecdit_ds.parallel.expert_parallel import serial_layers
@@ -28,8 +28,8 @@ from ecdit_ds.training.metrics import (
     MetricLog,
     RoutingProbe,
     bad_sample_lines,
+    count_bad_samples,
     peak_flops_per_s,
-    tally_of,
 )
 
 MakeRecipe = Callable[..., Recipe]
@@ -190,7 +190,7 @@ def test_what_one_rank_answers_is_heard_by_all(wishes: tuple[bool, bool], share:
 class WorldOfTwo(WorldOfOne):
     """Two ranks; the other one says what it is told to."""
 
-    def __init__(self, theirs: tuple[Counter[str], list[Replaced]]) -> None:
+    def __init__(self, theirs: tuple[Counter[str], list[ReplacedSample]]) -> None:
         self.theirs = theirs
         self.asked = 0
 
@@ -203,9 +203,9 @@ class WorldOfTwo(WorldOfOne):
         return [value, self.theirs]
 
 
-def bad_sample(position: int, cause: Cause = "not finite") -> Replaced:
+def bad_sample(position: int, cause: BadSampleReason = "not finite") -> ReplacedSample:
     """Return a bad sample named after its position."""
-    return Replaced(position=position, set="a set", key=f"picture {position}", cause=cause)
+    return ReplacedSample(position=position, set="a set", key=f"picture {position}", cause=cause)
 
 
 def test_counts_are_added_over_ranks_beside_means() -> None:
@@ -257,7 +257,7 @@ def test_a_run_ends_above_the_share_of_a_thousand_samples_or_of_all_that_were_re
     if not is_too_many:
         bad.check()
         return
-    with pytest.raises(GaveUpError) as caught:
+    with pytest.raises(UnrecoverableError) as caught:
         bad.check()
     said = str(caught.value)
     assert "\n" not in said and f"{count} of {trained + count} samples" in said and f"more than {share:g} of" in said
@@ -271,7 +271,7 @@ def test_a_run_ends_for_what_another_rank_met() -> None:
     bad.note([bad_sample(0)])
     theirs = [bad_sample(1 + i) for i in range(10)]
     bad.agree(WorldOfTwo((Counter({"not finite": 10}), theirs)), 100, 11)
-    with pytest.raises(GaveUpError, match="11 of 111 samples"):
+    with pytest.raises(UnrecoverableError, match="11 of 111 samples"):
         bad.check()
 
 
@@ -281,7 +281,7 @@ def test_samples_of_earlier_reports_count_on() -> None:
         bad.check()
         bad.note([bad_sample(i) for i in range(6)])
         bad.agree(WorldOfTwo((Counter(), [])), 100, 6)
-    with pytest.raises(GaveUpError, match="12 of 212 samples"):
+    with pytest.raises(UnrecoverableError, match="12 of 212 samples"):
         bad.check()
 
 
@@ -294,29 +294,29 @@ def test_samples_of_reports_without_a_bad_one_count_as_read() -> None:
     bad.check()  # 21 of 2,121
     bad.note([bad_sample(21)])
     bad.agree(world, 0, 1)
-    with pytest.raises(GaveUpError, match="22 of 2122 samples"):
+    with pytest.raises(UnrecoverableError, match="22 of 2122 samples"):
         bad.check()
 
 
 def test_bad_samples_of_earlier_lives_count_on_with_all_that_was_read() -> None:
     lines = [json.dumps({"step": 1, **asdict(bad_sample(i))}) + "\n" for i in range(6)]
-    bad = BadSamples(0.01, before=tally_of(lines), num_trained=500)
+    bad = BadSamples(0.01, before=count_bad_samples(lines), num_trained=500)
     bad.check()
     bad.note([bad_sample(i, "no image") for i in range(10, 15)])
     bad.agree(WorldOfTwo((Counter(), [])), 100, 5)
-    with pytest.raises(GaveUpError) as caught:
+    with pytest.raises(UnrecoverableError) as caught:
         bad.check()
     said = str(caught.value)
     assert "11 of 611 samples read are bad (6 not finite, 5 no image)" in said
     assert "not finite: picture 0, picture 1, picture 2;" in said
-    BadSamples(0.01, before=tally_of(lines[:5]), num_trained=100_000).check()
+    BadSamples(0.01, before=count_bad_samples(lines[:5]), num_trained=100_000).check()
 
 
 def test_more_than_a_rank_may_name_are_counted_all_the_same() -> None:
     bad = BadSamples(0.0)
     bad.note([bad_sample(i) for i in range(MAX_TOLD + 5)])
     assert len(bad.agree(WorldOfTwo((Counter(), [])), 10, MAX_TOLD + 5)) == MAX_TOLD
-    with pytest.raises(GaveUpError, match=f"{MAX_TOLD + 5} of "):
+    with pytest.raises(UnrecoverableError, match=f"{MAX_TOLD + 5} of "):
         bad.check()
 
 
@@ -330,8 +330,8 @@ def test_a_line_names_the_first_of_each_cause() -> None:
 
 def test_what_earlier_lives_met_is_left_as_it_was() -> None:
     lines = ['{"cause": "not finite", "key": "a"}']
-    before = tally_of(lines)
+    before = count_bad_samples(lines)
     bad, world = BadSamples(1.0, before=before, num_trained=100), WorldOfTwo((Counter(), []))
     bad.note([bad_sample(7)])
     bad.agree(world, 8, 1)
-    assert before == tally_of(lines)
+    assert before == count_bad_samples(lines)

@@ -19,7 +19,7 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import CheckpointError, ConfigError
 from ecdit_ds.training import run_dir as run_folder
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.run_dir import RunDir
 from ecdit_ds.training.setup import _claim
 
 MakeRecipe = Callable[..., Recipe]
@@ -27,10 +27,10 @@ RefusalOf = Callable[[Callable[[], object]], str]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path) -> RunDir:
     """Return an empty folder for a run."""
     (tmp_path / "run").mkdir()
-    return RunFolder(path=tmp_path / "run")
+    return RunDir(path=tmp_path / "run")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def add_checkpoint(root: Path, step: int) -> Path:
 
 def hold_lock(path: Path, told: Connection) -> None:
     """Lock a folder, start a process as a loader starts its workers, and wait."""
-    handle = RunFolder(path=path).lock("12.0.a")
+    handle = RunDir(path=path).lock("12.0.a")
     worker = multiprocessing.get_context("fork").Process(target=signal.pause)
     worker.start()
     told.send(worker.pid)
@@ -59,7 +59,7 @@ def hold_lock(path: Path, told: Connection) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_second_process_is_refused_with_the_holders_number_until_the_holder_is_killed(
-    folder: RunFolder, refusal_of: RefusalOf
+    folder: RunDir, refusal_of: RefusalOf
 ) -> None:
     here, there = multiprocessing.Pipe()
     holder = multiprocessing.get_context("fork").Process(target=hold_lock, args=(folder.path, there))
@@ -83,7 +83,7 @@ def test_a_second_process_is_refused_with_the_holders_number_until_the_holder_is
         worker.kill()
 
 
-def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: RunFolder) -> None:
+def test_the_same_folder_can_be_locked_again_once_the_first_run_is_over(folder: RunDir) -> None:
     folder.lock("12.0.a").close()
     with folder.lock("12.1.b") as handle:
         assert not handle.closed
@@ -96,7 +96,7 @@ def everything_in(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.mark.parametrize("found", ["nothing", "nothing, two deep", "an empty folder", "a run", "a run without marks"])
 def test_a_start_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path, tiny_recipe: Recipe, found: str) -> None:
-    folder = RunFolder(path=tmp_path / "runs" / "mine" if found == "nothing, two deep" else tmp_path / "mine")
+    folder = RunDir(path=tmp_path / "runs" / "mine" if found == "nothing, two deep" else tmp_path / "mine")
     if "nothing" not in found:
         folder.path.mkdir()
     if "run" in found:
@@ -113,7 +113,7 @@ def test_a_start_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path, tin
 
 
 def test_a_refused_start_takes_no_folder_away_that_another_one_uses(tmp_path: Path, tiny_recipe: Recipe) -> None:
-    folder = RunFolder(path=tmp_path / "runs" / "mine")
+    folder = RunDir(path=tmp_path / "runs" / "mine")
     with ExitStack() as undo:
         _claim(folder, tiny_recipe, "auto", "a", [], undo)
         (tmp_path / "runs" / "another").mkdir()
@@ -124,7 +124,7 @@ def test_a_refused_start_takes_no_folder_away_that_another_one_uses(tmp_path: Pa
 def test_who_waited_for_a_lock_that_a_refused_start_took_away_has_the_one_that_others_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(path=tmp_path / "runs" / "mine")
+    folder = RunDir(path=tmp_path / "runs" / "mine")
     refused, lockf = ExitStack(), fcntl.lockf
     folder.lock("a", refused)
 
@@ -141,7 +141,7 @@ def test_who_waited_for_a_lock_that_a_refused_start_took_away_has_the_one_that_o
 def test_a_folder_that_a_refused_start_takes_away_just_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, make, takes_away = RunFolder(path=tmp_path / "mine"), run_folder.make_folders, [True]
+    folder, make, takes_away = RunDir(path=tmp_path / "mine"), run_folder.make_folders, [True]
 
     def make_and_lose(path: Path) -> None:
         make(path)
@@ -157,32 +157,30 @@ def test_a_folder_that_a_refused_start_takes_away_just_before_it_is_locked_is_ma
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, refusal_of: RefusalOf, place: str) -> None:
     (tmp_path / "file").write_text("mine", encoding="ascii")
-    assert refusal_of(lambda: RunFolder(path=tmp_path / place).lock("a")).startswith(f"--output {tmp_path / place}: ")
+    assert refusal_of(lambda: RunDir(path=tmp_path / place).lock("a")).startswith(f"--output {tmp_path / place}: ")
     assert (tmp_path / "file").read_text(encoding="ascii") == "mine"
 
 
-def test_a_folder_is_new_until_begun_and_then_the_recipes(folder: RunFolder, tiny_recipe: Recipe) -> None:
+def test_a_folder_is_new_until_begun_and_then_the_recipes(folder: RunDir, tiny_recipe: Recipe) -> None:
     folder.check_recipe(tiny_recipe)
     folder.begin(tiny_recipe, step=0)
     folder.check_recipe(tiny_recipe)
     assert load_recipe(str(folder.recipe)) == tiny_recipe
 
 
-def test_a_lock_alone_makes_a_folder_no_ones(folder: RunFolder, tiny_recipe: Recipe) -> None:
+def test_a_lock_alone_makes_a_folder_no_ones(folder: RunDir, tiny_recipe: Recipe) -> None:
     folder.lock("12.0.a").close()
     folder.check_recipe(tiny_recipe)
 
 
 @pytest.mark.parametrize("name", [".attempt", "slurm", "recipe.yaml.tmp"])
-def test_what_the_start_of_a_job_leaves_makes_a_folder_no_ones(
-    folder: RunFolder, tiny_recipe: Recipe, name: str
-) -> None:
+def test_what_the_start_of_a_job_leaves_makes_a_folder_no_ones(folder: RunDir, tiny_recipe: Recipe, name: str) -> None:
     (folder.path / name).mkdir()
     folder.check_recipe(tiny_recipe)
 
 
 def test_another_recipe_is_refused_with_every_changed_field_and_both_values(
-    folder: RunFolder, make_recipe: MakeRecipe, refusal_of: RefusalOf
+    folder: RunDir, make_recipe: MakeRecipe, refusal_of: RefusalOf
 ) -> None:
     folder.begin(make_recipe(), step=0)
     before = folder.recipe.read_bytes()
@@ -199,7 +197,7 @@ def test_another_recipe_is_refused_with_every_changed_field_and_both_values(
     "change",
     ["train.max_steps=9", "train.micro_batch_size=2", "parallel.ep=2", "sample.prompts=[a]", "data.num_workers=1"],
 )
-def test_what_does_not_change_the_training_may_change(folder: RunFolder, make_recipe: MakeRecipe, change: str) -> None:
+def test_what_does_not_change_the_training_may_change(folder: RunDir, make_recipe: MakeRecipe, change: str) -> None:
     folder.begin(make_recipe(), step=0)
     changed = make_recipe(change)
     folder.check_recipe(changed)
@@ -208,7 +206,7 @@ def test_what_does_not_change_the_training_may_change(folder: RunFolder, make_re
 
 
 def test_files_of_no_run_are_refused_and_one_is_named(
-    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf
+    folder: RunDir, tiny_recipe: Recipe, refusal_of: RefusalOf
 ) -> None:
     for name in ("thesis.tex", "photo.png"):
         (folder.path / name).touch()
@@ -219,7 +217,7 @@ def test_files_of_no_run_are_refused_and_one_is_named(
 
 
 def test_a_run_that_lost_its_recipe_goes_on_from_its_checkpoints(
-    folder: RunFolder, tiny_recipe: Recipe, save_model: Callable[..., Path]
+    folder: RunDir, tiny_recipe: Recipe, save_model: Callable[..., Path]
 ) -> None:
     saved = save_model(folder.checkpoints, tiny_recipe, 3)
     folder.metrics.write_text('{"step": 3}\n')
@@ -229,7 +227,7 @@ def test_a_run_that_lost_its_recipe_goes_on_from_its_checkpoints(
 
 
 def test_a_run_that_lost_its_recipe_and_its_checkpoints_is_refused_as_what_it_is(
-    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf
+    folder: RunDir, tiny_recipe: Recipe, refusal_of: RefusalOf
 ) -> None:
     folder.metrics.write_text('{"step": 3}\n')
     (folder.checkpoints / "step_3").mkdir(parents=True)
@@ -239,9 +237,7 @@ def test_a_run_that_lost_its_recipe_and_its_checkpoints_is_refused_as_what_it_is
 
 
 @pytest.mark.parametrize("content", [b"a: [1, 2", b"\xff\xfe", b"name: a\nname: b\n"])
-def test_a_damaged_recipe_is_named(
-    folder: RunFolder, tiny_recipe: Recipe, refusal_of: RefusalOf, content: bytes
-) -> None:
+def test_a_damaged_recipe_is_named(folder: RunDir, tiny_recipe: Recipe, refusal_of: RefusalOf, content: bytes) -> None:
     folder.recipe.write_bytes(content)
     message = refusal_of(lambda: folder.check_recipe(tiny_recipe))
     assert message.startswith(f"{folder.recipe}: cannot be read")
@@ -249,20 +245,20 @@ def test_a_damaged_recipe_is_named(
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"name: tiny\n"])
-def test_a_recipe_that_lacks_its_sections_is_refused(folder: RunFolder, tiny_recipe: Recipe, content: bytes) -> None:
+def test_a_recipe_that_lacks_its_sections_is_refused(folder: RunDir, tiny_recipe: Recipe, content: bytes) -> None:
     folder.recipe.write_bytes(content)
     with pytest.raises((CheckpointError, ConfigError)) as refused:
         folder.check_recipe(tiny_recipe)
     assert str(refused.value).startswith(str(folder.path))
 
 
-def test_auto_tries_the_newest_checkpoint_first_and_starts_afresh_without_any(folder: RunFolder) -> None:
+def test_auto_tries_the_newest_checkpoint_first_and_starts_afresh_without_any(folder: RunDir) -> None:
     assert folder.candidates("auto") == []
     written = [add_checkpoint(folder.checkpoints, step) for step in (9, 100, 20)]
     assert folder.candidates("auto") == [written[1], written[2], written[0]]
 
 
-def test_never_is_refused_in_a_folder_that_holds_a_run(folder: RunFolder, refusal_of: RefusalOf) -> None:
+def test_never_is_refused_in_a_folder_that_holds_a_run(folder: RunDir, refusal_of: RefusalOf) -> None:
     assert folder.candidates("never") == []
     folder.metrics.write_text("{}\n", encoding="ascii")
     assert "--resume never" in refusal_of(lambda: folder.candidates("never"))
@@ -273,21 +269,21 @@ def test_never_is_refused_in_a_folder_that_holds_a_run(folder: RunFolder, refusa
     assert "--output" in message
 
 
-def test_a_path_may_be_a_checkpoint_or_a_run_with_checkpoints(folder: RunFolder, tmp_path: Path) -> None:
+def test_a_path_may_be_a_checkpoint_or_a_run_with_checkpoints(folder: RunDir, tmp_path: Path) -> None:
     other = tmp_path / "other"
     old, new = (add_checkpoint(other / "checkpoints", step) for step in (4, 8))
     assert folder.candidates(str(other)) == [new, old]
     assert folder.candidates(str(old)) == [old]
 
 
-def test_a_path_to_nothing_is_refused(folder: RunFolder, tmp_path: Path, refusal_of: RefusalOf) -> None:
+def test_a_path_to_nothing_is_refused(folder: RunDir, tmp_path: Path, refusal_of: RefusalOf) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "empty" / "checkpoints"):
         assert refusal_of(lambda path=path: folder.candidates(str(path))).startswith(f"--resume {path}: ")  # type: ignore[misc]
 
 
 def test_a_path_that_would_overwrite_newer_checkpoints_is_refused(
-    folder: RunFolder, tmp_path: Path, refusal_of: RefusalOf
+    folder: RunDir, tmp_path: Path, refusal_of: RefusalOf
 ) -> None:
     older, newest = (add_checkpoint(folder.checkpoints, step) for step in (10, 20))
     message = refusal_of(lambda: folder.candidates(str(older)))
@@ -295,20 +291,20 @@ def test_a_path_that_would_overwrite_newer_checkpoints_is_refused(
     assert "step_20" in message
     assert folder.candidates(str(newest)) == [newest, older]
     assert folder.candidates(str(folder.path)) == [newest, older]
-    linked = RunFolder(path=tmp_path / "link")
+    linked = RunDir(path=tmp_path / "link")
     linked.path.symlink_to(folder.path)
     for run, asked in ((folder, linked.checkpoints / older.name), (linked, older)):
         assert "step_20" in refusal_of(lambda run=run, asked=asked: run.candidates(str(asked)))  # type: ignore[misc]
 
 
-def test_a_damaged_checkpoint_that_was_set_aside_keeps_nobody_from_the_others(folder: RunFolder) -> None:
+def test_a_damaged_checkpoint_that_was_set_aside_keeps_nobody_from_the_others(folder: RunDir) -> None:
     own = add_checkpoint(folder.checkpoints, 5)
     add_checkpoint(folder.checkpoints, 7).rename(folder.checkpoints / "step_7.damaged-1f")
     assert folder.candidates("auto") == [own]
 
 
 def test_a_copied_checkpoint_with_zeros_in_its_name_is_none_of_the_runs_and_alone_it_is_named(
-    folder: RunFolder, refusal_of: RefusalOf
+    folder: RunDir, refusal_of: RefusalOf
 ) -> None:
     copy = add_checkpoint(folder.checkpoints, 7).rename(folder.checkpoints / "step_0007")
     message = refusal_of(lambda: folder.candidates("auto"))
@@ -318,7 +314,7 @@ def test_a_copied_checkpoint_with_zeros_in_its_name_is_none_of_the_runs_and_alon
 
 
 def test_a_folder_with_checkpoints_of_its_own_goes_on_from_them_whatever_path_it_began_from(
-    folder: RunFolder, tmp_path: Path
+    folder: RunDir, tmp_path: Path
 ) -> None:
     foreign = add_checkpoint(tmp_path / "other" / "checkpoints", 3)
     assert folder.candidates(str(foreign)) == [foreign]
@@ -329,7 +325,7 @@ def test_a_folder_with_checkpoints_of_its_own_goes_on_from_them_whatever_path_it
 @pytest.mark.parametrize("log", ["metrics", "evaluations"])
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 3, "loss": 0.5}'])
 def test_beginning_keeps_lines_up_to_the_step_byte_for_byte(
-    folder: RunFolder, tiny_recipe: Recipe, log: str, torn: str
+    folder: RunDir, tiny_recipe: Recipe, log: str, torn: str
 ) -> None:
     path: Path = getattr(folder, log)
     kept = '{"step":1,  "loss": 1e-05}\n{"loss": null, "step": 2}\n'
@@ -338,14 +334,14 @@ def test_beginning_keeps_lines_up_to_the_step_byte_for_byte(
     assert path.read_text(encoding="ascii") == kept
 
 
-def test_beginning_at_the_last_step_changes_no_line(folder: RunFolder, tiny_recipe: Recipe) -> None:
+def test_beginning_at_the_last_step_changes_no_line(folder: RunDir, tiny_recipe: Recipe) -> None:
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
     folder.metrics.write_text(lines, encoding="ascii")
     folder.begin(tiny_recipe, step=5)
     assert folder.metrics.read_text(encoding="ascii") == lines
 
 
-def test_a_fresh_start_keeps_no_line_of_a_life_that_left_no_checkpoint(folder: RunFolder, tiny_recipe: Recipe) -> None:
+def test_a_fresh_start_keeps_no_line_of_a_life_that_left_no_checkpoint(folder: RunDir, tiny_recipe: Recipe) -> None:
     for log in (folder.metrics, folder.evaluations):
         log.write_text('{"step": 0}\n{"step": 1}\n', encoding="ascii")
     folder.begin(tiny_recipe, step=0)
@@ -354,7 +350,7 @@ def test_a_fresh_start_keeps_no_line_of_a_life_that_left_no_checkpoint(folder: R
 
 @pytest.mark.parametrize("lost", ["removed", "unmounted", "file", "damaged"])
 def test_a_run_whose_checkpoints_are_lost_from_sight_is_never_begun_again_in_silence(
-    folder: RunFolder, tiny_recipe: Recipe, lost: str
+    folder: RunDir, tiny_recipe: Recipe, lost: str
 ) -> None:
     folder.begin(tiny_recipe, step=0)
     steps = range(1, 2 * tiny_recipe.train.checkpoint_every + 2)
@@ -376,9 +372,7 @@ def test_a_run_whose_checkpoints_are_lost_from_sight_is_never_begun_again_in_sil
     assert folder.metrics.read_text() == lines
 
 
-def test_a_run_that_may_not_have_published_a_checkpoint_yet_begins_again(
-    folder: RunFolder, tiny_recipe: Recipe
-) -> None:
+def test_a_run_that_may_not_have_published_a_checkpoint_yet_begins_again(folder: RunDir, tiny_recipe: Recipe) -> None:
     last = 2 * tiny_recipe.train.checkpoint_every  # the first is published before the next step
     folder.metrics.parent.mkdir(exist_ok=True)
     folder.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, last + 1)))
@@ -386,7 +380,7 @@ def test_a_run_that_may_not_have_published_a_checkpoint_yet_begins_again(
     assert folder.metrics.read_text() == ""
 
 
-def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder, tiny_recipe: Recipe) -> None:
+def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunDir, tiny_recipe: Recipe) -> None:
     add_checkpoint(folder.checkpoints, 2)
     for name in ("step_4.tmp-ab", ".trash-step_1", "notes"):
         (folder.checkpoints / name).mkdir()
@@ -396,7 +390,7 @@ def test_beginning_removes_interrupted_saves_and_nothing_else(folder: RunFolder,
 
 
 def test_beginning_gives_the_bad_samples_up_to_the_step_and_drops_later_ones(
-    folder: RunFolder, tiny_recipe: Recipe
+    folder: RunDir, tiny_recipe: Recipe
 ) -> None:
     lines = [json.dumps({"step": step, "key": "a", "cause": "not finite"}) + "\n" for step in (1, 2, 2, 3)]
     folder.bad_samples.write_text("".join(lines), encoding="ascii")

@@ -20,17 +20,17 @@ from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.lease import LEASE_NAME, attempt_name, claim, is_successor
 from ecdit_ds.checkpoint.peers import SoloPeers
 from ecdit_ds.checkpoint.reader import Reader
-from ecdit_ds.checkpoint.staging import HostCopy
-from ecdit_ds.checkpoint.writer import Piece, Save, save_checkpoint
-from ecdit_ds.errors import CheckpointError, ConfigError, StaleAttemptError
-from ecdit_ds.runtime.exit_report import RunStatus, last_line, own_seat
+from ecdit_ds.checkpoint.staging import StagingBuffer
+from ecdit_ds.checkpoint.writer import Save, TensorShard, save_checkpoint
+from ecdit_ds.errors import CheckpointError, ConfigError, StaleRunError
+from ecdit_ds.runtime.exit_report import RunStatus, current_process, exit_summary
 from ecdit_ds.runtime.fault_injection import Faults, faults_from_environment
 from ecdit_ds.training.callbacks import JsonLines
 
 
-def pieces(tensor: torch.Tensor) -> list[Piece]:
+def pieces(tensor: torch.Tensor) -> list[TensorShard]:
     shape = tuple(tensor.shape)
-    return [Piece(name="w", global_shape=shape, box=Box((0,) * len(shape), shape), data=tensor)]
+    return [TensorShard(name="w", global_shape=shape, box=Box((0,) * len(shape), shape), data=tensor)]
 
 
 def read(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
@@ -41,7 +41,7 @@ def read(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
 
 def test_a_save_holds_the_values_of_the_call_though_they_change_while_it_is_written(tmp_path: Path) -> None:
     state = torch.arange(6.0)
-    host = HostCopy(pieces(state), is_pinned=False)
+    host = StagingBuffer(pieces(state), is_pinned=False)
     save = Save(tmp_path, 1, pieces(state), {}, SoloPeers())
     save.pieces = host.of(save.pieces)
     state.fill_(-1.0)
@@ -52,7 +52,7 @@ def test_a_save_holds_the_values_of_the_call_though_they_change_while_it_is_writ
 
 
 def test_copies_use_the_same_memory_again_and_grow_only_where_they_must() -> None:
-    host = HostCopy([*pieces(torch.ones(201)), *pieces(torch.ones(7))], is_pinned=False)
+    host = StagingBuffer([*pieces(torch.ones(201)), *pieces(torch.ones(7))], is_pinned=False)
     held = host._buffer.data_ptr()
     for sizes in ((201, 7), (10,), (7, 201)):  # the first needs all of it
         assert host.of([piece for size in sizes for piece in pieces(torch.ones(size))])[0].data.data_ptr() == held
@@ -71,7 +71,7 @@ def test_reading_back_finds_what_the_disk_changed(tmp_path: Path, monkeypatch: p
         path.write_bytes(data)
 
     monkeypatch.setattr(os, "posix_fadvise", damaging)
-    halves = [Piece(name="w", global_shape=(10,), box=Box((at,), (5,)), data=torch.ones(5)) for at in (0, 5)]
+    halves = [TensorShard(name="w", global_shape=(10,), box=Box((at,), (5,)), data=torch.ones(5)) for at in (0, 5)]
     with pytest.raises(CheckpointError, match=rf"shard-00000.safetensors: w#{number} reads back with checksum"):
         save_checkpoint(tmp_path, 1, halves, {}, SoloPeers(), read_back=True)
     assert not list(tmp_path.glob("step_*"))
@@ -84,11 +84,11 @@ def test_only_the_newest_attempt_publishes(tmp_path: Path) -> None:
     stopped.write(read_back=False)
     new = claim(tmp_path, "12.1.b")
     save_checkpoint(tmp_path, 2, pieces(torch.ones(2)), {}, SoloPeers(), new)
-    with pytest.raises(StaleAttemptError, match=r"attempt 12.1.b has taken over from this one, 12.0.a"):
+    with pytest.raises(StaleRunError, match=r"attempt 12.1.b has taken over from this one, 12.0.a"):
         stopped.publish()
     assert read(tmp_path / "step_2", (2,)).tolist() == [1, 1]
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_1", "step_2"]
-    with pytest.raises(StaleAttemptError, match=r"attempt 12.1.b has taken over"):
+    with pytest.raises(StaleRunError, match=r"attempt 12.1.b has taken over"):
         claim(tmp_path, "12.0.a")
 
 
@@ -97,7 +97,7 @@ def test_a_second_start_within_the_same_life_of_a_job_takes_over_too(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     first, second = (claim(tmp_path, attempt_name()) for _ in range(2))
-    with pytest.raises(StaleAttemptError), first.held():
+    with pytest.raises(StaleRunError), first.held():
         pass
     with second.held():
         pass
@@ -293,25 +293,25 @@ def test_the_last_line_names_the_newest_checkpoint_that_is_whole(tmp_path: Path)
     for step in (3, 6):
         save_checkpoint(tmp_path, step, pieces(torch.ones(2)), {}, SoloPeers())
     status = RunStatus(rank=1, checkpoints=tmp_path, step=7)
-    assert last_line(status, "crashed", "a\nb") == (
+    assert exit_summary(status, "crashed", "a\nb") == (
         f"end: crashed | cause: a b | rank 1 | step 7 | last valid checkpoint: {tmp_path / 'step_6'}"
     )
     (tmp_path / "step_6" / "shard-00000.safetensors").unlink()
-    assert last_line(status, "crashed", "a").endswith(str(tmp_path / "step_3"))
+    assert exit_summary(status, "crashed", "a").endswith(str(tmp_path / "step_3"))
     status.checkpoints = tmp_path / "none"
-    assert last_line(status, "crashed", "a").endswith("checkpoint: none")
+    assert exit_summary(status, "crashed", "a").endswith("checkpoint: none")
 
 
 def test_the_first_rank_that_is_left_on_a_machine_speaks() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        seat, theirs = own_seat(), own_seat()
+        seat, theirs = current_process(), current_process()
         theirs = type(seat)(host=seat.host, process=other.pid, born=_born(other.pid))
         status = RunStatus(rank=1, seats=[theirs, seat])
         assert status.lost_ranks() == []
-        assert not status.speaks([])
+        assert not status.is_reporter([])
         other.send_signal(signal.SIGKILL)
         assert status.lost_ranks() == [0]
-        assert status.speaks([0])
+        assert status.is_reporter([0])
 
 
 def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_path: Path) -> None:
@@ -330,17 +330,17 @@ def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_pa
         peer.kill()
         _, said = waiting.communicate(timeout=30)
     assert waiting.returncode == 75
-    assert said == "end: try again | cause: rank 1 died | rank 0 | step 5 | last valid checkpoint: none\n"
+    assert said == "end: retry | cause: rank 1 died | rank 0 | step 5 | last valid checkpoint: none\n"
 
 
-@pytest.mark.parametrize("has_left", [False, True])
-def test_a_rank_that_cannot_leave_is_ended(has_left: bool) -> None:
+@pytest.mark.parametrize("has_exited", [False, True])
+def test_a_rank_that_cannot_leave_is_ended(has_exited: bool) -> None:
     script = (
         "import time; from ecdit_ds import ending\n"
         "ending._SECONDS_TO_LEAVE = 0.5\nstatus = ending.RunStatus(seats=[ending.own_seat()])\n"
-        f"status.watch_peers()\nstatus.is_over = True\nstatus.has_left = {has_left}\ntime.sleep(4)\n"
+        f"status.watch_peers()\nstatus.is_exiting = True\nstatus.has_exited = {has_exited}\ntime.sleep(4)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == (0 if has_left else 75)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == (0 if has_exited else 75)
 
 
 def _born(process: int) -> float:

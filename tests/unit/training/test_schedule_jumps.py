@@ -9,7 +9,7 @@ from ecdit_ds import train
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.training.optimizer import learning_rate
 from ecdit_ds.training.setup import _report_resume
-from ecdit_ds.training.train_state import Progress, schedule_jumps
+from ecdit_ds.training.train_state import TrainProgress, schedule_jumps
 from tests.helpers.forked import in_a_copy
 
 MakeRecipe = Callable[..., Recipe]
@@ -76,7 +76,7 @@ def test_resuming_prints_the_jump(
     make_recipe: MakeRecipe, save_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(tmp_path, make_recipe(*COSINE, "train.max_steps=300"), step=250)
-    progress = Progress(step=250, samples_seen=2000, num_updates=240)  # ten were skipped
+    progress = TrainProgress(step=250, samples_seen=2000, num_updates=240)  # ten were skipped
     _report_resume(folder, progress, {}, tmp_path, make_recipe(*COSINE, "train.max_steps=600"))
     goes_on, jump = capsys.readouterr().out.splitlines()
     assert goes_on.endswith("at step 250") and jump.startswith("learning rate jumps at step 251: ")

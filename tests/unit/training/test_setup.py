@@ -15,7 +15,7 @@ from ecdit_ds.checkpoint.manifest import encode_manifest, read_manifest
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.data.latents.index import Check
+from ecdit_ds.data.latents.index import VerifyOptions
 from ecdit_ds.errors import CheckpointError
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.parallel.activation_checkpoint import Recompute
@@ -24,8 +24,8 @@ from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.training import setup as build
 from ecdit_ds.training.callbacks import Console, TensorBoard
 from ecdit_ds.training.engine import DeepSpeedEngine
-from ecdit_ds.training.evaluator import Monitor
-from ecdit_ds.training.run_dir import RunFolder
+from ecdit_ds.training.evaluator import Evaluator
+from ecdit_ds.training.run_dir import RunDir
 from ecdit_ds.training.setup import (
     _callbacks,
     _check_same,
@@ -36,7 +36,7 @@ from ecdit_ds.training.setup import (
     _work,
     build_model,
 )
-from ecdit_ds.training.train_state import Progress, progress_of
+from ecdit_ds.training.train_state import TrainProgress, progress_of
 
 CPU = torch.device("cpu")
 LAYOUT = Topology(world_size=8, tp=2, ep=2)
@@ -71,7 +71,7 @@ def test_callbacks_of_a_later_life_begin_at_its_step_with_the_steps_skipped_so_f
 ) -> None:
     bars: dict[str, Any] = {}
     monkeypatch.setattr("ecdit_ds.training.callbacks.tqdm", noted(bars, told(disable=True)))
-    callbacks = _callbacks(RunFolder(path=tmp_path), recipe, Progress(step=9, samples_seen=144, num_updates=7))
+    callbacks = _callbacks(RunDir(path=tmp_path), recipe, TrainProgress(step=9, samples_seen=144, num_updates=7))
     assert any(isinstance(callback, Console) for callback in callbacks)
     assert (bars["initial"], bars["total"]) == (9, recipe.train.max_steps)
     (board,) = (callback for callback in callbacks if isinstance(callback, TensorBoard))
@@ -86,7 +86,7 @@ def test_a_run_whose_tensorboard_cannot_be_written_goes_on_without(
     tmp_path: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tensorboard").write_text("no folder")
-    callbacks = _callbacks(RunFolder(path=tmp_path), recipe, Progress(step=9, samples_seen=144, num_updates=7))
+    callbacks = _callbacks(RunDir(path=tmp_path), recipe, TrainProgress(step=9, samples_seen=144, num_updates=7))
     assert [type(callback).__name__ for callback in callbacks] == [
         "Console",
         "JsonLines",
@@ -110,7 +110,7 @@ def test_each_rank_loads_counts_and_looks_at_what_its_place_says(
     assert (loaded["dp_rank"], loaded["dp_size"]) == (rank // 2, 4)
     assert (loaded["micro_batch_size"], loaded["start_sample"]) == (4, 48)
     assert loaded["end_sample"] == 16 * recipe.train.max_steps
-    assert work["counts_samples"] == (rank % 2 == 0), "ranks of one tensor-parallel group train on the same samples"
+    assert work["is_tp_leader"] == (rank % 2 == 0), "ranks of one tensor-parallel group train on the same samples"
     assert work["peak_flops_per_s"] == 80.0
 
 
@@ -134,7 +134,7 @@ def test_a_monitor_shares_out_held_out_samples_and_prompts_by_data_parallel_rank
     sample = replace(recipe.sample, prompts=("a", "b", "c"), scenes_per_kind=7)
     world: Any = told(rank=rank, size=8, sum=lambda counts: counts)
     null_text: Any = told()
-    monitor = Monitor(
+    monitor = Evaluator(
         recipe=replace(recipe, model=model, sample=sample),
         topology=LAYOUT,
         world=world,
@@ -158,16 +158,16 @@ def test_a_mixture_is_of_the_recipes_weights_and_of_the_training_seed(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixed: dict[str, Any] = {}
-    opened: list[tuple[str, Check]] = []
+    opened: list[tuple[str, VerifyOptions]] = []
 
-    def open_split(recipe: Recipe, split: str, encoders: Any, *, check: Check) -> tuple[str]:
+    def open_split(recipe: Recipe, split: str, encoders: Any, *, check: VerifyOptions) -> tuple[str]:
         opened.append((split, check))
         return (split,)
 
     monkeypatch.setattr(build, "open_split", open_split)
     monkeypatch.setattr(build, "Mixture", noted(mixed, "mixture"))
     data = told(weights=(0.25, 0.75), dataset="encoded", verify="checksums", seed=5)
-    world: Any = told(rank=1, size=3, on_first=lambda work: work(), together=lambda work: work())
+    world: Any = told(rank=1, size=3, on_rank0=lambda work: work(), run_on_all=lambda work: work())
     assert _open_data(told(data=data, train=recipe.train), world, None) == ("mixture", "heldout")
     assert mixed == {"arguments": (("train",),), "weights": (0.25, 0.75), "seed": 3, "global_batch_size": 16}
     assert [split for split, _ in opened] == ["train", "heldout"] * 2
@@ -242,7 +242,7 @@ def restore(
         }
         save_model(root, recipe, step, meta)
 
-    def load(reader: Reader, engine: Any) -> Progress:
+    def load(reader: Reader, engine: Any) -> TrainProgress:
         if reader.manifest.step in engine.unreadable:
             raise CheckpointError(f"step {reader.manifest.step} is damaged")
         return progress_of(reader)
@@ -258,10 +258,10 @@ def restore(
         **says: Any,
     ) -> Any:
         world = told(
-            on_first=lambda work: work(),
+            on_rank0=lambda work: work(),
             broadcast=lambda value: value,
             gather=lambda value: [value, None],
-            all_ok=lambda ok: ok,
+            all_true=lambda ok: ok,
         )
         world = told(**{**vars(world), **says})
         check_same = partial(_check_same, recipe, {"sets": list(sets)}, encoders_named(vae))
@@ -307,7 +307,7 @@ def test_what_one_rank_cannot_load_no_rank_goes_on_from(restore: Any) -> None:
     answers = iter([False, True])  # another rank found damage in step 6, and none in step 3
     engine = Restored()
     _, folder = restore(
-        engine, all_ok=lambda ok: next(answers), gather=lambda value: [value, None if value else "a flipped bit"]
+        engine, all_true=lambda ok: next(answers), gather=lambda value: [value, None if value else "a flipped bit"]
     )
     assert (folder.name, engine.updates) == ("step_3", [2])
 

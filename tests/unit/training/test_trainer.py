@@ -17,18 +17,18 @@ from ecdit_ds.checkpoint.lease import claim
 from ecdit_ds.checkpoint.manifest import read_manifest
 from ecdit_ds.checkpoint.naming import list_checkpoints
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.config.recipe import Recipe
-from ecdit_ds.errors import GaveUpError, NonFiniteError
+from ecdit_ds.errors import NonFiniteError, UnrecoverableError
 from ecdit_ds.flow.objective import FlowBatch
 from ecdit_ds.model.sharding import ShardSpec
 from ecdit_ds.parallel.world import World
-from ecdit_ds.runtime.exit_report import RunStatus, last_line
+from ecdit_ds.runtime.exit_report import RunStatus, exit_summary
 from ecdit_ds.runtime.fault_injection import Faults
-from ecdit_ds.runtime.signals import StopRequest
+from ecdit_ds.runtime.signals import StopSignal
 from ecdit_ds.training.callbacks import Callback
 from ecdit_ds.training.engine import DeepSpeedEngine, Fragment, StepResult
-from ecdit_ds.training.metrics import Tally
+from ecdit_ds.training.metrics import BadSampleCounts
 from ecdit_ds.training.setup import _restore
 from ecdit_ds.training.trainer import Surroundings, Trainer
 
@@ -49,7 +49,7 @@ class WorldOfOne(World):
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def all_ok(self, ok: bool) -> bool:
+    def all_true(self, ok: bool) -> bool:
         return ok
 
     def sum(self, values: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class ToldEngine:
         return StepResult(loss=loss, auxiliary_loss=loss * 0, grad_norm=1.0, is_skipped=what == SKIP)
 
     def fragments(self) -> Iterator[Fragment]:
-        shard = ShardSpec(global_shape=(1,), offset=(0,), is_cut_by_tp=False)
-        yield Fragment(name="a", shard=shard, local_shape=(1,), start=0, states=self.states, is_written_here=True)
+        shard = ShardSpec(global_shape=(1,), offset=(0,), is_tp_sharded=False)
+        yield Fragment(name="a", shard=shard, local_shape=(1,), start=0, states=self.states, is_saved_by_this_rank=True)
 
     def is_finite(self) -> bool:
         return all(bool(state.isfinite().all()) for state in self.states.values())
@@ -99,7 +99,7 @@ class ToldEngine:
         self.num_updates = num_updates
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         yield
 
 
@@ -132,7 +132,7 @@ class Lives:
 
     def live(self, script: dict[int, str], stop_at: int = 0) -> bool:
         """Go on from what the last life left, until something ends it; return whether that was a stop."""
-        world, stop = self.world, StopRequest()
+        world, stop = self.world, StopSignal()
         told = ToldEngine(script)
         engine = cast(DeepSpeedEngine, told)
         progress, folder = _restore(list_checkpoints(self.root), self.root, engine, self.recipe, world, is_same)
@@ -157,10 +157,10 @@ class Lives:
             scene_scores=self.scores,
             flops_per_image=lambda _: 1.0,
             stop=stop,
-            counts_samples=True,
+            is_tp_leader=True,
             data={},
             encoders={},
-            bad_before=Tally(),
+            bad_before=BadSampleCounts(),
             peak_flops_per_s=None,
         )
         return Trainer(self.recipe, engine, world, around, [self.notes]).fit(progress)
@@ -209,7 +209,7 @@ def test_steps_skipped_in_one_life_count_in_the_next(make_lives: Callable[..., L
     script = dict.fromkeys(range(4, 12), SKIP)
     assert lives.live(script, stop_at=6)  # after the third
     assert read_manifest(lives.root / "step_6").meta["skipped_in_a_row"] == 3
-    with pytest.raises(GaveUpError, match=r"step 7: 4 steps in a row"):
+    with pytest.raises(UnrecoverableError, match=r"step 7: 4 steps in a row"):
         lives.live(script)
 
 
@@ -227,7 +227,7 @@ def test_a_run_whose_weights_predict_nothing_finite_gives_up_at_its_end_and_does
     lives = make_lives("train.max_skipped_steps=8")
     lives.losses = lambda: [1.0, math.nan]
     for _ in range(2):
-        with pytest.raises(GaveUpError) as gave_up:
+        with pytest.raises(UnrecoverableError) as gave_up:
             lives.live(dict.fromkeys(range(last_update + 1, 13), SKIP))
         message = str(gave_up.value)
         assert message.startswith(f"all 12 steps are done{told}, and the held-out loss is nan: ")
@@ -244,7 +244,7 @@ def test_neither_weights_nor_their_average_may_predict_what_is_not_finite(
     lives.live({})
     looked = iter([[math.inf], [1.0]] if which == 0 else [[1.0], [math.inf]])
     lives.losses = lambda: next(looked)
-    with pytest.raises(GaveUpError, match="held-out loss is inf"):
+    with pytest.raises(UnrecoverableError, match="held-out loss is inf"):
         lives.live({})
 
 
@@ -254,7 +254,7 @@ def test_the_last_look_of_a_life_judges_weights_and_their_average(make_lives: Ca
     last = [[math.inf], [1.0]] if which == 0 else [[1.0], [math.inf]]
     looked = iter([[1.0], *last])  # the first look is at the weights alone
     lives.losses = lambda: next(looked)
-    with pytest.raises(GaveUpError, match="held-out loss is inf"):
+    with pytest.raises(UnrecoverableError, match="held-out loss is inf"):
         lives.live({})
 
 
@@ -271,13 +271,13 @@ def test_a_state_that_a_finite_gradient_broke_ends_the_run_unsaved_and_the_good_
     make_lives: Callable[..., Lives], kind: str, step: int
 ) -> None:
     lives = make_lives()
-    with pytest.raises(GaveUpError) as gave_up:
+    with pytest.raises(UnrecoverableError) as gave_up:
         lives.live({step: kind})
     good = (step - 1) // 2 * 2
     assert f"step {step}: 1 numbers of 1 tensors are not finite ({kind}/a)" in str(gave_up.value)
     assert f"go on from step_{good}" in str(gave_up.value)
     assert sorted(lives.held()) == sorted([f"step_{good - 2}", f"step_{good}"])
-    assert last_line(lives.status, "gave up", "x").endswith(str(lives.root / f"step_{good}"))
+    assert exit_summary(lives.status, "unrecoverable", "x").endswith(str(lives.root / f"step_{good}"))
 
 
 def test_a_stop_that_one_rank_is_asked_for_stops_and_saves(make_lives: Callable[..., Lives]) -> None:
@@ -289,7 +289,7 @@ def test_a_stop_that_one_rank_is_asked_for_stops_and_saves(make_lives: Callable[
 
 def test_a_stop_does_not_save_a_broken_state(make_lives: Callable[..., Lives]) -> None:
     lives = make_lives()
-    with pytest.raises(GaveUpError):
+    with pytest.raises(UnrecoverableError):
         lives.live({5: "weight"}, stop_at=5)
     assert lives.held() == ["step_2", "step_4"]
 
@@ -300,17 +300,17 @@ def test_a_checkpoint_that_turned_out_broken_is_published_for_people_and_ends_th
     # Past the look at the report: what the writer finds is the second net.
     monkeypatch.setattr(ToldEngine, "is_finite", lambda _: True)
     lives = make_lives()
-    with pytest.raises(GaveUpError, match=r"step_8: 1 numbers of 1 tensors are not finite \(ema/a\)"):
+    with pytest.raises(UnrecoverableError, match=r"step_8: 1 numbers of 1 tensors are not finite \(ema/a\)"):
         lives.live({7: "ema"})
     assert lives.held() == ["step_4", "step_6", "step_8"]
     assert (lives.root / "latest").read_text() == "step_6\n"
-    assert last_line(lives.status, "gave up", "x").endswith(str(lives.root / "step_6"))
+    assert exit_summary(lives.status, "unrecoverable", "x").endswith(str(lives.root / "step_6"))
 
 
 def save_state(root: Path, recipe: Recipe, step: int, broken: str = "", *, is_told: bool = True) -> Path:
     """Save a checkpoint of the told engine's state; `is_told` False as the first releases did, which did not count."""
     pieces = [
-        Piece(
+        TensorShard(
             name=f"{kind}/a",
             global_shape=(1,),
             box=Box((0,), (1,)),

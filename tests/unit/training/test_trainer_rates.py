@@ -17,7 +17,7 @@ from ecdit_ds.training import trainer
 from ecdit_ds.training.callbacks import Callback
 from ecdit_ds.training.engine import StepResult
 from ecdit_ds.training.optimizer import learning_rate
-from ecdit_ds.training.train_state import Progress
+from ecdit_ds.training.train_state import TrainProgress
 from ecdit_ds.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
@@ -47,7 +47,7 @@ class Engine:
         return True
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Be the average for a while."""
         self.module.weight.data.fill_(AVERAGED)
         yield
@@ -92,7 +92,7 @@ class Saver:
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[float], Seen, list[dict[str, Any]]]]:
     """Return `train(recipe, engine, from_step)`: the real loop, and what engine, callbacks and the log were told."""
-    monkeypatch.setattr(trainer, "Saver", Saver)
+    monkeypatch.setattr(trainer, "Checkpointer", Saver)
     monkeypatch.setattr(trainer, "RoutingProbe", lambda module: SimpleNamespace(latest=dict))
     logged: list[dict[str, Any]] = []
 
@@ -128,10 +128,10 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[float], S
             scene_scores=lambda model: {"overall": value_of(model)},
             flops_per_image=lambda step: 1.0,
             stop=SimpleNamespace(reason=None),
-            counts_samples=True,
+            is_tp_leader=True,
             peak_flops_per_s=None,
         )
-        progress = Progress(step=from_step, samples_seen=from_step * batch, num_updates=from_step)
+        progress = TrainProgress(step=from_step, samples_seen=from_step * batch, num_updates=from_step)
         Trainer(recipe, engine, World(), given, [seen]).fit(progress)  # type: ignore[arg-type]
         return engine.rates, seen, logged
 

@@ -21,7 +21,7 @@ from ecdit_ds.checkpoint.safetensors_file import TensorFile, TensorFileWriter
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import CheckpointError
-from ecdit_ds.inference.load import load_drawer
+from ecdit_ds.inference.load import load_generator
 from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.random_model import save_random_model
 from tools import convert_ckpt
@@ -98,7 +98,7 @@ def test_safetensors_hold_plain_parameter_names_and_come_back_bitwise(
     assert run("verify", tmp_path / "shared")[0] == 0
     assert run("convert", tmp_path / "shared", tmp_path / "back", "--to", "ecdit")[0] == 0
     assert run("diff", tmp_path / "shared", tmp_path / "back")[0] == 0
-    load_drawer(tmp_path / "back", kind=kind)
+    load_generator(tmp_path / "back", kind=kind)
 
 
 def test_a_cast_rounds_and_nothing_else_does(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.model.init import empty_model
 from ecdit_ds.model.layers import SerialLayers
 from ecdit_ds.parallel.setup import initialize_distributed
-from ecdit_ds.parallel.world import place_from_environment
+from ecdit_ds.parallel.world import rank_info_from_env
 from tests.conftest import TINY_RECIPE
 from tests.helpers.convert_tool import Run, tool_runner
 from tests.helpers.forked import in_a_copy
@@ -416,7 +416,7 @@ def test_a_plain_script_whose_model_marks_no_experts_goes_on_from_an_unmarked_fo
         monkeypatch.delenv(name, raising=False)
 
     def command() -> int:
-        place_from_environment()
+        rank_info_from_env()
         initialize_distributed()
         model = empty_model(recipe.model, SerialLayers(), torch.device("cpu"))
         assert not any(hasattr(parameter, "group_name") for parameter in model.parameters())

@@ -20,12 +20,12 @@ from ecdit_ds.checkpoint.convert import sources
 from ecdit_ds.checkpoint.convert.convert import bytes_to_move, convert_to_ecdit, convert_to_safetensors
 from ecdit_ds.checkpoint.convert.file_plan import FilePlan, plan_files, plan_layout, plan_safetensors
 from ecdit_ds.checkpoint.convert.formats import deepspeed_folder
-from ecdit_ds.checkpoint.convert.inspection import describe, differences, verify
+from ecdit_ds.checkpoint.convert.inspection import describe_checkpoint, differences, verify
 from ecdit_ds.checkpoint.convert.model_spec import ModelFacts
-from ecdit_ds.checkpoint.convert.sources import EcditSource, SafetensorsSource, Source
+from ecdit_ds.checkpoint.convert.sources import CheckpointSource, EcditSource, SafetensorsSource
 from ecdit_ds.checkpoint.convert.universal import UniversalSource
 from ecdit_ds.checkpoint.convert.universal_writer import convert_to_universal, plan_universal
-from ecdit_ds.checkpoint.convert.upcycle import UpcycledSource, Upcycling, WithAverage
+from ecdit_ds.checkpoint.convert.upcycle import UpcycledSource, UpcycleSpec, WithEmaFromWeights
 from ecdit_ds.checkpoint.convert.workspace import Workspace, workspace
 from ecdit_ds.checkpoint.convert.zero_checkpoint import ZeroSource
 from ecdit_ds.checkpoint.manifest import (
@@ -337,14 +337,14 @@ def test_a_recipe_that_lacks_a_default_is_no_other_recipe(tiny_recipe: Recipe) -
 
 def test_all_tensors_of_a_kind_are_counted() -> None:
     source = Held({"weight/a": rows(2, 3), "weight/b": rows(5), "ema/a": rows(2, 3)})
-    lines = describe(source)
+    lines = describe_checkpoint(source)
     assert "weight       2 tensors, 11 numbers, 44 bytes, float32" in lines
     assert "ema          1 tensors, 6 numbers, 24 bytes, float32" in lines
 
 
 def test_an_average_of_the_weights_is_read_box_by_box_from_the_weights() -> None:
     source = Held({"weight/a": rows(4, 3), "exp_avg/a": rows(4, 3, start=50)})
-    average = WithAverage(source)
+    average = WithEmaFromWeights(source)
     assert set(average.tensors) == {"weight/a", "exp_avg/a", "ema/a"}
     for kind, start in (("weight", 0), ("ema", 0), ("exp_avg", 50)):
         assert torch.equal(average.read(f"{kind}/a", Box((1, 0), (2, 3))), rows(4, 3, start=start)[1:3]), kind
@@ -357,8 +357,12 @@ def test_what_a_conversion_goes_on_from_is_known_by_its_content_and_by_what_was_
     other = replace(tiny_recipe, train=replace(tiny_recipe.train, seed=tiny_recipe.train.seed + 1))
     for name in ("first", "second"):
         dense = replace(dense_source(tiny_recipe), identity=[name])
-        made: list[Source] = [dense, WithAverage(dense), *(upcycled(dense, recipe) for recipe in (tiny_recipe, other))]
-        found += [source.identity for source in (*made, upcycled(WithAverage(dense), tiny_recipe))]
+        made: list[CheckpointSource] = [
+            dense,
+            WithEmaFromWeights(dense),
+            *(upcycled(dense, recipe) for recipe in (tiny_recipe, other)),
+        ]
+        found += [source.identity for source in (*made, upcycled(WithEmaFromWeights(dense), tiny_recipe))]
     for number, (names, meta) in enumerate(itertools.product(("ab", "ac"), ({}, {"samples_seen": 1}))):
         source = Held({f"ema/{name}": rows(4) for name in names}, meta=meta)
         plan, folder = plan_files(source, list(source.tensors), 1, None), tmp_path / str(number) / "step_5"
@@ -420,10 +424,10 @@ def dense_source(recipe: Recipe) -> Held:
     return Held(values, meta={"recipe": dense})
 
 
-def upcycled(source: Source, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
+def upcycled(source: CheckpointSource, recipe: Recipe, **shapes: tuple[int, ...]) -> UpcycledSource:
     """Return it as two experts."""
     usual = {"q": (2, 3), "ffn.experts.w1": (2, 3, 4), "ffn.experts.w2": (2, 4, 3)}
-    made = Upcycling(
+    made = UpcycleSpec(
         recipe=recipe, shapes=usual | shapes, state_names=(), initial=lambda name, shape: torch.ones(shape)
     )
     return UpcycledSource(source, made)

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from ecdit_ds.checkpoint.boxes import Box
-from ecdit_ds.checkpoint.convert.pt_file import StoredTensor, TorchFile, write_torch_file
+from ecdit_ds.checkpoint.convert.pt_file import PtTensor, TorchFile, write_torch_file
 from ecdit_ds.checkpoint.file_ranges import bytes_of
 from ecdit_ds.errors import CheckpointError
 
@@ -180,7 +180,7 @@ def test_a_missing_file_and_a_tensor_in_pieces_are_one_line(path: Path, refusal_
     assert "No such file" in refusal_of(lambda: TorchFile(path))
     write_torch_file(path, torch.zeros(4, 5).T)
     stored = TorchFile(path).content
-    assert isinstance(stored, StoredTensor)
+    assert isinstance(stored, PtTensor)
     assert "in one piece" in refusal_of(lambda: TorchFile(path).read(stored, Box((0, 0), (5, 4))))
 
 

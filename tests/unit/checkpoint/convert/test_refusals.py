@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.convert import sources
-from ecdit_ds.checkpoint.convert.sources import EcditSource, parts_of
+from ecdit_ds.checkpoint.convert.sources import EcditSource, split_box
 from ecdit_ds.checkpoint.manifest import Manifest, StoredSlice, StoredTensor, encode_manifest, read_manifest
 from ecdit_ds.checkpoint.reader import Reader
 from tests.helpers.convert_tool import Run, save_shared, save_tensors, tool_runner
@@ -111,7 +111,7 @@ def test_tensors_without_numbers_are_compared_and_come_back(run: Run, tmp_path: 
     assert run("diff", checkpoint, tmp_path / "new")[0] == 0
     assert run("convert", tmp_path / "new", tmp_path / "s", "--to", "safetensors", "--only", "weights")[0] == 0
     assert run("diff", checkpoint, tmp_path / "s")[0] == 0
-    assert list(parts_of(Box((0, 0), (2**50, 0)), 4)) == []
+    assert list(split_box(Box((0, 0), (2**50, 0)), 4)) == []
 
 
 # Parts and boxes
@@ -124,7 +124,7 @@ def test_parts_follow_one_another_and_none_is_larger_than_asked(
     monkeypatch.setattr(sources, "PART_BYTES", 12)
     data = torch.arange(math.prod(shape)).reshape(shape)
     offset = tuple(range(10, 10 + len(shape)))
-    parts = list(parts_of(Box(offset, shape), 4))
+    parts = list(split_box(Box(offset, shape), 4))
     assert all(part.numel * 4 <= 12 for part in parts)
     assert torch.equal(torch.cat([data[part.within(offset)].flatten() for part in parts]), data.flatten())
 

@@ -12,62 +12,62 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.data.digit_scenes.scenes import draw_scene
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
-from ecdit_ds.data.encoders.spec import image_facts, open_image_encoder, open_text_encoder, text_facts
+from ecdit_ds.data.encoders.spec import image_encoder_spec, open_image_encoder, open_text_encoder, text_encoder_spec
 from tests.helpers.tiny_encoders import save_t5, save_vae
 
 
 @pytest.fixture
-def encoder() -> WordEncoder:
+def encoder() -> HashedWordEncoder:
     """Return a small encoder, of odd width since nothing forbids it."""
-    return WordEncoder(embed_dim=33, max_tokens=6)
+    return HashedWordEncoder(embed_dim=33, max_tokens=6)
 
 
-def test_encodings_have_the_shapes_and_types_that_the_model_reads(encoder: WordEncoder) -> None:
+def test_encodings_have_the_shapes_and_types_that_the_model_reads(encoder: HashedWordEncoder) -> None:
     text = encoder.encode(["a red seven", "an eight"])
     assert (text.embeds_BTD.shape, text.embeds_BTD.dtype) == ((2, 6, 33), torch.float32)
     assert (text.mask_BT.shape, text.mask_BT.dtype) == ((2, 6), torch.bool)
     assert (text.pooled_BD.shape, text.pooled_BD.dtype) == ((2, 33), torch.float32)
 
 
-def test_masks_mark_the_words_and_padding_is_zero(encoder: WordEncoder) -> None:
+def test_masks_mark_the_words_and_padding_is_zero(encoder: HashedWordEncoder) -> None:
     text = encoder.encode(["a red seven", "an eight"])
     assert text.mask_BT.tolist() == [[True] * 3 + [False] * 3, [True] * 2 + [False] * 4]
     assert not text.embeds_BTD[~text.mask_BT].any()
     assert text.embeds_BTD[text.mask_BT].abs().sum(dim=-1).min() > 0
 
 
-def test_a_caption_is_encoded_alike_alone_and_in_any_batch(encoder: WordEncoder) -> None:
+def test_a_caption_is_encoded_alike_alone_and_in_any_batch(encoder: HashedWordEncoder) -> None:
     captions = ["a red seven", "two blue fives", "a six"]
     together = encoder.encode(captions)
     for i, caption in enumerate(captions):
-        alone = WordEncoder(embed_dim=33, max_tokens=6).encode([caption])
+        alone = HashedWordEncoder(embed_dim=33, max_tokens=6).encode([caption])
         assert torch.equal(alone.embeds_BTD[0], together.embeds_BTD[i])
         assert torch.equal(alone.pooled_BD[0], together.pooled_BD[i])
 
 
 @pytest.mark.parametrize("variant", ["A RED Seven", "a red, seven!", "  a  red\tseven\n"])
-def test_case_punctuation_and_spaces_do_not_matter(encoder: WordEncoder, variant: str) -> None:
+def test_case_punctuation_and_spaces_do_not_matter(encoder: HashedWordEncoder, variant: str) -> None:
     assert torch.equal(encoder.encode([variant]).embeds_BTD, encoder.encode(["a red seven"]).embeds_BTD)
 
 
 @pytest.mark.parametrize(
     "other", ["a blue seven", "a red two", "red seven", "a na\u00efve \u6570\u5b57", "a null seven"]
 )
-def test_other_words_give_other_encodings(encoder: WordEncoder, other: str) -> None:
+def test_other_words_give_other_encodings(encoder: HashedWordEncoder, other: str) -> None:
     one, two = encoder.encode(["a red seven"]), encoder.encode([other])
     assert not torch.allclose(one.embeds_BTD, two.embeds_BTD, atol=0.1)
     assert not torch.allclose(one.pooled_BD, two.pooled_BD, atol=0.1)
 
 
-def test_word_order_shows_in_the_tokens_but_not_in_the_pooled_vector(encoder: WordEncoder) -> None:
+def test_word_order_shows_in_the_tokens_but_not_in_the_pooled_vector(encoder: HashedWordEncoder) -> None:
     one, two = encoder.encode(["seven above two"]), encoder.encode(["two above seven"])
     assert not torch.allclose(one.embeds_BTD, two.embeds_BTD, atol=0.1)
     torch.testing.assert_close(one.pooled_BD, two.pooled_BD)
 
 
-def test_a_word_carries_its_neighbours_alike_whatever_it_is_itself(encoder: WordEncoder) -> None:
+def test_a_word_carries_its_neighbours_alike_whatever_it_is_itself(encoder: HashedWordEncoder) -> None:
     for before, after in (("red {}", "blue {}"), ("{} above", "{} below"), ("a red small {}", "a blue small {}")):
         place = before.split().index("{}")
         seven, two = (
@@ -79,7 +79,7 @@ def test_a_word_carries_its_neighbours_alike_whatever_it_is_itself(encoder: Word
 
 
 def test_nearer_words_weigh_more_and_lie_in_other_directions() -> None:
-    encoder = WordEncoder(embed_dim=512, max_tokens=6)
+    encoder = HashedWordEncoder(embed_dim=512, max_tokens=6)
     near, far = (
         torch.sub(*encoder.encode([text.format(colour) for colour in ("red", "blue")]).embeds_BTD[:, place])
         for text, place in (("{} x", 1), ("{} y x", 2))
@@ -89,7 +89,7 @@ def test_nearer_words_weigh_more_and_lie_in_other_directions() -> None:
 
 
 def test_the_same_words_elsewhere_differ_by_their_position_alone() -> None:
-    encoder = WordEncoder(embed_dim=33, max_tokens=3)
+    encoder = HashedWordEncoder(embed_dim=33, max_tokens=3)
     first = encoder.encode(["red"]).embeds_BTD[0, 0] - encoder.encode(["blue"]).embeds_BTD[0, 0]
     third = torch.sub(*encoder.encode(["x y red", "x y blue"]).embeds_BTD[:, 2])
     torch.testing.assert_close(first, third)
@@ -97,14 +97,14 @@ def test_the_same_words_elsewhere_differ_by_their_position_alone() -> None:
 
 @pytest.mark.parametrize("num_words", [1, 3, 10])
 def test_pooled_components_have_unit_variance_whatever_the_length(num_words: int) -> None:
-    encoder = WordEncoder(embed_dim=8192, max_tokens=10)
+    encoder = HashedWordEncoder(embed_dim=8192, max_tokens=10)
     pooled_D = encoder.encode([" ".join(f"w{i}" for i in range(num_words))]).pooled_BD[0]
     assert abs(pooled_D.var().item() - 1.0) < 0.08  # five standard deviations
     assert abs(pooled_D.mean().item()) < 0.06
 
 
 @pytest.mark.parametrize("nothing", ["", "  ", "?!"])
-def test_the_null_text_is_the_caption_that_says_nothing(encoder: WordEncoder, nothing: str) -> None:
+def test_the_null_text_is_the_caption_that_says_nothing(encoder: HashedWordEncoder, nothing: str) -> None:
     null, empty = encoder.null(), encoder.encode([nothing])
     assert null.mask_BT.tolist() == [[True] + [False] * 5]
     assert torch.equal(null.embeds_BTD, empty.embeds_BTD)
@@ -112,12 +112,12 @@ def test_the_null_text_is_the_caption_that_says_nothing(encoder: WordEncoder, no
 
 
 @pytest.mark.parametrize("word", ["null", "<null>", "a"])
-def test_no_word_sounds_like_the_null_text(encoder: WordEncoder, word: str) -> None:
+def test_no_word_sounds_like_the_null_text(encoder: HashedWordEncoder, word: str) -> None:
     assert not torch.allclose(encoder.encode([word]).embeds_BTD, encoder.null().embeds_BTD, atol=0.1)
 
 
 def test_a_caption_may_fill_every_token_but_not_one_more(
-    encoder: WordEncoder, refusal_of: Callable[[Callable[[], object]], str]
+    encoder: HashedWordEncoder, refusal_of: Callable[[Callable[[], object]], str]
 ) -> None:
     assert encoder.encode(["a b c d e f"]).mask_BT.all()
     message = refusal_of(lambda: encoder.encode(["a six", "a b c d e f g"]))
@@ -125,18 +125,18 @@ def test_a_caption_may_fill_every_token_but_not_one_more(
         assert part in message
 
 
-def test_every_word_takes_a_token_and_no_word_takes_one(encoder: WordEncoder) -> None:
+def test_every_word_takes_a_token_and_no_word_takes_one(encoder: HashedWordEncoder) -> None:
     assert encoder.count_tokens(["", "a red seven", "?!", "eight"]) == [1, 3, 1, 1]
 
 
 def test_encoders_with_different_sizes_have_different_identities() -> None:
     sizes = [(8, 6), (8, 7), (9, 6)]
-    assert len({WordEncoder(embed_dim=dim, max_tokens=tokens).identity for dim, tokens in sizes}) == 3
+    assert len({HashedWordEncoder(embed_dim=dim, max_tokens=tokens).identity for dim, tokens in sizes}) == 3
 
 
 def test_latents_decode_to_the_image_they_came_from(draw: Callable[..., Tensor]) -> None:
     images = draw("images", 2, 3, 4, 5).clamp(-1, 1)
-    torch.testing.assert_close(PixelCodec().decode(PixelCodec().encode(images)), images)
+    torch.testing.assert_close(PixelVAE().decode(PixelVAE().encode(images)), images)
 
 
 def test_latents_of_digit_scenes_have_about_zero_mean_and_unit_variance() -> None:
@@ -144,14 +144,14 @@ def test_latents_of_digit_scenes_have_about_zero_mean_and_unit_variance() -> Non
         draw_scene(seed=0, split="train", index=i, canvas_height=16, canvas_width=16).image_HWC for i in range(200)
     ]
     images = torch.from_numpy(np.stack(scenes)).float() / 127.5 - 1
-    latents = PixelCodec().encode(images.permute(0, 3, 1, 2))
+    latents = PixelVAE().encode(images.permute(0, 3, 1, 2))
     assert abs(float(latents.mean())) < 0.1
     assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_decoded_images_stay_in_range_and_in_fp32(draw: Callable[..., Tensor]) -> None:
     latents = 3 * draw("latents", 2, 3, 4, 5)
-    codec = PixelCodec(shift_factor=0.0, scaling_factor=1.0)
+    codec = PixelVAE(shift_factor=0.0, scaling_factor=1.0)
     images = codec.decode(latents.to(torch.bfloat16))
     assert images.dtype == torch.float32
     assert (images.min(), images.max()) == (-1.0, 1.0)
@@ -160,7 +160,7 @@ def test_decoded_images_stay_in_range_and_in_fp32(draw: Callable[..., Tensor]) -
 
 
 def test_encodings_are_still_those_of_sets_that_were_stored_under_these_identities() -> None:
-    words, pixels = WordEncoder(embed_dim=6, max_tokens=3), PixelCodec()
+    words, pixels = HashedWordEncoder(embed_dim=6, max_tokens=3), PixelVAE()
     assert (words.identity, pixels.identity) == ("words-3-6x3", "pixels-2--0.83-2.2")
     said, nothing = words.encode(["a red seven"]), words.null()
     wanted_TD = torch.tensor(
@@ -241,8 +241,8 @@ def test_what_came_from_the_hub_is_stored_with_its_revision_and_opened_by_it_tho
 
     def facts_now() -> dict[str, Any]:
         if kind == "vae":
-            return image_facts(load_image_encoder(name, may_fetch=False), name)
-        return text_facts(load_text_encoder([name], max_tokens=8, may_fetch=False), [name])
+            return image_encoder_spec(load_image_encoder(name, may_fetch=False), name)
+        return text_encoder_spec(load_text_encoder([name], max_tokens=8, may_fetch=False), [name])
 
     def identity_of(facts: dict[str, Any]) -> str:
         return (open_image_encoder if kind == "vae" else open_text_encoder)(facts).identity
@@ -272,7 +272,7 @@ def test_a_stored_revision_that_is_no_commit_is_not_looked_for(
         asked.append(options)
         return found(*names, **options)
 
-    facts = image_facts(load_image_encoder("somebody/vae", may_fetch=False), "somebody/vae")
+    facts = image_encoder_spec(load_image_encoder("somebody/vae", may_fetch=False), "somebody/vae")
     monkeypatch.setattr("huggingface_hub.snapshot_download", note)
     open_image_encoder(facts | {"revision": revision})
     assert [options.get("revision") for options in asked] == [None]

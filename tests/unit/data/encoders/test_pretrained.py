@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from ecdit_ds.data.encoders import folders as encoder_folders
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.folders import fingerprint
 from ecdit_ds.data.encoders.pretrained import PRECISIONS, Precision, load_image_encoder, load_text_encoder
 from ecdit_ds.data.encoders.spec import (
-    count_frozen,
-    image_facts,
+    count_encoder_parameters,
+    image_encoder_spec,
     open_image_encoder,
     open_text_encoder,
-    text_facts,
+    text_encoder_spec,
 )
 from ecdit_ds.data.sources.images import to_tensor
 from tests.helpers.photographs import crops
@@ -190,7 +190,7 @@ def test_encoders_are_opened_again_by_their_facts_in_their_precision_and_where_t
     folders: dict[str, Path], copy_of: Callable[[str], Path], refusal_of: Refusal, precision: Precision
 ) -> None:
     image = load_image_encoder(str(folders["vae"]), precision=precision)
-    told = image_facts(image, str(folders["vae"]))
+    told = image_encoder_spec(image, str(folders["vae"]))
     moved = told | {"name": "/gone"}
     for opened in (open_image_encoder(told), open_image_encoder(moved, name=str(copy_of("vae")))):
         assert (opened.identity, {p.dtype for p in opened.model.parameters()}) == (  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def test_encoders_are_opened_again_by_their_facts_in_their_precision_and_where_t
         )
     names = [str(folders["t5"]), str(folders["clip"])]
     text = load_text_encoder(names, max_tokens=20, precision=precision)
-    told = text_facts(text, names)
+    told = text_encoder_spec(text, names)
     moved = told | {"names": ["/gone", "/gone"]}
     for words in (open_text_encoder(told), open_text_encoder(moved, names=[str(copy_of("t5")), names[1]])):
         assert (words.identity, words.max_tokens) == (text.identity, 20)
@@ -208,7 +208,7 @@ def test_encoders_are_opened_again_by_their_facts_in_their_precision_and_where_t
 
 
 def test_encoders_that_need_no_folder_are_given_none(refusal_of: Refusal) -> None:
-    image, text = image_facts(PixelCodec()), text_facts(WordEncoder(embed_dim=6, max_tokens=4))
+    image, text = image_encoder_spec(PixelVAE()), text_encoder_spec(HashedWordEncoder(embed_dim=6, max_tokens=4))
     assert "--vae: has no effect" in refusal_of(lambda: open_image_encoder(image, name="somewhere"))
     assert "--text: has no effect" in refusal_of(lambda: open_text_encoder(text, names=["somewhere"]))
 
@@ -216,13 +216,17 @@ def test_encoders_that_need_no_folder_are_given_none(refusal_of: Refusal) -> Non
 def test_all_weights_of_frozen_encoders_are_counted(folders: dict[str, Path]) -> None:
     one, other = (load_text_encoder([str(folders[name])]) for name in ("t5", "clip"))
     both = load_text_encoder([str(folders["t5"]), str(folders["clip"])], precision="bf16")
-    (one_count, one_bytes), (other_count, _) = count_frozen(one), count_frozen(other)
+    (one_count, one_bytes), (other_count, _) = count_encoder_parameters(one), count_encoder_parameters(other)
     assert one_count > 0 and other_count > 0 and one_bytes == 4 * one_count
-    assert count_frozen(both) == (one_count + other_count, 2 * (one_count + other_count))
+    assert count_encoder_parameters(both) == (one_count + other_count, 2 * (one_count + other_count))
     image = load_image_encoder(str(folders["vae"]))
     count = sum(parameter.numel() for parameter in image.model.parameters())
-    assert count_frozen(image) == (count, 4 * count)
-    assert count_frozen(PixelCodec()) == count_frozen(WordEncoder(embed_dim=6, max_tokens=4)) == (0, 0)
+    assert count_encoder_parameters(image) == (count, 4 * count)
+    assert (
+        count_encoder_parameters(PixelVAE())
+        == count_encoder_parameters(HashedWordEncoder(embed_dim=6, max_tokens=4))
+        == (0, 0)
+    )
 
 
 def test_loading_an_autoencoder_warns_of_nothing(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

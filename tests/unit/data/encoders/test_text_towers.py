@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from ecdit_ds.data.encoders.pretrained import load_text_encoder
-from ecdit_ds.data.encoders.spec import count_frozen
+from ecdit_ds.data.encoders.spec import count_encoder_parameters
 from tests.helpers.tiny_encoders import randomize, save_t5
 
 Refusal = Callable[[Callable[[], object]], str]
@@ -261,7 +261,7 @@ def test_only_the_text_tower_is_kept_and_only_it_must_be_whole(
     other = next(name for name in tensors if "vis" in name or "decoder" in name)
     save_file({name: value for name, value in tensors.items() if name != other}, path, metadata={"format": "pt"})
     encoder = load_text_encoder([str(tmp_path)])
-    assert count_frozen(encoder)[0] < sum(parameter.numel() for parameter in model.parameters())
+    assert count_encoder_parameters(encoder)[0] < sum(parameter.numel() for parameter in model.parameters())
     own = next(name for name in tensors if name.endswith("q_proj.weight") and "vis" not in name and "dec" not in name)
     save_file({name: value for name, value in tensors.items() if name != own}, path, metadata={"format": "pt"})
     assert "1 weights are not in its files" in refusal_of(lambda: load_text_encoder([str(tmp_path)]))

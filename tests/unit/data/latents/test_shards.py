@@ -12,8 +12,8 @@ import pytest
 
 from ecdit_ds.data.latents import dataset as dataset_module
 from ecdit_ds.data.latents.dataset import LatentDataset
-from ecdit_ds.data.latents.index import Check
-from ecdit_ds.data.latents.mmap_shard import Recent
+from ecdit_ds.data.latents.index import VerifyOptions
+from ecdit_ds.data.latents.mmap_shard import LruIndex
 from ecdit_ds.errors import DataError
 from tests.helpers.arrow_damage import damage_places
 from tests.helpers.made_sets import write_set
@@ -69,7 +69,7 @@ def test_what_is_mapped_does_not_travel(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_number_used_longest_ago_goes_first() -> None:
-    recent = Recent(2)
+    recent = LruIndex(2)
     assert recent.use([1, 2]) == []
     assert recent.use([1]) == []
     assert recent.use([3]) == [2]
@@ -123,4 +123,4 @@ def test_a_shard_whose_captions_lie_outside_it_is_refused_by_name(tmp_path: Path
     (path,) = folder.glob("*.arrow")
     damage_places(path, [f"made {i}" for i in range(12)], 3)
     with pytest.raises(DataError, match=r"\.arrow: is no shard of this set \(.*[Oo]ffset"):
-        read(LatentDataset(folder, check=Check(checksums=False)), 3)
+        read(LatentDataset(folder, check=VerifyOptions(checksums=False)), 3)

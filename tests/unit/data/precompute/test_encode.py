@@ -23,10 +23,10 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes import scenes as digit_scenes
 from ecdit_ds.data.digit_scenes.dataset import is_of_digit_scenes, open_digit_scenes
 from ecdit_ds.data.digit_scenes.scenes import draw_scene
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.latents.index import SCHEMA_VERSION, checksum_of
-from ecdit_ds.data.latents.shard_writer import publish_set
+from ecdit_ds.data.latents.shard_writer import commit_dataset
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.errors import DataError
 from tests.helpers.made_sets import write_set
@@ -37,7 +37,7 @@ OpenSet = Callable[..., LatentDataset]
 
 
 @dataclass(frozen=True)
-class CodecWithEvent(PixelCodec):
+class CodecWithEvent(PixelVAE):
     """The pixel codec, to which something happens while it encodes a set."""
 
     event: Callable[[], object]
@@ -50,7 +50,7 @@ class CodecWithEvent(PixelCodec):
 
 
 @dataclass(frozen=True)
-class FourPixelCodec(PixelCodec):
+class FourPixelCodec(PixelVAE):
     """A codec with fewer, deeper latents: the mean of 2 x 2 pixels, and a fourth channel."""
 
     @property
@@ -70,7 +70,7 @@ class FourPixelCodec(PixelCodec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherWords(WordEncoder):
+class OtherWords(HashedWordEncoder):
     """An encoder of the same sizes and of another name."""
 
     @property
@@ -96,8 +96,8 @@ def open_set(model: ModelConfig, tmp_path: Path) -> OpenSet:
             "data": data,
             "split": "train",
             "seed": 0,
-            "image_encoder": PixelCodec(),
-            "text_encoder": WordEncoder(embed_dim=6, max_tokens=10),
+            "image_encoder": PixelVAE(),
+            "text_encoder": HashedWordEncoder(embed_dim=6, max_tokens=10),
         }
         return open_digit_scenes(**(arguments | changes))
 
@@ -114,9 +114,9 @@ def test_samples_are_the_encoded_scenes_in_the_order_asked(open_set: OpenSet) ->
     batch = dataset.gather(np.array(indices), np.array([5, 4, 3, 2, 1]))
     scenes = [draw_scene(seed=0, split="train", index=i, canvas_height=16, canvas_width=16) for i in indices]
     images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
-    text = WordEncoder(embed_dim=6, max_tokens=10).encode([scene.caption for scene in scenes])
+    text = HashedWordEncoder(embed_dim=6, max_tokens=10).encode([scene.caption for scene in scenes])
     images_B3HW = rearrange(images_BHWC, "b h w c -> b c h w") / 127.5 - 1.0
-    torch.testing.assert_close(batch.latents_BCHW, PixelCodec().encode(images_B3HW))
+    torch.testing.assert_close(batch.latents_BCHW, PixelVAE().encode(images_B3HW))
     assert torch.equal(batch.text_embeds_BTD, text.embeds_BTD)
     assert torch.equal(batch.text_mask_BT, text.mask_BT)
     assert torch.equal(batch.text_pooled_BD, text.pooled_BD)
@@ -168,7 +168,7 @@ def test_a_set_is_written_once(open_set: OpenSet, tmp_path: Path) -> None:
         {"latent_height": 24},
         {"latent_width": 24},
         {"image_encoder": FourPixelCodec()},
-        {"image_encoder": PixelCodec(scaling_factor=2.0)},
+        {"image_encoder": PixelVAE(scaling_factor=2.0)},
         {"text_encoder": OtherWords(embed_dim=6, max_tokens=10)},
     ],
     ids=lambda change: next(iter(change)),
@@ -207,7 +207,7 @@ def test_a_set_has_the_scenes_of_its_split_seed_and_canvas_and_tells_their_mean_
     assert held_out.texts("kind", np.arange(7)) == [scene.kind for scene in scenes]
     assert held_out.name_of(3) == "heldout-3"
     images_BHWC = torch.from_numpy(np.stack([scene.image_HWC for scene in scenes]))
-    latents_BCHW = PixelCodec().encode(rearrange(images_BHWC, "b h w c -> b c h w") / 127.5 - 1.0)
+    latents_BCHW = PixelVAE().encode(rearrange(images_BHWC, "b h w c -> b c h w") / 127.5 - 1.0)
     torch.testing.assert_close(held_out.gather(np.arange(7), np.arange(7)).latents_BCHW, latents_BCHW)
     values_CN = rearrange(latents_BCHW.double(), "b c h w -> c (b h w)")
     assert held_out.index.latents_mean == pytest.approx(values_CN.mean(dim=1).tolist())
@@ -219,7 +219,7 @@ def test_captions_of_another_encoder_have_a_folder_of_their_own(
 ) -> None:
     few = DataConfig(num_train=2, cache_dir=str(tmp_path / "cache"))
     for width in (6, 8):
-        words = WordEncoder(embed_dim=width, max_tokens=10)
+        words = HashedWordEncoder(embed_dim=width, max_tokens=10)
         opened = open_set(data=few, model=replace(model, text_embed_dim=width), text_encoder=words)
         assert opened[0].text_embeds_TD.shape == (10, width)
 
@@ -355,7 +355,7 @@ def test_what_is_in_the_place_of_a_set_and_is_none_is_not_taken_for_it(tmp_path:
         folder.mkdir()
         (folder / name).write_text("mine")
     with pytest.raises(OSError, match="not empty"):
-        publish_set(draft, place)
+        commit_dataset(draft, place)
     assert (draft / "index.json").read_text() == (place / "notes.txt").read_text() == "mine"
 
 
@@ -369,8 +369,8 @@ def test_a_cache_that_cannot_be_written_is_named(
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"text_encoder": WordEncoder(embed_dim=7, max_tokens=10)}, ["gives 7", "text_embed_dim is 6"]),
-        ({"text_encoder": WordEncoder(embed_dim=6, max_tokens=9)}, ["gives 9", "max_text_tokens is 10"]),
+        ({"text_encoder": HashedWordEncoder(embed_dim=7, max_tokens=10)}, ["gives 7", "text_embed_dim is 6"]),
+        ({"text_encoder": HashedWordEncoder(embed_dim=6, max_tokens=9)}, ["gives 9", "max_text_tokens is 10"]),
         ({"image_encoder": FourPixelCodec()}, ["four pixels", "(4, 16, 16)", "(3, 16, 16)"]),
     ],
 )
@@ -382,7 +382,7 @@ def test_encoders_that_do_not_fit_the_model_are_refused(
 
 
 def test_a_set_brings_the_text_of_no_text_in_its_own_encoding(open_set: OpenSet) -> None:
-    null = WordEncoder(embed_dim=6, max_tokens=10).null()
+    null = HashedWordEncoder(embed_dim=6, max_tokens=10).null()
     kept = open_set().null_text
     assert torch.equal(kept.embeds_BTD, null.embeds_BTD)
     assert torch.equal(kept.mask_BT, null.mask_BT) and kept.mask_BT.dtype == torch.bool
@@ -443,8 +443,8 @@ def test_a_model_is_of_digit_scenes_where_all_of_its_sets_and_both_encoders_are(
     (scenes,) = map(str, folders(tmp_path))
     other, gone = str(write_set(tmp_path / "other", [((3, 16, 16), 2)])), str(tmp_path / "gone")
     own = {
-        "image": {"identity": PixelCodec().identity},
-        "text": {"identity": WordEncoder(embed_dim=6, max_tokens=10).identity},
+        "image": {"identity": PixelVAE().identity},
+        "text": {"identity": HashedWordEncoder(embed_dim=6, max_tokens=10).identity},
     }
 
     def judge(*paths: str, encoders: Any = own, **changes: Any) -> bool | None:

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from ecdit_ds.data.encoders.base import PixelCodec, WordEncoder
+from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
-from ecdit_ds.data.encoders.spec import image_facts, open_image_encoder, open_text_encoder, text_facts
-from ecdit_ds.data.latents.columns import LatentSums
+from ecdit_ds.data.encoders.spec import image_encoder_spec, open_image_encoder, open_text_encoder, text_encoder_spec
+from ecdit_ds.data.latents.columns import LatentStats
 from ecdit_ds.data.latents.dataset import LatentDataset
 from ecdit_ds.data.precompute import job as corpus
-from ecdit_ds.data.precompute.job import Job, encode_corpus
-from ecdit_ds.data.precompute.unit import MAX_NAMES, Encoding, UnitRecord, _Output, read_record
+from ecdit_ds.data.precompute.job import PrecomputeJob, encode_corpus
+from ecdit_ds.data.precompute.unit import MAX_NAMES, EncodeSettings, UnitRecord, _Output, read_record
 from ecdit_ds.data.sources.bad_sample import BadSample
 from ecdit_ds.data.sources.base import Columns
 from ecdit_ds.data.sources.images import decode_image, fit_image, to_tensor
@@ -38,7 +38,7 @@ from tests.helpers.photographs import crops, encoded, huge_png, photographs
 from tests.helpers.tiny_encoders import save_clip_text, save_t5, save_vae
 
 Refusal = Callable[[Callable[[], object]], str]
-MakeJob = Callable[..., Job]
+MakeJob = Callable[..., PrecomputeJob]
 COUNT = 17
 FORK = multiprocessing.get_context("fork")
 
@@ -57,15 +57,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(pictures: Path, tmp_path: Path) -> MakeJob:
     """Return `make_job(**changes)`: a job with embedded encoders and units of four samples."""
 
-    def make(source: Path | str = pictures, *, sizes: Any = ((16, 16),), dtype: str = "float32", **changes: Any) -> Job:
-        image, text = PixelCodec(), WordEncoder(embed_dim=6, max_tokens=8)
-        encoding = Encoding(image_encoder=image, text_encoder=text, sizes=sizes, dtype=dtype, batch_size=3, threads=1)
-        job = Job(
+    def make(
+        source: Path | str = pictures, *, sizes: Any = ((16, 16),), dtype: str = "float32", **changes: Any
+    ) -> PrecomputeJob:
+        image, text = PixelVAE(), HashedWordEncoder(embed_dim=6, max_tokens=8)
+        encoding = EncodeSettings(
+            image_encoder=image, text_encoder=text, sizes=sizes, dtype=dtype, batch_size=3, threads=1
+        )
+        job = PrecomputeJob(
             source=open_source(str(source), unit_samples=4),
             destination=tmp_path / "set",
             encoding=encoding,
-            image_facts=image_facts(image),
-            text_facts=text_facts(text),
+            image_facts=image_encoder_spec(image),
+            text_facts=text_encoder_spec(text),
             settings={},
         )
         return replace(job, **changes)
@@ -88,7 +92,7 @@ def test_a_set_holds_the_pictures_in_order(make_job: MakeJob, pictures: Path) ->
     assert batch.captions == tuple(f"part {i} of a photograph" for i in (16, 0, 5, 0))
     images = [decode_image((pictures / f"{i:02}.jpg").read_bytes(), "") for i in (16, 0, 5, 0)]
     pixels = to_tensor([fit_image(image, (16, 16)) for image in images if not hasattr(image, "cause")])
-    assert torch.equal(batch.latents_BCHW, PixelCodec().encode(pixels))
+    assert torch.equal(batch.latents_BCHW, PixelVAE().encode(pixels))
     every = dataset.gather(np.arange(COUNT), np.arange(COUNT)).latents_BCHW.double()
     assert dataset.index.latents_mean == pytest.approx(every.mean(dim=(0, 2, 3)).tolist())
     assert dataset.index.latents_std == pytest.approx(every.std(dim=(0, 2, 3), correction=0).tolist())
@@ -144,10 +148,12 @@ def test_pictures_keep_their_proportions_in_buckets(make_job: MakeJob, tmp_path:
 def test_real_encoders_go_through_and_the_pictures_come_back(make_job: MakeJob, tmp_path: Path) -> None:
     vae, names = save_vae(tmp_path / "vae"), [str(save_t5(tmp_path / "t5")), str(save_clip_text(tmp_path / "clip"))]
     image, text = load_image_encoder(str(vae)), load_text_encoder(names, max_tokens=40)
-    encoding = Encoding(
+    encoding = EncodeSettings(
         image_encoder=image, text_encoder=text, sizes=((24, 32),), dtype="float32", batch_size=3, threads=1
     )
-    job = make_job(encoding=encoding, image_facts=image_facts(image, str(vae)), text_facts=text_facts(text, names))
+    job = make_job(
+        encoding=encoding, image_facts=image_encoder_spec(image, str(vae)), text_facts=text_encoder_spec(text, names)
+    )
     encode_corpus(job)
     dataset = LatentDataset(job.destination)
     assert dataset.index.buckets == ((5, 6, 8),)
@@ -168,7 +174,7 @@ def test_real_encoders_go_through_and_the_pictures_come_back(make_job: MakeJob, 
 
 def test_an_encoder_that_is_another_one_is_refused(make_job: MakeJob, tmp_path: Path, refusal_of: Refusal) -> None:
     vae, other = save_vae(tmp_path / "vae"), save_vae(tmp_path / "other", seed=1)
-    facts = image_facts(load_image_encoder(str(vae)), str(vae))
+    facts = image_encoder_spec(load_image_encoder(str(vae)), str(vae))
     assert open_image_encoder(facts).downsampling == 4
     assert "encoded with AutoencoderKL-" in refusal_of(lambda: open_image_encoder(facts, name=str(other)))
     assert "does not say how" in refusal_of(lambda: open_text_encoder({"identity": "x"}))
@@ -282,7 +288,7 @@ def test_a_report_counts_all_that_is_bad_and_names_the_first_of_each_cause() -> 
         unit=0,
         shards=(),
         latents_shapes={},
-        sums=LatentSums(),
+        sums=LatentStats(),
         bad_counts={"no image": 30, "no caption": 1},
         bad_names={"no image": [str(i) for i in range(15)], "no caption": ["x"]},
         converted={"grey": 2},
@@ -319,7 +325,7 @@ def test_half_a_set_that_was_decoded_otherwise_is_not_gone_on_with(
     assert encode_corpus(make_job()) is not None, "a whole set stays what it is"
 
 
-class _Overflowing(PixelCodec):
+class _Overflowing(PixelVAE):
     """An encoder that gives infinity for the brightest of each batch."""
 
     def encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -404,7 +410,7 @@ def test_a_tar_that_gives_too_few_samples_is_refused_with_the_way_out(
     assert told in refusal_of(lambda: encode_corpus(replace(make_job(), source=source)))
 
 
-def killed_at(job: Job, fatal: int) -> int:
+def killed_at(job: PrecomputeJob, fatal: int) -> int:
     """Encode in a process that ends without ceremony at its moment number `fatal`; return its exit code."""
     moments = iter(range(10_000))
 
@@ -494,7 +500,7 @@ def test_a_task_that_is_slower_than_the_others_finds_the_set(make_job: MakeJob) 
         job = make_job()
         raced: list[object] = []
 
-        def race(name: str, late: str = late, job: Job = job, raced: list[object] = raced) -> None:
+        def race(name: str, late: str = late, job: PrecomputeJob = job, raced: list[object] = raced) -> None:
             if name == late and not raced:
                 raced.append(None)
                 encode_corpus(job)
@@ -572,8 +578,8 @@ def test_what_shapes_a_set_is_the_same_for_all_of_it(
 ) -> None:
     job = make_job()
     changed = {
-        "image_encoder": replace(job, image_facts=image_facts(PixelCodec(shift_factor=0.5))),
-        "text_encoder": replace(job, text_facts=text_facts(WordEncoder(embed_dim=6, max_tokens=9))),
+        "image_encoder": replace(job, image_facts=image_encoder_spec(PixelVAE(shift_factor=0.5))),
+        "text_encoder": replace(job, text_facts=text_encoder_spec(HashedWordEncoder(embed_dim=6, max_tokens=9))),
         "batch_size": replace(job, encoding=replace(job.encoding, batch_size=4)),
         "has_text": replace(job, encoding=replace(job.encoding, has_text=False)),
         "image_column": replace(job, settings={"image_column": "other"}),

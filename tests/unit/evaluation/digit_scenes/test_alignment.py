@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ecdit_ds.data.digit_scenes.scenes import Scene
 from ecdit_ds.evaluation.digit_scenes.alignment import drawn_alignment
-from ecdit_ds.evaluation.digit_scenes.score import Alignment, heldout_prompts, other_claims, score_alignment
-from ecdit_ds.model.sharding import Share
+from ecdit_ds.evaluation.digit_scenes.score import SceneAlignment, heldout_prompts, mismatched_specs, score_alignment
+from ecdit_ds.model.sharding import ShardIndex
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_pictures_are_drawn_by_their_numbers_and_counted_once_on_any_ranks(
 ) -> None:
     # The model draws the first four right, and of the others what another caption asks for.
     drawn = np.stack([scenes[i if i < 4 else 10 - i].image_HWC for i in range(len(scenes))])
-    others = other_claims([scene.claim for scene in scenes])
+    others = mismatched_specs([scene.claim for scene in scenes])
     whole = score_alignment(drawn, scenes, others)
     sums: Tensor | None = None
     seen: list[list[int]] = []
@@ -46,8 +46,8 @@ def test_pictures_are_drawn_by_their_numbers_and_counted_once_on_any_ranks(
 
     for rank in range(num_ranks):
         seen.append([])
-        share = Share(index=rank, count=num_ranks)
-        alignment: Alignment = drawn_alignment(draw, scenes, batch_size=batch_size, dp=share, total=total)
+        share = ShardIndex(index=rank, count=num_ranks)
+        alignment: SceneAlignment = drawn_alignment(draw, scenes, batch_size=batch_size, dp=share, total=total)
     assert alignment == whole
     assert 0.0 < whole.model.overall < whole.ceiling.overall
     assert len({len(of_rank) for of_rank in seen}) == 1, "all ranks draw together"

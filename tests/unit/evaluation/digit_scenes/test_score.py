@@ -12,21 +12,21 @@ import pytest
 from ecdit_ds.data.digit_scenes.scenes import (
     KINDS,
     PALETTE,
-    Claim,
     Scene,
+    SceneSpec,
     digit_images,
     draw_scene,
-    enlargement,
     is_held_out,
     parse_caption,
     possible_claims,
+    upsampling_matrix,
 )
-from ecdit_ds.evaluation.digit_scenes.checker import check_scene, check_scenes, judge, relations_of
+from ecdit_ds.evaluation.digit_scenes.checker import check_scene, check_scenes, judge_scene, scene_relations
 from ecdit_ds.evaluation.digit_scenes.detector import FoundObject, find_objects
 from ecdit_ds.evaluation.digit_scenes.score import (
     alignment_of,
     heldout_prompts,
-    other_claims,
+    mismatched_specs,
     score_alignment,
     score_scenes,
     scores_of,
@@ -42,7 +42,7 @@ def canvas(*things: Thing, height: int = 16, width: int = 16, scale: int = 1, gl
     images = digit_images("heldout")
     image_HWC = np.zeros((height, width, 3), dtype=np.uint8)
     for colour, digit, top, left in things:
-        ink_HW = enlargement(scale) @ images.ink_NHW[images.digit_N == digit][glyph] @ enlargement(scale).T
+        ink_HW = upsampling_matrix(scale) @ images.ink_NHW[images.digit_N == digit][glyph] @ upsampling_matrix(scale).T
         box = (slice(top, top + 8 * scale), slice(left, left + 8 * scale))
         image_HWC[box] = np.maximum(image_HWC[box], np.rint(ink_HW[:, :, None] * PALETTE[colour]).astype(np.uint8))
     return image_HWC
@@ -163,18 +163,18 @@ def test_both_relations_of_a_diagonal_hold_and_of_a_knights_move_the_longer_one(
     def at(row: int, column: int) -> FoundObject:
         return FoundObject(digit=1, colour="red", top=8 * row, left=8 * column, side=8)
 
-    assert relations_of(at(0, 0), at(1, 1)) == {"above", "to the left of"}
-    assert relations_of(at(1, 0), at(0, 1)) == {"below", "to the left of"}
+    assert scene_relations(at(0, 0), at(1, 1)) == {"above", "to the left of"}
+    assert scene_relations(at(1, 0), at(0, 1)) == {"below", "to the left of"}
     # (16 - 1.6) / 17.9 = 0.80 down, and (8 - 1.6) / 17.9 = 0.36 across, which is less than a half
-    assert relations_of(at(2, 1), at(0, 0)) == {"below"}
-    assert relations_of(at(0, 2), at(1, 0)) == {"to the right of"}
-    assert relations_of(at(1, 1), at(1, 1)) == set()
+    assert scene_relations(at(2, 1), at(0, 0)) == {"below"}
+    assert scene_relations(at(0, 2), at(1, 0)) == {"to the right of"}
+    assert scene_relations(at(1, 1), at(1, 1)) == set()
 
 
 def test_centres_a_fifth_of_a_side_apart_are_level() -> None:
     here = FoundObject(digit=1, colour="red", top=0, left=0, side=10)
     for left, expected in ((3, set()), (4, set()), (5, {"to the left of"})):  # (left - 2) / left > 0.5
-        assert relations_of(here, FoundObject(digit=1, colour="red", top=0, left=left, side=10)) == expected
+        assert scene_relations(here, FoundObject(digit=1, colour="red", top=0, left=left, side=10)) == expected
 
 
 def test_things_of_two_sizes_stand_where_their_middles_are_and_both_sizes_count() -> None:
@@ -182,9 +182,9 @@ def test_things_of_two_sizes_stand_where_their_middles_are_and_both_sizes_count(
         return FoundObject(digit=1, colour="red", top=middle - side // 2, left=middle - side // 2, side=side)
 
     # 8 across is less than 0.1 x (8 + 16) and half of the whole way, 2.4 + 5.7; 10 is more than 2.4 + 7.1.
-    assert relations_of(square(8, 0), square(16, 8)) == relations_of(square(16, 0), square(8, 8)) == set()
-    assert relations_of(square(8, 0), square(16, 10)) == {"above", "to the left of"}
-    assert relations_of(square(16, 10), square(8, 0)) == {"below", "to the right of"}
+    assert scene_relations(square(8, 0), square(16, 8)) == scene_relations(square(16, 0), square(8, 8)) == set()
+    assert scene_relations(square(8, 0), square(16, 10)) == {"above", "to the left of"}
+    assert scene_relations(square(16, 10), square(8, 0)) == {"below", "to the right of"}
 
 
 def test_a_picture_is_exact_if_it_shows_nothing_that_the_caption_does_not_name() -> None:
@@ -318,7 +318,7 @@ def test_a_picture_is_judged_alike_in_any_company(prompts: list[Scene]) -> None:
 
 
 def test_scores_of_parts_add_up_to_those_of_the_whole(prompts: list[Scene]) -> None:
-    others = other_claims([scene.claim for scene in prompts])
+    others = mismatched_specs([scene.claim for scene in prompts])
     images = np.roll(pictures(prompts), 10, axis=0)
     whole = score_alignment(images, prompts, others)
     parts = [score_alignment(images[rank::3], prompts[rank::3], others[rank::3]) for rank in range(3)]
@@ -360,7 +360,7 @@ def test_a_kind_counts_as_much_as_another_however_many_pictures_it_has() -> None
 
 def test_verdicts_and_summaries_are_plain_data(prompts: list[Scene]) -> None:
     some = prompts[::25]
-    alignment = score_alignment(pictures(some), some, other_claims([scene.claim for scene in some]))
+    alignment = score_alignment(pictures(some), some, mismatched_specs([scene.claim for scene in some]))
     assert json.loads(json.dumps(alignment.summary())) == alignment.summary()
     verdict = check_scene(some[0].image_HWC, some[0].claim)
     assert json.loads(json.dumps(asdict(verdict)))["found"][0]["digit"] == some[0].objects[0].digit
@@ -378,7 +378,7 @@ def test_chance_is_what_probability_says() -> None:
         one, three = ("red", "blue") if i % 2 else (names[rng.integers(6)], names[rng.integers(6)])
         image_HWC = canvas((one, 1, 0, 0), (three, 3, 0, 8), glyph=int(rng.integers(20)))
         scenes.append(Scene(image_HWC=image_HWC, claim=coloured if i % 2 else plain, objects=()))
-    alignment = score_alignment(pictures(scenes), scenes, other_claims([scene.claim for scene in scenes]))
+    alignment = score_alignment(pictures(scenes), scenes, mismatched_specs([scene.claim for scene in scenes]))
     assert alignment.model.overall > 0.95
     assert alignment.model == alignment.ceiling
     # The standard deviation of the part that varies is sqrt(72 / 36) / 144 = 0.01.
@@ -386,9 +386,9 @@ def test_chance_is_what_probability_says() -> None:
 
 
 def test_pictures_of_other_captions_score_by_chance_alone(prompts: list[Scene]) -> None:
-    others = other_claims([scene.claim for scene in prompts])
+    others = mismatched_specs([scene.claim for scene in prompts])
     truth = sum(
-        judge(other, tuple(_as_found(scene))).is_correct for scene, other in zip(prompts, others, strict=True)
+        judge_scene(other, tuple(_as_found(scene))).is_correct for scene, other in zip(prompts, others, strict=True)
     ) / len(prompts)
     alignment = score_alignment(pictures(prompts), prompts, others)
     assert alignment.chance.overall == pytest.approx(truth, abs=0.02)
@@ -403,17 +403,17 @@ def _as_found(scene: Scene) -> list[FoundObject]:
 
 def test_other_claims_are_of_the_same_kind_and_never_mean_the_same(prompts: list[Scene]) -> None:
     claims = [scene.claim for scene in prompts]
-    for claim, other in zip(claims, other_claims(claims), strict=True):
+    for claim, other in zip(claims, mismatched_specs(claims), strict=True):
         assert other.kind == claim.kind
         assert other.meaning != claim.meaning
     said = [parse_caption(caption) for caption in ("a two", "a six and a two", "a two", "a two and a six", "a one")]
-    assert [claim.caption for claim in other_claims(said)][::2] == ["a one", "a one", "a two"]
-    assert {claim.kind for claim in other_claims(said)[1::2]} == {"two"}
+    assert [claim.caption for claim in mismatched_specs(said)][::2] == ["a one", "a one", "a two"]
+    assert {claim.kind for claim in mismatched_specs(said)[1::2]} == {"two"}
 
 
 def test_the_other_claim_is_the_next_of_the_kind_that_means_something_else() -> None:
     said = ["a one", "a one and a two", "a two", "a two", "a two and a one", "a seven", "a six and a two"]
-    others = [claim.caption for claim in other_claims([parse_caption(caption) for caption in said])]
+    others = [claim.caption for claim in mismatched_specs([parse_caption(caption) for caption in said])]
     two_and = "a six and a two"
     assert others == ["a two", two_and, "a seven", "a seven", two_and, "a one", "a one and a two"]
 
@@ -422,7 +422,9 @@ def test_heldout_prompts_are_the_first_of_each_kind_and_distinct_where_that_can_
     assert [scene.kind for scene in prompts] == [kind for kind in KINDS for _ in range(25)]
     assert all(is_held_out(scene.claim) for scene in prompts)
     fewer = heldout_prompts(seed=0, canvas_height=24, canvas_width=24, per_kind=5)
-    by_kind: dict[str, list[Claim]] = {kind: [scene.claim for scene in prompts if scene.kind == kind] for kind in KINDS}
+    by_kind: dict[str, list[SceneSpec]] = {
+        kind: [scene.claim for scene in prompts if scene.kind == kind] for kind in KINDS
+    }
     for kind in ("position", "attribution"):
         assert len({claim.caption for claim in by_kind[kind]}) == 25
         assert [scene.claim for scene in fewer if scene.kind == kind] == by_kind[kind][:5]

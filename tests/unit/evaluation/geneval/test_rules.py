@@ -10,10 +10,10 @@ from ecdit_ds.evaluation.geneval.rules import (
     DetectedObject,
     GenevalPrompt,
     GenevalRules,
+    GenEvalVerdict,
     JudgedPicture,
     Requirement,
-    Verdict,
-    judge,
+    judge_geneval,
     objects_in_view,
     relations_of,
     summarize,
@@ -44,9 +44,9 @@ def no_colours(_objects: Sequence[DetectedObject]) -> list[str]:
     raise AssertionError("asked for a colour")
 
 
-def verdict_on(prompt: GenevalPrompt, *objects: DetectedObject, rules: GenevalRules = PUBLISHED) -> Verdict:
+def verdict_on(prompt: GenevalPrompt, *objects: DetectedObject, rules: GenevalRules = PUBLISHED) -> GenEvalVerdict:
     """Judge where colours play no part."""
-    return judge(objects, no_colours, prompt, rules)
+    return judge_geneval(objects, no_colours, prompt, rules)
 
 
 THREE_CATS = prompt_of("counting", one("cat", 3), exclude=(one("cat", 4),))
@@ -55,8 +55,8 @@ CAT_LEFT_OF_DOG = prompt_of("position", one("dog"), one("cat", position=("left o
 
 def test_a_single_object_must_be_there() -> None:
     prompt = prompt_of("single_object", one("cat"))
-    assert verdict_on(prompt, seen("cat", 0.31), seen("dog")) == Verdict(is_correct=True, reason="")
-    assert verdict_on(prompt, seen("dog")) == Verdict(is_correct=False, reason="expected cat>=1, found 0")
+    assert verdict_on(prompt, seen("cat", 0.31), seen("dog")) == GenEvalVerdict(is_correct=True, reason="")
+    assert verdict_on(prompt, seen("dog")) == GenEvalVerdict(is_correct=False, reason="expected cat>=1, found 0")
     assert not verdict_on(prompt).is_correct
 
 
@@ -135,10 +135,10 @@ def test_a_dropped_box_does_not_drop_others() -> None:
 
 def test_a_colour_is_asked_for_and_must_be_right() -> None:
     prompt = prompt_of("colors", one("cat", colour="red"))
-    assert judge([seen("cat")], lambda objects: ["red"], prompt).is_correct
-    wrong = judge([seen("cat")], lambda objects: ["blue"], prompt)
+    assert judge_geneval([seen("cat")], lambda objects: ["red"], prompt).is_correct
+    wrong = judge_geneval([seen("cat")], lambda objects: ["blue"], prompt)
     assert wrong.reason == "expected red cat>=1, found 0; and 1 blue"
-    assert judge([seen("dog")], no_colours, prompt).reason == "expected cat>=1, found 0"
+    assert judge_geneval([seen("dog")], no_colours, prompt).reason == "expected cat>=1, found 0"
 
 
 def test_only_the_surest_object_is_asked_for_its_colour() -> None:
@@ -149,26 +149,26 @@ def test_only_the_surest_object_is_asked_for_its_colour() -> None:
     def colours(objects: Sequence[DetectedObject]) -> list[str]:
         return [colour_of[found] for found in objects]
 
-    assert not judge([red, blue], colours, prompt).is_correct
+    assert not judge_geneval([red, blue], colours, prompt).is_correct
     surer = seen("cat", 0.9, red.box)
     colour_of[surer] = "red"
-    assert judge([blue, surer], colours, prompt).is_correct
+    assert judge_geneval([blue, surer], colours, prompt).is_correct
 
 
 def test_as_many_as_asked_for_must_have_the_colour() -> None:
     prompt = prompt_of("colors", one("cat", 2, colour="red"))
     cats = [seen("cat", 0.9), seen("cat", 0.8), seen("cat", 0.7)]
-    assert judge(cats, lambda objects: ["red"] * len(objects), prompt).is_correct
-    found = judge(cats, lambda objects: ["red", "white"], prompt)
+    assert judge_geneval(cats, lambda objects: ["red"] * len(objects), prompt).is_correct
+    found = judge_geneval(cats, lambda objects: ["red", "white"], prompt)
     assert found.reason == "expected red cat>=2, found 1; and 1 red, 1 white"
 
 
 def test_colours_belong_to_their_objects() -> None:
     prompt = prompt_of("color_attr", one("cat", colour="red"), one("dog", colour="blue"))
 
-    def as_told(cat: str, dog: str) -> Verdict:
+    def as_told(cat: str, dog: str) -> GenEvalVerdict:
         told = {"cat": cat, "dog": dog}
-        return judge([seen("dog"), seen("cat")], lambda objects: [told[x.class_name] for x in objects], prompt)
+        return judge_geneval([seen("dog"), seen("cat")], lambda objects: [told[x.class_name] for x in objects], prompt)
 
     assert as_told("red", "blue").is_correct
     assert (
@@ -247,8 +247,8 @@ def test_only_the_surest_pair_has_a_position() -> None:
 def test_an_object_of_the_wrong_colour_is_no_target() -> None:
     prompt = prompt_of("position", one("dog", colour="red"), one("cat", position=("left of", 0)))
     placed = [seen("cat", box=(0, 50, 10, 60)), seen("dog", box=(50, 50, 60, 60))]
-    assert judge(placed, lambda objects: ["red"], prompt).is_correct
-    wrong = judge(placed, lambda objects: ["blue"], prompt)
+    assert judge_geneval(placed, lambda objects: ["red"], prompt).is_correct
+    wrong = judge_geneval(placed, lambda objects: ["blue"], prompt)
     assert wrong.reason == "expected red dog>=1, found 0; and 1 blue; no target for cat to be left of"
 
 
@@ -262,7 +262,7 @@ def test_every_pair_of_those_asked_for_must_be_placed_right() -> None:
 
 def judged(prompt: GenevalPrompt, *outcomes: bool) -> list[JudgedPicture]:
     """Return pictures of one prompt."""
-    return [JudgedPicture(prompt=prompt, verdict=Verdict(is_correct=right, reason="")) for right in outcomes]
+    return [JudgedPicture(prompt=prompt, verdict=GenEvalVerdict(is_correct=right, reason="")) for right in outcomes]
 
 
 def test_a_summary_is_that_of_counting_by_hand() -> None:

@@ -460,3 +460,22 @@ def test_no_code_is_kept_from_the_formatter() -> None:
     assert len(paths) > 300
     kept = [str(path) for path in paths for word in ("skip", "off") if f"{mark}{word}" in path.read_text("utf-8")]
     assert kept == []
+
+
+ENTRY_POINTS = {"main", "parse_arguments"}
+
+
+def repeated_names(sources: list[Source]) -> dict[str, list[str]]:
+    """Return public classes and functions that several modules define, with the modules."""
+    homes: dict[str, list[str]] = {}
+    for source in sources:
+        for node in source.tree.body:
+            if isinstance(node, Definition) and not node.name.startswith("_") and node.name not in ENTRY_POINTS:
+                homes.setdefault(node.name, []).append(source.name)
+    return {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
+def test_a_public_name_means_one_thing_in_the_package(sources: list[Source]) -> None:
+    assert repeated_names(sources) == {}
+    twins = [Source(name=name, text="class Job:\n    pass\ndef main(): pass") for name in ("slurm.a", "data.b")]
+    assert repeated_names(twins) == {"Job": ["slurm.a", "data.b"]}

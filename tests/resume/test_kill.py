@@ -110,7 +110,9 @@ def test_a_signal_of_which_launchers_die_still_lets_ranks_save(
     # Of a signal to all, launchers die too, and a rank may notice that first.
     reason = f"({number.name}|the launcher died)" if is_to_all else "the launcher died"
     cause = rf"{reason} on (all ranks|rank [01])(; {reason} on rank 1)?"
-    assert re.search(rf"end: checkpointed \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text)
+    assert re.search(
+        rf"end: checkpointed \| cause: {cause} \| rank 0 \| step {step} \| last valid .*: {newest}\n", text
+    )
     text = train_many(tmp_path, [(RANKS, arguments(output, cache, *SMALL))])
     assert f"at step {step}" in text
     assert digest(output, STEPS) == digest(uninterrupted, STEPS)

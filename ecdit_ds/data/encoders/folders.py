@@ -91,7 +91,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_encoder_config(path: Path) -> dict[str, Any]:
     """Return what an encoder says of itself; nothing, where that is no mapping.
 
     Raises:

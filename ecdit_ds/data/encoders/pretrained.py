@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ecdit_ds.data.encoders.base import TextEmbeddings
-from ecdit_ds.data.encoders.folders import commit_of, fingerprint, folder_of, read_config
+from ecdit_ds.data.encoders.folders import commit_of, fingerprint, folder_of, read_encoder_config
 from ecdit_ds.data.encoders.stored_weights import (
     DIFFUSERS,
     LOCAL,
@@ -202,7 +202,7 @@ def load_image_encoder(
         DataError: it is not here, of another kind, damaged, or has weights that are pickled, quantised or left over.
     """
     folder = folder_of(name, "image encoder", may_fetch, revision)
-    config = read_config(folder / "config.json")
+    config = read_encoder_config(folder / "config.json")
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"image encoder {folder}: is a {kind}, but only AutoencoderKL is known; name its folder")

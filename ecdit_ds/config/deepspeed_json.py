@@ -29,6 +29,8 @@ _FIXED_KEYS: dict[str, tuple[Any, str]] = {
     ),
 }
 """Keys that nothing here depends on, the value that says so, and why; any other value promises what does not come."""
+PROFILE_NAME = "flops_profile.txt"
+"""The one file that DeepSpeed writes by a name of its JSON, in the run's folder: nobody's file chooses another."""
 _PROFILER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "enabled": (lambda value: type(value) is bool, "true or false"),
     "profile_step": (lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
@@ -36,7 +38,10 @@ _PROFILER: dict[str, tuple[Callable[[Any], bool], str]] = {
     "module_depth": (lambda value: type(value) is int and value >= -1, "a whole number from 0 on, or -1 for all"),
     "top_modules": (lambda value: type(value) is int and value >= 1, "a positive whole number"),
     "detailed": (lambda value: type(value) is bool, "true or false"),
-    "output_file": (lambda value: value is None or (isinstance(value, str) and value != ""), "a path, or null"),
+    "output_file": (
+        lambda value: value in (None, PROFILE_NAME),
+        f"null or {PROFILE_NAME}, which is written in --output",
+    ),
 }
 """Keys of flops_profiler, which values each takes, and those in words."""
 _KEYS = frozenset({*_FACTS, *_FIXED_KEYS, "bf16", "zero_optimization", "wall_clock_breakdown", "flops_profiler"})
@@ -70,6 +75,14 @@ _MOST_IN_BUCKET = 2**31 - 1
 """Buckets are made as large as they are asked for."""
 _ALIGNMENT = {"allgather_bucket_size": 2}
 """What DeepSpeed 0.19.8 asks sizes to be multiples of."""
+
+
+def with_profile_in(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the profile's file in a run's folder."""
+    profiler = config.get("flops_profiler", {})
+    if not profiler.get("output_file"):
+        return config
+    return config | {"flops_profiler": profiler | {"output_file": str(folder / PROFILE_NAME)}}
 
 
 def load_deepspeed_config(path: Path, recipe: Recipe, dp_size: int) -> dict[str, Any]:
@@ -144,8 +157,6 @@ def _check_profiler(path: Path, profiler: Any, max_steps: int) -> None:
             raise ConfigError(f"{key}.{name}: {value!r} is not {wanted}")
     if "enabled" not in profiler:
         raise ConfigError(f'{key}: has no effect without "enabled": true; add it, or delete the section')
-    if profiler.get("output_file") and Path(profiler["output_file"]).is_dir():
-        raise ConfigError(f"{key}.output_file: {profiler['output_file']!r} is a folder; name a file")
     step = profiler.get("profile_step", 1)
     if profiler["enabled"] and step >= max_steps:
         raise ConfigError(

@@ -25,7 +25,7 @@ _MOST_BASES = 8
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS = {
     _INT: re.compile(r"[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+"),
-    _FLOAT: re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    _FLOAT: re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
 }
 _MOST_DIGITS = 40
 _MOST_DEPTH = 32
@@ -159,9 +159,16 @@ def parse_yaml(text: str) -> Any:
 
 
 def _refuse_depth(text: str) -> None:
-    """Refuse sections within sections within ...: libyaml's loader takes a stack for each, and the process ends."""
-    depth = 0
+    """Refuse sections within sections within ..., for each of which libyaml takes a stack, until the process ends.
+
+    And sections that stand for others, which take no room in a file and, merged with a base's, all there is in memory.
+    """
+    depth, sections = 0, set[str]()
     for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.MappingStartEvent) and event.anchor:
+            sections.add(event.anchor)
+        if isinstance(event, yaml.AliasEvent) and event.anchor in sections:
+            raise yaml.YAMLError(f"*{event.anchor} repeats a section; write it out")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MOST_DEPTH:
             raise yaml.YAMLError(f"more than {_MOST_DEPTH} sections within each other")

@@ -26,6 +26,7 @@ from typing import IO
 from ecdit_ds.checkpoint.lease import LEASE_NAME, is_successor
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME, list_checkpoints, misnamed_checkpoints
 from ecdit_ds.checkpoint.retention import remove_incomplete_saves
+from ecdit_ds.config.deepspeed_json import PROFILE_NAME
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import dump_recipe, parse_yaml
 from ecdit_ds.errors import CheckpointError, ConfigError, escape_unprintable
@@ -274,6 +275,7 @@ class RunDir:
         try:
             replace_durably(self.recipe, dump_recipe(recipe).encode("utf-8"))
             remove_incomplete_saves(self.checkpoints)
+            (self.path / PROFILE_NAME).unlink(missing_ok=True)  # DeepSpeed would write through a link
             for log, lines in kept.items():
                 replace_durably(log, "".join(lines).encode("utf-8"))
         except OSError as error:

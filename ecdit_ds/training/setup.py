@@ -14,6 +14,7 @@ import torch
 from ecdit_ds.checkpoint.lease import Lease, attempt_name, claim
 from ecdit_ds.checkpoint.reader import Reader
 from ecdit_ds.checkpoint.retention import quarantine
+from ecdit_ds.config.deepspeed_json import with_profile_in
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.from_recipe import check_encodable, describe_encoders, encoders_of, runs_encoders
 from ecdit_ds.data.encoders.online import OnlineEncoders, online_encoders
@@ -63,7 +64,7 @@ def run(
     stop: StopSignal,
     status: RunStatus,
 ) -> ExitCode:
-    """Build everything and train; every rank calls this. return DONE, or CHECKPOINTED after a stop.
+    """Build everything and train; every rank calls this. Return DONE, or CHECKPOINTED after a stop.
 
     Args:
         resume: `auto`, `never`, or the path of a checkpoint or run.
@@ -93,7 +94,7 @@ def run(
         described = world.run_on_all(lambda: describe_encoders(recipe, mixture.null_text, device if encoders else None))
         grid = init_process_groups(topology, recipe.parallel.dispatch_chunks)
         model = build_model(recipe, grid.layers, device)
-        engine = DeepSpeedEngine(model, recipe.optimizer, deepspeed_config, grid)
+        engine = DeepSpeedEngine(model, recipe.optimizer, with_profile_in(folder.path, deepspeed_config), grid)
         progress, resumed_from = _restore(
             candidates, folder.checkpoints, engine, recipe, world, partial(_check_same, recipe, data, described)
         )

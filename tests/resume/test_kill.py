@@ -213,8 +213,8 @@ def test_a_port_that_is_taken_is_one_line(cache: Path, tmp_path: Path) -> None:
         environment = os.environ | {
             "RANK": "0",
             "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_SIZE": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(taken.getsockname()[1]),
         }

@@ -407,3 +407,19 @@ def test_a_base_that_is_no_ground_is_refused(
     for name, base in files.items():
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}\n")
     assert said in refusal_of(lambda: load_recipe(str(tmp_path / "a.yaml")))
+
+
+@pytest.mark.parametrize("end", ["x", ".x", "e", ".5."])
+@pytest.mark.parametrize("digits", ["1", "1_", "+1"])
+def test_a_text_that_begins_as_a_long_number_does_is_read_before_the_suite_times_out(digits: str, end: str) -> None:
+    text = digits * 150_000 + end
+    assert parse_yaml(text) == text
+
+
+@pytest.mark.parametrize("start", ["train: &a {b: *a}", "a: &a {x: 1}\nb: {y: *a, z: *a}"])
+def test_a_section_that_stands_for_another_is_refused(start: str, tmp_path: Path, refusal_of: RefusalOf) -> None:
+    (tmp_path / "below.yaml").write_text(start)
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: below.yaml\n{start}")
+    assert "*a repeats a section; write it out" in refusal_of(lambda: load_recipe(str(path)))
+    assert parse_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}

@@ -9,11 +9,13 @@ This is the one module that may call `torch.load` and `torch.save`.
 import io
 import math
 import os
+import pickletools
 import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -170,6 +172,7 @@ class TorchFile(RangedFile):
 
     def _load(self) -> Any:
         """Return the content with tensors that have no data."""
+        self._refuse_buffers()
         stand_ins: list[Any] = [(stand_in, name) for name, stand_in in self._stand_ins.items()]
         try:
             with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
@@ -183,6 +186,22 @@ class TorchFile(RangedFile):
                     "of it was run, use a file that holds data only"
                 ) from None
             raise self._damaged(f"PyTorch cannot read it as plain data ({_one_line(error)})") from None
+
+    def _refuse_buffers(self) -> None:
+        """Refuse `bytearray(N)`, the one call that `weights_only` allows a pickle and whose memory no byte pays for."""
+        for name, (info, begin) in self._records.items():
+            if not name.endswith(".pkl"):
+                continue
+            program = bytearray(info.file_size)
+            with self._open() as file:
+                self._read_exactly(file, memoryview(program), begin)
+            with suppress(ValueError):  # damaged, which PyTorch tells
+                for _, argument, _ in pickletools.genops(bytes(program)):
+                    if isinstance(argument, str) and argument.split()[-1:] == ["bytearray"]:
+                        raise CheckpointError(
+                            f"{self.path}: asks for bytearray, which is neither tensor, number, text nor container; "
+                            "nothing of it was run, use a file that holds data only"
+                        )
 
     def _described(self, value: Any, where: str, seen: dict[int, Any]) -> Any:
         """Return plain content; what is shared is looked at once, so that a small file cannot ask for endless work."""

@@ -41,7 +41,9 @@ _END_BYTES = 2 * _BLOCK
 _COMPRESSED = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 """What files of gzip, bzip2, xz and Zstandard begin with."""
 _LOOKING_THREADS = 16
-_FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError)
+_FAILURES = (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError)
+_MAX_SAMPLE_BYTES = 2 * MAX_FILE_BYTES
+"""What all members of one sample may have, since they are held together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,8 @@ class TarSource:
                 group = _Group(key=key)
             if suffix.lower() in group.parts:
                 yield BadSample(cause="duplicate key", name=f"{unit.name}/{member.name}")
+            elif sum(map(len, group.parts.values())) + len(member.content) > _MAX_SAMPLE_BYTES:
+                yield BadSample(cause="too many bytes", name=f"{unit.name}/{member.name}")
             else:
                 group.parts[suffix.lower()] = member.content
         if group is not None:
@@ -266,14 +270,17 @@ def _walk_from(file: BinaryIO, archive: str, start: int, size: int) -> Generator
     stopped = start
     try:
         with tarfile.TarFile(fileobj=file, mode="r", errorlevel=0) as tar:
-            stopped = tar.offset
+            stopped = max(start, tar.offset)
             for info in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the archive
+                if info.size < 0 or tar.offset < stopped:  # Python's reader would go back, and round for ever
+                    break
                 entry = _read_member(tar, info, archive, size)
                 if entry is not None:
                     yield entry
                 stopped = tar.offset
-            stopped = tar.offset
+            else:
+                stopped = tar.offset
     except _FAILURES:
         pass
     return stopped
@@ -286,7 +293,7 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, archive: str, size
         return BadSample(cause="outside the source", name=name)
     if info.isdir():
         return None
-    if not info.isreg():
+    if not info.isreg() or info.issparse():  # holes take no room in the archive, but all that they say in memory
         return BadSample(cause="no regular file", name=name)
     if info.size > MAX_FILE_BYTES:
         return BadSample(cause="too many bytes", name=name)

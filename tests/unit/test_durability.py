@@ -36,7 +36,7 @@ from tools import convert_ckpt
 PACKAGE = Path(__file__).resolve().parents[2] / "ecdit_ds"
 HOMES = {
     "checkpoint/partial.py": 1, "checkpoint/storage.py": 2, "checkpoint/tending.py": 2, "data/corpus.py": 2,
-    "data/corpus_unit.py": 2, "data/folder.py": 2, "durable.py": 1,
+    "data/corpus_unit.py": 2, "data/shard_writer.py": 2, "durable.py": 1,
 }  # fmt: skip
 """How often a module gives a name by a rename or a link."""
 

@@ -465,8 +465,8 @@ def test_a_rank_of_a_life_that_another_took_over_does_not_end_the_job_for_good(
     def superseded(*_: object) -> None:
         raise StaleAttemptError("a newer attempt took over")
 
-    monkeypatch.setattr(train, "run", superseded)
-    monkeypatch.setattr(train, "share_cores", lambda _: None)
+    monkeypatch.setattr("ecdit_ds.build.run", superseded)
+    monkeypatch.setattr("ecdit_ds.build.share_cores", lambda _: None)
     assert train.main(["--output", str(tmp_path)]) == ExitCode.GAVE_UP
     assert (marked(), ends_told()) == ([], [])
 

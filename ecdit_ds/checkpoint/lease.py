@@ -47,7 +47,7 @@ class Lease:
         """Keep other attempts from claiming for as long as the context lasts.
 
         Raises:
-            StaleAttemptError: one has claimed already.
+            StaleRunError: one has claimed already.
         """
         with _locked(self.folder) as file:
             newest = file.read().strip()
@@ -70,7 +70,7 @@ def claim(folder: Path, attempt: str) -> Lease:
     """Make `attempt` the one that publishes checkpoints of the run in `folder`, which exists.
 
     Raises:
-        StaleAttemptError: a later start of the same job has claimed it.
+        StaleRunError: a later start of the same job has claimed it.
         CheckpointError: the file cannot be written, or an earlier attempt is just publishing and does not end.
     """
     try:

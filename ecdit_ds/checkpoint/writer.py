@@ -130,7 +130,7 @@ class Save:
         Raises:
             CheckpointError: on every peer when any failed (disk full, pieces that do not tile). Nothing is published
                 then, and the temporary folder is removed.
-            StaleAttemptError: a newer attempt of the run has taken over.
+            StaleRunError: a newer attempt of the run has taken over.
         """
         with self._all_or_nothing():
             shard = self._together(self._written)

@@ -32,7 +32,7 @@ def initialize_distributed() -> torch.device:
 
     Raises:
         TopologyError: the port where they meet cannot be used here.
-        LostRankError: the same, but where they meet is for others to mend: another rank, or the next life of a job.
+        RankLostError: the same, but where they meet is for others to mend: another rank, or the next life of a job.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and otherwise said by each of 512 ranks.

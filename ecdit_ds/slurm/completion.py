@@ -119,7 +119,7 @@ class Completion:
             patience_s: for how long; SIGHT_SECONDS by default.
 
         Raises:
-            LostRankError: a rank says nothing or something else.
+            RankLostError: a rank says nothing or something else.
         """
         deadline = time.monotonic() + (SIGHT_SECONDS if patience_s is None else patience_s)
         while fault := self._fault(work()):

@@ -1,4 +1,4 @@
-"""What every rank does before training:  node_check.py [FLAGS] -- ARGUMENTS OF train.py
+"""What every rank does before training:  preflight.py [FLAGS] -- ARGUMENTS OF train.py
 
 All meet, sum over the device that will train, compare what is installed, and write and read back some bytes where
 checkpoints will go. A sick node, a folder that only some nodes see, or a time limit without room for a save is found
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     """Return our own flags with the run's folder, and the recipe that train.py's arguments name."""
-    parser = argparse.ArgumentParser(prog="node_check.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="preflight.py", description=__doc__)
     parser.add_argument("--limit-seconds", type=float, help="the job's time limit; none where it is left out")
     parser.add_argument("--patience-seconds", type=float, default=180.0, help="that ranks wait for one another")
     parser.add_argument("train", nargs=argparse.REMAINDER, help="-- and the arguments of train.py")
@@ -178,7 +178,7 @@ def _meet(patience_s: float) -> World:
     """Join all other ranks.
 
     Raises:
-        LostRankError: they did not all come in time.
+        RankLostError: they did not all come in time.
     """
     if _kind() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -207,7 +207,7 @@ def _sum_up(world: World) -> float:
     """Sum numbers whose sum is known over all ranks; return bytes a second of the second time.
 
     Raises:
-        LostRankError: the sum is wrong.
+        RankLostError: the sum is wrong.
     """
     numbers = torch.full((_SUM_BYTES[_kind()] // 4,), float(world.rank + 1), device=_kind())
     expected = world.size * (world.size + 1) / 2

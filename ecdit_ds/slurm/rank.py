@@ -2,7 +2,7 @@
 
 Becomes `python PROGRAM.py ARGUMENTS...` with the variables that PyTorch and DeepSpeed read. With --hold-signals, a
 SIGTERM or SIGUSR1 that comes before the program listens waits for it instead of killing it: blocked signals outlive the
-change of program, and `stopping.StopRequest` lets them in. FLAGS are `--completion PATH`, how the marks of
+change of program, and `stopping.StopSignal` lets them in. FLAGS are `--completion PATH`, how the marks of
 `completion.py` begin, and `--logs FOLDER`, where the rank writes a log of its own (`rank_logs.py`).
 """
 

@@ -186,8 +186,8 @@ class JobAttempt:
                 self._ledger.pass_check(self._job.life)
         if code == ExitCode.DONE:
             limit_flags = ["--limit-seconds", f"{limit:.0f}"] if limit else []
-            node_check = ["ecdit_ds/slurm/preflight.py", *limit_flags, "--", *self._program[1:]]
-            code = self._run_check([], node_check, NODE_CHECK)
+            preflight = ["ecdit_ds/slurm/preflight.py", *limit_flags, "--", *self._program[1:]]
+            code = self._run_check([], preflight, NODE_CHECK)
         if code:
             log(f"the check before training failed with exit code {code}; no rank was started")
         return code

@@ -112,8 +112,8 @@ class Checkpointer:
         """Publish what is in flight, once every rank has written it; what cannot be published is noted.
 
         Raises:
-            GaveUpError: on every rank, when what was published is not finite.
-            LostRankError: on every rank, when one has not written it within train.save_timeout_minutes.
+            UnrecoverableError: on every rank, when what was published is not finite.
+            RankLostError: on every rank, when one has not written it within train.save_timeout_minutes.
         """
         if self._in_flight is not None:
             with self._noted(self._in_flight.save.step):
@@ -124,7 +124,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: it could not be saved.
-            GaveUpError, LostRankError: as `finish`.
+            UnrecoverableError, RankLostError: as `finish`.
         """
         self.finish()
         self._publish(self._launch(progress, None, read_back=read_back))

@@ -69,7 +69,7 @@ def dry_run(
         output: the run's folder, which need not exist.
         is_named: whether a person named it, and means to train there; only then a lack of room in it, or of data, is an
             error.
-        resume: as `RunFolder.candidates`.
+        resume: as `RunDir.candidates`.
 
     Returns:
         What was found, for people, and whether the same command without --dry-run would train.

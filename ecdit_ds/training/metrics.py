@@ -190,7 +190,7 @@ class BadSamples:
         """Check that few enough were bad.
 
         Raises:
-            GaveUpError: on all ranks alike.
+            UnrecoverableError: on all ranks alike.
         """
         bad, least = sum(self._tally.counts.values()), max(self._read, JUDGED_FROM)
         if bad <= self._max_share * least:

@@ -116,11 +116,11 @@ class Trainer:
         A stop is agreed at a report: all ranks save that step and leave.
 
         Raises:
-            GaveUpError: train.max_skipped_steps steps in a row had a non-finite gradient, weights or what is kept
-                beside them are not finite, the last step's held-out loss is not, or more samples are bad than
+            UnrecoverableError: train.max_skipped_steps steps in a row had a non-finite gradient, weights or what is
+                kept beside them are not finite, the last step's held-out loss is not, or more samples are bad than
                 data.max_bad.
             CheckpointError: the last checkpoint could not be written, or a newer attempt has taken over.
-            LostRankError: a checkpoint was not written in time.
+            RankLostError: a checkpoint was not written in time.
         """
         train = self.recipe.train
         self._given.status.step = progress.step

@@ -16,7 +16,7 @@ from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.inference.text_to_image import TextToImage
 from ecdit_ds.model.ecdit import ECDiT
-from ecdit_ds.model.layers import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.seeding import parameter_generator
 
 
@@ -29,7 +29,7 @@ def save_random_model(
 ) -> Path:
     """Write `root/step_N` with tensors of all `kinds`, which may be an optimizer's too."""
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, SerialLayers()).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in ECDiT(recipe.model, serial_layers()).named_parameters()}
     pieces = [
         TensorShard(name=name, global_shape=shape, box=Box((0,) * len(shape), shape), data=random_values(name, shape))
         for name, shape in ((f"{kind}/{name}", shape) for kind in kinds for name, shape in shapes.items())
@@ -39,8 +39,8 @@ def save_random_model(
 
 
 def random_pipeline(recipe: Recipe, weights: str = "ema") -> TextToImage:
-    """Return what `load_drawer` makes of what `save_random_model` writes, without the disk."""
-    model = ECDiT(recipe.model, SerialLayers()).eval()
+    """Return what `load_generator` makes of what `save_random_model` writes, without the disk."""
+    model = ECDiT(recipe.model, serial_layers()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_values(f"{weights}/{name}", tuple(parameter.shape)))

@@ -54,7 +54,7 @@ def main() -> int:
         (output / "checkpoints" / "step_40" / "manifest.json").touch()
         return ExitCode.CHECKPOINTED
     if code == "0":
-        mark_complete({"dry_run": DRY_RUN, "node_check": NODE_CHECK}.get(what) or training_to(newest_step(output)))
+        mark_complete({"dry_run": DRY_RUN, "preflight": NODE_CHECK}.get(what) or training_to(newest_step(output)))
     return int(code)
 
 

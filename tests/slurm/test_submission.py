@@ -64,7 +64,7 @@ def test_the_production_script_starts_32_ranks_on_4_nodes_of_8_gpus_and_checks_t
     ports = {seen(tmp_path, job, life, "train")[0]["environment"]["MASTER_PORT"] for life in (0, 1)}
     assert len(ports) == 2  # what a port lingers on does not keep the next life from starting
 
-    assert len(seen(tmp_path, job, 0, "node_check")) == len(seen(tmp_path, job, 1, "node_check")) == 32
+    assert len(seen(tmp_path, job, 0, "preflight")) == len(seen(tmp_path, job, 1, "preflight")) == 32
     (dry_run,) = seen(tmp_path, job, 0, "dry_run")
     assert {"--dry-run", "--world-size=32"} <= set(dry_run["arguments"])
     assert not seen(tmp_path, job, 1, "dry_run")  # the recipe is checked once a job

@@ -75,7 +75,7 @@ def story(lab: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "RUN" / "checkpoints" / "step_1" / "manifest.json").touch()
     trainings = {
         name: train(name, first_node=1 + 2 * step, step=step, num_broken=2, ECDIT_MAX_LIVES="1")[0]
-        for step, name in enumerate(("dry_run", "node_check", "train"))
+        for step, name in enumerate(("dry_run", "preflight", "train"))
     }
     one_node, obstacles = train("one_node", 7, step=0, num_broken=1, ECDIT_PREFLIGHT="0")
     arrays = {script: array(script) for script in ARRAYS}
@@ -95,7 +95,7 @@ def story(lab: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     lab.ask("scancel", after)
 
 
-@pytest.mark.parametrize("step", ["dry_run", "node_check", "train"])
+@pytest.mark.parametrize("step", ["dry_run", "preflight", "train"])
 def test_a_step_that_was_started_on_no_node_is_neither_passed_nor_done(story: Story, step: str) -> None:
     job = story.trainings[step]
     assert job.wait() == "FAILED", job.text
@@ -106,8 +106,8 @@ def test_a_step_that_was_started_on_no_node_is_neither_passed_nor_done(story: St
     assert "not started by Slurm" in line
     why = (job.output / "slurm" / "why_it_stopped.txt").read_text()
     assert "exit code 75 (srun ended with exit code 0, but rank 0 never reported" in why
-    started = [what for what in ("dry_run", "node_check", "train") if seen(story.folder, job, 0, what)]
-    assert started == ["dry_run", "node_check", "train"][: ["dry_run", "node_check", "train"].index(step)]
+    started = [what for what in ("dry_run", "preflight", "train") if seen(story.folder, job, 0, what)]
+    assert started == ["dry_run", "preflight", "train"][: ["dry_run", "preflight", "train"].index(step)]
     assert JobHistory(job.output).is_checked(job.number) == (step != "dry_run")
     assert not list(job.output.glob("slurm/*/.complete-*"))
 

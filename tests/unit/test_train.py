@@ -254,7 +254,7 @@ SLOW_LIBRARIES = ("megatron", "datasets", "matplotlib", "pandas", "scipy", "skle
 
 
 def test_a_rank_imports_no_library_that_its_run_may_not_need() -> None:
-    code = f"import sys, ecdit_ds.build; print([name for name in {SLOW_LIBRARIES} if name in sys.modules])"
+    code = f"import sys, ecdit_ds.training.setup; print([name for name in {SLOW_LIBRARIES} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ENTRY.parents[1], check=True, capture_output=True, text=True
     )

@@ -21,7 +21,7 @@ from ecdit_ds.data.mixture import Mixture
 from ecdit_ds.data.replacement import read_valid
 from ecdit_ds.flow.objective import FlowBatch, flow_losses, sample_noise
 from ecdit_ds.model.init import empty_model, initialize_by_name
-from ecdit_ds.model.layers import SerialLayers
+from ecdit_ds.parallel.expert_parallel import serial_layers
 from ecdit_ds.planner.flops import training_flops
 from ecdit_ds.planner.hardware import bf16_peak_of
 from ecdit_ds.training.batches import MakeBatch
@@ -156,7 +156,7 @@ def _measure_step(recipe: Recipe, batch: FlowBatch, threads: int) -> float:
     """Return the median seconds of forward and backward on the CPU; the optimizer's are left out."""
     one_thread = torch.get_num_threads()
     torch.set_num_threads(threads)
-    model = empty_model(recipe.model, SerialLayers(), torch.device("cpu"))
+    model = empty_model(recipe.model, serial_layers(), torch.device("cpu"))
     initialize_by_name(model, recipe.train.seed)
     seconds = []
     for _ in range(1 + MEASURED_STEPS):

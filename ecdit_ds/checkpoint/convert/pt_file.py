@@ -61,7 +61,7 @@ class Placeholder:
 
 
 class TorchFile(RangedFile):
-    """A `.pt` file: its content, with a StoredTensor in place of each tensor, and any range of their data.
+    """A `.pt` file: its content, with a `PtTensor` in place of each tensor, and any range of their data.
 
     Args:
         path: of a file that `torch.save` wrote.

@@ -204,7 +204,7 @@ def step_and_meta(path: Path, content: Mapping[str, Any]) -> tuple[int, dict[str
 
 
 def nonfinite_said(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, int] | None:
-    """Return what a JSON file says of numbers that are not finite; as `Source.nonfinite`."""
+    """Return what a JSON file says of numbers that are not finite; as `CheckpointSource.nonfinite`."""
     try:
         return nonfinite_in_json(content.get("nonfinite"), tensors)
     except ValueError as error:

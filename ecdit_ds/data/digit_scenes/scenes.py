@@ -222,7 +222,7 @@ def possible_claims(kind: Kind) -> tuple[SceneSpec, ...]:
 
 
 def parse_caption(caption: str) -> SceneSpec:
-    """Return what a caption says: the inverse of `Claim.caption`, for every caption that a scene can have.
+    """Return what a caption says: the inverse of `SceneSpec.caption`, for every caption that a scene can have.
 
     Raises:
         DataError: no scene has such a caption; the message names the first unknown word, or shows the forms there are.

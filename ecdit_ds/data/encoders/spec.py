@@ -60,7 +60,7 @@ def open_image_encoder(
     """Return the image encoder that a set was encoded with.
 
     Args:
-        facts: as `image_encoder_spec`, such as `SetIndex.image_encoder`.
+        facts: as `image_encoder_spec`, such as `LatentIndex.image_encoder`.
         name: where the encoder is now, if not where it was.
 
     Raises:

@@ -74,7 +74,7 @@ class LatentStats:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `LatentSums(**...)` reads again, exactly."""
+        """Return what `LatentStats(**...)` reads again, exactly."""
         return {"numbers": self.numbers, "sums_C": list(self.sums_C), "squares_C": list(self.squares_C)}
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -103,8 +103,8 @@ class LatentDataset:
 
         Args:
             check: which shards are compared with the index, and how; by default all, with their checksums.
-            codec: normalises latents that are pixels (`SetIndex.holds_pixels`), others are not touched; by default they
-                stay pixels.
+            codec: normalises latents that are pixels (`LatentIndex.holds_pixels`), others are not touched; by default
+                they stay pixels.
 
         Raises:
             DataError: a file is missing or damaged; names it.

@@ -59,7 +59,7 @@ class UnitRecord:
 
     unit: int
     shards: tuple[ShardInfo, ...]
-    """Their bucket counts through `Encoding.sizes`."""
+    """Their bucket counts through `EncodeSettings.sizes`."""
     latents_shapes: dict[int, tuple[int, ...]]
     """(C, H, W) of each bucket that has samples."""
     sums: LatentStats

@@ -23,7 +23,7 @@ _OURS = f"datasets {datasets.__version__}"
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceSource:
-    """Rows of a dataset of the `datasets` library; a `Source`."""
+    """Rows of a dataset of the `datasets` library; an `ImageSource`."""
 
     rows: datasets.Dataset
     """In the format `arrow`."""

@@ -57,7 +57,7 @@ class ListedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ListedSource:
-    """Pictures in files of their own; a `Source`."""
+    """Pictures in files of their own; an `ImageSource`."""
 
     kind: str
     root: Path

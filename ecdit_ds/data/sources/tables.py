@@ -32,7 +32,7 @@ FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource:
-    """Rows of Parquet files; a `Source`."""
+    """Rows of Parquet files; an `ImageSource`."""
 
     root: Path
     """Resolved; images given by their path lie within it."""

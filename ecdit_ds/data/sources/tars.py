@@ -75,7 +75,7 @@ class _Group:
 
 @dataclass(frozen=True, kw_only=True)
 class TarSource:
-    """WebDataset tars, each a unit; a `Source`."""
+    """WebDataset tars, each a unit; an `ImageSource`."""
 
     root: Path
     units: Sequence[Unit]

@@ -112,7 +112,7 @@ def scores_of(counts_K3: npt.NDArray[np.integer[Any]]) -> SceneScores:
 
 
 def alignment_of(counts_SK3: npt.NDArray[np.integer[Any]]) -> SceneAlignment:
-    """Return the alignment of summed `Alignment.counts`."""
+    """Return the alignment of summed `SceneAlignment.counts`."""
     model, ceiling, chance = (scores_of(counts_K3) for counts_K3 in counts_SK3)
     return SceneAlignment(model=model, ceiling=ceiling, chance=chance)
 

@@ -35,13 +35,13 @@ from tools import convert_ckpt
 
 PACKAGE = Path(__file__).resolve().parents[3] / "ecdit_ds"
 HOMES = {
-    "checkpoint/partial.py": 1,
-    "checkpoint/storage.py": 2,
-    "checkpoint/tending.py": 2,
-    "data/corpus.py": 2,
-    "data/corpus_unit.py": 2,
-    "data/folder.py": 2,
-    "durable.py": 1,
+    "checkpoint/convert/workspace.py": 1,
+    "checkpoint/writer.py": 2,
+    "checkpoint/retention.py": 2,
+    "data/precompute/job.py": 2,
+    "data/precompute/unit.py": 2,
+    "data/latents/shard_writer.py": 2,
+    "files/durable.py": 1,
 }
 """How often a module gives a name by a rename or a link."""
 

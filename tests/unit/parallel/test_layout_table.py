@@ -24,7 +24,7 @@ sys.path[0] = "."
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from ecdit_ds.training.engine import create_grid, initialize_distributed
+from ecdit_ds.parallel.setup import init_process_groups, initialize_distributed
 from ecdit_ds.model.ecdit import ECDiT
 from ecdit_ds.model.sharding import shard_of
 from ecdit_ds.parallel.topology import Topology
@@ -34,7 +34,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("fake", rank=rank, world_size={WORLD}, store=FakeStore())
 initialize_distributed()
 recipe = load_recipe("demo", {FLAGS})
-grid = create_grid(Topology(world_size={WORLD}, tp={TP}, ep={EP}), 1)
+grid = init_process_groups(Topology(world_size={WORLD}, tp={TP}, ep={EP}), 1)
 with torch.device("meta"):
     model = ECDiT(recipe.model, grid.layers)
 boxes, cut = {{}}, {{}}

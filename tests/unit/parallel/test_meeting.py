@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ecdit_ds.errors import EcditError, RankLostError, TopologyError
 from ecdit_ds.parallel.setup import initialize_distributed
-from ecdit_ds.slurm import preflight as node_check
+from ecdit_ds.slurm import preflight
 from ecdit_ds.training import engine
 from tests.helpers.forked import in_a_copy
 
@@ -27,7 +27,7 @@ def taken_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         yield port
 
 
-@pytest.mark.parametrize("meet", [initialize_distributed, lambda: node_check._meet(5.0)])
+@pytest.mark.parametrize("meet", [initialize_distributed, lambda: preflight._meet(5.0)])
 def test_a_run_of_one_process_needs_no_port_and_listens_to_this_machine_only(
     meet: Callable[[], object], taken_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

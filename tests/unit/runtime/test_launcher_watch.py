@@ -16,8 +16,8 @@ SECONDS_TO_DIE = 3.0
 
 RANK = """
 import os, sys, time
-from ecdit_ds.runtime.launcher_watch import die_with_launcher
-die_with_launcher()
+from ecdit_ds.runtime.launcher_watch import exit_with_launcher
+exit_with_launcher()
 with open(sys.argv[1] + ".tmp", "w") as file:
     file.write(str(os.getpid()))
 os.rename(sys.argv[1] + ".tmp", sys.argv[1])
@@ -114,7 +114,7 @@ def test_a_rank_whose_launcher_died_while_it_started_ends_at_once(tmp_path: Path
     script = tmp_path / "rank.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from ecdit_ds.runtime.launcher_watch import die_with_launcher\ndie_with_launcher()\nprint('survived')\n"
+        "from ecdit_ds.runtime.launcher_watch import exit_with_launcher\ndie_with_launcher()\nprint('survived')\n"
     )
     environment = os.environ | {"RANK": "0", "LOCAL_SIZE": "1"}
     orphan = subprocess.run(

@@ -31,8 +31,8 @@ def test_whoever_was_asked_to_stop_is_named_in_few_words(reason_by_rank: list[st
 
 PROGRAM = """
 import os, signal, sys
-from ecdit_ds.runtime.signals import StopRequest
-number, stop = int(sys.argv[1]), StopRequest()
+from ecdit_ds.runtime.signals import StopSignal
+number, stop = int(sys.argv[1]), StopSignal()
 stop.listen()
 if sys.argv[2] == "before":
     os.kill(os.getpid(), number)

@@ -15,8 +15,7 @@ from ecdit_ds import train
 from ecdit_ds.errors import ConfigError, ExitCode, RankLostError, StaleRunError
 from ecdit_ds.slurm import completion as module
 from ecdit_ds.slurm import controller as scheduler
-from ecdit_ds.slurm import preflight as node_check
-from ecdit_ds.slurm import run_task
+from ecdit_ds.slurm import preflight, run_task
 from ecdit_ds.slurm.completion import (
     ARRAY_TASK,
     DRY_RUN,
@@ -264,9 +263,9 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from ecdit_ds.slurm.completion import DRY_RUN, NODE_CHECK, mark_complete, mark_ended
 command = " ".join(sys.argv)
-step = "dry_run" if "--dry-run" in command else "node_check" if "node_check.py" in command else "train"
+step = "dry_run" if "--dry-run" in command else "preflight" if "preflight.py" in command else "train"
 print(step, file=open("steps", "a"))
-work = {{"dry_run": DRY_RUN, "node_check": NODE_CHECK, "train": os.environ["TRAINED"]}}[step]
+work = {{"dry_run": DRY_RUN, "preflight": NODE_CHECK, "train": os.environ["TRAINED"]}}[step]
 started = dict(part.split("=") for part in os.environ["STARTED"].split())
 size = 1 if step == "dry_run" else 2
 for rank in range(size)[: int(started.get(step, size))]:
@@ -281,7 +280,7 @@ if step == os.environ.get("FAILS"):
 In the step that FAILS names the last rank has a user error, and its peers are killed for it.
 """
 STATE = "JobState=RUNNING Reason=None\n   Requeue=1 Restarts=0\n   RunTime=00:00:01 TimeLimit=UNLIMITED"
-STEPS = ["dry_run", "node_check", "train"]
+STEPS = ["dry_run", "preflight", "train"]
 
 
 def live(
@@ -332,8 +331,8 @@ def test_a_job_on_nodes_where_scontrol_tells_nothing_trains_without_a_known_limi
     ("step", "started", "told"),
     [
         ("dry_run", "dry_run=0", "rank 0 never reported its dry run as complete"),
-        ("node_check", "node_check=0", "rank 0 never reported its node check"),
-        ("node_check", "node_check=1", "rank 1 of 2 never reported its node check"),
+        ("preflight", "preflight=0", "rank 0 never reported its node check"),
+        ("preflight", "preflight=1", "rank 1 of 2 never reported its node check"),
         ("train", "train=0", "rank 0 never reported that training is complete (newest checkpoint: step 30)"),
         ("train", "train=1", "rank 1 of 2 never reported its training to step 30"),
     ],
@@ -497,8 +496,8 @@ def test_a_rank_of_a_life_that_another_took_over_does_not_end_the_job_for_good(
     def superseded(*_: object) -> None:
         raise StaleRunError("a newer attempt took over")
 
-    monkeypatch.setattr(train, "run", superseded)
-    monkeypatch.setattr(train, "share_cores", lambda _: None)
+    monkeypatch.setattr("ecdit_ds.training.setup.run", superseded)
+    monkeypatch.setattr("ecdit_ds.training.setup.share_cores", lambda _: None)
     assert train.main(["--output", str(tmp_path)]) == ExitCode.UNRECOVERABLE
     assert (marked(), ends_told()) == ([], [])
 
@@ -551,7 +550,7 @@ def test_a_node_check_that_passes_reports_itself_and_no_other(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     command = [*flags, "--", "--config", "rehearsal", "--output", str(tmp_path / "run")]
-    ended, said, complaints = in_a_copy(lambda: node_check.main(command))
+    ended, said, complaints = in_a_copy(lambda: preflight.main(command))
     assert ended == code, said + complaints
     assert marked() == [NODE_CHECK] * (code == 0)
     assert ends_told() == [code] * (code == 2)

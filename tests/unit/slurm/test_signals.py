@@ -29,8 +29,8 @@ import os, sys, time
 print("started", flush=True)
 sys.stdin.readline()
 sys.path.insert(0, {str(ROOT)!r})
-from ecdit_ds.runtime.signals import StopRequest
-stop = StopRequest()
+from ecdit_ds.runtime.signals import StopSignal
+stop = StopSignal()
 stop.listen()
 print(stop.reason, os.environ["RANK"], sys.argv[1:], flush=True)
 time.sleep(0.05)

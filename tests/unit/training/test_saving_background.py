@@ -317,9 +317,9 @@ def test_the_first_rank_that_is_left_on_a_machine_speaks() -> None:
 def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from ecdit_ds.runtime.exit_report import RunStatus, Seat, own_seat\n"
-        "born = float(sys.argv[2]); here = own_seat()\n"
-        "peer = Seat(host=here.host, process=int(sys.argv[1]), born=born)\n"
+        "from ecdit_ds.runtime.exit_report import RunStatus, ProcessInfo, current_process\n"
+        "born = float(sys.argv[2]); here = current_process()\n"
+        "peer = ProcessInfo(host=here.host, process=int(sys.argv[1]), born=born)\n"
         "status = RunStatus(rank=0, checkpoints=Path(sys.argv[3]), step=5, seats=[here, peer])\n"
         "status.watch_peers()\nprint('waits', flush=True)\ntime.sleep(60)\n"
     )
@@ -336,8 +336,8 @@ def test_a_process_that_waits_for_a_dead_peer_ends_by_itself_and_says_why(tmp_pa
 @pytest.mark.parametrize("has_exited", [False, True])
 def test_a_rank_that_cannot_leave_is_ended(has_exited: bool) -> None:
     script = (
-        "import time; from ecdit_ds import ending\n"
-        "ending._SECONDS_TO_LEAVE = 0.5\nstatus = ending.RunStatus(seats=[ending.own_seat()])\n"
+        "import time; from ecdit_ds.runtime import exit_report\n"
+        "exit_report._SECONDS_TO_LEAVE = 0.5\nstatus = exit_report.RunStatus(seats=[exit_report.current_process()])\n"
         f"status.watch_peers()\nstatus.is_exiting = True\nstatus.has_exited = {has_exited}\ntime.sleep(4)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == (0 if has_exited else 75)

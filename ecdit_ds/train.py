@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None, stop: StopSignal | None = None) -> 
 
 def _start(recipe: Recipe, options: argparse.Namespace, stop: StopSignal, status: RunStatus) -> ExitCode:
     """Train, or say what training would do; what this imports takes seconds."""
+    from ecdit_ds.data.encoders.from_recipe import fetch_typed
     from ecdit_ds.parallel.world import rank_info_from_env
     from ecdit_ds.training.run_dir import RunDir
     from ecdit_ds.training.setup import run, share_cores
@@ -128,6 +129,7 @@ def _start(recipe: Recipe, options: argparse.Namespace, stop: StopSignal, status
     world_size = _world_size(options, place.world_size)
     topology = Topology(world_size=world_size, tp=recipe.parallel.tp, ep=recipe.parallel.ep)
     deepspeed_config = load_deepspeed_config(options.deepspeed, recipe, topology.dp)
+    fetch_typed(recipe.data, options.set)
     output = options.output or Path("runs") / recipe.name
     if not options.dry_run:
         share_cores(place)

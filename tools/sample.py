@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ecdit_ds.inference.options import DTYPES, brush_for, generation_metadata, load_for, origin_of, require_batch
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -40,6 +38,7 @@ from ecdit_ds.inference.load import (
     WEIGHT_KINDS,
     open_model,
 )
+from ecdit_ds.inference.options import DTYPES, brush_for, generation_metadata, load_for, origin_of, require_batch
 from ecdit_ds.inference.prompts import read_dataset_prompts, read_prompt_file
 from ecdit_ds.inference.ranks import exit_process, init_ranks
 from ecdit_ds.inference.text_to_image import TextToImage

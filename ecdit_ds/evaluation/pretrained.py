@@ -24,12 +24,15 @@ from ecdit_ds.data.encoders.stored_weights import (
     TRANSFORMERS,
     left_over,
     opening,
+    refuse_larger_of_transformers,
     refuse_left_over,
     refuse_quantized,
 )
 from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")
+_MOST_PIXELS_A_SIDE = 8192
+"""Of a picture that a judge is shown; those that are published want a thousand at most."""
 _opening = partial(opening, error=EvaluationError)
 
 
@@ -57,8 +60,22 @@ def read_config(name: str, *, purpose: str) -> Any:
 
 def load_image_processor(name: str, *, purpose: str) -> Any:
     """Return what turns pictures into a model's input; raise EvaluationError where the model has none."""
-    with _opening(f"{purpose} {name}: has no image processor (preprocessor_config.json), so it cannot see pictures"):
-        return AutoImageProcessor.from_pretrained(name, **LOCAL, backend="pil")
+    with _opening(
+        f"{purpose} {name}: has no image processor (preprocessor_config.json) that works, so it cannot see pictures"
+    ):
+        processor = AutoImageProcessor.from_pretrained(name, **LOCAL, backend="pil")
+        settings = processor.to_dict()
+        sides = [side for name in ("size", "crop_size", "pad_size") for side in _numbers_in(settings.get(name))]
+        if max(sides, default=0) > _MOST_PIXELS_A_SIDE:
+            raise ValueError(f"it makes pictures of {max(sides)} pixels a side, the most is {_MOST_PIXELS_A_SIDE}")
+        processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")
+    return processor
+
+
+def _numbers_in(sizes: Any) -> list[int]:
+    """Return the sides that a processor's setting names: a number, or several by name."""
+    sides = sizes.values() if isinstance(sizes, dict) else [sizes]
+    return [side for side in sides if type(side) is int]
 
 
 def load_caption_tokenizer(name: str, *, purpose: str) -> Any:
@@ -96,6 +113,10 @@ def load_model(
     with _opening(f"{purpose} {name}: cannot be loaded as {auto_class.__name__} from safetensors"):
         folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
         refuse_quantized(f"{purpose} {name}", folder, TRANSFORMERS, EvaluationError)
+        config = read_config(name, purpose=purpose)
+        refuse_larger_of_transformers(
+            f"{purpose} {name}", folder, EvaluationError, config=config, model_class=auto_class
+        )
         model, found = auto_class.from_pretrained(
             name,
             **LOCAL,
@@ -104,7 +125,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        unknown = left_over(model, read_config(name, purpose=purpose), found["unexpected_keys"], folder)
+        unknown = left_over(model, config, found["unexpected_keys"], folder)
     absent = {*found["missing_keys"], *(key for key, *_shapes in found["mismatched_keys"])}
     missing = frozenset(absent & {name for name, _ in model.named_parameters()})
     needed = sorted(parameter for parameter in missing if not may_lack(parameter))

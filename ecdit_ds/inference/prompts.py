@@ -7,12 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ecdit_ds.data.sources.tables import check_packing
 from ecdit_ds.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 _TABLES = _LOADERS.keys() - {".jsonl"} | {".tsv", ".arrow"}
+_MAX_BYTES = 2**28
+"""Of prompts: a million of them have a quarter."""
 _SPACE = re.compile(r"\s*")
 
 
@@ -63,7 +68,7 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     """
     import datasets  # takes seconds, and few prompts come from one
 
-    from ecdit_ds.data.sources.dataset_rows import checked_rows, load_saved
+    from ecdit_ds.data.sources.dataset_rows import checked_table, load_saved
 
     path = Path(name)
     if path.is_file() and path.suffix not in _LOADERS:
@@ -86,7 +91,10 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     if column not in found.column_names:
         raise DataError(f"--dataset {name}: has no column {column}; choose from {', '.join(found.column_names)}")
     try:
-        told = [row[column] for row in checked_rows(found.select_columns([column]).with_format("arrow"), 0, len(found))]
+        table = checked_table(found.select_columns([column]).with_format("arrow"), 0, len(found))
+        if table.nbytes > _MAX_BYTES:
+            raise ValueError(f"it has {table.nbytes:,} bytes, more than {_MAX_BYTES:,}; split the table")
+        told = table.column(column).to_pylist()
     except (ValueError, OSError) as error:
         raise DataError(f"--dataset {name}: column {column} is damaged: {' '.join(str(error).split())[:200]}") from None
     texts = [text.removeprefix("\ufeff") if isinstance(text, str) else text for text in told]
@@ -98,6 +106,26 @@ def read_dataset_prompts(name: str, column: str, split: str) -> list[str]:
     return texts
 
 
+def _refuse_unpacked(path: Path, column: str) -> None:
+    """Refuse a table whose texts are far larger than its file, such as one text in a million rows.
+
+    Raises:
+        ValueError: telling how large.
+    """
+    total = 0
+    with pq.ParquetFile(path, read_dictionary=[column]) as file:
+        check_packing(file.metadata, (column,))
+        for batch in file.iter_batches(columns=[column]):
+            texts = batch.column(0)
+            words = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
+            if not (pa.types.is_string(words.type) or pa.types.is_large_string(words.type)):
+                return  # and refused by what it is
+            lengths = pc.binary_length(words)
+            total += pc.sum(lengths.take(texts.indices) if words is not texts else lengths).as_py() or 0
+            if total > _MAX_BYTES:
+                raise ValueError(f"column {column} unpacks to more than {_MAX_BYTES:,} bytes; split the table")
+
+
 def _refuse_lost_columns(path: Path, column: str) -> None:
     """Refuse a table that `datasets` would read, but not as it is: a column twice, or values under another's name.
 
@@ -107,6 +135,8 @@ def _refuse_lost_columns(path: Path, column: str) -> None:
     names: list[str] = []
     if path.suffix == ".parquet":
         names = pq.read_schema(path).names
+        if names.count(column) == 1:
+            _refuse_unpacked(path, column)
     elif path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)

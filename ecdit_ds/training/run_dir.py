@@ -37,7 +37,15 @@ from ecdit_ds.training.train_state import check_same_recipe
 _LOCK_PATIENCE_S = 60.0
 _OWN_LOCK = ".lock"
 _OWN_NAMES = (_OWN_LOCK, LEASE_NAME, LOGS, "recipe.yaml.tmp")  # what a job's start, or a kill soon after, leaves
-_NAMES_OF_A_RUN = {"metrics.jsonl", "evaluations.jsonl", "bad_samples.jsonl", "checkpoints", "tensorboard", "samples"}
+_NAMES_OF_A_RUN = {
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "bad_samples.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "samples",
+    PROFILE_NAME,
+}
 _OPEN_TRIES = 5
 
 

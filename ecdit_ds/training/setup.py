@@ -191,7 +191,7 @@ def _data_facts(recipe: Recipe, mixture: Mixture, encoders: OnlineEncoders | Non
     if recipe.data.dataset == "digit_scenes":
         return {}
     beside = [encoders.image_encoder.identity, encoders.text_encoder.identity] if encoders else []
-    return {"sets": [of_set.fingerprint for of_set in mixture.sets], "online_encoders": beside}
+    return {"sets": [of_set.fingerprint for of_set in mixture.sets], "encoders_beside": beside}
 
 
 def _restore(

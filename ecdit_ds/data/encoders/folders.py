@@ -72,7 +72,7 @@ def _from_hub(name: str, what: str, may_fetch: bool, revision: str | None) -> Pa
             flag = "--vae" if what == "image encoder" else "--text"
             raise DataError(
                 f"{what} {name}: is neither a folder nor in the hub's cache here, and files choose nothing that is "
-                f"fetched; give {flag} {name} to fetch it, or {flag} FOLDER"
+                f"fetched; give {flag} {name} to fetch it (train.py: --set data.{flag[2:]}={name}), or {flag} FOLDER"
             ) from None
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{what} {name}: is no folder, and the hub does not give it ({cause})") from None

@@ -1,6 +1,7 @@
 """The frozen encoders that a recipe's data goes through, and what a checkpoint says of them."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.data.digit_scenes.dataset import check_digit_scenes
 from ecdit_ds.data.encoders.base import HashedWordEncoder, ImageEncoder, PixelVAE, TextEmbeddings, TextEncoder
+from ecdit_ds.data.encoders.folders import folder_of
 from ecdit_ds.data.encoders.online import check_encoders_fit
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
 from ecdit_ds.data.encoders.spec import (
@@ -43,6 +45,22 @@ def encoders_of(recipe: Recipe, device: torch.device | None = None) -> tuple[Ima
         image_encoder, text_encoder = _encoders_of_set(data.paths[0], place)  # of several sets, all have the same
         return pixel_codec(recipe) or image_encoder, text_encoder
     return PixelVAE(), HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
+
+
+def fetch_typed(data: DataConfig, overrides: Sequence[str]) -> None:
+    """Fetch frozen encoders whose names on the hub were typed; those of a recipe's file are never asked for.
+
+    Args:
+        overrides: of the command line, such as `data.vae=NAME`.
+
+    Raises:
+        DataError: the hub does not give one.
+    """
+    typed = {override.partition("=")[0].strip() for override in overrides} if data.is_online else set()
+    if "data.vae" in typed and data.vae:
+        folder_of(data.vae, "image encoder", may_fetch=True, revision=None)
+    for name in data.text if "data.text" in typed else ():
+        folder_of(name, "text encoder", may_fetch=True, revision=None)
 
 
 def describe_encoders(recipe: Recipe, null_text: TextEmbeddings, device: torch.device | None = None) -> dict[str, Any]:
@@ -107,8 +125,10 @@ def _encoders_online(data: DataConfig, model: ModelConfig, device: str) -> tuple
     at = torch.device(device)
     text: TextEncoder = HashedWordEncoder(embed_dim=model.text_embed_dim, max_tokens=model.max_text_tokens)
     if data.text:
-        text = load_text_encoder(data.text, max_tokens=model.max_text_tokens, device=at)
-    return measured_codec(data, model, text) if data.vae is None else load_image_encoder(data.vae, device=at), text
+        text = load_text_encoder(data.text, max_tokens=model.max_text_tokens, device=at, may_fetch=False)
+    if data.vae is None:
+        return measured_codec(data, model, text), text
+    return load_image_encoder(data.vae, device=at, may_fetch=False), text
 
 
 def runs_encoders(recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ from ecdit_ds.data.encoders.stored_weights import (
     not_in_index,
     opening,
     refuse_larger,
+    refuse_larger_of_transformers,
     refuse_left_over,
     refuse_quantized,
 )
@@ -311,7 +312,9 @@ def _load_tower(
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(str(folder), **LOCAL)
-        whole, found = text_class(config).from_pretrained(
+        model_class = text_class(config)
+        refuse_larger_of_transformers(who, folder, DataError, config=config, model_class=model_class)
+        whole, found = model_class.from_pretrained(
             str(folder),
             use_safetensors=True,
             dtype=torch.float32,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _POSITIONS = re.compile(r"(.*\.)?(position_ids|token_type_ids|relative_position_
 _MASKS = re.compile(r"(.*\.)?(attn|attention|self_attention)\.bias")
 """Causal masks of GPT-2, of one place for each pair of tokens, which are bytes in old files."""
 _SCALARS = re.compile(r"(.*\.)?(masked_bias|version|_float_tensor)")
+_LAYERS = re.compile(r"(.*_)?(n_)?(layers?|depths?)")
+"""What configurations call a number of layers: num_hidden_layers, encoder_layers, n_layer, depths."""
 _QUANTIZED = ("quantization_config", "compression_config")
 _VARIANT = re.compile(r"\.((fp|bf|int|nf)\d+\w*|ema|non_ema)")
 _SHARD = re.compile(r"-\d+-of-\d+")
@@ -59,13 +62,20 @@ def opening(message: str, error: type[EcditError]) -> Iterator[None]:
     except EcditError:
         raise
     except Exception as failure:  # whatever the libraries raise for files that are damaged or of another kind
-        cause = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-        raise error(f"{message} ({cause})") from failure
+        raise error(f"{message} ({_cause_of(failure)})") from failure
+    except BaseException as failure:  # of what Rust panics over, which the `tokenizers` library raises as none of these
+        if type(failure).__name__ != "PanicException":
+            raise
+        raise error(f"{message} ({_cause_of(failure)})") from None
     finally:
         constants.HF_HUB_OFFLINE = is_offline
         logging.set_verbosity(verbosity)
         if has_bars:
             logging.enable_progress_bar()
+
+
+def _cause_of(failure: BaseException) -> str:
+    return next(iter(str(failure).strip().splitlines()), type(failure).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +157,29 @@ def refuse_larger(
     held = sum(prod(stored.shape) for stored in tensors.values())
     if needed > 2 * held:
         raise error(f"{who}: its config.json tells of {needed:,} numbers, and its files hold {held:,}; mend it")
+
+
+def refuse_larger_of_transformers(
+    who: str, folder: Path, error: type[EcditError], *, config: Any, model_class: Any
+) -> None:
+    """Refuse a model of transformers likewise, given the configuration and the class that it is loaded with."""
+    if hasattr(model_class, "from_config"):
+        build = partial(model_class.from_config, config, trust_remote_code=False)
+    else:
+        own = model_class.config_class.from_pretrained(str(folder), **LOCAL)  # of one tower, where there are several
+        build = partial(model_class._from_config, own)
+    refuse_larger(who, folder, TRANSFORMERS, error, depth=_depth_of(config.to_dict()), build=build)
+
+
+def _depth_of(config: Any) -> int:
+    """Return the largest number of layers that a configuration tells of, in whichever of its sections."""
+    found = [0]
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            found.append(_depth_of(value))
+        elif _LAYERS.fullmatch(str(key)):
+            found += [count for count in (value if isinstance(value, list) else [value]) if type(count) is int]
+    return max(found)
 
 
 def refuse_left_over(who: str, names: Iterable[str], error: type[EcditError]) -> None:

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
 
 from ecdit_ds.data.sources.bad_sample import BadSample
 from ecdit_ds.data.sources.base import Captions, Columns, RawSample, Unit, cut, fingerprint_of, stamps_of
-from ecdit_ds.data.sources.tables import FAILURES, chosen_columns, content_of, first_line
+from ecdit_ds.data.sources.images import MAX_FILE_BYTES
+from ecdit_ds.data.sources.tables import FAILURES, MAX_CAPTION_BYTES, chosen_columns, content_of, first_line
 from ecdit_ds.errors import DataError
 
 _OURS = f"datasets {datasets.__version__}"
@@ -43,7 +43,11 @@ class HuggingFaceSource:
         """Yield rows in order, or why they are no samples."""
         for i in range(unit.start, unit.stop):
             try:
-                row = checked_rows(self.rows, i, i + 1)[0]
+                table = checked_table(self.rows, i, i + 1)
+                if table.nbytes > MAX_FILE_BYTES + MAX_CAPTION_BYTES:  # nothing of it is copied
+                    yield BadSample(cause="too many bytes", name=f"row {i}")
+                    continue
+                (row,) = table.to_pylist()
             except FAILURES:
                 yield BadSample(cause="damaged archive", name=f"row {i}")
                 continue
@@ -104,7 +108,7 @@ def load_saved(root: Path, split: str) -> tuple[datasets.Dataset, Sequence[objec
         raise DataError(f"{folder}: is no whole dataset on disk ({first_line(error)}); save it again") from None
 
 
-def checked_rows(rows: datasets.Dataset, start: int, stop: int) -> list[dict[str, Any]]:
+def checked_table(rows: datasets.Dataset, start: int, stop: int) -> pa.Table:
     """Return rows of a dataset, as they are stored, none of whose places lies outside its file.
 
     Arrow files are mapped and believed: a damaged place would read elsewhere in memory, or end the process.
@@ -117,7 +121,7 @@ def checked_rows(rows: datasets.Dataset, start: int, stop: int) -> list[dict[str
     """
     table: pa.Table = rows[start:stop]
     table.validate(full=True)
-    return list(table.to_pylist())
+    return table
 
 
 def open_hub(name: str, split: str, *, unit_samples: int, columns: Columns) -> HuggingFaceSource:

@@ -169,15 +169,17 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         deep_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
         colours = Image.fromarray(((deep_HW + 128) // 257).astype(np.uint8))
     elif image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = layer.getchannel("A")
         colours = layer.getchannel("R") if image.mode in ("L", "LA") else layer.convert("RGB")
+        del layer  # a large picture's copies are gigabytes
     else:
         colours = image if image.mode in ("L", "CMYK") else image.convert("L" if image.mode == "1" else "RGB")
     if image.mode == "LAB" and "icc_profile" in image.info:  # of its own, that is no device's
         rgb, told = colours, ["colour profile ignored"]
     else:
         rgb, told = _in_srgb(colours, image.info)
+    del colours
     if alpha is not None:  # laid on white after its colours are sRGB's, as white is
         rgb.putalpha(alpha)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")

@@ -1,6 +1,6 @@
 """Sources that are tables: Parquet files, and what rows of any table hold."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 """What pyarrow raises for damaged tables."""
 
 
+MAX_CAPTION_BYTES = 2**20
+_MAX_UNPACKED_BYTES, _MAX_PACKING = 2**28, 100
+"""Of a column of a row group: pictures are packed already, and texts to a tenth."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource:
     """Rows of Parquet files; an `ImageSource`."""
@@ -52,15 +57,17 @@ class ParquetSource:
             metadata = pq.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
             image, caption = chosen_columns(schema, self.columns, str(path))
+            check_packing(metadata, (image, caption))
             # As a dictionary, a picture that stands in many rows is held once.
             once = [name for name in (image, f"{image}.bytes") if _is_bytes(schema.field(image), name)]
             with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True, read_dictionary=once) as file:
                 for batch in _batches(file, unit, [image, caption]):
                     pictures, captions = batch.column(image), batch.column(caption)
                     for row, size in enumerate(_sizes(pictures)):
-                        is_small = size <= MAX_FILE_BYTES  # else no bytes of it are copied
+                        # Else nothing of it is copied.
+                        is_small = size <= MAX_FILE_BYTES and captions.slice(row, 1).nbytes <= MAX_CAPTION_BYTES
                         content = content_of(pictures[row].as_py(), self.root) if is_small else "too many bytes"
-                        said = captions[row].as_py()
+                        said = captions[row].as_py() if is_small else None
                         yield from self.columns.captions.samples(f"{unit.name}#{done}", content, said)
                         done += 1
         except FAILURES:
@@ -155,6 +162,23 @@ def _batches(file: pq.ParquetFile, unit: Unit, names: list[str]) -> Iterator[pa.
                 if place >= unit.stop:
                     return
         first += count
+
+
+def check_packing(metadata: Any, names: Collection[str]) -> None:
+    """Refuse a table whose columns say that they are far larger than they are in the file, before memory is taken.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            is_asked = column.path_in_schema.split(".")[0] in names
+            if is_asked and size > max(_MAX_UNPACKED_BYTES, _MAX_PACKING * stored):
+                raise ValueError(
+                    f"column {column.path_in_schema} unpacks {stored:,} bytes to {size:,}, over {_MAX_PACKING} times"
+                )
 
 
 def content_of(value: Any, root: Path) -> bytes | BadSampleReason:

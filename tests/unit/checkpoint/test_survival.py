@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from ecdit_ds.checkpoint.boxes import Box
 from ecdit_ds.checkpoint.peers import SoloPeers
-from ecdit_ds.checkpoint.writer import Piece, save_checkpoint
+from ecdit_ds.checkpoint.writer import TensorShard, save_checkpoint
 from ecdit_ds.checkpoint.retention import apply_retention
 
 def reached(phase):
@@ -47,7 +47,7 @@ def reached(phase):
 root = Path(sys.argv[1])
 if sys.argv[2] == "disk full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-piece = Piece(name="w", global_shape=(50000,), box=Box((0,), (50000,)), data=torch.ones(50000))
+piece = TensorShard(name="w", global_shape=(50000,), box=Box((0,), (50000,)), data=torch.ones(50000))
 save_checkpoint(root, 3, [piece], {}, SoloPeers(), reached=reached)
 apply_retention(root, 2, reached=reached)
 """

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,17 @@ def test_a_quotation_mark_that_is_left_open_is_named_by_its_line(tmp_path: Path,
     path = write(tmp_path / "p.csv", 'text\n"a nine"\n"two sixes\nthree\n')
     message = refusal_of(lambda: read_dataset_prompts(str(path), "text", "train"))
     assert "by line 4; is a quotation mark left open?" in message
+
+
+def test_prompts_that_unpack_to_far_more_than_their_table_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: RefusalOf
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("ecdit_ds.inference.prompts._MAX_BYTES", 10_000)
+    rows = datasets.Dataset.from_dict({"caption": ["a red seven " * 100] * 20})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.parquet", "saved"):
+        message = refusal_of(partial(read_dataset_prompts, str(tmp_path / name), "caption", "train"))
+        assert "10,000" in message and "split the table" in message

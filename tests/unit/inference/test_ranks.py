@@ -10,12 +10,12 @@ from tests.helpers.launch import ROOT, free_port
 PROGRAM = """
 import atexit, sys
 import torch.distributed as dist
-from ecdit_ds.inference.ranks import leave
+from ecdit_ds.inference.ranks import exit_process
 if sys.argv[1] == "one of many":
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=0, world_size=1)
 atexit.register(print, "taken down")
 print("all is said", end="")
-leave(3)
+exit_process(3)
 """
 
 

@@ -114,7 +114,7 @@ def test_a_rank_whose_launcher_died_while_it_started_ends_at_once(tmp_path: Path
     script = tmp_path / "rank.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from ecdit_ds.runtime.launcher_watch import exit_with_launcher\ndie_with_launcher()\nprint('survived')\n"
+        "from ecdit_ds.runtime.launcher_watch import exit_with_launcher\nexit_with_launcher()\nprint('survived')\n"
     )
     environment = os.environ | {"RANK": "0", "LOCAL_SIZE": "1"}
     orphan = subprocess.run(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ecdit_ds import train
 from ecdit_ds.config.data_config import DataConfig
-from ecdit_ds.config.yaml_loader import load_recipe
+from ecdit_ds.config.yaml_loader import dump_recipe, load_recipe
 from ecdit_ds.data.encoders.from_recipe import encoders_of
 from ecdit_ds.data.splits import open_split
 from ecdit_ds.training.dry_run import small_sizes
@@ -166,6 +166,29 @@ def test_encoders_beside_training_are_told_with_what_they_keep(dry_run: DryRun, 
     assert "pictures and captions" in line
     code, _, err = dry_run(*(part for flag in [*flags, "model.in_channels=4"] for part in ("--set", flag)))
     assert code == 2 and "latents (5, 16, 16), but the model's are (4, 16, 16)" in err
+
+
+@pytest.mark.parametrize("key", ["data.vae", "data.text"])
+def test_a_recipes_file_chooses_nothing_that_is_fetched_and_who_types_a_name_does(
+    key: str, dry_run: DryRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "somebody/model"
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(encoded(crops(1)[0], "PNG"))
+    (tmp_path / "pictures" / "a.txt").write_text("a part")
+    asked = ["data.dataset=encoded", "data.encode=online", f"data.path={tmp_path / 'pictures'}"]
+    named = f"{key}=[{name}]" if key == "data.text" else f"{key}={name}"
+    (tmp_path / "mine.yaml").write_text(dump_recipe(load_recipe("demo", [*asked, named])))
+
+    def seek(*_: object, **__: object) -> None:
+        print("SOUGHT")
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", seek)
+    code, out, err = dry_run("--config", str(tmp_path / "mine.yaml"))
+    assert code == 2 and "SOUGHT" not in out and f"train.py: --set {key}={name}" in err
+    code, out, err = dry_run("--config", str(tmp_path / "mine.yaml"), "--set", named)
+    assert code == 2 and "SOUGHT" in out and "the hub does not give it" in err
 
 
 def test_an_encoded_set_is_told_and_one_of_other_shapes_is_refused(dry_run: DryRun, tmp_path: Path) -> None:

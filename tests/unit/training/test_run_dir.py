@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from ecdit_ds.checkpoint.naming import MANIFEST_NAME
+from ecdit_ds.config.deepspeed_json import PROFILE_NAME
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import load_recipe
 from ecdit_ds.errors import CheckpointError, ConfigError
@@ -396,3 +397,16 @@ def test_beginning_gives_the_bad_samples_up_to_the_step_and_drops_later_ones(
     folder.bad_samples.write_text("".join(lines), encoding="ascii")
     assert folder.begin(tiny_recipe, step=2) == lines[:3]
     assert folder.bad_samples.read_text(encoding="ascii") == "".join(lines[:3])
+
+
+def test_what_deepspeed_writes_by_its_own_name_is_made_anew_and_follows_no_link(
+    folder: RunDir, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder.path.mkdir(exist_ok=True)
+    for link in (os.symlink, os.link):
+        link(victim, folder.path / PROFILE_NAME)
+        folder.begin(tiny_recipe, step=0)
+        assert not (folder.path / PROFILE_NAME).exists()
+    assert victim.read_text() == "mine"

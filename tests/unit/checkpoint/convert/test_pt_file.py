@@ -77,6 +77,12 @@ def test_a_pickle_that_would_run_something_does_not(path: Path, refusal_of: Refu
     assert marker.exists()
 
 
+@pytest.mark.parametrize("call", [b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n"])
+def test_a_pickle_takes_no_memory_that_its_bytes_do_not_pay_for(path: Path, refusal_of: RefusalOf, call: bytes) -> None:
+    _write_with_pickle(path, b"\x80\x02" + call + b"\x8a\x08" + (2**62).to_bytes(8, "little") + b"\x85R.")
+    assert "asks for bytearray" in refusal_of(lambda: TorchFile(path))
+
+
 def test_what_is_refused_is_named(path: Path, refusal_of: RefusalOf) -> None:
     torch.save({"args": Harmless()}, path)
     assert "Harmless" in refusal_of(lambda: TorchFile(path))

@@ -311,6 +311,25 @@ def test_an_autoencoder_far_larger_than_its_files_is_refused_before_memory_is_ta
     assert "its config.json tells of" in message and what in message and "its files hold" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "what"),
+    [
+        ("t5", "num_layers", 10**7, "10000000 layers"),
+        ("t5", "d_ff", 4 * 10**8, "numbers"),
+        ("t5", "vocab_size", 2 * 10**9, "numbers"),
+        ("clip", "num_hidden_layers", 10**7, "10000000 layers"),
+        ("clip", "max_position_embeddings", 4 * 10**8, "numbers"),
+    ],
+)
+def test_a_text_model_far_larger_than_its_files_is_refused_before_memory_is_taken(
+    copy_of: Callable[[str], Path], refusal_of: Refusal, name: str, field: str, value: int, what: str
+) -> None:
+    path = copy_of(name) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    message = refusal_of(lambda: load_text_encoder([str(path.parent)]))
+    assert "its config.json tells of" in message and what in message and "its files hold" in message
+
+
 @pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, "\x00", '{"_class_name": ["AutoencoderKL"]}'])
 def test_a_configuration_that_is_none_is_refused_in_one_line(
     copy_of: Callable[[str], Path], refusal_of: Refusal, text: str

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
+from ecdit_ds.data.encoders.stored_weights import opening
+from ecdit_ds.errors import DataError
 from ecdit_ds.evaluation.clip import load_clip
 from ecdit_ds.evaluation.features import load_feature_model
 from tests.helpers.tiny_encoders import randomize, save_clip_text, save_t5, save_vae
@@ -528,3 +530,16 @@ def test_a_configuration_that_names_other_weights_is_refused(
     save_file({"weight": torch.ones(1)}, path.with_name("model.fp8.safetensors"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": "model.fp8.safetensors"}))
     assert "'model.fp8.safetensors' lies beside its weights" in refusal_of(lambda: states(path.parent))
+
+
+def test_what_rust_panics_over_is_one_line_and_an_interrupt_is_none(refusal_of: Refusal) -> None:
+    class PanicException(BaseException):
+        """As pyo3 names it, which is no Exception."""
+
+    def fail(failure: type[BaseException]) -> None:
+        with opening("it", DataError):
+            raise failure("index out of bounds\nmore")
+
+    assert refusal_of(lambda: fail(PanicException)) == "it (index out of bounds)"
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt)

@@ -1166,3 +1166,81 @@ def test_a_picture_that_stands_in_every_row_of_a_table_is_held_once(kind: str, t
     finally:
         pa.set_memory_pool(before)
     assert pool.max_memory() < 8 * size
+
+
+def _header(name: str, size: int, kind: bytes, *changes: tuple[int, bytes]) -> bytes:
+    """Return a tar's header with some bytes changed, and a right checksum."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[-512:])
+    for place, value in changes:
+        block[place : place + len(value)] = value
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def _holes(size: int) -> bytes:
+    octal = b"%011o\0" % size
+    return _header("b.json", 0, b"S", (386, octal), (398, b"%011o\0" % 0), (482, b"\0"), (483, octal))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "cause"),
+    [
+        (_holes(250 * 2**20), "no regular file"),
+        (_header("p", 0, b"x") * 3000, "unreadable archive"),
+        (_header("b.txt", 0, b"0", (124, b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True))), "damaged archive"),
+        (_header("p", 14, b"x") + b"14 size=-1024\n".ljust(512, b"\0") + _header("b.txt", 0, b"0"), "damaged archive"),
+    ],
+    ids=["holes", "headers of headers", "backwards", "backwards by a note"],
+)
+def test_a_tar_that_would_take_all_memory_or_never_end_costs_what_is_crafted(
+    blocks: bytes, cause: str, tmp_path: Path
+) -> None:
+    whole = write_tar(tmp_path / "a.tar", members(0, 2)).read_bytes().rstrip(b"\0")
+    begun = whole + b"\0" * (-len(whole) % 512)
+    (tmp_path / "a.tar").write_bytes(begun + blocks + b"\0" * 1024)
+    good, bad = read_all(tmp_path / "a.tar")
+    assert [sample.content for sample in good] == JPEGS[:2]
+    assert {one.cause for one in bad} - {"no image"} == {cause}
+
+
+def test_members_of_one_sample_are_held_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ecdit_ds.data.sources.tars._MAX_SAMPLE_BYTES", len(JPEGS[0]) + 100)
+    beside = [(f"0000.x{i}", bytes(60)) for i in range(3)]
+    good, bad = read_all(write_tar(tmp_path / "a.tar", members(0, 1) + beside))
+    assert [sample.content for sample in good] == JPEGS[:1]
+    assert causes(bad) == [("too many bytes", f"a.tar/0000.x{i}") for i in range(1, 3)]
+
+
+def test_a_caption_of_a_table_is_measured_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ecdit_ds.data.sources.tables.MAX_CAPTION_BYTES", 400)
+    rows = {"image": JPEGS[:3], "text": [["a", "b"], ["a"] * 1000, ["c"]]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    good, bad = read_all(tmp_path / "a.parquet")
+    assert [sample.caption for sample in good] == ["a", "c"]
+    assert causes(bad) == [("too many bytes", "a.parquet#1")]
+
+
+def test_a_column_that_says_it_unpacks_to_far_more_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal_of: Refusal
+) -> None:
+    monkeypatch.setattr("ecdit_ds.data.sources.tables._MAX_UNPACKED_BYTES", 10**6)
+    rows = {"image": [bytes(2 * 10**6)], "text": ["a"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    good, bad = read_all(tmp_path / "a.parquet")
+    assert (good, causes(bad)) == ([], [("damaged archive", "a.parquet#0 to 0")])
+    monkeypatch.setattr("ecdit_ds.data.sources.tables._MAX_UNPACKED_BYTES", 10**7)
+    assert len(read_all(tmp_path / "a.parquet")[0]) == 1
+
+
+def test_a_row_of_a_saved_dataset_is_measured_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures_table().save_to_disk(str(tmp_path / "saved"))
+    largest = max(map(len, JPEGS))
+    for name, limit in (("MAX_FILE_BYTES", largest - 1), ("MAX_CAPTION_BYTES", 0)):
+        monkeypatch.setattr(f"ecdit_ds.data.sources.dataset_rows.{name}", limit)
+    good, bad = read_all(tmp_path / "saved")
+    assert {one.cause for one in bad} == {"too many bytes"} and 0 < len(bad) < 7 and len(good) + len(bad) == 7

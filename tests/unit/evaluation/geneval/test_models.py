@@ -280,6 +280,24 @@ def test_no_code_of_a_judges_folder_is_run_whatever_standard_input_says(
     assert (asked, (tmp_path / "ran").exists()) == ([], False)
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value", "told"),
+    [
+        ("config.json", "num_hidden_layers", 10**7, "tells of 10000000 layers"),
+        ("config.json", "intermediate_size", 4 * 10**8, "numbers, and its files hold"),
+        ("preprocessor_config.json", "size", {"height": 60_000, "width": 60_000}, "pictures of 60000 pixels a side"),
+        ("preprocessor_config.json", "image_mean", [1.0, 2.0], "has no image processor"),
+    ],
+)
+def test_a_judge_that_would_take_all_memory_or_sees_no_picture_is_refused_in_one_line(
+    file: str, field: str, value: object, told: str, tmp_path: Path, refusal_of: Refusal
+) -> None:
+    path = save_vit(tmp_path / "judge") / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    message = refusal_of(lambda: load_feature_model(str(path.parent), device=CPU))
+    assert str(path.parent) in message and told in message
+
+
 def test_a_detectors_files_do_not_choose_what_is_fetched(
     tmp_path: Path, refusal_of: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

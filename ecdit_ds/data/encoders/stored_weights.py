@@ -136,7 +136,14 @@ def refuse_quantized(who: str, folder: Path, layout: Layout, error: type[EcditEr
 
 
 def refuse_larger(
-    who: str, folder: Path, layout: Layout, error: type[EcditError], *, depth: int, build: Callable[[], Any]
+    who: str,
+    folder: Path,
+    layout: Layout,
+    error: type[EcditError],
+    *,
+    depth: int,
+    build: Callable[[], Any],
+    times: int = 2,
 ) -> None:
     """Refuse a model that its configuration makes far larger than its files are, before memory is taken for it.
 
@@ -144,6 +151,7 @@ def refuse_larger(
         who, folder, layout, error: as `refuse_quantized`.
         depth: the number of layers that the configuration tells of, in its longest row.
         build: makes the model from its configuration.
+        times: how many times as many numbers it may have as the files; those of a decoder may be left out.
     """
     import torch
 
@@ -155,7 +163,7 @@ def refuse_larger(
     with torch.device("meta"):
         needed = sum(parameter.numel() for parameter in build().parameters())
     held = sum(prod(stored.shape) for stored in tensors.values())
-    if needed > 2 * held:
+    if needed > times * held:
         raise error(f"{who}: its config.json tells of {needed:,} numbers, and its files hold {held:,}; mend it")
 
 
@@ -168,7 +176,7 @@ def refuse_larger_of_transformers(
     else:
         own = model_class.config_class.from_pretrained(str(folder), **LOCAL)  # of one tower, where there are several
         build = partial(model_class._from_config, own)
-    refuse_larger(who, folder, TRANSFORMERS, error, depth=_depth_of(config.to_dict()), build=build)
+    refuse_larger(who, folder, TRANSFORMERS, error, depth=_depth_of(config.to_dict()), build=build, times=8)
 
 
 def _depth_of(config: Any) -> int:
@@ -308,4 +316,8 @@ def _index_of(folder: Path, layout: Layout) -> dict[str, str]:
     path = folder / f"{layout.stem}.safetensors.index.json"
     if not path.is_file() or (not layout.prefers_index and (folder / f"{layout.stem}.safetensors").is_file()):
         return {}
-    return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    for name in index.values():  # which is joined to the folder, and read, wherever that leads
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{path.name} names {name!r}, which is no file beside it")
+    return index

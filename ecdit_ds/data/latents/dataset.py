@@ -118,7 +118,7 @@ class LatentDataset:
         self._mapped = LruIndex(MAX_MAPPED)
         self._buckets = np.array([shard.bucket for shard in self.index.shards], dtype=np.int64)
         self._starts = np.cumsum([0, *(shard.count for shard in self.index.shards)])
-        parts = read_null_text(folder)
+        parts = read_null_text(folder, self.index)
         self.null_text = TextEmbeddings(
             embeds_BTD=parts["text_embeds"].float(), mask_BT=parts["text_mask"], pooled_BD=parts["text_pooled"].float()
         )

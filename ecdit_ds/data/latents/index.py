@@ -13,19 +13,21 @@ race for it, and one that is killed leaves nothing that is ever read.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ecdit_ds.data.encoders.base import RAW_PIXELS
 from ecdit_ds.data.normalization import Moments
-from ecdit_ds.errors import DataError
+from ecdit_ds.errors import DataError, escape_unprintable
 
 SCHEMA_VERSION = 5
 """Raise it when scenes or columns change, so that no older folder is taken for a new one."""
@@ -96,18 +98,44 @@ class LatentIndex:
     def __post_init__(self) -> None:
         if self.latents_dtype not in FLOAT_DTYPES:
             raise ValueError(f"latents_dtype {self.latents_dtype!r} is none of {', '.join(FLOAT_DTYPES)}")
+        for name in ("image_encoder", "text_encoder", "settings"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} is no section")
+        if type(self.has_text) is not bool:
+            raise ValueError(f"has_text {self.has_text!r} is neither true nor false")
+        sizes = [size for bucket in self.buckets for size in bucket]
+        counts = [count for shard in self.shards for count in (shard.count, shard.bytes)]
+        for number in (*sizes, *self.text_shape, self.pooled_width, self.count, *counts):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{number!r} is no size or count")
         for shard in self.shards:
             if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
                 raise ValueError(f"shard {shard.file!r} is no plain file name")
             if not 0 <= shard.bucket < len(self.buckets) or shard.count < 1:
                 raise ValueError(f"shard {shard.file}: bucket {shard.bucket} with {shard.count} samples")
+        for value in (*self.latents_mean, *self.latents_std):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{value!r} is no mean or spread")
         if self.count != sum(shard.count for shard in self.shards):
             raise ValueError(f"count {self.count} is not what its shards hold")
 
 
-def read_null_text(folder: Path) -> dict[str, Tensor]:
-    """Return the text of no text by column, B = 1, in the dtypes it is stored in; verify it before."""
-    return dict(load_file(folder / NULL_TEXT_FILE))
+def read_null_text(folder: Path, index: LatentIndex) -> dict[str, Tensor]:
+    """Return the text of no text by column, B = 1, in the dtypes it is stored in; verify it before.
+
+    Raises:
+        DataError: it has other columns or shapes than the index says.
+    """
+    path, (tokens, width) = folder / NULL_TEXT_FILE, index.text_shape
+    wanted = {"text_embeds": (1, tokens, width), "text_mask": (1, tokens), "text_pooled": (1, index.pooled_width)}
+    try:
+        found = dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); encode the set anew") from None
+    shapes = {escape_unprintable(name): tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted:
+        raise DataError(f"{path}: holds {shapes}, but its index says {wanted}; encode the set anew")
+    return found
 
 
 def read_index(folder: Path) -> LatentIndex:
@@ -136,7 +164,7 @@ def read_index(folder: Path) -> LatentIndex:
 
 def _index_of(fields: dict[str, Any]) -> LatentIndex:
     sizes = {name: tuple(fields[name]) for name in ("text_shape", "latents_mean", "latents_std")}
-    buckets = tuple((int(c), int(h), int(w)) for c, h, w in fields["buckets"])
+    buckets = tuple((c, h, w) for c, h, w in fields["buckets"])
     shards = tuple(ShardInfo(**shard) for shard in fields["shards"])
     return LatentIndex(**(fields | sizes | {"buckets": buckets, "shards": shards}))
 

@@ -3,7 +3,7 @@
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ecdit_ds.errors import DataError
+from ecdit_ds.data.latents.index import TENSOR_COLUMNS, TEXT_COLUMNS
+from ecdit_ds.errors import DataError, escape_unprintable
 
 _SCARCE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """What the machine ran out of, and no fault of a file."""
@@ -96,9 +97,13 @@ class Shard:
     def _open(self) -> tuple[list[int], list[RecordBatchView]]:
         try:
             with pa.ipc.open_stream(pa.memory_map(str(self.path))) as reader:
+                _check_columns(reader.schema, self.row_bytes)
                 found = [batch for batch in reader if len(batch)]
             for batch in found:  # of the others, `_block` sees that they are in the map
-                batch.select([name for name in batch.schema.names if name not in self.row_bytes]).validate(full=True)
+                texts = batch.select(TEXT_COLUMNS)
+                texts.validate(full=True)
+                if any(column.null_count for column in texts.columns):
+                    raise ValueError("it has rows without a text")
             batches = [
                 RecordBatchView(
                     tensors=tuple(_block(batch, name, size) for name, size in self.row_bytes.items()), columns=batch
@@ -117,6 +122,16 @@ class Shard:
                 ) from None
             raise DataError(f"{self.path}: is no shard of this set ({error}); encode the set anew") from None
         return [0, *ends[:-1]], batches
+
+
+def _check_columns(schema: pa.Schema, tensors: Collection[str]) -> None:
+    """Refuse columns of other types, of which other bytes would be taken for texts and numbers; raise ValueError."""
+    for name in schema.names:
+        wanted = pa.string() if name in TEXT_COLUMNS else pa.binary() if name in TENSOR_COLUMNS else None
+        if schema.field(name).type != wanted:
+            raise ValueError(f"column {escape_unprintable(name)} is {schema.field(name).type}, not {wanted or 'known'}")
+    if lacking := [name for name in (*TEXT_COLUMNS, *tensors) if schema.names.count(name) != 1]:
+        raise ValueError(f"it does not have one column {lacking[0]}")
 
 
 def _block(batch: pa.RecordBatch, name: str, row_bytes: int) -> memoryview:

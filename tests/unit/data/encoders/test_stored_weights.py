@@ -543,3 +543,19 @@ def test_what_rust_panics_over_is_one_line_and_an_interrupt_is_none(refusal_of: 
     assert refusal_of(lambda: fail(PanicException)) == "it (index out of bounds)"
     with pytest.raises(KeyboardInterrupt):
         fail(KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "ABSOLUTE", "sub/a.safetensors", "gone.safetensors"])
+def test_an_index_names_no_weights_outside_its_folder(
+    copy_of: Callable[[str], Path], tmp_path: Path, refusal_of: Refusal, place: str
+) -> None:
+    folder = copy_of("t5")
+    outside = folder.parent / "outside.safetensors"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "sub" / "a.safetensors")
+    (folder / "model.safetensors").rename(outside)
+    save_file({"beside": torch.ones(1)}, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, str(outside) if place == "ABSOLUTE" else place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is no file beside it" in refusal_of(lambda: load_text_encoder([str(folder)]))

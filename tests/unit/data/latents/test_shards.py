@@ -2,17 +2,21 @@
 
 import copy
 import errno
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ecdit_ds.data.latents import dataset as dataset_module
 from ecdit_ds.data.latents.dataset import LatentDataset
-from ecdit_ds.data.latents.index import VerifyOptions
+from ecdit_ds.data.latents.index import VerifyOptions, checksum_of
 from ecdit_ds.data.latents.mmap_shard import LruIndex
 from ecdit_ds.errors import DataError
 from tests.helpers.arrow_damage import damage_places
@@ -124,3 +128,57 @@ def test_a_shard_whose_captions_lie_outside_it_is_refused_by_name(tmp_path: Path
     damage_places(path, [f"made {i}" for i in range(12)], 3)
     with pytest.raises(DataError, match=r"\.arrow: is no shard of this set \(.*[Oo]ffset"):
         read(LatentDataset(folder, check=VerifyOptions(checksums=False)), 3)
+
+
+def _rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    with pa.ipc.open_stream(path.read_bytes()) as reader:
+        table = change(reader.read_all())
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _with(name: str, make: Callable[[pa.ChunkedArray], Any]) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, make(table[name]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            _with("caption", partial(pa.ChunkedArray.cast, target_type=kind))
+            for kind in (pa.large_string(), pa.binary())
+        ),
+        _with("caption", lambda column: column.cast(pa.string_view())),
+        _with("caption", lambda column: column.dictionary_encode()),
+        _with("caption", lambda column: pa.array(range(len(column)))),
+        _with("caption", lambda column: pa.nulls(len(column))),
+        _with("caption", lambda column: pa.array([None] * len(column), pa.string())),
+        _with("latents", lambda column: column.cast(pa.large_binary())),
+        lambda table: table.drop_columns(["caption"]),
+        lambda table: table.append_column("caption", table["caption"]),
+        lambda table: table.append_column("extra", table["latents"]),
+    ],
+)
+def test_columns_of_other_types_are_no_texts_and_numbers(
+    tmp_path: Path, change: Callable[[pa.Table], pa.Table]
+) -> None:
+    folder = write_set(tmp_path / "made", [((3, 2, 2), 12)])
+    (path,) = folder.glob("*.arrow")
+    _rewrite(path, lambda table: table)
+    unchecked = VerifyOptions(shards=slice(0), checksums=False)
+    assert read(LatentDataset(folder, check=unchecked), 3) == ["made 3"]
+    _rewrite(path, change)
+    with pytest.raises(DataError, match=r"\.arrow: is no shard of this set \("):
+        read(LatentDataset(folder, check=unchecked), 3)
+
+
+@pytest.mark.parametrize("change", [{"text_embeds": None}, {"extra": torch.ones(1)}, {"text_mask": torch.ones(1, 9)}])
+def test_a_text_of_no_text_of_other_shapes_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_set(tmp_path / "made", [((3, 2, 2), 12)])
+    path, index = folder / "null_text.safetensors", folder / "index.json"
+    tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
+    save_file(tensors, path)
+    signed = {"null_text_bytes": path.stat().st_size, "null_text_xxh3": checksum_of(path)}
+    index.write_text(json.dumps(json.loads(index.read_text()) | signed))
+    with pytest.raises(DataError, match=r"null_text\.safetensors: holds \{.*, but its index says"):
+        LatentDataset(folder)

@@ -1,6 +1,7 @@
 """Encoded sets on disk: what is read is what was encoded, and what is damaged is named."""
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -305,6 +306,33 @@ def test_an_index_that_names_a_shard_elsewhere_or_miscounts_is_none(
             index["count"] = 0
 
     _change_index(folder / "index.json", damage)
+    assert "is no index of an encoded set" in refusal_of(lambda: LatentDataset(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_encoder": "x"},
+        {"text_encoder": None},
+        {"settings": []},
+        {"has_text": "no"},
+        {"count": float(NUM_TRAIN)},
+        {"buckets": [[-1, -16, 48]]},
+        {"buckets": [[0, 16, 16]]},
+        {"buckets": [[3.0, 16, 16]]},
+        {"text_shape": [2**20, 0]},
+        {"pooled_width": "8"},
+        {"latents_mean": ["a"]},
+        {"latents_std": [math.nan]},
+    ],
+    ids=str,
+)
+def test_an_index_of_other_types_or_numbers_is_none(
+    open_set: OpenSet, tmp_path: Path, refusal_of: Callable[[Callable[[], object]], str], change: dict[str, Any]
+) -> None:
+    open_set()
+    (folder,) = folders(tmp_path)
+    _change_index(folder / "index.json", lambda index: index.update(change))
     assert "is no index of an encoded set" in refusal_of(lambda: LatentDataset(folder))
 
 

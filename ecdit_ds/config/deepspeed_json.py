@@ -221,7 +221,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"--deepspeed {path}: {reason}; configurations are in ds_configs/") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise ConfigError(f"--deepspeed {path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {path}: holds {type(config).__name__}, not an object")

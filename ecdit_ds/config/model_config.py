@@ -126,6 +126,13 @@ class ModelConfig:
             f"gcd of model.latent_height({self.latent_height}) and model.latent_width({self.latent_width}), ",
             math.gcd(self.latent_height, self.latent_width),
         )
+        numbers = self.in_channels * self.latent_height * self.latent_width
+        if numbers > _MOST_NUMBERS_OF_AN_IMAGE:
+            raise ConfigError(
+                f"model.in_channels({self.in_channels}) x model.latent_height({self.latent_height}) x "
+                f"model.latent_width({self.latent_width}): {numbers:,} numbers an image, the most is "
+                f"{_MOST_NUMBERS_OF_AN_IMAGE:,}"
+            )
         if self.is_sparse and self.num_experts < 2:
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} leaves nothing to route; use 2 or more, or model.ffn: dense"
@@ -231,6 +238,7 @@ _POSITIVE_MODEL_FIELDS = (
     "routing_group",
     "top_k",
 )
+_MOST_NUMBERS_OF_AN_IMAGE = 2**28
 _LARGEST = dict.fromkeys(_POSITIVE_MODEL_FIELDS, 2**20) | {
     "num_layers": 2**12,
     "decoder_layers": 2**12,

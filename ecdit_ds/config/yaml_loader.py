@@ -154,7 +154,7 @@ def parse_yaml(text: str) -> Any:
         _refuse_depth(text)
         return _StrictLoader(text).get_single_data()
     # Tagged or odd scalars (`2026-13-45`, `!!int x`) escape PyYAML as plain Python errors; depth as RecursionError.
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
 
 

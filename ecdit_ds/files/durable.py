@@ -36,6 +36,17 @@ def put_on_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def plain_file(path: Path) -> Path:
+    """Return a path that may be opened and read to its end: a pipe of that name might keep a reader for ever.
+
+    Raises:
+        OSError: it is one, or a device.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    return path
+
+
 def make_folders(folder: Path) -> None:
     """Make a folder that may be there already, and its parents, with names that are on the disk.
 

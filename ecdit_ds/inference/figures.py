@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ecdit_ds.errors import escape_unprintable
 from ecdit_ds.inference.images import save_bytes
 
 _INCHES_PER_PICTURE = 1.6
@@ -26,7 +27,9 @@ def save_grid(
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images_BHWC, captions, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(caption, _CAPTION_WIDTH)), fontsize=8, parse_math=False)
+        axis.set_title(
+            "\n".join(textwrap.wrap(escape_unprintable(caption), _CAPTION_WIDTH)), fontsize=8, parse_math=False
+        )
     save_figure(figure, path)
 
 

@@ -24,7 +24,7 @@ from ecdit_ds.config.model_config import ModelConfig
 from ecdit_ds.config.recipe import SampleConfig
 from ecdit_ds.data.sources.images import read_image
 from ecdit_ds.errors import DataError
-from ecdit_ds.files.durable import make_folders, replace_durably
+from ecdit_ds.files.durable import make_folders, plain_file, replace_durably
 from ecdit_ds.inference.images import name_for_file, save_png, to_uint8
 from ecdit_ds.inference.jsonl_shards import ResultTable, Row
 from ecdit_ds.inference.prompts import require_words
@@ -190,7 +190,7 @@ def is_of_other_pictures(folder: Path) -> bool:
     path = folder / SETTINGS_NAME
     if not path.exists():
         return False
-    return _writing(folder, lambda: _json(path.read_text(encoding="utf-8"), path)).get(OF_SCENES) is False
+    return _writing(folder, lambda: _json(plain_file(path).read_text(encoding="utf-8"), path)).get(OF_SCENES) is False
 
 
 def read_picture(folder: Path, picture: GeneratedImage) -> Image.Image:
@@ -260,7 +260,7 @@ def _open(folder: Path, wanted: Mapping[int, ImageRequest], told: dict[str, Any]
             )
         make_folders(folder)
         replace_durably(path, (json.dumps(told, indent=2) + "\n").encode())
-    held = _json(path.read_text(encoding="utf-8"), path)
+    held = _json(plain_file(path).read_text(encoding="utf-8"), path)
     compared = [name for name in (*told, *held) if name != OF_SCENES]
     if changed := [name for name in compared if held.get(name, _ABSENT) != told.get(name, _ABSENT)]:
         before, now = (settings.get(changed[0], _ABSENT) for settings in (held, told))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit_ds.errors import DataError, EcditError
-from ecdit_ds.files.durable import make_folders, own_file, replace_durably
+from ecdit_ds.files.durable import make_folders, own_file, plain_file, replace_durably
 from ecdit_ds.inference.ranks import DistributedContext
 
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ class ResultTable:
         if not path.exists():
             return []
         try:
-            text = path.read_bytes().rpartition(b"\n")[0].decode()
+            text = plain_file(path).read_bytes().rpartition(b"\n")[0].decode()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         rows = []

@@ -396,5 +396,5 @@ def _require_finite_kind(folder: Path, kind: str, nonfinite: Mapping[str, int] |
 def _recipe_in(meta: Mapping[str, Any], where: Path) -> Recipe:
     try:
         return recipe_from_dict(dict(meta["recipe"]))
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{where}: its recipe cannot be used: {error}") from None

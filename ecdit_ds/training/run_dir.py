@@ -30,7 +30,7 @@ from ecdit_ds.config.deepspeed_json import PROFILE_NAME
 from ecdit_ds.config.recipe import Recipe
 from ecdit_ds.config.yaml_loader import dump_recipe, parse_yaml
 from ecdit_ds.errors import CheckpointError, ConfigError, escape_unprintable
-from ecdit_ds.files.durable import is_still, make_folders, private_file, replace_durably
+from ecdit_ds.files.durable import is_still, make_folders, plain_file, private_file, replace_durably
 from ecdit_ds.slurm.job_history import LOGS
 from ecdit_ds.training.train_state import check_same_recipe
 
@@ -178,7 +178,7 @@ class RunDir:
         """
         if self.recipe.exists():
             try:
-                written = parse_yaml(self.recipe.read_text(encoding="utf-8"))
+                written = parse_yaml(plain_file(self.recipe).read_text(encoding="utf-8"))
             except (ConfigError, OSError, UnicodeDecodeError) as error:
                 raise ConfigError(
                     f"{self.recipe}: cannot be read ({error}); move it away, if checkpoints are there, which hold the "
@@ -303,7 +303,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 def _lines_up_to(log: Path, step: int) -> list[str]:
     """Return the lines of a JSON-lines file up to `step`, without a last one that a kill cut off."""
     try:
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = plain_file(log).read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if step > 0 and line.endswith("}\n") and json.loads(line)["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{log}: cannot be read ({type(error).__name__}: {error}); move it away") from None

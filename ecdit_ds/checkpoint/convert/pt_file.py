@@ -30,6 +30,7 @@ from ecdit_ds.errors import CheckpointError
 from ecdit_ds.files.durable import open_new, write_all
 
 _LOCAL_HEADER_BYTES = 30
+_GROWING = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -188,7 +189,10 @@ class TorchFile(RangedFile):
             raise self._damaged(f"PyTorch cannot read it as plain data ({_one_line(error)})") from None
 
     def _refuse_buffers(self) -> None:
-        """Refuse `bytearray(N)`, the one call that `weights_only` allows a pickle and whose memory no byte pays for."""
+        """Refuse calls that `weights_only` allows a pickle, and whose memory no byte of it pays for.
+
+        Of `bytearray(N)` that is N, and `_codecs.encode` may double what it is given, again and again.
+        """
         for name, (info, begin) in self._records.items():
             if not name.endswith(".pkl"):
                 continue
@@ -197,10 +201,10 @@ class TorchFile(RangedFile):
                 self._read_exactly(file, memoryview(program), begin)
             with suppress(ValueError):  # damaged, which PyTorch tells
                 for _, argument, _ in pickletools.genops(bytes(program)):
-                    if isinstance(argument, str) and argument.split()[-1:] == ["bytearray"]:
+                    if isinstance(argument, str) and argument in _GROWING:
                         raise CheckpointError(
-                            f"{self.path}: asks for bytearray, which is neither tensor, number, text nor container; "
-                            "nothing of it was run, use a file that holds data only"
+                            f"{self.path}: asks for {argument.split()[-1]}, which is neither tensor, number, text nor "
+                            "container; nothing of it was run, use a file that holds data only"
                         )
 
     def _described(self, value: Any, where: str, seen: dict[int, Any]) -> Any:

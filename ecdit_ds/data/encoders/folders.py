@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from ecdit_ds.errors import DataError
+from ecdit_ds.files.durable import plain_file
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
@@ -85,7 +86,7 @@ def fingerprint(folder: Path) -> str:
         digest.update(path.name.encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -98,7 +99,7 @@ def read_encoder_config(path: Path) -> dict[str, Any]:
         DataError: the file cannot be read.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(plain_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the encoder again") from None
     return fields if isinstance(fields, dict) else {}

@@ -21,6 +21,9 @@ from ecdit_ds.data.encoders.pretrained import (
 )
 from ecdit_ds.errors import DataError
 
+MAX_TOKENS, MAX_WIDTH = 2**16, 2**17
+"""Of a text, ten times those of any encoder that is used: beyond them a file claims what nobody encoded."""
+
 
 def image_encoder_spec(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any]:
     """Return what `open_image_encoder` opens an encoder by.
@@ -96,7 +99,9 @@ def open_text_encoder(
     try:
         if facts.get("kind") == "words":
             _refuse_name(names, "--text", facts)
-            encoder = HashedWordEncoder(embed_dim=int(facts["embed_dim"]), max_tokens=int(facts["max_tokens"]))
+            encoder = HashedWordEncoder(
+                embed_dim=_size(facts, "embed_dim", MAX_WIDTH), max_tokens=_size(facts, "max_tokens", MAX_TOKENS)
+            )
         elif facts.get("kind") == "transformers":
             encoder = load_text_encoder(
                 names or facts["names"],
@@ -111,6 +116,13 @@ def open_text_encoder(
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"text encoder {facts.get('identity')}: the set does not say its {error}") from None
     return _same(encoder, facts, "text encoder")
+
+
+def _size(facts: Mapping[str, Any], name: str, most: int) -> int:
+    """Return a size that a file says; raise ValueError unless it can be one."""
+    if type(facts[name]) is not int or not 0 < facts[name] <= most:
+        raise ValueError(f"{name}, which is {facts[name]!r} and not 1 to {most:,}")
+    return int(facts[name])
 
 
 def count_encoder_parameters(encoder: ImageEncoder | TextEncoder) -> tuple[int, int]:
@@ -142,6 +154,8 @@ def null_text_of(facts: Mapping[str, Any]) -> TextEmbeddings:
         DataError: it is damaged.
     """
     try:
+        if type(facts["tokens"]) is not int or not 0 < facts["tokens"] <= MAX_TOKENS:
+            raise ValueError(f"of {facts['tokens']!r} tokens")
         places, pooled_D = [int(place) for place in facts["places"]], _as_numbers(facts["pooled"])
         embeds_TD, mask_T = torch.zeros(facts["tokens"], len(pooled_D)), torch.zeros(facts["tokens"], dtype=torch.bool)
         embeds_TD[places] = _as_numbers(facts["embeds"]).view(len(places), len(pooled_D))

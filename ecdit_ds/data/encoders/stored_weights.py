@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ecdit_ds.errors import EcditError
+from ecdit_ds.files.durable import plain_file
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options of every `from_pretrained` of transformers; without the second it would ask on standard input."""
@@ -298,7 +299,7 @@ def _tensors_of(folder: Path, layout: Layout) -> dict[str, _Stored]:
     """Return how each tensor in the files that are loaded is stored; only headers are read."""
     tensors: dict[str, _Stored] = {}
     for path in _files_of(folder, layout):
-        with safe_open(path, framework="pt") as file:
+        with safe_open(plain_file(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  no dict
                 at = file.get_slice(name)
                 tensors[name] = _Stored(kind=at.get_dtype(), shape=tuple(at.get_shape()))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ecdit_ds.data.encoders.base import RAW_PIXELS
 from ecdit_ds.data.normalization import Moments
 from ecdit_ds.errors import DataError, escape_unprintable
+from ecdit_ds.files.durable import plain_file
 
 SCHEMA_VERSION = 5
 """Raise it when scenes or columns change, so that no older folder is taken for a new one."""
@@ -146,14 +147,14 @@ def read_index(folder: Path) -> LatentIndex:
     """
     path = folder / INDEX_FILE
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
+        fields: dict[str, Any] = json.loads(plain_file(path).read_text(encoding="ascii"))
         schema = fields["schema"]
         index = _index_of(fields) if schema == SCHEMA_VERSION else None
     except FileNotFoundError:
         if not folder.exists():
             raise DataError(f"{folder}: is not there; encode the corpus there, or name another folder") from None
         raise DataError(f"{path}: is missing; delete the folder {folder} to have it written anew") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: is no index of an encoded set ({error}); delete the folder {folder} to have it written anew"
         ) from None

@@ -105,6 +105,8 @@ def open_folder(root: Path, *, unit_samples: int, columns: Columns) -> ListedSou
     listed = [name for name in METADATA_FILES if (root / name).is_file()]
     if len(listed) > 1:
         raise DataError(f"{root}: has both {' and '.join(listed)}; keep one")
+    if listed and not (root / listed[0]).resolve().is_relative_to(root):
+        raise DataError(f"{root / listed[0]}: is a link out of {root}; copy the file there, or leave it out")
     if listed:
         found = open_list(root / listed[0], root, unit_samples=unit_samples, columns=columns)
         named = {listed[0], *(entry.image for entry in found.entries if isinstance(entry, ListedImage))}

@@ -24,9 +24,10 @@ from ecdit_ds.data.sources.base import (
 )
 from ecdit_ds.data.sources.images import MAX_FILE_BYTES
 from ecdit_ds.errors import DataError
+from ecdit_ds.files.durable import plain_file
 
 _ROWS_AT_ONCE = 16
-FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError)
 """What pyarrow raises for damaged tables."""
 
 
@@ -54,7 +55,7 @@ class ParquetSource:
         done = unit.start
         path = self.root / unit.name
         try:
-            metadata = pq.read_metadata(path)
+            metadata = pq.read_metadata(plain_file(path))
             schema = metadata.schema.to_arrow_schema()
             image, caption = chosen_columns(schema, self.columns, str(path))
             check_packing(metadata, (image, caption))
@@ -95,7 +96,7 @@ def open_parquet(
         if not path.resolve().is_relative_to(root):
             raise DataError(f"{path}: is a link out of {root}; copy the file there, or leave it out")
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(plain_file(path)) as file:
                 count, schema = file.metadata.num_rows, file.schema_arrow
         except FAILURES as error:
             raise DataError(

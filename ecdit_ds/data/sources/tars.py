@@ -34,6 +34,7 @@ from ecdit_ds.data.sources.base import (
 )
 from ecdit_ds.data.sources.images import MAX_FILE_BYTES
 from ecdit_ds.errors import DataError
+from ecdit_ds.files.durable import plain_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
@@ -231,7 +232,7 @@ def open_tars(root: Path, files: Sequence[Path], *, columns: Columns, ignored: M
 
 def _is_compressed(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             return file.read(_BLOCK).startswith(_COMPRESSED)
     except OSError:  # told when it is read
         return False
@@ -243,7 +244,7 @@ def walk_tar(path: Path) -> Iterator[Member | BadSample | Gap]:
     Links, devices, absolute names and names with `..` are refused; folders are no samples.
     """
     try:
-        file = path.open("rb")
+        file = plain_file(path).open("rb")
     except OSError:
         yield BadSample(cause="unreadable archive", name=path.name)
         return

@@ -193,7 +193,7 @@ def parse_prompt(line: str, where: str, class_names: frozenset[str]) -> GenevalP
     """Return the prompt of one line of metadata; raise EvaluationError that begins with `where`."""
     try:
         content = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise EvaluationError(f"{where}: not JSON ({error})") from error
     _require(isinstance(content, dict), where, f"a JSON object is expected, not {type(content).__name__}")
     for key, kind in (("tag", str), ("prompt", str), ("include", list)):

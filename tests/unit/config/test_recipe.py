@@ -23,6 +23,7 @@ from ecdit_ds.config.recipe import (
     changed_fields,
 )
 from ecdit_ds.config.yaml_loader import recipe_from_dict
+from ecdit_ds.errors import ConfigError
 
 RefusalOf = Callable[[Callable[[], object]], str]
 Rounding = Literal["floor", "nearest", "ceil"]
@@ -466,3 +467,10 @@ def test_a_capacity_for_drawing_that_the_model_cannot_use_is_refused(
     changes: dict[str, Any], said: str, tiny_recipe: Recipe, refusal_of: RefusalOf
 ) -> None:
     assert said in refusal_of(lambda: edited(tiny_recipe, changes))
+
+
+def test_an_image_of_more_numbers_than_any_machine_holds_is_refused(make_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"latent_height\(1048576\) x model.latent_width\(1048576\): .* numbers an image"
+    ):
+        make_recipe("model.latent_height=1048576", "model.latent_width=1048576")

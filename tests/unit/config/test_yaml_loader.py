@@ -423,3 +423,12 @@ def test_a_section_that_stands_for_another_is_refused(start: str, tmp_path: Path
     path.write_text(f"base: below.yaml\n{start}")
     assert "*a repeats a section; write it out" in refusal_of(lambda: load_recipe(str(path)))
     assert parse_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "text", ['!!float ""', "!!bool maybe", "!!int x", "!!timestamp x", "!!binary ?", "!!set {a, b}"]
+)
+def test_a_tag_that_its_text_does_not_bear_out_is_one_line(text: str, recipe_path: Path, refusal_of: RefusalOf) -> None:
+    with recipe_path.open("a") as file:
+        file.write(f"odd: {text}\n")
+    assert str(recipe_path) in refusal_of(lambda: load_recipe(str(recipe_path)))

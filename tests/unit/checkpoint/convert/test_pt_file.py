@@ -81,6 +81,9 @@ def test_a_pickle_that_would_run_something_does_not(path: Path, refusal_of: Refu
 def test_a_pickle_takes_no_memory_that_its_bytes_do_not_pay_for(path: Path, refusal_of: RefusalOf, call: bytes) -> None:
     _write_with_pickle(path, b"\x80\x02" + call + b"\x8a\x08" + (2**62).to_bytes(8, "little") + b"\x85R.")
     assert "asks for bytearray" in refusal_of(lambda: TorchFile(path))
+    doubled = b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R."
+    _write_with_pickle(path, b"\x80\x02" + doubled)
+    assert "asks for encode" in refusal_of(lambda: TorchFile(path))
 
 
 def test_what_is_refused_is_named(path: Path, refusal_of: RefusalOf) -> None:

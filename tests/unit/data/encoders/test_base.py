@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor
 from ecdit_ds.data.digit_scenes.scenes import draw_scene
 from ecdit_ds.data.encoders.base import HashedWordEncoder, PixelVAE
 from ecdit_ds.data.encoders.pretrained import load_image_encoder, load_text_encoder
-from ecdit_ds.data.encoders.spec import image_encoder_spec, open_image_encoder, open_text_encoder, text_encoder_spec
+from ecdit_ds.data.encoders.spec import (
+    image_encoder_spec,
+    null_text_facts,
+    null_text_of,
+    open_image_encoder,
+    open_text_encoder,
+    text_encoder_spec,
+)
 from tests.helpers.tiny_encoders import save_t5, save_vae
 
 
@@ -276,3 +284,17 @@ def test_a_stored_revision_that_is_no_commit_is_not_looked_for(
     monkeypatch.setattr("huggingface_hub.snapshot_download", note)
     open_image_encoder(facts | {"revision": revision})
     assert [options.get("revision") for options in asked] == [None]
+
+
+def test_sizes_that_a_file_claims_of_its_texts_are_bounded_before_memory_is_taken(
+    refusal_of: Callable[[Callable[[], object]], str],
+) -> None:
+    words = HashedWordEncoder(embed_dim=8, max_tokens=4)
+    facts = text_encoder_spec(words)
+    assert open_text_encoder(facts).identity == words.identity
+    for name, size in (("embed_dim", 10**9), ("max_tokens", 10**9), ("max_tokens", 0), ("embed_dim", 8.0)):
+        assert f"its {name}, which is {size!r}" in refusal_of(partial(open_text_encoder, {**facts, name: size}))
+    null = null_text_facts(words.null())
+    assert torch.equal(null_text_of(null).embeds_BTD, words.null().embeds_BTD)
+    for tokens in (10**8, -1, 4.0):
+        assert f"of {tokens!r} tokens" in refusal_of(partial(null_text_of, {**null, "tokens": tokens}))

@@ -1235,6 +1235,13 @@ def test_a_column_that_says_it_unpacks_to_far_more_is_not_read(
     assert len(read_all(tmp_path / "a.parquet")[0]) == 1
 
 
+def test_a_list_that_is_a_link_out_of_its_folder_is_not_read(folder: Path, tmp_path: Path, refusal_of: Refusal) -> None:
+    secret = write_csv(tmp_path / "secret.csv", rows())
+    (folder / "metadata.csv").symlink_to(secret)
+    message = refusal_of(lambda: read_all(folder))
+    assert message.startswith(f"{folder / 'metadata.csv'}: is a link out of {folder}")
+
+
 def test_a_row_of_a_saved_dataset_is_measured_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

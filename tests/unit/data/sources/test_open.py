@@ -1189,7 +1189,7 @@ def _holes(size: int) -> bytes:
     ("blocks", "cause"),
     [
         (_holes(250 * 2**20), "no regular file"),
-        (_header("p", 0, b"x") * 3000, "unreadable archive"),
+        (_header("p", 0, b"x") * 3000, "damaged archive"),
         (_header("b.txt", 0, b"0", (124, b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True))), "damaged archive"),
         (_header("p", 14, b"x") + b"14 size=-1024\n".ljust(512, b"\0") + _header("b.txt", 0, b"0"), "damaged archive"),
     ],

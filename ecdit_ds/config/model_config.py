@@ -1,4 +1,4 @@
-"""The architecture: what a checkpoint's weights mean. `config.py` holds the rest of a recipe."""
+"""The architecture: what a checkpoint's weights mean. `recipe.py` holds the rest of a recipe."""
 
 import math
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 The engine recognises a Mixture-of-Experts layer by `isinstance` alone. Without the marker, experts of different
 ranks are broadcast over one another at the start and their gradients averaged: training runs, the model is wrong.
-Outside `engine.py`, DeepSpeed is imported here only.
+DeepSpeed is imported here, in `setup.py` and in `training/engine.py` only.
 """
 
 from typing import Any

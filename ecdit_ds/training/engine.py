@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind a small surface, and the only place that knows its internals.
 
 ZeRO keeps, on each rank, flat fp32 tensors of the weights that this rank updates, and beside them the optimizer's
-state (`partitions.py`). Everything that outlives a step (checkpoint, average) lives on those, so nothing is ever
+state (`zero_partitions.py`). Everything that outlives a step (checkpoint, average) lives on those, so nothing is ever
 gathered. Besides `parallel/deepspeed_moe.py` and `parallel/setup.py`, DeepSpeed is imported here only.
 """
 

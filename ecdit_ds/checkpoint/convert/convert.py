@@ -1,6 +1,6 @@
 """Conversion: the same tensors in other files, streamed; bitwise the same unless another type is asked for.
 
-A conversion fills `DST.partial` (`partial.py`), a file at a time. Each is read back and compared, then a note of what
+A conversion fills `DST.partial` (`workspace.py`), a file at a time. Each is read back and compared, then a note of what
 it holds is left. Interrupted, the same command goes on with the file it was at; a file that reads back other than its
 note says is written again. When all are there the folder of files is renamed to `DST`.
 """

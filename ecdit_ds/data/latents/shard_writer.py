@@ -1,4 +1,4 @@
-"""Writes folders of encoded samples, which `folder.py` describes and reads.
+"""Writes folders of encoded samples, which `index.py` describes and reads.
 
 It imports `datasets`, which takes a second: whoever only reads must not import it.
 """

@@ -92,7 +92,7 @@ class TextToImagePipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """dtype of the weights."""
         return self.drawer.model.patches.linear.weight.dtype
 
     def to(self, device: str | torch.device) -> "TextToImagePipeline":

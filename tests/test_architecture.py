@@ -479,3 +479,18 @@ def test_a_public_name_means_one_thing_in_the_package(sources: list[Source]) -> 
     assert repeated_names(sources) == {}
     twins = [Source(name=name, text="class Job:\n    pass\ndef main(): pass") for name in ("slurm.a", "data.b")]
     assert repeated_names(twins) == {"Job": ["slurm.a", "data.b"]}
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield every string that stands alone: docstrings of modules, classes, functions and of what is above one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def test_a_docstring_says_what_a_thing_is_and_does_not_go_on_from_its_name(sources: list[Source]) -> None:
+    def that_go_on(given: list[Source]) -> list[str]:
+        return [f"{one.name}:{line}" for one in given for line, text in docstrings(one.tree) if text.startswith("Of ")]
+
+    assert that_go_on([*sources, *tool_sources()]) == []
+    assert that_go_on([Source(name="model.a", text='rate = 1\n"""Of steps."""')]) == ["model.a:2"]

@@ -116,7 +116,7 @@ class Samples:
     """What one side did in one case."""
 
     flops: int
-    """Of one forward and backward, as counted by torch; matrix products only."""
+    """FLOPs of one forward and backward, as counted by torch; matrix products only."""
     times_ms: list[float] = field(default_factory=list)
     """One a round."""
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from ecdit_ds.errors import CheckpointError
 
 MAX_DIMENSIONS = 8
-"""Of a tensor in a checkpoint; `check_cover` costs 2**dimensions a box, and a damaged manifest may ask for any."""
+"""Most dimensions of a tensor in a checkpoint: `check_cover` costs 2**dimensions per box, and a damaged manifest may
+ask for any number."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ class DataConfig:
     dataset: Literal["digit_scenes", "encoded"] = "digit_scenes"
     """Embedded scenes, encoded before the first step, or what `path` names."""
     path: str | tuple[str, ...] | None = None
-    """Of the training set, or of several that are mixed; a recipe may leave it to the command line."""
+    """Path of the training set, or of several that are mixed; a recipe may leave it to the command line."""
     weights: tuple[float, ...] = ()
     """Share of the training samples that each path gives, up to a common factor; by default as many as it holds."""
     heldout_path: str | None = None
-    """Of the held-out set."""
+    """Path of the held-out set."""
     encode: Literal["offline", "online"] = "offline"
     """`offline`: the paths hold what tools/encode_data.py wrote. `online`, for small trials: they are what it would
     read, and pictures and captions go through the frozen encoders beside training."""

@@ -17,7 +17,7 @@ from ecdit_ds.config.validation import (
 from ecdit_ds.errors import ConfigError
 
 Activation = Literal["gelu", "swiglu"]
-"""Of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one matrix more."""
+"""Activation of a feed-forward network: GELU(x w1) w2, or (SiLU(x wg) * (x wu)) w2 with one more matrix."""
 
 
 _KINDS = "kinds of ffn"
@@ -58,7 +58,7 @@ class ModelConfig:
     ffn: Literal["dense", "expert_choice", "token_choice"] = "expert_choice"
     """What every second layer uses, starting from the second; the others are dense."""
     ffn_activation: Activation = "gelu"
-    """Of the dense FFN, the experts and the shared experts alike."""
+    """Activation of the dense FFN, the experts and the shared experts."""
     num_experts: int = _of("expert_choice", "token_choice", default=8)
     capacity_factor: float = _of("expert_choice", "token_choice", default=2.0)
     """Mean number of experts per token, f."""

@@ -64,16 +64,16 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     momentum: float = 0.9
-    """Of rmsprop."""
+    """Momentum; rmsprop only."""
     smoothing: float = 0.99
-    """Of rmsprop's running mean of squares."""
+    """Decay of the running mean of squared gradients; rmsprop only."""
     eps: float = 1e-8
     weight_decay: float = 0.0
     """On matrices only; biases, norms and tables are never decayed."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 for none."""
     ema_decay: float = 0.999
-    """Of the average of the fp32 weights; early steps use less, so that the average forgets its start."""
+    """Decay of the EMA of the fp32 weights; early steps use a smaller one, so that the EMA forgets its start."""
 
     def __post_init__(self) -> None:
         require_in_range("optimizer", self, at_most={})
@@ -98,7 +98,7 @@ class TrainConfig:
     """Images a rank sees in one forward; `auto` is global_batch_size / data-parallel ranks. The rest is accumulated."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of parameters and activations; the optimizer always keeps fp32 weights."""
+    """Precision of parameters and activations; the optimizer always keeps fp32 weights."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     """The newest so many stay, not counting those that were never compared with their checksums."""
@@ -126,7 +126,7 @@ class TrainConfig:
     `selective` also keeps what all-to-alls returned, so that no token travels twice. Sums over tensor-parallel ranks,
     and the weights that ZeRO-3 gathers, are had again in both."""
     recompute_every: int = 1
-    """Of n successive blocks, the last one is recomputed; 2 means the blocks with experts."""
+    """Recompute the last of every n successive blocks; 2 recomputes the blocks with experts."""
 
     def __post_init__(self) -> None:
         require_in_range("train", self, at_most={"seed": 2**63 - 1, "global_batch_size": 2**42})

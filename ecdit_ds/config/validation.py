@@ -9,7 +9,7 @@ from typing import Any
 from ecdit_ds.errors import ConfigError
 
 _MOST = 2**31 - 1
-"""Of a whole number that has no limit of its own: counts travel between ranks and libraries in 32 bits."""
+"""Largest value of an integer without a limit of its own: counts travel between ranks and libraries in 32 bits."""
 _LEAST_FLOAT, _MOST_FLOAT = 1e-30, 1e30
 """Between them, a number and its square root or inverse are finite and not 0 in fp32, which everything computes in."""
 

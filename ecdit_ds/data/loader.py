@@ -36,7 +36,7 @@ from ecdit_ds.seeding import stable_seed
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that comes when the parent dies."""
+"""Linux's prctl option for the signal that is sent when the parent dies."""
 _BUS_ERROR = (
     "a loader worker was ended by a bus error: a file of the training set shrank while it was read, or /dev/shm is "
     "full; compare the sets with tools/encode_data.py inspect, or lower data.num_workers"

@@ -104,10 +104,10 @@ class _Component:
     """What a set holds of a bucket."""
 
     number: int
-    """Of the set."""
+    """Index of the set."""
     part: BucketView
     seed: int
-    """Of its order."""
+    """Seed of its order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from ecdit_ds.data.sources.open import open_source
 from ecdit_ds.errors import DataError
 
 _ROWS_OF_A_UNIT = 128
-"""Of Parquet, which is read in parts."""
+"""Rows per unit of a Parquet file, which is read in parts."""
 _CACHED_BYTES = 2**30
-"""Of image files that a loader process keeps; a small corpus in tars or Parquet is read once."""
+"""Bytes of image files that a loader process keeps; a small corpus in tars or Parquet is read once."""
 MAX_MEASURED = 1024
 """Pictures that are looked at for the mean and deviation of a set's pixels."""
 _MEASURED_AT_ONCE = 64

@@ -24,7 +24,7 @@ from ecdit_ds.errors import DataError
 MAX_REPLACEMENTS = 20
 """In a row at one position: where one sample in a hundred is bad, it never comes to four."""
 _EXPONENTS = {torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000), torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80)}
-"""Of a dtype: integers of its size, all bits but the sign, and infinity; what is above is not a number."""
+"""dtype -> integer type of its size, mask of all bits but the sign, and infinity; anything above is not a number."""
 
 
 def read_valid(mixture: Mixture, positions: npt.NDArray[np.int64]) -> Samples:

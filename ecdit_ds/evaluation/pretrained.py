@@ -32,7 +32,7 @@ from ecdit_ds.errors import EvaluationError
 
 T = TypeVar("T")
 _MOST_PIXELS_A_SIDE = 8192
-"""Of a picture that a judge is shown; those that are published want a thousand at most."""
+"""Largest side of an image that a judge is shown; published models want a thousand at most."""
 _opening = partial(opening, error=EvaluationError)
 
 

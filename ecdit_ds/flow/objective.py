@@ -110,12 +110,12 @@ class FlowLosses(NamedTuple):
     """What is minimised, unweighted; fp32."""
 
     flow_B: Tensor
-    """Of each image: mean over the kept tokens of |v_theta - (noise - latents)|^2 (arXiv 2410.02098 eq. 1)."""
+    """Flow loss per image: mean over the visible tokens of |v_theta - (noise - latents)|^2 (arXiv 2410.02098 eq. 1)."""
     reconstruction: Tensor
     """Mean over the tokens left out of |v_theta + latents|^2; zero without a mask. Of the noise of a token that no
     block saw, nothing is known, so the best guess at its velocity has mean -latents (after MaskDiT, 2306.09305)."""
     load_balance: Tensor
-    """Of the token-choice baseline."""
+    """Load-balance loss of the token-choice baseline."""
 
 
 def flow_losses(model: VelocityModel, batch: FlowBatch, patch_size: int = 1) -> FlowLosses:

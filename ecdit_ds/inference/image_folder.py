@@ -38,7 +38,7 @@ PICTURES_NAME = "pictures"
 _PICTURE_FILES = "[0-9]" * 6 + "*_*.png*"
 """Also those that a kill left half written."""
 _NO_SETTINGS = ("prompts", "scenes_per_kind")
-"""Of a recipe's section `sample`: they say what is drawn, not how."""
+"""Fields of a recipe's section `sample` that say what is drawn, not how."""
 _ABSENT = "not set"
 OF_SCENES = "trained_on_digit_scenes"
 """A note among the settings that changes no picture, so it is not compared; galleries of earlier releases lack it."""

@@ -17,7 +17,7 @@ from ecdit_ds.errors import DataError
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 _TABLES = _LOADERS.keys() - {".jsonl"} | {".tsv", ".arrow"}
 _MAX_BYTES = 2**28
-"""Of prompts: a million of them have a quarter."""
+"""Most bytes of prompts; a million of them take a quarter of it."""
 _SPACE = re.compile(r"\s*")
 
 

@@ -15,7 +15,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _INK = 64
-"""Of 255: a pixel brighter than this, in any colour, is ink; digits of the palette are, a young model's blur is not."""
+"""Level, of 255, above which a pixel is ink in any colour: digits of the palette are, the blur of a young model is
+not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ObjectShare:
     """Mean experts per patch."""
     on_background: Floats
     ratio: Floats
-    """Of the two means; NaN where the background gets nothing."""
+    """Ratio of the two means; NaN where the background gets nothing."""
     rank_correlation: Floats
     """Spearman's, between being on an object and the number of experts; NaN where all patches get the same."""
 

@@ -26,7 +26,7 @@ class Prediction(NamedTuple):
     """What the model returns. ZeRO-3 looks for tensors in tuples only."""
 
     velocity_BCHW: Tensor
-    """Of the latents' shape and dtype."""
+    """Predicted velocity, in the latents' shape and dtype."""
     auxiliary_loss: Tensor
     """fp32 scalar: the token-choice baseline's load-balance loss; zero otherwise."""
 

@@ -27,9 +27,9 @@ class Shapes:
 
     model: ModelConfig
     images: int
-    """Of a micro-batch, B."""
+    """Images of a micro-batch, B."""
     kept_tokens: int
-    """Of an image, which the main blocks see."""
+    """Tokens of an image that the main blocks see."""
     width: int
     """Bytes of a number, w."""
     tp: int

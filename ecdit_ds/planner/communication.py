@@ -46,7 +46,7 @@ class Placement:
 
     ranks: int
     here: int
-    """Of them on one node, itself included; the fewest of any node."""
+    """Ranks of the group on one node, this one included; the fewest of any node."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from ecdit_ds.config.model_config import ModelConfig
 
 NUMBER_BYTES = {"fp32": 4, "bf16": 2}
-"""Of weights, activations and gradients, by train.precision."""
+"""Bytes per element of weights, activations and gradients, by train.precision."""
 TIMESTEP_WAVES = 256
 """Sines and cosines that a time becomes."""
 TEXT_ENCODER_PARAMETERS = 670_000_000
@@ -48,7 +48,7 @@ class ParameterCount:
     dit: int
     """All that is trained."""
     in_experts: int
-    """Of those, in routed experts."""
+    """Those in routed experts."""
     activated: int
     """What a token meets on average, encoders included, as the paper's 8.27 B counts: all, but of the experts f of E,
     where f is the capacity factor."""

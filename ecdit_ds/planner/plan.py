@@ -55,7 +55,7 @@ class Phase:
     """Micro-batches of a step."""
     memory: Memory
     model_flops: Flops
-    """Of a whole step on all ranks."""
+    """FLOPs of a whole step on all ranks."""
     recomputed_flops: Flops
     time: StepTime
     mfu: float
@@ -78,7 +78,7 @@ class Plan:
     phases: tuple[Phase, ...]
     checkpoint: CheckpointCost
     training_seconds: float
-    """Of all steps, without stalls and interruptions."""
+    """Time of all steps, without stalls and interruptions."""
     outlooks: tuple[GoodputEstimate, ...]
 
     @property

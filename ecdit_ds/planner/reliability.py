@@ -38,7 +38,7 @@ class GoodputEstimate:
     """Expected in the whole run, its lost time included."""
     best_interval_seconds: float
     effective_share: float
-    """Of wall-clock time, in which steps are taken that stay (ETTR), at the best interval."""
+    """Share of wall-clock time spent on steps that stay (ETTR), at the best interval."""
     effective_share_as_set: float
     """The same at the recipe's train.checkpoint_every."""
 

@@ -70,7 +70,7 @@ class Candidate:
     """By phase."""
     needed_bytes: int
     seconds: float
-    """Of all the run's steps, with overlap; 0 where it does not fit."""
+    """Time of all the run's steps, with overlap; 0 where it does not fit."""
 
     @property
     def images_per_s(self) -> float:

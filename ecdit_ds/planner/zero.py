@@ -12,7 +12,7 @@ _DEFAULTS = {
     "stage3_max_live_parameters": 1e9,
     "stage3_max_reuse_distance": 1e9,
 }
-"""Of DeepSpeed 0.19.8, deepspeed/runtime/zero/config.py; a test compares them."""
+"""Defaults of DeepSpeed 0.19.8 (deepspeed/runtime/zero/config.py); a test compares them."""
 
 
 @dataclass(frozen=True, kw_only=True)

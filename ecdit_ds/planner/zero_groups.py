@@ -27,7 +27,7 @@ class Group:
     """Parameters that are updated together, as one rank's model has them."""
 
     sizes: tuple[int, ...]
-    """Of each, in order."""
+    """Elements of each, in order."""
     ranks: int
     """Over which the group is cut: data-parallel ones, or copies of the experts."""
     is_expert: bool

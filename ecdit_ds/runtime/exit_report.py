@@ -52,7 +52,7 @@ class RunStatus:
     step: int | None = None
     """None until training begins: before, a refusal says it all."""
     seats: list[ProcessInfo] = field(default_factory=list)
-    """Of all ranks, by rank."""
+    """The processes of all ranks, by rank."""
     stop_reason: str = ""
     """Why and on which ranks, where it was; all ranks say the same."""
     is_exiting: bool = False

@@ -37,7 +37,7 @@ class AttemptStarted:
     life: str
     """JOB.RESTARTS"""
     step: int
-    """Of the newest checkpoint then; 0 for none."""
+    """Step of the newest checkpoint then; 0 for none."""
     nodes: str
     ranks: int
 

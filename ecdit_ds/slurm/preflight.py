@@ -43,7 +43,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SUM_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 _DISK_BYTES = 32 << 20
 _START_SECONDS = 120.0
-"""Of imports and checks, before the first step of a life."""
+"""Time of imports and checks before the first step of a life."""
 
 
 @dataclass(frozen=True, kw_only=True)

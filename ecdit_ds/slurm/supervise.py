@@ -58,7 +58,7 @@ from ecdit_ds.slurm.signals import TerminationWatch
 CONTROLLER_PATIENCE_S = 600.0
 """How long a controller that does not answer is waited for before a job gives up asking for another life."""
 CHECK_MINUTES = 15
-"""Of a check before training; then srun ends it."""
+"""Time limit of a check before training, after which srun ends it."""
 OUT_OF_TIME = 124
 """Exit code of a life that did not leave before its time limit, as that of timeout(1)."""
 EARLY_SIGNAL_S = 60

@@ -37,7 +37,7 @@ class Fragment:
     shard: ShardSpec
     local_shape: tuple[int, ...]
     start: int
-    """Of the range, in the row-major local tensor."""
+    """Start of the range in the row-major local tensor."""
     states: dict[str, Tensor]
     """Flat fp32 views of equal length: weight, ema and the optimizer's own; writing to them changes the state."""
     is_saved_by_this_rank: bool

@@ -75,7 +75,7 @@ class Surroundings:
     bad_before: BadSampleCounts
     """Bad samples that earlier lives met, up to the step that is gone on from."""
     peak_flops_per_s: float | None
-    """Of all devices together; None where it is not known."""
+    """Peak FLOP/s of all devices together; None where it is not known."""
 
 
 class Trainer:

@@ -38,7 +38,7 @@ from ecdit_ds.files.provenance import describe_run
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 HIDDEN, INNER = 256, 1024
 CHUNK_BYTES = 2**20
-"""Of raw writing and reading: larger calls were slower here."""
+"""Bytes per call of raw writing and reading: larger calls were slower here."""
 CONVERTED_FILES = 8
 RAW, OURS = "raw", "ours"
 

@@ -41,7 +41,7 @@ RAW, ONE_CALL, SEQUENTIAL, OURS, OURS_FP32, FORMATTER = (
     "datasets, torch",
 )
 CHUNK_BYTES = 2**20
-"""Of reading one after the other."""
+"""Bytes per call of sequential reading."""
 
 HELP = """\
 Time reading encoded samples of a recipe's shapes in random order (fp32 as digit scenes are, bf16 for recipes that

@@ -38,11 +38,11 @@ class Case:
     """One shape of a call."""
 
     tokens: int
-    """Of an image."""
+    """Tokens of an image."""
     experts: int
     chunks: int
     call_tokens: int
-    """Of all images of a rank."""
+    """Tokens of all images of a rank."""
     hidden_size: int
     dtype: torch.dtype
 

@@ -41,7 +41,7 @@ AIM = 0.1
 SIDE, QUALITY = (512, 640), 90
 """Height and width of the JPEG files, and their quality."""
 TOKENS, TEXT_WIDTH, TEXT_LAYERS = 77, 512, 6
-"""Of the T5: between T5-small and T5-base."""
+"""Size of the T5, between T5-small and T5-base."""
 _LETTERS = string.ascii_lowercase + string.digits + ".,"
 _FULL: dict[str, Any] = {"images": 128, "rounds": 3, "size": 256, "width": 32}
 _QUICK: dict[str, Any] = {"images": 8, "rounds": 1, "size": 64, "width": 8}
@@ -78,12 +78,12 @@ class TimedImages:
 
     @property
     def identity(self) -> str:
-        """Of the encoder."""
+        """Name of the encoder's weights."""
         return self.inner.identity
 
     @property
     def downsampling(self) -> int:
-        """Of the encoder."""
+        """Pixels per latent, along a side."""
         return self.inner.downsampling
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -105,17 +105,17 @@ class TimedTexts:
 
     @property
     def identity(self) -> str:
-        """Of the encoder."""
+        """Name of the encoder's weights."""
         return self.inner.identity
 
     @property
     def embed_dim(self) -> int:
-        """Of the encoder."""
+        """Width of its vectors."""
         return self.inner.embed_dim
 
     @property
     def max_tokens(self) -> int:
-        """Of the encoder."""
+        """Longest text, in tokens."""
         return self.inner.max_tokens
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:

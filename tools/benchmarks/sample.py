@@ -64,9 +64,9 @@ class Contender:
     reuses_text: bool
     drawer: TextToImage
     flops: float
-    """Of a picture."""
+    """FLOPs per image."""
     times_ms: list[float] = field(default_factory=list)
-    """Of a picture, one a round."""
+    """Time per image, one value per round."""
 
 
 class RepeatingTextToImage(TextToImage):

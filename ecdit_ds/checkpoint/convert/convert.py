@@ -42,7 +42,7 @@ class _Note:
     """What is known of a file that is on the disk."""
 
     plan: str
-    """Of the whole conversion: source, names, boxes, types."""
+    """Digest of the whole conversion: source, names, boxes and types."""
     held: FileDigest
 
 

@@ -34,9 +34,9 @@ class FileDigest:
     """What one file holds, by checksums."""
 
     xxh3: tuple[str, ...]
-    """Of the targets' data, in the plan's order."""
+    """Checksum of each target's data, in the plan's order."""
     header_xxh3: str
-    """Of what the file says besides."""
+    """Checksum of the file's header."""
     size_bytes: int
     nonfinite: tuple[int, ...] = field(default=(), compare=False)
     """Numbers that are NaN or infinite, by target; counted while it is written, and not by `read_back`."""

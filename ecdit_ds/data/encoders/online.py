@@ -27,7 +27,7 @@ class OnlineEncoders:
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     stream: torch.cuda.Stream | None = None
-    """Of the encoders' GPU; on the stream of training they would wait for its steps, and its steps for them."""
+    """The encoders' own CUDA stream; on training's stream each would wait for the other."""
 
     def finish(self, batches: Sequence[Samples]) -> list[Samples]:
         """Return the same batches with latents and text vectors, fp32 on the host, where they were missing.

@@ -84,14 +84,14 @@ class _Tower:
     limit: int
     """Tokens it takes."""
     width: int
-    """Of what it returns, which configurations tell in many ways or not at all; measured."""
+    """Width of the returned vectors, measured: configurations give it in many ways or not at all."""
     has_pooler: bool
     identity: str
     needs_padding: bool = False
     """Whether it reads a batch without padding otherwise: for want of a mask, an AIMv2's tokens then see later ones."""
     revision: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
-    """Of the tokenizer, which changes while it reads; the encoder may be asked by several threads."""
+    """Guards the tokenizer, which changes while it reads; several threads may use the encoder."""
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         # The limit is ours to keep; a tokenizer would warn of captions beyond it.

@@ -22,7 +22,7 @@ from ecdit_ds.data.encoders.pretrained import (
 from ecdit_ds.errors import DataError
 
 MAX_TOKENS, MAX_WIDTH = 2**16, 2**17
-"""Of a text, ten times those of any encoder that is used: beyond them a file claims what nobody encoded."""
+"""Largest number of tokens and width of a text: ten times those of any encoder in use."""
 
 
 def image_encoder_spec(encoder: ImageEncoder, name: str | None = None) -> dict[str, Any]:

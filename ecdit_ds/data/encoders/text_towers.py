@@ -12,7 +12,7 @@ from ecdit_ds.errors import DataError
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
 """What configurations call the number of positions, the second that of an LED."""
 _LETTERS = ("a", "b", "1", ".", "д", "中", "あ", "한", "م", "अ")
-"""Of which any tokenizer tells some apart."""
+"""Letters of which any tokenizer tells some apart."""
 
 
 def text_class(config: Any) -> Any:

@@ -64,7 +64,7 @@ class Samples:
     stream_index_B: Tensor
     """int64 address of each sample's randomness: its position in the training stream, or in a fixed set."""
     bad: Mapping[int, BadSample] = field(default_factory=dict)
-    """Of which places of the batch the tensors hold nothing to train on, and why."""
+    """Index in the batch -> why its tensors hold nothing to train on."""
     replaced: Mapping[int, tuple[ReplacedSample, ...]] = field(default_factory=dict)
     """At which places other samples stand in, and for which ones, in the order they were tried."""
     pixels_BHW3: Tensor = field(default_factory=lambda: no_pixels(0))

@@ -93,7 +93,7 @@ class LatentIndex:
 
     @property
     def moments(self) -> Moments:
-        """Of the latents as they are stored."""
+        """Mean and spread of the latents as they are stored."""
         return Moments(mean_C=self.latents_mean, std_C=self.latents_std)
 
     def __post_init__(self) -> None:

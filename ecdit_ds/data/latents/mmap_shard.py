@@ -25,7 +25,7 @@ class RecordBatchView:
     """Successive rows of a shard, one record batch, where they are in the map."""
 
     tensors: tuple[memoryview, ...]
-    """Of each tensor column, in the order of `row_bytes`, its rows one after the other."""
+    """The rows of each tensor column, one after the other; columns in the order of `row_bytes`."""
     columns: pa.RecordBatch
     _texts: dict[str, tuple[memoryview, memoryview]] = field(default_factory=dict)
 

@@ -42,7 +42,7 @@ class EncodeSettings:
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     sizes: tuple[Size, ...]
-    """Of the images, in pixels; a bucket each."""
+    """Sizes of the images in pixels, one per bucket."""
     dtype: str
     batch_size: int
     threads: int
@@ -70,7 +70,7 @@ class UnitRecord:
     ignored: dict[str, int]
     """Files among the samples that are no part of any, by kind."""
     smallest: Size | None = None
-    """Of the pictures that were enlarged to fill their bucket, the one with the shortest side."""
+    """The picture with the shortest side among those that were enlarged to fill their bucket."""
 
     @property
     def count(self) -> int:

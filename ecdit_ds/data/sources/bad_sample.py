@@ -34,7 +34,7 @@ BadSampleReason = Literal[
     "too small",
 ]
 AMBIGUOUS: tuple[BadSampleReason, ...] = ("several pictures", "several captions")
-"""Of which the user must say which one is meant."""
+"""Reasons for which the user must say which one is meant."""
 WAYS_OUT: Mapping[BadSampleReason, str] = MappingProxyType(
     {
         "several pictures": "in tars, choose by --image-column, such as --image-column png",
@@ -44,7 +44,7 @@ WAYS_OUT: Mapping[BadSampleReason, str] = MappingProxyType(
 )
 """What to do about a cause, where that is not plain from its name."""
 UNCOUNTABLE: tuple[BadSampleReason, ...] = ("archive ends early", "unreadable archive")
-"""Of which nobody knows how many samples are lost by it."""
+"""Reasons for which the number of lost samples is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class Captions:
     choice: Choice | None = None
     """None takes the first of a list, all lines of a text file as one, and a list's second row for a duplicate."""
     seed: int = 0
-    """Of `random`; with the sample's key it fixes the caption, whoever reads it and whenever."""
+    """Seed of `random`; with the sample's key it fixes the caption, whoever reads it and whenever."""
 
     def in_file(self, text: str) -> Any:
         """Return what a text file says: a caption, or one a line."""

@@ -47,9 +47,9 @@ _FAILURES = (
 )
 """What Pillow's readers raise for files that are damaged."""
 _SAME_LEVELS = 2
-"""Of 255: two descriptions of sRGB differ by no more, since curves are sampled and numbers rounded."""
+"""Most levels of 255 by which two descriptions of sRGB differ: curves are sampled and numbers rounded."""
 _PILLOW_FACTS = ("icc_profile", "gamma", "chromaticity", "srgb", "transparency", "interlace")
-"""Of `info`, and numbers or bytes; a PNG's remarks in words go there too, under whatever name they have."""
+"""Keys of `info` that are numbers or bytes; a PNG's text comments go there too, under any name."""
 _SRGB_GAMMA = 1 / 2.2
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """As a PNG states them: x and y of white, red, green and blue."""

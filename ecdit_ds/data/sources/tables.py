@@ -33,7 +33,7 @@ FAILURES = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, Recursi
 
 MAX_CAPTION_BYTES = 2**20
 _MAX_UNPACKED_BYTES, _MAX_PACKING = 2**28, 100
-"""Of a column of a row group: pictures are packed already, and texts to a tenth."""
+"""Limits of an unpacked column of a row group: pictures are compressed already, and texts pack to a tenth."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from ecdit_ds.files.durable import plain_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES = 2 * _BLOCK
-"""Of zeros: the end mark."""
+"""Size of the end mark, which is zeros."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 """What files of gzip, bzip2, xz and Zstandard begin with."""
 _LOOKING_THREADS = 16

@@ -42,7 +42,7 @@ class KindScore:
 
     @property
     def standard_error(self) -> float:
-        """Of the share, if pictures are independent; NaN of none."""
+        """Standard error of the share, if pictures are independent; NaN without pictures."""
         return math.sqrt(self.share * (1 - self.share) / self.count) if self.count else math.nan
 
 
@@ -65,7 +65,7 @@ class SceneScores:
 
     @property
     def standard_error(self) -> float:
-        """Of `overall`, over pictures of the same captions; NaN if nothing was checked."""
+        """Standard error of `overall`, over pictures of the same captions; NaN if nothing was checked."""
         errors = [score.standard_error for score in self.kinds if score.count]
         return math.hypot(*errors) / len(errors) if errors else math.nan
 

@@ -69,10 +69,10 @@ class GenevalRules:
     counting_confidence: float = 0.9
     """The same, in the counting task."""
     max_objects: int = 16
-    """Of one class."""
+    """Most objects of one class."""
     max_overlap: float = 1.0
-    """Of the boxes of one class (intersection over union); a less sure object that overlaps as much is dropped. At 1
-    none is."""
+    """Largest overlap of two boxes of one class (intersection over union); above it the less certain object is
+    dropped. At 1 none is."""
     position_threshold: float = 0.1
     """Share of both objects' sizes by which their centres may differ without being beside one another."""
 

@@ -47,7 +47,7 @@ def shown(value: Any) -> str:
 
 
 class EcditError(Exception):
-    """Base of all errors that a user can mend; the message says what, where, the numbers and the way out, in a line."""
+    """Base class of user-fixable errors. The message names what is wrong, where, the values and the fix, in one line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(escape_unprintable(message))

@@ -28,7 +28,7 @@ _FIXED_KEYS: dict[str, tuple[Any, str]] = {
         "traffic, and tools/bench.py dispatch counts it",
     ),
 }
-"""Keys that nothing here depends on, the value that says so, and why; any other value promises what does not come."""
+"""Keys without an effect here: the one value that is accepted, and why any other would promise what does not happen."""
 PROFILE_NAME = "flops_profile.txt"
 """The one file that DeepSpeed writes by a name of its JSON, in the run's folder: nobody's file chooses another."""
 _PROFILER: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -157,7 +157,7 @@ def split_batches(count: int, batch_size: int, share: ShardIndex = UNSHARDED) ->
 
 
 def image_folder_digest(folder: Path) -> str:
-    """Return what changes with the pictures that a folder says it has, wherever it is."""
+    """Return a digest of the folder's list of images, independent of its path."""
     digest = xxhash.xxh3_64()
     for name in (SETTINGS_NAME, LINES_NAME):
         path = folder / name

@@ -24,7 +24,7 @@ from ecdit_ds.parallel.topology import Topology
 from ecdit_ds.parallel.world import meet_alone
 
 TIMEOUT_MINUTES = 10
-"""How long a collective waits for a rank that does not come."""
+"""Timeout of a collective."""
 
 
 def initialize_distributed() -> torch.device:
@@ -37,8 +37,7 @@ def initialize_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and otherwise said by each of 512 ranks.
     warnings.filterwarnings("ignore", "torch.distributed.*(all_gather_into|reduce_scatter)_tensor", FutureWarning)
-    # Asked first, DeepSpeed would compile for each op it knows, on every rank; asked for is one, for a minute on a CPU,
-    # and used for inference only.
+    # Otherwise the first query test-compiles every op on every rank, a minute on a CPU, for one that only inference needs.
     deepspeed.ops.__compatible_ops__ = {}
     backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(minutes=TIMEOUT_MINUTES)
     try:

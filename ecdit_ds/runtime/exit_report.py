@@ -96,7 +96,7 @@ class RunStatus:
             time.sleep(0.05)
 
     def is_reporter(self, lost: list[int]) -> bool:
-        """Return whether it falls to this rank to speak: the first that is left on this machine."""
+        """Return whether this rank prints the summary: the lowest surviving rank on its host."""
         here = current_process().host
         left = [rank for rank, seat in enumerate(self.seats) if seat.host == here and rank not in lost]
         return not left or self.rank == min(left)

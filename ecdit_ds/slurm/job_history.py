@@ -2,7 +2,7 @@
 
 OUTPUT/slurm/lives.jsonl holds a line at a life's beginning, one where it found the recipe in order, and one at its end;
 a life that lost its first node has no end. A life made progress if the newest published checkpoint is a later one than
-when it began. Clusters use numbers of jobs again: a job's lives are those since the newest that was a first one.
+when it began. Job IDs are recycled, so only the lives since the most recent first one count.
 """
 
 import contextlib

@@ -93,7 +93,7 @@ class Checkpointer:
         return self._in_flight is None or not self._in_flight.thread.is_alive()
 
     def complain(self) -> None:
-        """Say once, on the rank it befell, that writing failed; all ranks learn it at the next report."""
+        """Log a failed write once, on the failing rank; the others learn of it at the next report."""
         flying = self._in_flight
         if flying and not flying.is_told and not flying.thread.is_alive() and flying.save.fault:
             flying.is_told = True

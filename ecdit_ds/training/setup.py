@@ -232,7 +232,7 @@ def _restore(
 def _report_resume(
     folder: Path, progress: TrainProgress, rejections: dict[Path, str], own: Path, recipe: Recipe
 ) -> None:
-    """Say where the run goes on and what jumps there, and move its own damaged checkpoints out of the way."""
+    """Log the resume point and what jumps there, and quarantine this run's damaged checkpoints."""
     for damaged, fault in rejections.items():
         is_own = damaged.parent.resolve() == own.resolve()
         print_quietly(f"rejected {fault}; kept as {quarantine(damaged) if is_own else damaged}", sys.stdout)

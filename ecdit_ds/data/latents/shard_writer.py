@@ -96,7 +96,7 @@ def write_index(folder: Path, index: LatentIndex) -> None:
 def create_staging_dir(folder: Path) -> Path:
     """Make and return a new folder beside `folder`, to write a set in; the parents may not exist yet.
 
-    The name is new for every try: what a killed process left behind is never met again.
+    The name is unique per attempt, so that leftovers of killed processes are never reused.
     """
     make_folders(folder.parent)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")

@@ -47,7 +47,7 @@ def shown(value: Any) -> str:
 
 
 class EcditError(Exception):
-    """Base class of user-fixable errors. The message names what is wrong, where, the values and the fix, in one line."""
+    """Base class of user-fixable errors. The message names what is wrong, where, the values and the fix, in a line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(escape_unprintable(message))

@@ -122,9 +122,9 @@ class TrainConfig:
     reconstruction_weight: float = 0.0
     """Weight of the error at the tokens left out, beside that at the others; 0 for none."""
     recompute: Literal["none", "block", "selective"] = "none"
-    """Activation checkpointing: `block` keeps a block's input only and recomputes the rest in backward; `selective` also
-    keeps the results of all-to-alls, so that no token travels twice. Both repeat tensor-parallel all-reduces and ZeRO-3
-    parameter all-gathers."""
+    """Activation checkpointing: `block` keeps a block's input only and recomputes the rest in backward; `selective`
+    also keeps the results of all-to-alls, so that no token travels twice. Both repeat tensor-parallel all-reduces and
+    ZeRO-3 parameter all-gathers."""
     recompute_every: int = 1
     """Recompute the last of every n successive blocks; 2 recomputes the blocks with experts."""
 

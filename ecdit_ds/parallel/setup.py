@@ -37,7 +37,8 @@ def initialize_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's business, and otherwise said by each of 512 ranks.
     warnings.filterwarnings("ignore", "torch.distributed.*(all_gather_into|reduce_scatter)_tensor", FutureWarning)
-    # Otherwise the first query test-compiles every op on every rank, a minute on a CPU, for one that only inference needs.
+    # Otherwise the first query test-compiles every op on every rank (a minute on a CPU) for one that only inference
+    # needs.
     deepspeed.ops.__compatible_ops__ = {}
     backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(minutes=TIMEOUT_MINUTES)
     try:

@@ -176,7 +176,7 @@ class Lab:
         """
         ended = subprocess.run(
             command, capture_output=True, text=True, check=False, env=self.environment | dict(environment or {}),
-            timeout=_PATIENCE_S,
+            timeout=_PATIENCE_S, errors="backslashreplace",
         )  # fmt: skip
         if ended.returncode:
             raise ConfigError(f"{' '.join(command)}: exit code {ended.returncode}: {ended.stderr.strip()}")

@@ -92,21 +92,29 @@ def submit_there(site: Lab, tmp_path_factory: pytest.TempPathFactory) -> Submitt
 
 
 @pytest.fixture(scope="module")
-def refused(submit_there: Submitter) -> Job:
+def limited(submit_there: Submitter) -> Job:
     """Submit a job to one node whose scontrol refuses; its first life is too slow for its time limit."""
     slow_once = submit_there.root / "slow_once.sh"
     slow_once.write_text('#!/bin/bash\n[ -z "$SLURM_RESTART_COUNT" ] || unset ECDIT_FAULTS\nexec "$@"\n')
     slow_once.chmod(0o755)
     return submit_there(
         "KEY=VALUE", "--job-name=KEY=VALUE", "--comment", COMMENT, "--partition=Bilder", "--gres=gpu:l40s:2",
-        "--ntasks-per-node=2", "--time=1", "--signal=USR1@10", nodes=1, faults="delay=2.5@step",
+        "--ntasks-per-node=2", "--time=2", "--signal=USR1@60", nodes=1, faults="delay=2.5@step",
         environment={"ECDIT_WRAPPER": str(slow_once)},
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def blind(submit_there: Submitter, refused: Job, uninterrupted: Path) -> Job:
-    """Submit a job to nodes without scontrol, with its checks; the other one waits for its time limit meanwhile."""
+def refused(site: Lab, limited: Job, uninterrupted: Path) -> Job:
+    """Return that job after its first life; from where it was submitted, it gets time enough for a slow machine."""
+    limited.wait_until(lambda: bool(limited.ends()), "its first life's end")
+    site.ask("scontrol", "update", f"JobId={limited.number}", "TimeLimit=20")
+    return limited
+
+
+@pytest.fixture(scope="module")
+def blind(submit_there: Submitter, refused: Job) -> Job:
+    """Submit a job to nodes without scontrol, with its checks, beside the other one."""
     name = "50%j of a %4t run %%%"
     job = submit_there(
         name, f"--job-name={name}", f"--output={submit_there.root}/%x-%j.log", "--comment", COMMENT,

@@ -185,6 +185,7 @@ class LocalSlurm:
             command,
             capture_output=True,
             text=True,
+            errors="backslashreplace",
             check=False,
             env=self.environment | dict(environment or {}),
             timeout=_PATIENCE_S,

@@ -109,6 +109,21 @@ def test_a_jobs_state_is_read_from_the_controllers_line(case: str) -> None:
     assert parse_state(line) == state
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_jobs_state_is_read_however_its_comment_is_encoded(put_program: PutProgram, encoding: str) -> None:
+    line, state = LINES["a task of an array with a comment"]
+    comment = "".join(f"\\{byte:03o}" for byte in "répétition".encode(encoding))
+    put_program("scontrol", f"cat <<'END'\n{line}END\nprintf '   Comment={comment}\\n'")
+    assert ask_state(JOB, 0) == state
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_refusal_is_told_however_it_is_encoded(put_program: PutProgram, refusal_of: RefusalOf, encoding: str) -> None:
+    words = "".join(f"\\{byte:03o}" for byte in "für Aufträge gesperrt".encode(encoding))
+    put_program("scontrol", f"printf '{words}' >&2; exit 1")
+    assert "gesperrt" in refusal_of(lambda: ask_state(JOB, 0))
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [

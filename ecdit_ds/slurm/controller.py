@@ -238,9 +238,13 @@ def requeues_after(code: int) -> bool | None:
 def _call(*command: str) -> str:
     try:
         ended = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_CALL_SECONDS,
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_CALL_SECONDS,
             errors="backslashreplace",  # comments of jobs, and the words of sites, may be in any encoding
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
         raise AwayError(f"{' '.join(command)}: {error}") from None
     except OSError as error:

@@ -151,7 +151,10 @@ def test_a_preempted_rehearsal_on_nodes_without_scontrol_ends_as_the_uninterrupt
     urgent = ["--partition=Vorrang", "--nodes=2", "--exclusive", "--gpus-per-node=h100:2", "--time=1"]
     site.ask("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
     assert blind.wait() == "COMPLETED", blind.text
-    assert [(end["code"], end["is_again"]) for end in blind.ends()] == [(ExitCode.SAVED, True), (ExitCode.DONE, False)]
+    assert [(end["code"], end["is_again"]) for end in blind.ends()] == [
+        (ExitCode.CHECKPOINTED, True),
+        (ExitCode.DONE, False),
+    ]
     missing = f"scontrol show job {blind.number}: No such file or directory"
     told = [line.split(maxsplit=2)[2] for line in blind.text.splitlines() if "scontrol" in line]
     assert told == [
@@ -169,7 +172,7 @@ def test_a_rehearsal_refused_a_requeue_in_a_sites_own_words_goes_on_after_its_li
 ) -> None:
     assert refused.wait() == "COMPLETED", refused.text
     *saved, last = refused.ends()
-    assert saved and {(end["code"], end["is_again"]) for end in saved} == {(ExitCode.SAVED, True)}, refused.text
+    assert saved and {(end["code"], end["is_again"]) for end in saved} == {(ExitCode.CHECKPOINTED, True)}, refused.text
     assert (last["code"], last["step"]) == (ExitCode.DONE, STEPS)
     assert len(saved) == refused.restarts
     told = [line.split(maxsplit=2)[2] for line in refused.text.splitlines() if "scontrol" in line]
